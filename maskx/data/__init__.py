@@ -1,0 +1,1 @@
+"""Reading, checking and generating annotations; vocabularies and word vectors. No host."""

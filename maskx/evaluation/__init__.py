@@ -1,0 +1,1 @@
+"""Metrics per category split, and figures of predictions. No host."""

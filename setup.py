@@ -1,0 +1,42 @@
+"""Package metadata of maskx; the tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "maskx/__init__.py").read_text()).group(1)
+
+# Detectron2 is no requirement: it is not on the package index, and everything outside
+# maskx/detectron2 works without it.
+REQUIRES = [
+    "torch>=2.4",
+    "torchvision>=0.19",
+    "numpy>=1.24",
+    "fvcore>=0.1.5",
+    "pycocotools>=2.0.7",
+    "opencv-python>=4.8",
+    "tqdm>=4.60",
+]
+TEST = ["pytest>=8", "hypothesis>=6"]
+
+setup(
+    # The distribution name `maskx` belongs to an unrelated project.
+    name="maskx-detectron2",
+    version=VERSION,
+    description="Segmentation from partial supervision: masks for few categories, boxes for many, "
+    "image tags for most. Torchvision out of the box, Detectron2 when it is there.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["maskx", "maskx.*"]),
+    package_data={"maskx": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=REQUIRES,
+    extras_require={
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.6"],
+        "crf": ["pydensecrf2"],
+    },
+)
