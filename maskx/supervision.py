@@ -90,7 +90,7 @@ class CategorySplit:
 
 def split_names() -> tuple[str, ...]:
     """Names that :func:`resolve_split` knows without a file."""
-    return ("all", "coco_voc", "coco_nonvoc", *_coco_random_draws())
+    return ("all", "coco_voc", "coco_nonvoc", *_coco_random_draws(), "scenes_half")
 
 
 def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> CategorySplit:
@@ -118,6 +118,10 @@ def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> Catego
         with_masks = VOC_CLASSES_IN_COCO
     elif name == "coco_nonvoc":
         with_masks = tuple(c for c in COCO_THING_CLASSES if c not in VOC_CLASSES_IN_COCO)
+    elif name == "scenes_half":
+        from maskx.data.scenes import half_split_names  # loads OpenCV
+
+        with_masks = half_split_names(len(class_names))
     elif name in _coco_random_draws():
         with_masks = tuple(COCO_THING_CLASSES[i] for i in _coco_random_draws()[name])
     else:
@@ -148,8 +152,8 @@ def _read_split(path: Path, class_names: tuple[str, ...]) -> CategorySplit:
         hint = f" Did you mean {_listed(close)}?" if close else ""
         raise FileNotFoundError(
             f"'{path}' is neither a named category split nor a file.{hint} Named splits: all, "
-            "coco_voc, coco_nonvoc, coco_random_{20,30,40,50,60}_{1..5}; or give a text file with "
-            "one category name per line, or a JSON list of names."
+            "coco_voc, coco_nonvoc, coco_random_{20,30,40,50,60}_{1..5}, scenes_half; or give a "
+            "text file with one category name per line, or a JSON list of names."
         )
     text = path.read_text(encoding="utf-8")
     if path.suffix.lower() != ".json":

@@ -1,0 +1,75 @@
+"""Configuration keys of maskx for Detectron2's YAML files."""
+
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg as get_detectron2_cfg
+
+
+def get_cfg() -> CN:
+    """Make Detectron2's default configuration with the keys of maskx added."""
+    cfg = get_detectron2_cfg()
+    add_maskx_config(cfg)
+    return cfg
+
+
+def add_maskx_config(cfg: CN) -> None:
+    """Add the keys of maskx. Keys that are there already, and upstream defaults, stay as they are.
+
+    It may therefore be called twice, after other projects' functions, or on a loaded config.
+
+    Args:
+        cfg: changed in place.
+    """
+    _add_missing(cfg, _defaults())
+
+
+def _defaults() -> CN:
+    keys = CN()
+
+    keys.MODEL = CN()
+    keys.MODEL.MASKX = CN()
+    # What predicts the mask of a class: "transfer" (Mask^X: weights predicted from the weights of
+    # the box predictor), "class_agnostic" (the baseline: one mask for every class) or
+    # "class_specific" (Mask R-CNN: learned weights per class, the oracle where all have masks).
+    keys.MODEL.MASKX.PREDICTOR = "transfer"
+    # Fully connected branch whose logits are added (section 3.3): "none", "single_fc" (the
+    # paper's; 157.4 M parameters at 256 channels and 28 x 28) or "bottleneck" (4.9 M).
+    keys.MODEL.MASKX.MLP = "none"
+    # True: the mask branch trains on ground-truth boxes instead of the sampled proposals (found
+    # to help classes without masks by Deep-MAC, Birodkar et al., ICCV 2021).
+    keys.MODEL.MASKX.GT_BOXES_ONLY = False
+    # Multiplier of the mask loss; 1 in the paper.
+    keys.MODEL.MASKX.LOSS_WEIGHT = 1.0
+
+    # The weight transfer function T of Eq. 1; used by the predictor "transfer" only.
+    keys.MODEL.MASKX.TRANSFER = CN()
+    # What describes a class, w_det: "cls" (classifier row), "box" (box regressor row), "cls+box"
+    # (both), "vectors" (fixed vectors from a file) or "randn" (fixed random vectors).
+    keys.MODEL.MASKX.TRANSFER.INPUTS = "cls+box"
+    # Number of fully connected layers of T: 1, 2 or 3.
+    keys.MODEL.MASKX.TRANSFER.LAYERS = 2
+    # Between the layers of T: "leaky_relu" (slope 0.1) or "relu".
+    keys.MODEL.MASKX.TRANSFER.ACTIVATION = "leaky_relu"
+    # True: the mask loss does not reach the box predictor through T (section 3.1).
+    keys.MODEL.MASKX.TRANSFER.STOP_GRADIENT = True
+    # File for INPUTS "vectors"; see maskx.data.word_vectors.load_class_vectors.
+    keys.MODEL.MASKX.TRANSFER.VECTORS = ""
+
+    keys.DATASETS = CN()
+    keys.DATASETS.MASKX = CN()
+    # Which categories have masks (A); the masks of all others (B) are withheld in training. A
+    # name of maskx.supervision.split_names(), or a file; see maskx.supervision.resolve_split.
+    keys.DATASETS.MASKX.SPLIT = "all"
+    # COCO-format data sets to register before training: [[name, json_file, image_root], ...].
+    keys.DATASETS.MASKX.REGISTER = []
+    # True: a bad box or mask in a data set of REGISTER is an error. False: it is left out and
+    # counted; a bad mask leaves its box.
+    keys.DATASETS.MASKX.STRICT = True
+    return keys
+
+
+def _add_missing(node: CN, defaults: CN) -> None:
+    for key, value in defaults.items():
+        if key not in node:
+            node[key] = value
+        elif isinstance(value, CN):
+            _add_missing(node[key], value)

@@ -1,0 +1,173 @@
+"""RoI heads of Detectron2 with a mask branch that learns from partial supervision."""
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import ImageList, Instances
+from torch import Tensor
+
+from maskx.detectron2.mask_head import MaskXMaskHead
+from maskx.modeling.weight_transfer import (
+    DETECTOR_INPUTS,
+    DetectorWeights,
+    class_agnostic_box_message,
+    detector_weights,
+)
+
+__all__ = ["MaskXROIHeads"]
+
+
+@ROI_HEADS_REGISTRY.register()
+class MaskXROIHeads(StandardROIHeads):
+    """Detectron2's RoI heads with the mask branch of Mask^X R-CNN.
+
+    The box branch is Detectron2's own. Its mask branch stays off (``mask_on`` is False); here only
+    RoIs that have a mask are pooled and enter the branch in training, and only the logits of the
+    class that a RoI needs are computed.
+
+    Args:
+        mask_in_features: names of the feature maps that the mask branch pools from.
+        mask_pooler: pools (R, C, P, P) features.
+        mask_head: the mask head.
+        gt_boxes_only: train the mask branch on the ground-truth boxes instead of the sampled
+            proposals.
+        **kwargs: arguments of :class:`StandardROIHeads`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        mask_in_features: list[str],
+        mask_pooler: ROIPooler,
+        mask_head: MaskXMaskHead,
+        gt_boxes_only: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.mask_in_features = mask_in_features
+        self.mask_pooler = mask_pooler
+        self.mask_head = mask_head
+        self.gt_boxes_only = gt_boxes_only
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """Read the arguments from a configuration.
+
+        Raises:
+            ValueError: two keys do not go together; the message names them and the remedy.
+        """
+        _check_config(cfg)
+        ret = super().from_config(cfg, input_shape)
+        if not isinstance(ret["mask_head"], MaskXMaskHead):
+            raise ValueError(
+                f"MODEL.ROI_MASK_HEAD.NAME is '{cfg.MODEL.ROI_MASK_HEAD.NAME}', but MaskXROIHeads "
+                "needs MaskXMaskHead or a subclass of it. Set MODEL.ROI_MASK_HEAD.NAME "
+                "MaskXMaskHead."
+            )
+        ret["gt_boxes_only"] = cfg.MODEL.MASKX.GT_BOXES_ONLY
+        return ret
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """Run the box branch, then the mask branch.
+
+        Args:
+            images: see :meth:`StandardROIHeads.forward`.
+            features: feature maps by name.
+            proposals: one per image, with ``proposal_boxes`` and ``objectness_logits``.
+            targets: in training, one per image, with ``gt_boxes``, ``gt_classes`` and, where
+                there are masks, ``gt_masks`` and ``gt_has_mask`` (bool); a mask counts only where
+                ``gt_has_mask`` is true.
+
+        Returns:
+            In training the sampled proposals and the losses, at inference the detections, which
+            then have ``pred_masks``, and no loss.
+        """
+        if self.training:
+            _check_targets(targets or [])  # the base class refuses None
+        # At inference the base class calls forward_with_given_boxes, which adds the masks.
+        instances, losses = super().forward(images, features, proposals, targets)
+        if self.training:
+            losses.update(self._mask_losses(features, instances, targets))
+        return instances, losses
+
+    def forward_with_given_boxes(
+        self, features: dict[str, Tensor], instances: list[Instances]
+    ) -> list[Instances]:
+        """Predict what belongs to given boxes; see :meth:`StandardROIHeads`."""
+        instances = super().forward_with_given_boxes(features, instances)
+        boxes = [x.pred_boxes for x in instances]
+        pooled = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
+        return self.mask_head(pooled, instances, self.detector_weights())
+
+    def detector_weights(self) -> DetectorWeights:
+        """Foreground rows of the live box predictor; background is the last row in Detectron2."""
+        predictor = self.box_predictor
+        return detector_weights(
+            predictor.cls_score.weight, predictor.bbox_pred.weight, background_row=-1
+        )
+
+    def _mask_losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances],
+    ) -> dict[str, Tensor]:
+        if self.gt_boxes_only:
+            proposals = [_as_proposals(x) for x in targets]
+        # Box-only RoIs are left out before pooling, so that they cost nothing.
+        rois = [self._with_masks(x) for x in proposals]
+        boxes = [x.proposal_boxes for x in rois]
+        pooled = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
+        return self.mask_head(pooled, rois, self.detector_weights())
+
+    def _with_masks(self, proposals: Instances) -> Instances:
+        """Select the foreground proposals that have a mask."""
+        # Proposals of an image without annotations have no gt_* but gt_classes; none has a mask.
+        if not proposals.has("gt_has_mask"):
+            return proposals[:0]
+        classes = proposals.gt_classes
+        foreground = (classes >= 0) & (classes != self.num_classes)
+        return proposals[foreground & proposals.gt_has_mask]
+
+
+def _as_proposals(targets: Instances) -> Instances:
+    return Instances(targets.image_size, **targets.get_fields(), proposal_boxes=targets.gt_boxes)
+
+
+def _check_targets(targets: list[Instances]) -> None:
+    for image, instances in enumerate(targets):
+        if instances.has("gt_masks") and not instances.has("gt_has_mask"):
+            raise ValueError(
+                f"Image {image} of the batch has gt_masks but no gt_has_mask. Without it masks "
+                "that are to be withheld, or do not exist, would train the model. Build the "
+                "training loader with maskx.detectron2.MaskXDatasetMapper (as "
+                "maskx.detectron2.Trainer does), or set gt_has_mask, a bool per instance."
+            )
+
+
+def _check_config(cfg: CfgNode) -> None:
+    if "MASKX" not in cfg.MODEL:
+        raise ValueError(
+            "The configuration has no MODEL.MASKX. Call maskx.detectron2.add_maskx_config(cfg) "
+            "after get_cfg() and before merging a file, or take maskx.detectron2.get_cfg()."
+        )
+    if not cfg.MODEL.MASK_ON:
+        raise ValueError(
+            "MODEL.MASK_ON is False, but MaskXROIHeads has a mask branch. Set MODEL.MASK_ON True, "
+            "or MODEL.ROI_HEADS.NAME StandardROIHeads for a detector without masks."
+        )
+    maskx = cfg.MODEL.MASKX
+    inputs = maskx.TRANSFER.INPUTS
+    needs_box = maskx.PREDICTOR == "transfer" and inputs in DETECTOR_INPUTS and inputs != "cls"
+    if needs_box and cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+        raise ValueError(class_agnostic_box_message(inputs))

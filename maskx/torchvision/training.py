@@ -1,0 +1,236 @@
+"""One training loop for every system on the embedded host: deterministic, resumable."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+    ParamScheduler,
+)
+from torch import nn
+from tqdm import tqdm
+
+from maskx.torchvision.data import step_seed
+
+CHECKPOINT_NAME = "checkpoint.pth"
+
+# Reading a loss waits for the device, so losses are read only this often.
+_LOG_EVERY = 20
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What a run is defined by; a resumed run must have the same settings.
+
+    Attributes:
+        iterations: number of steps.
+        batch_size: images per step.
+        learning_rate: peak of the schedule, for AdamW.
+        weight_decay: for weights of convolutions and linear layers; not for biases and norms.
+        warmup_fraction: share of the steps in which the learning rate rises linearly; then it
+            falls to 0 as a cosine.
+        seed: of initial weights, data order and sampling.
+        checkpoint_every: steps between checkpoints.
+    """
+
+    iterations: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 1e-4
+    warmup_fraction: float = 0.05
+    seed: int = 0
+    checkpoint_every: int = 100
+
+    def schedule(self) -> ParamScheduler:
+        """Learning rate by the share of the run that is done, in [0, 1]."""
+        return CompositeParamScheduler(
+            [
+                LinearParamScheduler(0.01 * self.learning_rate, self.learning_rate),
+                CosineParamScheduler(self.learning_rate, 0.0),
+            ],
+            lengths=[self.warmup_fraction, 1 - self.warmup_fraction],
+            interval_scaling=["rescaled", "rescaled"],
+        )
+
+
+def select_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu`` or ``cuda`` into a device.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"Device '{name}' was asked for, but PyTorch finds no GPU here. Use 'cpu' or 'auto', "
+            "or install a PyTorch build that fits the GPU driver."
+        )
+    return torch.device(name)
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[[int, int], Iterable[list[dict]]],
+    settings: TrainingSettings,
+    *,
+    output_dir: Path,
+    resume: bool = False,
+    device: torch.device | str = "cpu",
+    description: str = "training",
+) -> list[dict[str, float]]:
+    """Train a model whose forward maps a list of samples to a dictionary of losses.
+
+    Interrupt it at any point, by the keyboard or by force: a run that is resumed from its last
+    checkpoint ends, on a CPU, with exactly the weights of a run that was not interrupted. All
+    randomness of a step, in the model and in its data, comes from the seed and the number of the
+    step. On a GPU the step runs in mixed precision.
+
+    Args:
+        model: the network, on any device; it is moved to ``device``.
+        batches: makes the batches of the steps ``start`` to ``stop``.
+        settings: what the run is defined by.
+        output_dir: where the checkpoint is written.
+        resume: go on from the checkpoint in ``output_dir`` if there is one.
+        device: where to train.
+        description: label of the progress bar.
+
+    Returns:
+        The losses every 20 steps and at the last: ``iteration``, each loss and their ``total``.
+
+    Raises:
+        ValueError: the checkpoint belongs to a run with other settings or to another model.
+        FloatingPointError: a loss is not finite.
+    """
+    device = torch.device(device)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, settings.weight_decay), lr=settings.learning_rate
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+    checkpoint = output_dir / CHECKPOINT_NAME
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    start, history = 0, []
+    if resume and checkpoint.is_file():
+        start, history = _load_checkpoint(checkpoint, state, settings, device)
+
+    schedule = settings.schedule()
+    progress = tqdm(total=settings.iterations, initial=start, desc=description, unit="it")
+    with progress:
+        for iteration, batch in enumerate(batches(start, settings.iterations), start):
+            torch.manual_seed(step_seed(settings.seed, iteration))
+            for group in optimizer.param_groups:
+                group["lr"] = schedule(iteration / settings.iterations)
+            with torch.autocast(device.type, enabled=device.type == "cuda"):
+                losses = model(batch)
+                total = sum(losses.values())
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(total).backward()
+            scaler.unscale_(optimizer)
+            # Scenes without a good match give rare steps whose gradient is 100 times the usual.
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm=10.0)
+            scaler.step(optimizer)
+            scaler.update()
+
+            done = iteration + 1
+            progress.update()
+            if iteration % _LOG_EVERY == 0 or done == settings.iterations:
+                history.append(_read_losses(iteration, losses, total))
+                shown = {k.removeprefix("loss_"): v for k, v in history[-1].items()}
+                del shown["iteration"]
+                progress.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
+            if done % settings.checkpoint_every == 0 or done == settings.iterations:
+                _save_checkpoint(checkpoint, state, settings, done, history)
+    return history
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Load the weights of a finished or running training for inference.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint of this loop, or of another model.
+    """
+    model.eval()
+    _load_model(model, _read_checkpoint(checkpoint, "cpu")["model"], checkpoint)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    learned = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in learned if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _read_losses(iteration: int, losses: dict, total: torch.Tensor) -> dict[str, float]:
+    names = [*losses, "total"]
+    values = torch.stack([*losses.values(), total]).detach().float().cpu().tolist()
+    row = dict(zip(names, values, strict=True))
+    if not all(abs(v) < float("inf") for v in values):
+        raise FloatingPointError(
+            f"Losses at iteration {iteration} are not finite: {row}. Lower the learning rate, or "
+            "look at the images of that step."
+        )
+    return {"iteration": iteration, **row}
+
+
+def _save_checkpoint(
+    path: Path, state: dict, settings: TrainingSettings, iteration: int, history: list
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and moved over, so that no interruption leaves half a checkpoint.
+    temporary = path.with_suffix(".tmp")
+    content = {name: part.state_dict() for name, part in state.items()}
+    content |= {
+        "settings": dataclasses.asdict(settings),
+        "iteration": iteration,
+        "history": history,
+    }
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def _load_checkpoint(
+    path: Path, state: dict, settings: TrainingSettings, device: torch.device
+) -> tuple[int, list]:
+    content = _read_checkpoint(path, device)
+    for key, value in dataclasses.asdict(settings).items():
+        found = content["settings"].get(key)
+        # How often checkpoints are written does not change what is learned.
+        if found != value and key != "checkpoint_every":
+            raise ValueError(
+                f"'{path}' was made with {key} {found}, but this run has {key} {value}. Resume "
+                "with the same settings, or start anew without resuming."
+            )
+    _load_model(state["model"], content["model"], path)
+    state["optimizer"].load_state_dict(content["optimizer"])
+    state["scaler"].load_state_dict(content["scaler"])
+    return content["iteration"], content["history"]
+
+
+def _read_checkpoint(path: Path, device: torch.device | str) -> dict:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no checkpoint '{path}'. Train first, or correct it.")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        if not {"model", "settings", "iteration"} <= set(content):
+            raise KeyError("model, settings, iteration")
+    except Exception as error:
+        raise ValueError(
+            f"'{path}' is no checkpoint of maskx's training loop, or is damaged: {error}"
+        ) from error
+    return content
+
+
+def _load_model(model: nn.Module, weights: dict, path: Path) -> None:
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"'{path}' does not fit this model. {error}") from error
