@@ -59,20 +59,8 @@ GENERATOR_VERSION = 1
 
 _T = TypeVar("_T")
 
-COLOR_NAMES = (
-    "red",
-    "orange",
-    "yellow",
-    "lime",
-    "green",
-    "mint",
-    "cyan",
-    "azure",
-    "blue",
-    "violet",
-    "magenta",
-    "rose",
-)
+# Hue in degrees of each colour.
+COLORS = {"red": 0, "yellow": 52, "green": 130, "blue": 220}
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,7 @@ class ThingCategory:
         family: shape family, the `supercategory` of the JSON.
         outline: shape in object coordinates.
         max_tilt: largest rotation to either side in degrees.
-        hue: centre of the hue range in degrees.
+        color: one of `COLORS`.
         vivid: bright with dark texture; otherwise dark with light texture.
         texture: the texture of most objects.
     """
@@ -93,7 +81,7 @@ class ThingCategory:
     family: str
     outline: Outline
     max_tilt: float
-    hue: float
+    color: str
     vivid: bool
     texture: str
 
@@ -192,23 +180,33 @@ _SHAPES: tuple[tuple[str, str, Outline, float], ...] = (
 )
 
 _ROUND = 16  # one pair of each of the eight families
-_HUE_STEP = 360 / _ROUND
-_HUE_SPREAD = 9.0  # less than half a step: categories of one round never share a hue
+_HUE_SPREAD = 14.0  # degrees to either side; the closest two colours are 52 apart
 
 
-def _thing_category(index: int, shape: tuple[str, str, Outline, float]) -> ThingCategory:
-    # Stepping by 7 (coprime to 16) gives the two of a pair nearly opposite hues. The second round
-    # is shifted, so that a hue never returns within a family, and dark where the first is vivid.
-    hue_slot = (7 * index + 5 * (index // _ROUND)) % _ROUND
+def _thing_category(index: int) -> ThingCategory:
+    """Category of a place in the table: a shape in a colour.
+
+    Every round of shapes stands in the table twice, in other colours and with the two of a pair
+    swapped. So each shape and each colour is seen with masks (even places) and without (odd
+    places), but no shape in the same colour. The two of a pair never have the same colour.
+    """
+    block, place = divmod(index, _ROUND)
+    shape_round, version = divmod(block, 2)
+    pair, side = divmod(place, 2)
+    name, family, outline, max_tilt = _SHAPES[shape_round * _ROUND + 2 * pair + (side ^ version)]
+    color = tuple(COLORS)[(pair + side + 2 * version) % len(COLORS)]
     return ThingCategory(
-        *shape,
-        hue=_HUE_STEP * hue_slot,
-        vivid=index < _ROUND,
+        f"{color} {name}",
+        family,
+        outline,
+        max_tilt,
+        color=color,
+        vivid=shape_round == 0,
         texture=TEXTURE_NAMES[index % len(TEXTURE_NAMES)],
     )
 
 
-THING_CATEGORIES = tuple(_thing_category(i, shape) for i, shape in enumerate(_SHAPES))
+THING_CATEGORIES = tuple(_thing_category(index) for index in range(2 * len(_SHAPES)))
 
 STUFF_CATEGORIES = (
     StuffCategory("sky", (168, 198, 222), 0.05, (14, 30), 45),
@@ -219,8 +217,8 @@ STUFF_CATEGORIES = (
 )
 
 _MIN_SIZE, _MAX_SIZE = 64, 4096  # tested up to 512
-_MIN_INSTANCES, _MAX_INSTANCES = 2, 6
-_MIN_SCALE, _MAX_SCALE = 0.15, 0.6  # object side over the shorter image side
+_MIN_INSTANCES, _MAX_INSTANCES = 2, 5
+_MIN_SCALE, _MAX_SCALE = 0.2, 0.6  # object side over the shorter image side
 _MIN_VISIBLE_SHARE, _MIN_VISIBLE_PIXELS = 0.3, 30
 _POSES_PER_OBJECT = 8
 _CROWDING = 0.35  # share of objects placed on purpose where another one is
@@ -234,7 +232,7 @@ class SceneInstance:
     Attributes:
         class_index: index into `THING_CATEGORIES`.
         mask: (H, W) bool, the visible part; masks of one scene are disjoint.
-        attributes: `color` (one of `COLOR_NAMES`) and `texture` (one of `TEXTURE_NAMES`).
+        attributes: `color` (one of `COLORS`) and `texture` (one of `TEXTURE_NAMES`).
     """
 
     class_index: int
@@ -538,7 +536,7 @@ def _paint(
     random: np.random.RandomState,
 ) -> dict[str, str]:
     """Colours one part of an object in `image` and returns its attributes."""
-    hue = (category.hue + _uniform(random, -_HUE_SPREAD, _HUE_SPREAD)) % 360
+    hue = (COLORS[category.color] + _uniform(random, -_HUE_SPREAD, _HUE_SPREAD)) % 360
     saturation = _uniform(random, 0.75, 1)
     value = _uniform(random, 0.8, 1) if category.vivid else _uniform(random, 0.35, 0.55)
     color = _hsv(hue, saturation, value)
@@ -557,18 +555,12 @@ def _paint(
         random,
     )
     image[patch.window][mask] = color + depth[:, None] * (accent - color)
-    return {"color": _color_name(hue), "texture": texture}
+    return {"color": category.color, "texture": texture}
 
 
 def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
     """RGB in [0, 255]; `hue` in degrees, the others in [0, 1]."""
     return 255 * np.array(colorsys.hsv_to_rgb(hue / 360, saturation, value))
-
-
-def _color_name(hue: float) -> str:
-    """Name of a hue in degrees, [0, 360)."""
-    step = 360 / len(COLOR_NAMES)
-    return COLOR_NAMES[int((hue + step / 2) // step) % len(COLOR_NAMES)]
 
 
 def _photograph(image: np.ndarray, random: np.random.RandomState) -> np.ndarray:
@@ -591,7 +583,7 @@ def generate_scenes(
     *,
     count: int,
     size: int | tuple[int, int],
-    num_categories: int = _ROUND,
+    num_categories: int = 2 * _ROUND,
     seed: int,
     progress: bool = False,
 ) -> Path:

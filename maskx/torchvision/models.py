@@ -99,6 +99,7 @@ def maskx_rcnn_resnet_fpn(
     model = FasterRCNN(
         features, num_classes, min_size=min_size, max_size=max_size, **(detector or {})
     )
+    _init_box_predictor(model)
     return add_mask_branch(model, **mask_branch)
 
 
@@ -141,4 +142,18 @@ def maskx_rcnn_small(
         box_batch_size_per_image=64,
         box_detections_per_img=50,
     )
+    _init_box_predictor(model)
     return add_mask_branch(model, **({"channels": 64, "num_convs": 3} | mask_branch))
+
+
+def _init_box_predictor(detector: FasterRCNN) -> None:
+    """Initialise the box predictor as Faster R-CNN does, with small weights.
+
+    Torchvision leaves PyTorch's default, whose random rows stay larger than what training adds to
+    them. Weight transfer reads these rows: with the default it learns each class by its noise, and
+    the masks of categories without masks come out empty.
+    """
+    predictor = detector.roi_heads.box_predictor
+    for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)

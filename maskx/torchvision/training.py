@@ -110,8 +110,8 @@ def train(
     """
     device = torch.device(device)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, settings.weight_decay), lr=settings.learning_rate
+    optimizer = torch.optim.SGD(
+        _parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, momentum=0.9
     )
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
     checkpoint = output_dir / CHECKPOINT_NAME

@@ -84,12 +84,7 @@ class MaskXDatasetMapper(DatasetMapper):
         """Replace ``annotations`` by ``instances``; hook of :class:`DatasetMapper`."""
         annotations = [a for a in dataset_dict.pop("annotations") if a.get("iscrowd", 0) == 0]
         # Withheld masks leave first, so that nothing below can depend on them.
-        segmentations = [
-            segmentation if self._may_use_mask(annotation) else None
-            for annotation, segmentation in (
-                (annotation, annotation.pop("segmentation", None)) for annotation in annotations
-            )
-        ]
+        segmentations = [self._take_segmentation(annotation) for annotation in annotations]
         for annotation in annotations:
             if not self.use_keypoint:
                 annotation.pop("keypoints", None)
@@ -101,71 +96,84 @@ class MaskXDatasetMapper(DatasetMapper):
             )
         instances = utils.annotations_to_instances(annotations, image_shape)
         if self.use_instance_mask:
-            masks = [
-                self._transform_mask(segmentation, transforms, image_shape, annotation, dataset_dict)
-                for segmentation, annotation in zip(segmentations, annotations, strict=True)
-            ]
+            masks = []
+            for segmentation, annotation in zip(segmentations, annotations, strict=True):
+                try:
+                    masks.append(
+                        _transform_mask(segmentation, transforms, dataset_dict, image_shape)
+                    )
+                except AnnotationProblem as problem:
+                    masks.append(None)
+                    self._count_lost(problem, annotation, dataset_dict)
             instances.gt_has_mask = torch.tensor([m is not None for m in masks], dtype=torch.bool)
             instances.gt_masks = _collect_masks(masks, image_shape, self.instance_mask_format)
             if self.recompute_boxes:
                 _tighten_boxes(instances)
         dataset_dict["instances"] = utils.filter_empty_instances(instances, by_mask=False)
 
-    def _may_use_mask(self, annotation: dict[str, Any]) -> bool:
-        return (
-            self.classes_with_masks is None or annotation["category_id"] in self.classes_with_masks
-        )
-
-    def _transform_mask(
-        self,
-        segmentation: Any,
-        transforms: T.TransformList,
-        image_shape: tuple[int, int],
-        annotation: dict[str, Any],
-        record: dict[str, Any],
-    ) -> list[np.ndarray] | np.ndarray | None:
-        """Transform the mask of an annotation.
-
-        Returns:
-            Polygons, each (2 * points,), or a bitmap, (H, W) bool, both in pixels of the
-            transformed image; None if there is no mask, or none that can be used.
-        """
-        height, width = record["height"], record["width"]
-        try:
-            mask = _read_mask(segmentation, height, width)
-        except AnnotationProblem as problem:
-            self._count_lost(problem.kind, f"its mask cannot be used: {problem}", annotation, record)
-            return None
-        if mask is None:
-            return None
-        cropped = any(isinstance(t, T.CropTransform) for t in transforms.transforms)
-        if isinstance(mask, list) and cropped:
-            # Cropping polygons would need the package shapely.
-            mask = decode_segmentation(mask, height, width)
-        if isinstance(mask, list):
-            polygons = [np.asarray(p, dtype=np.float64).reshape(-1, 2) for p in mask]
-            mask = [p.reshape(-1) for p in transforms.apply_polygons(polygons)]
-            lost = not _any_inside(mask, image_shape)
-        else:
-            # Some transforms pad with 255, Detectron2's "ignore" of semantic segmentation.
-            mask = transforms.apply_segmentation(mask.astype(np.uint8)) == 1
-            lost = not mask.any()
-        if lost:
-            self._count_lost("left_image", "its mask left the image", annotation, record)
-            return None
-        return mask
+    def _take_segmentation(self, annotation: dict[str, Any]) -> Any:
+        """Remove the mask from an annotation and return it, or None if it is to be withheld."""
+        segmentation = annotation.pop("segmentation", None)
+        if self.classes_with_masks is None or annotation["category_id"] in self.classes_with_masks:
+            return segmentation
+        return None
 
     def _count_lost(
-        self, kind: str, reason: str, annotation: dict[str, Any], record: dict[str, Any]
+        self, problem: AnnotationProblem, annotation: dict[str, Any], record: dict[str, Any]
     ) -> None:
-        self.lost_masks[kind] += 1
-        if self.lost_masks[kind] == 1:
+        self.lost_masks[problem.kind] += 1
+        if self.lost_masks[problem.kind] == 1:
             logger.warning(
-                "Annotation %s of image %s (%s) keeps only its box: %s. Others of this kind are "
-                "counted, but not logged.",
-                *(annotation.get("id", "(no id)"), record.get("image_id", "(no id)")),
-                *(record["file_name"], reason),
+                "Annotation %s of image %s (%s) goes on without its mask: %s. Others of this kind "
+                "(%s) are counted, but not logged.",
+                *(annotation.get("id", "without id"), record.get("image_id", "without id")),
+                *(record["file_name"], problem, problem.kind),
             )
+
+
+def _transform_mask(
+    segmentation: Any,
+    transforms: T.TransformList,
+    record: dict[str, Any],
+    image_shape: tuple[int, int],
+) -> list[np.ndarray] | np.ndarray | None:
+    """Transform the mask of an annotation.
+
+    Args:
+        segmentation: polygons, an RLE dict, an (H, W) array, or None if there is no mask.
+        transforms: what was done to the image.
+        record: with ``height`` and ``width`` of the image as in its file.
+        image_shape: (H, W) of the transformed image.
+
+    Returns:
+        Polygons, each (2 * points,), or an (H, W) bool array, in pixels of the transformed image;
+        None if there is no mask.
+
+    Raises:
+        AnnotationProblem: the mask cannot be used, or lies outside the transformed image.
+    """
+    height, width = record["height"], record["width"]
+    mask = _read_mask(segmentation, height, width)
+    if mask is None:
+        return None
+    if isinstance(mask, list) and any(
+        isinstance(t, T.CropTransform) for t in transforms.transforms
+    ):
+        # Cropping polygons would need the package shapely.
+        mask = decode_segmentation(mask, height, width)
+    if isinstance(mask, list):
+        polygons = [np.asarray(p, dtype=np.float64).reshape(-1, 2) for p in mask]
+        mask = [p.reshape(-1) for p in transforms.apply_polygons(polygons)]
+        inside = _any_inside(mask, image_shape)
+    else:
+        # Some transforms pad with 255, which stands for "ignore" in semantic segmentation.
+        mask = transforms.apply_segmentation(mask.astype(np.uint8)) == 1
+        inside = mask.any()
+    if not inside:
+        raise AnnotationProblem(
+            "left_image", "the augmentations moved it out of the image", "inside"
+        )
+    return mask
 
 
 def _read_mask(segmentation: Any, height: int, width: int) -> list | np.ndarray | None:

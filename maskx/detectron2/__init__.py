@@ -1,0 +1,42 @@
+"""The Detectron2 host: heads in its registries, mapper, evaluator, trainer and configuration.
+
+Importing it registers model components, all named ``MaskX...``, and nothing else; data sets are
+registered by :func:`register_all` and :func:`register_coco`.
+"""
+
+import importlib.util
+
+if importlib.util.find_spec("detectron2") is None:
+    raise ImportError(
+        "maskx.detectron2 needs Detectron2. How to install it: "
+        "https://detectron2.readthedocs.io/en/latest/tutorials/install.html . Everything else in "
+        "maskx works without it."
+    )
+
+from maskx.detectron2.config import add_maskx_config, get_cfg
+from maskx.detectron2.data import (
+    MaskXDatasetMapper,
+    register_all,
+    register_coco,
+    register_from_config,
+)
+from maskx.detectron2.evaluation import MaskXCOCOEvaluator
+from maskx.detectron2.mask_head import MaskXMaskHead
+from maskx.detectron2.roi_heads import MaskXROIHeads
+from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
+
+__all__ = [
+    "MaskXCOCOEvaluator",
+    "MaskXDatasetMapper",
+    "MaskXMaskHead",
+    "MaskXROIHeads",
+    "Trainer",
+    "add_maskx_config",
+    "check_num_gpus",
+    "evaluate",
+    "get_cfg",
+    "register_all",
+    "register_coco",
+    "register_from_config",
+    "setup",
+]

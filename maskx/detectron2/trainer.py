@@ -1,0 +1,177 @@
+"""Training and evaluation with Detectron2's engine: data, evaluator and checks in place."""
+
+import argparse
+import logging
+import os
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+
+from maskx.detectron2.config import get_cfg
+from maskx.detectron2.data import (
+    MaskXDatasetMapper,
+    class_names_of,
+    register_all,
+    register_from_config,
+    split_from_config,
+)
+from maskx.detectron2.evaluation import MaskXCOCOEvaluator
+
+__all__ = ["Trainer", "check_num_gpus", "evaluate", "setup"]
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's trainer with the mapper and the evaluator of maskx.
+
+    Registers the data sets of ``DATASETS.MASKX.REGISTER`` and checks that the configuration and
+    the data sets fit together before anything is built.
+
+    Args:
+        cfg: the configuration.
+
+    Raises:
+        ValueError: something does not fit; the message names the key and the remedy.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        if not logging.getLogger("maskx").isEnabledFor(logging.INFO):  # as the base class does
+            setup_logger(name="maskx")
+        check_config(cfg)
+        super().__init__(cfg)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint of the output folder, or else ``MODEL.WEIGHTS``.
+
+        To resume, the checkpoint must fit as for evaluation: mask heads refuse one with another
+        number of classes in eval mode, whereas for fine-tuning they take what fits.
+        """
+        if resume and self.checkpointer.has_checkpoint():
+            self.model.eval()
+        super().resume_or_load(resume)
+        self.model.train()
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Make the training loader, with :class:`MaskXDatasetMapper`."""
+        return build_detection_train_loader(cfg, mapper=MaskXDatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> MaskXCOCOEvaluator:
+        """Make the evaluator of one data set; it writes to ``OUTPUT_DIR/inference/<name>``."""
+        return MaskXCOCOEvaluator(
+            dataset_name,
+            split=cfg.DATASETS.MASKX.SPLIT,
+            iou_types=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
+            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+        )
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Make the configuration of a run from the arguments of Detectron2's command line.
+
+    Args:
+        args: of ``detectron2.engine.default_argument_parser()``.
+
+    Returns:
+        The frozen configuration. All data sets it names are registered, and it was checked.
+    """
+    if not PathManager.isfile(args.config_file):
+        raise FileNotFoundError(f"--config-file '{args.config_file}': there is no such file.")
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="maskx")
+    default_setup(cfg, args)
+    register_all()
+    check_config(cfg)
+    return cfg
+
+
+def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
+    """Evaluate a trained model on the data sets of ``DATASETS.TEST``.
+
+    Args:
+        cfg: the configuration that the model was trained with.
+        resume: evaluate the last checkpoint of the output folder, if there is one, instead of
+            ``MODEL.WEIGHTS``.
+
+    Returns:
+        What :meth:`DefaultTrainer.test` returns.
+
+    Raises:
+        ValueError: there are no weights, or they are not those of this model.
+    """
+    model = Trainer.build_model(cfg).eval()
+    # Shapes that do not fit are left out before loading, so they are missing as well.
+    missing = []
+    hook = model.register_load_state_dict_post_hook(
+        lambda module, incompatible: missing.extend(incompatible.missing_keys)
+    )
+    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    source = cfg.MODEL.WEIGHTS
+    if resume and checkpointer.has_checkpoint():
+        source = checkpointer.get_checkpoint_file()
+    if not source:
+        raise ValueError(
+            "MODEL.WEIGHTS is empty: there is nothing to evaluate. Add MODEL.WEIGHTS <file>, or "
+            "--resume for the last checkpoint of OUTPUT_DIR."
+        )
+    checkpointer.load(source)
+    hook.remove()
+    if missing:
+        raise ValueError(
+            f"'{source}' lacks {len(missing)} of the model's weights, or holds them in another "
+            f"shape, so random ones would be evaluated: {', '.join(missing[:5])}"
+            f"{' and more' if len(missing) > 5 else ''}. Use the configuration that it was "
+            "trained with, or another checkpoint."
+        )
+    return Trainer.test(cfg, model)
+
+
+def check_num_gpus(num_gpus: int) -> None:
+    """Refuse to start more processes than there are GPUs.
+
+    Args:
+        num_gpus: of the command line; 1 is allowed without a GPU, for ``MODEL.DEVICE cpu``.
+    """
+    available = torch.cuda.device_count()
+    if num_gpus > max(available, 1):
+        raise ValueError(
+            f"--num-gpus {num_gpus} asks for more GPUs than there are ({available}). Use "
+            f"--num-gpus {max(available, 1)}{'' if available else ' MODEL.DEVICE cpu'}."
+        )
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Register the data sets of a configuration and check that all of it fits together.
+
+    Raises:
+        FileNotFoundError: a file that the configuration names is missing.
+        ValueError: something does not fit; the message names the key and the remedy.
+    """
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', but PyTorch sees no GPU here. Set MODEL.DEVICE "
+            "cpu, or check the driver and that PyTorch was built for it."
+        )
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not PathManager.isfile(weights):
+        raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}': there is no such file.")
+    register_from_config(cfg)
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        num_classes = len(class_names_of(name))
+        if num_classes != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            raise ValueError(
+                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but data set "
+                f"'{name}' has {num_classes} classes. Set MODEL.ROI_HEADS.NUM_CLASSES "
+                f"{num_classes}, or choose another data set."
+            )
+    split_from_config(cfg)

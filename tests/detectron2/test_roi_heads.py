@@ -1,0 +1,286 @@
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
+from detectron2.utils.events import EventStorage
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from maskx.detectron2 import MaskXDatasetMapper
+
+KINDS = {
+    "masked": ([True, True, True], [True]),
+    "mixed": ([True, False, False], [False, False]),
+    "box-only": ([False, False], [False]),
+    "one image without objects": ([True, False], []),
+    "no objects": ([], []),
+}
+
+
+def losses_of(model, batch):
+    torch.manual_seed(0)  # proposals are sampled at random
+    with EventStorage():
+        return model(batch)
+
+
+def gradients(loss, parameters):
+    """Gradient norm by name; None where the graph does not reach a parameter."""
+    names = list(parameters)
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {n: None if g is None else g.norm().item() for n, g in zip(names, found, strict=True)}
+
+
+@pytest.mark.parametrize("gt_boxes_only", [False, True])
+@pytest.mark.parametrize("predictor", ["transfer", "class_agnostic", "class_specific"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_is_in_the_graph_of_every_batch(
+    make_model, make_sample, kind, predictor, gt_boxes_only
+):
+    model = make_model(
+        *("MODEL.MASKX.PREDICTOR", predictor, "MODEL.MASKX.GT_BOXES_ONLY", gt_boxes_only)
+    )
+    losses = losses_of(model, [make_sample(has_mask) for has_mask in KINDS[kind]])
+
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    norms = gradients(sum(losses.values()), trained)
+    assert all(norm is not None and np.isfinite(norm) for norm in norms.values()), norms
+    mask_norms = [norm for name, norm in norms.items() if "mask_head" in name]
+    if any(map(any, KINDS[kind])):
+        assert losses["loss_mask"] > 0
+        assert all(norm > 0 for norm in mask_norms)
+    else:
+        assert losses["loss_mask"] == 0
+        assert not any(mask_norms)
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+@pytest.mark.parametrize("kind", ["masked", "box-only", "no objects"])
+def test_what_the_mask_loss_reaches(make_model, make_sample, kind, stop_gradient):
+    model = make_model("MODEL.MASKX.TRANSFER.STOP_GRADIENT", stop_gradient)
+    losses = losses_of(model, [make_sample(has_mask) for has_mask in KINDS[kind]])
+
+    norms = gradients(losses["loss_mask"], dict(model.named_parameters()))
+    detector = [n for name, n in norms.items() if "box_predictor" in name and "weight" in name]
+    backbone = [n for name, n in norms.items() if name.startswith("backbone.fpn_output2")]
+    elsewhere = [n for name, n in norms.items() if "proposal_gen" in name or "box_head" in name]
+    assert len(detector) == 2
+    assert not any(elsewhere)
+    if kind == "masked":
+        assert all(backbone)
+        assert not any(detector) if stop_gradient else all(detector)
+    else:
+        assert not any([*backbone, *detector])
+
+
+@pytest.mark.parametrize("gt_boxes_only", [False, True])
+def test_only_boxes_with_a_mask_are_pooled(make_model, make_sample, gt_boxes_only):
+    model = make_model("MODEL.MASKX.GT_BOXES_ONLY", gt_boxes_only)
+    batch = [make_sample([True, False, True]), make_sample([False]), make_sample([])]
+    pooled = []
+    model.roi_heads.mask_pooler.register_forward_hook(
+        lambda _, inputs, __: pooled.append(inputs[1])
+    )
+    torch.manual_seed(0)
+    with EventStorage() as storage:
+        model(batch)
+        assert storage.latest()["maskx/num_mask_rois"][0] == sum(map(len, pooled[0]))
+    first, *others = pooled[0]
+    assert len(first) > 0
+    assert not any(map(len, others))
+    masked = batch[0]["instances"].gt_boxes[batch[0]["instances"].gt_has_mask]
+    if gt_boxes_only:
+        assert torch.equal(first.tensor, masked.tensor)
+    else:
+        assert (pairwise_iou(first, masked).max(dim=1).values >= 0.5).all()
+
+
+def test_masks_without_a_flag_are_refused(make_model, make_sample):
+    sample = make_sample([True, True])
+    sample["instances"].remove("gt_has_mask")
+    with pytest.raises(ValueError, match=r"Image 1 .* gt_masks but no gt_has_mask.*MaskXDatasetM"):
+        losses_of(make_model(), [make_sample([True]), sample])
+
+
+def test_samples_of_a_mapper_that_knows_no_masks_train_the_boxes(make_model, make_sample):
+    sample = make_sample([True, True])
+    for field in ("gt_has_mask", "gt_masks"):
+        sample["instances"].remove(field)
+    losses = losses_of(make_model(), [sample])
+    assert losses["loss_mask"] == 0
+    assert losses["loss_box_reg"] > 0
+
+
+def test_masks_follow_the_detector_weights(make_model, make_sample):
+    model = make_model().eval()
+    sample = make_sample([])
+    given_boxes = Instances((64, 64), pred_boxes=Boxes([[5.0, 5, 40, 50]]))
+    given_boxes.pred_classes = torch.tensor([2])
+
+    def masks():
+        with torch.no_grad():
+            results = model.inference([sample], [given_boxes], do_postprocess=False)
+        return results[0].pred_masks
+
+    before = masks()
+    assert torch.equal(masks(), before)
+    predictor = model.roi_heads.box_predictor
+    with torch.no_grad():
+        predictor.bbox_pred.weight[4 * 3 : 4 * 4] += 1  # rows of class 3
+        predictor.cls_score.weight[-1] += 1  # background
+        assert torch.equal(masks(), before)
+        predictor.bbox_pred.weight[4 * 2] += 1
+    after = masks()
+    assert not torch.allclose(after, before)
+    model.load_state_dict(
+        {k: v + 0.1 if "cls_score" in k else v for k, v in model.state_dict().items()}
+    )
+    assert not torch.allclose(masks(), after)
+
+
+def test_detections_have_masks(make_model, make_sample):
+    model = make_model().eval()
+    with torch.no_grad():
+        (result,) = model([make_sample([]) | {"height": 32, "width": 48}])
+    instances = result["instances"]
+    assert 0 < len(instances) <= 5
+    assert instances.pred_masks.shape == (len(instances), 32, 48)
+    assert instances.pred_masks.dtype == torch.bool
+
+
+def test_autocast_trains_in_bfloat16(make_model, make_sample):
+    model = make_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = losses_of(model, [make_sample([True, False]), make_sample([True])])
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert model.roi_heads.mask_head.deconv.weight.grad.abs().sum() > 0
+
+
+def test_two_processes_of_which_one_sees_no_mask_stay_equal():
+    """See two_processes.py: neither hangs, and weights are equal after each step."""
+    script = Path(__file__).with_name("two_processes.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), str(port)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=120)
+            assert rank.returncode == 0, errors[-3000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    cv2.imwrite(str(path), np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8))
+    return str(path)
+
+
+def box_polygon(x0, y0, x1, y1):
+    return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+POINTS = st.lists(st.floats(0, 64, width=32), min_size=6, max_size=20).filter(
+    lambda p: len(p) % 2 == 0
+)
+ANY_MASK = st.one_of(
+    st.none(),
+    st.lists(POINTS, min_size=0, max_size=2),
+    st.just([[1.0, 2.0]]),
+    st.just({"size": [64, 64], "counts": [0, 64 * 64]}),
+    st.just({"size": [64, 64], "counts": [2000, 100, 1996]}),
+    st.just(np.eye(64, dtype=np.uint8)),
+)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(masks_of_b=st.tuples(ANY_MASK, ANY_MASK), seed=st.integers(0, 3))
+def test_masks_of_b_change_no_loss_and_no_gradient(
+    make_cfg, make_model, tiny_train, photo, crop, masks_of_b, seed
+):
+    """From the file to the gradients, also where a crop makes boxes from masks."""
+    cfg = make_cfg("INPUT.CROP.ENABLED", crop, "INPUT.CROP.SIZE", [0.7, 0.7])
+    mapper = MaskXDatasetMapper(cfg, is_train=True)
+    assert mapper.classes_with_masks == {0, 2}
+    model = make_model()
+
+    def run(*masks):
+        boxes = [(4, 4, 30, 40), (20, 10, 60, 60), (34, 2, 60, 22), (8, 30, 40, 62)]
+        annotations = [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": k, "segmentation": mask}
+            for k, (box, mask) in enumerate(zip(boxes, masks, strict=True))
+        ]
+        record = {"file_name": photo, "height": 64, "width": 64, "annotations": annotations}
+        np.random.seed(seed)
+        losses = losses_of(model, [mapper(record)])
+        model.zero_grad()
+        sum(losses.values()).backward()
+        return losses, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    of_a = box_polygon(4, 4, 30, 40), box_polygon(34, 2, 50, 22)
+    of_b = box_polygon(20, 10, 60, 60), box_polygon(8, 30, 40, 62)
+    reference = run(of_a[0], of_b[0], of_a[1], of_b[1])
+    assert_same(run(of_a[0], masks_of_b[0], of_a[1], masks_of_b[1]), reference)
+    other_loss = run(box_polygon(4, 4, 17, 40), of_b[0], of_a[1], of_b[1])[0]["loss_mask"]
+    assert other_loss != reference[0]["loss_mask"]
+
+
+def assert_same(first, second):
+    for some, other in zip(first, second, strict=True):
+        assert some.keys() == other.keys()
+        assert all(torch.equal(some[name], other[name]) for name in some)
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True), "CLS_AGNOSTIC_BBOX_REG False"),
+        (("MODEL.MASK_ON", False), "MODEL.MASK_ON is False.*StandardROIHeads"),
+        (
+            ("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+            "MODEL.ROI_MASK_HEAD.NAME is 'MaskRCNNConvUpsampleHead'",
+        ),
+    ],
+)
+def test_bad_configurations_are_named(make_model, opts, words):
+    with pytest.raises(ValueError, match=words):
+        make_model(*opts)
+
+
+def test_class_agnostic_box_regression_goes_with_other_inputs(make_model, make_sample):
+    agnostic = ("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
+    model = make_model(*agnostic, "MODEL.MASKX.TRANSFER.INPUTS", "cls")
+    assert losses_of(model, [make_sample([True])])["loss_mask"] > 0
+    make_model(*agnostic, "MODEL.MASKX.PREDICTOR", "class_agnostic")
+
+
+def test_a_configuration_without_our_keys_is_named():
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ROI_HEADS.NAME = "MaskXROIHeads"
+    with pytest.raises(ValueError, match=r"Call maskx\.detectron2\.add_maskx_config\(cfg\)"):
+        build_model(cfg)

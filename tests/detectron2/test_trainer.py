@@ -1,0 +1,255 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultPredictor, default_argument_parser
+from detectron2.modeling import build_model
+
+from maskx.detectron2 import Trainer, check_num_gpus, evaluate, get_cfg, setup
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def register_opt(scenes):
+    return ("DATASETS.MASKX.REGISTER", [["tiny_train", str(scenes[0]), str(scenes[1])]])
+
+
+@pytest.fixture
+def config_file(make_cfg, register_opt, tmp_path):
+    """A YAML file of a tiny training run, data included."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(make_cfg(*register_opt, file="quick_schedules/maskx_scenes_cpu.yaml").dump())
+    return path
+
+
+def run_tool(*args):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / "tools" / "train_net.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_script_trains_resumes_evaluates_and_the_model_predicts(config_file, tmp_path):
+    output = tmp_path / "output"
+    code, log = run_tool("--config-file", config_file)
+    assert code == 0, log
+    assert "A     " in log.split("Evaluation on A (with masks) and B (without)")[1]
+    assert {p.name for p in output.iterdir()} >= {"config.yaml", "model_final.pth", "log.txt"}
+    results = output / "inference" / "tiny_train" / "coco_instances_results.json"
+    assert json.loads(results.read_text())[0].keys() >= {"bbox", "segmentation"}
+
+    code, log = run_tool("--resume", "--config-file", config_file, "SOLVER.MAX_ITER", 3)
+    assert code == 0, log
+    assert "Starting training from iteration 2" in log
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert {"loss_mask", "maskx/num_mask_rois", "segm_A/AP", "segm_B/APs"} <= set(lines[-1])
+
+    weights = ("MODEL.WEIGHTS", output / "model_final.pth")
+    code, log = run_tool("--eval-only", "--config-file", config_file, *weights)
+    assert code == 0, log
+    assert "copypaste: Task: segm_B" in log
+
+    predict = (
+        "import sys, cv2, detectron2.engine, maskx.detectron2\n"
+        "cfg = maskx.detectron2.get_cfg()\n"
+        "cfg.merge_from_file(sys.argv[1])\n"
+        "cfg.MODEL.WEIGHTS = sys.argv[2]\n"
+        "predict = detectron2.engine.DefaultPredictor(cfg)\n"
+        "instances = predict(cv2.imread(sys.argv[3]))['instances']\n"
+        "print(len(instances), tuple(instances.pred_masks.shape))\n"
+    )
+    image = next(Path(get_registered_root(config_file)).glob("images/*.png"))
+    done = subprocess.run(
+        [sys.executable, "-c", predict, output / "config.yaml", weights[1], image],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "5 (5, 64, 64)"
+
+
+def get_registered_root(config_file):
+    cfg = get_cfg()
+    cfg.merge_from_file(str(config_file))
+    return cfg.DATASETS.MASKX.REGISTER[0][2]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(make_cfg, register_opt):
+    cfg = make_cfg(*register_opt, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.MAX_ITER", 4)
+
+    class Interrupted(Trainer):
+        def before_step(self):
+            super().before_step()
+            if self.iter == 2:
+                raise KeyboardInterrupt
+
+    trainer = Interrupted(cfg)
+    trainer.resume_or_load(resume=False)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    stopped = {n: p.clone() for n, p in trainer.model.state_dict().items()}
+
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    assert trainer.model.training
+    assert all(torch.equal(p, stopped[n]) for n, p in trainer.model.state_dict().items())
+    momentum = next(iter(trainer.optimizer.state.values()))["momentum_buffer"]
+    assert momentum.abs().sum() > 0
+    trainer.train()
+    assert trainer.iter == 4
+
+
+def test_fine_tuning_takes_what_fits_and_resuming_takes_all_or_nothing(make_cfg, register_opt):
+    """For both, the checkpoint is of 3 classes and the data have 4."""
+    cfg = make_cfg(*register_opt)
+    other = make_cfg("MODEL.ROI_HEADS.NUM_CLASSES", 3)
+    checkpointer = DetectionCheckpointer(build_model(other), cfg.OUTPUT_DIR)
+    os.makedirs(cfg.OUTPUT_DIR)
+    checkpointer.save("other")
+    trainer = Trainer(cfg)
+    with pytest.raises(ValueError, match=r"made by another mask head(.|\n)*3 classes"):
+        trainer.resume_or_load(resume=True)
+    cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "other.pth")
+    trainer.resume_or_load(resume=False)
+    assert trainer.model.training
+    loaded = trainer.model.roi_heads.mask_head.predictor.layers[0].weight
+    assert torch.equal(loaded, checkpointer.model.roi_heads.mask_head.predictor.layers[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (("MODEL.MASKX.TRANSFER.LAYERS", 1), r"made by another mask head(.|\n)*1 layer\(s\)"),
+        (("MODEL.ROI_HEADS.NUM_CLASSES", 5), r"made by another mask head(.|\n)*5 classes"),
+        (("MODEL.FPN.OUT_CHANNELS", 8), r"lacks \d+ of the model's weights.*backbone\.fpn"),
+        (("MODEL.RESNETS.DEPTH", 34), r"lacks \d+ of the model's weights.*res"),
+    ],
+)
+def test_weights_of_another_model_are_not_evaluated(make_cfg, tiny_train, tmp_path, opts, words):
+    DetectionCheckpointer(build_model(make_cfg()), str(tmp_path)).save("model")
+    cfg = make_cfg(*opts, "MODEL.WEIGHTS", str(tmp_path / "model.pth"))
+    with pytest.raises(ValueError, match=words):
+        evaluate(cfg)
+    if "mask head" in words:
+        with pytest.raises(ValueError, match="made by another mask head"):
+            DefaultPredictor(cfg)
+
+
+def test_nothing_is_evaluated_without_weights(make_cfg, tiny_train):
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is empty"):
+        evaluate(make_cfg())
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is empty"):
+        evaluate(make_cfg(), resume=True)
+
+
+def test_evaluation_sees_changed_weights(make_cfg, tiny_train, tmp_path):
+    model = build_model(make_cfg())
+    opts = ("MODEL.WEIGHTS", str(tmp_path / "model.pth"), "OUTPUT_DIR", str(tmp_path))
+    cfg = make_cfg(*opts)
+    seen = []
+    for _ in range(2):
+        DetectionCheckpointer(model, str(tmp_path)).save("model")
+        evaluate(cfg)
+        results = tmp_path / "inference" / "tiny_train" / "coco_instances_results.json"
+        seen.append([r["segmentation"]["counts"] for r in json.loads(results.read_text())])
+        with torch.no_grad():
+            model.roi_heads.mask_head.mlp.fc.bias += torch.randn(64)
+    assert seen[0] != seen[1]
+
+
+@pytest.mark.parametrize(
+    ("opts", "error", "words"),
+    [
+        (
+            ("MODEL.ROI_HEADS.NUM_CLASSES", 80),
+            ValueError,
+            r"NUM_CLASSES is 80, but data set 'tiny_train' has 4 classes",
+        ),
+        (
+            ("DATASETS.TEST", ("tiny_tranes",)),
+            ValueError,
+            r"no data set 'tiny_tranes'.*'tiny_train'.*DATASETS\.MASKX\.REGISTER",
+        ),
+        (("DATASETS.TRAIN", ()), ValueError, r"DATASETS\.TRAIN is empty"),
+        (("DATASETS.MASKX.SPLIT", "coco_vox"), FileNotFoundError, r"Did you mean 'coco_voc'"),
+        (("DATASETS.MASKX.SPLIT", "coco_voc"), ValueError, r"'person', which is not among the 4"),
+        (("MODEL.DEVICE", "cuda"), ValueError, r"MODEL\.DEVICE is 'cuda'.*Set MODEL\.DEVICE cpu"),
+        (("MODEL.WEIGHTS", "none.pth"), FileNotFoundError, r"MODEL\.WEIGHTS 'none\.pth'"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_built(
+    make_cfg, register_opt, opts, error, words, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Trainer, "build_model", None)
+    with pytest.raises(error, match=words):
+        Trainer(make_cfg(*register_opt, *opts))
+
+
+def test_a_split_that_leaves_no_masks_is_named(make_cfg, register_opt, tmp_path):
+    (tmp_path / "none.txt").write_text("# nothing\n")
+    with pytest.raises(ValueError, match="leaves no category with masks"):
+        Trainer(make_cfg(*register_opt, "DATASETS.MASKX.SPLIT", str(tmp_path / "none.txt")))
+
+
+def test_too_many_gpus_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    check_num_gpus(1)
+    with pytest.raises(ValueError, match=r"--num-gpus 2 .* \(0\). Use --num-gpus 1 MODEL.DEVICE"):
+        check_num_gpus(2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    check_num_gpus(4)
+    with pytest.raises(ValueError, match=r"Use --num-gpus 4\.$"):
+        check_num_gpus(8)
+
+
+def test_a_missing_config_file_is_named():
+    args = default_argument_parser().parse_args(["--config-file", "none.yaml"])
+    with pytest.raises(FileNotFoundError, match=r"--config-file 'none\.yaml'"):
+        setup(args)
+
+
+def test_three_lines_plug_it_into_a_project(make_cfg, tiny_train, tmp_path):
+    """As the README shows: (1) keys, (2) heads, (3) mapper; everything else is the project's."""
+    from detectron2.config import get_cfg
+    from detectron2.data import build_detection_train_loader
+    from detectron2.engine import DefaultTrainer
+
+    from maskx.detectron2 import MaskXDatasetMapper, add_maskx_config
+
+    class ProjectTrainer(DefaultTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_detection_train_loader(cfg, mapper=MaskXDatasetMapper(cfg))  # (3)
+
+    cfg = get_cfg()
+    add_maskx_config(cfg)  # (1)
+    # A project's own Mask R-CNN configuration, which knows nothing of maskx:
+    project = make_cfg()
+    project.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    project.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    for node in (project.MODEL, project.DATASETS):
+        node.pop("MASKX")
+    (tmp_path / "project.yaml").write_text(project.dump())
+    cfg.merge_from_file(str(tmp_path / "project.yaml"))
+
+    opts = "MODEL.ROI_HEADS.NAME MaskXROIHeads MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead"
+    cfg.merge_from_list([*opts.split(), "DATASETS.MASKX.SPLIT", "scenes_half"])  # (2)
+
+    trainer = ProjectTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert trainer.storage.latest()["loss_mask"][0] > 0

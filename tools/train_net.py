@@ -1,0 +1,41 @@
+#!/usr/bin/env python
+"""Train and evaluate with Detectron2.
+
+Examples:
+    python tools/train_net.py --config-file configs/MaskX/quick_schedules/maskx_scenes_cpu.yaml
+    python tools/train_net.py --num-gpus 8 --config-file \
+        configs/MaskX/voc2nonvoc/clsbox_2_layer_mlp_R_50_FPN_1x.yaml
+    python tools/train_net.py --eval-only --config-file <config> MODEL.WEIGHTS <checkpoint>
+
+The flags are Detectron2's, with KEY VALUE pairs of the configuration at the end.
+"""
+
+import argparse
+from typing import Any
+
+from detectron2.engine import default_argument_parser, launch
+
+from maskx.detectron2 import Trainer, check_num_gpus, evaluate, setup
+
+
+def main(args: argparse.Namespace) -> Any:
+    """Run in each process."""
+    cfg = setup(args)
+    if args.eval_only:
+        return evaluate(cfg, resume=args.resume)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser(epilog=__doc__).parse_args()
+    check_num_gpus(args.num_gpus)
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
