@@ -48,7 +48,7 @@ class CategorySplit:
         overlap = set(self.with_masks) & set(self.without_masks)
         if overlap:
             raise ValueError(
-                f"Category split '{self.name}': {_listed(overlap)} stand both with and without "
+                f"Category split '{self.name}': {_listed(overlap)} stand on both sides, with and without "
                 "masks. Every category belongs to one side; remove it from the other."
             )
         _check_known(self.name, (*self.with_masks, *self.without_masks), self.class_names)

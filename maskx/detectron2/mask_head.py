@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import ROI_MASK_HEAD_REGISTRY, build_box_head
 from detectron2.structures import Instances
@@ -13,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from maskx.data.word_vectors import load_class_vectors
+from maskx.detectron2.data import training_class_names
 from maskx.modeling.mask_head import MaskXHead, mask_loss
 from maskx.modeling.weight_transfer import DETECTOR_INPUTS, DetectorWeights
 
@@ -140,18 +140,11 @@ def _box_predictor_channels(cfg: CfgNode, in_channels: int) -> int:
 
 
 def _class_vectors(cfg: CfgNode) -> Tensor:
+    """Look up the vector of each class by its name in the training data."""
     path = cfg.MODEL.MASKX.TRANSFER.VECTORS
     if not path:
         raise ValueError(
             "MODEL.MASKX.TRANSFER.INPUTS is 'vectors', but MODEL.MASKX.TRANSFER.VECTORS is empty. "
             "Give the path of a file with one vector per class name, or transfer from 'cls+box'."
         )
-    name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else ""
-    class_names = MetadataCatalog.get(name).get("thing_classes") if name else None
-    if not class_names:
-        raise ValueError(
-            f"MODEL.MASKX.TRANSFER.INPUTS is 'vectors', which are looked up by the class names of "
-            f"DATASETS.TRAIN[0], but '{name}' is not registered or has none. Call "
-            "maskx.detectron2.register_all() or register_from_config(cfg) first."
-        )
-    return torch.from_numpy(load_class_vectors(path, class_names))
+    return torch.from_numpy(load_class_vectors(path, training_class_names(cfg)))

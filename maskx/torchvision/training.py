@@ -31,7 +31,7 @@ class TrainingSettings:
     Attributes:
         iterations: number of steps.
         batch_size: images per step.
-        learning_rate: peak of the schedule, for AdamW.
+        learning_rate: peak of the schedule, for SGD with momentum 0.9.
         weight_decay: for weights of convolutions and linear layers; not for biases and norms.
         warmup_fraction: share of the steps in which the learning rate rises linearly; then it
             falls to 0 as a cosine.
@@ -97,7 +97,8 @@ def train(
         batches: makes the batches of the steps ``start`` to ``stop``.
         settings: what the run is defined by.
         output_dir: where the checkpoint is written.
-        resume: go on from the checkpoint in ``output_dir`` if there is one.
+        resume: go on from the checkpoint in ``output_dir`` if there is one. Else such a checkpoint
+            is kept as ``previous_checkpoint.pth``.
         device: where to train.
         description: label of the progress bar.
 
@@ -117,8 +118,11 @@ def train(
     checkpoint = output_dir / CHECKPOINT_NAME
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     start, history = 0, []
-    if resume and checkpoint.is_file():
-        start, history = _load_checkpoint(checkpoint, state, settings, device)
+    if checkpoint.is_file():
+        if resume:
+            start, history = _load_checkpoint(checkpoint, state, settings, device)
+        else:
+            checkpoint.replace(checkpoint.with_name(f"previous_{CHECKPOINT_NAME}"))
 
     schedule = settings.schedule()
     progress = tqdm(total=settings.iterations, initial=start, desc=description, unit="it")

@@ -1,15 +1,10 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from maskx.data.vocabularies import COCO_THING_CLASSES
 from maskx.data.word_vectors import load_class_vectors
-
-SHARED_VECTORS = (
-    Path(__file__).parents[2].parent / "shared" / "data" / "vocab" / "vectors_glove300_coco_80.txt"
-)
 
 
 @pytest.fixture
@@ -71,9 +66,9 @@ def test_missing_files_are_named(tmp_path):
         load_class_vectors(tmp_path / "table.npy", ["cat"])
 
 
-@pytest.mark.skipif(not SHARED_VECTORS.exists(), reason="needs ../shared/data/vocab")
-def test_real_vectors_cover_coco_and_put_like_beside_like():
-    vectors = load_class_vectors(SHARED_VECTORS, COCO_THING_CLASSES)
+def test_real_vectors_cover_coco_and_put_like_beside_like(shared_data):
+    path = shared_data / "vocab" / "vectors_glove300_coco_80.txt"
+    vectors = load_class_vectors(path, COCO_THING_CLASSES)
     assert vectors.shape == (80, 300)
     cat, dog, toaster = (COCO_THING_CLASSES.index(n) for n in ("cat", "dog", "toaster"))
     assert vectors[cat] @ vectors[dog] > vectors[cat] @ vectors[toaster]

@@ -17,8 +17,6 @@ from maskx.detectron2 import (
 )
 from maskx.detectron2.data import class_names_of, datasets, split_from_config
 
-COCO_MINI = Path(__file__).parents[2].parent / "shared" / "data" / "coco_mini"
-
 BAD_POLYGON = {"category_id": 20, "bbox": [5, 5, 20, 20], "segmentation": [[1, 1, 2, 2]]}
 GOOD = {"category_id": 40, "bbox": [1, 2, 30, 20], "segmentation": [[1, 2, 31, 2, 31, 22]]}
 
@@ -149,10 +147,10 @@ def test_data_sets_registered_with_detectron2_work_as_well(write_coco, make_cfg,
     assert instances.gt_has_mask.tolist() == [True, False]
 
 
-@pytest.mark.skipif(not COCO_MINI.exists(), reason="needs ../shared/data/coco_mini")
-def test_real_annotations_keep_every_box(make_cfg):
-    path = COCO_MINI / "annotations" / "instances_val2017.json"
-    register_coco("mini", path, COCO_MINI / "val2017")
+def test_real_annotations_keep_every_box(make_cfg, shared_data):
+    root = shared_data / "coco_mini"
+    path = root / "annotations" / "instances_val2017.json"
+    register_coco("mini", path, root / "val2017")
     records = DatasetCatalog.get("mini")
     annotations = json.loads(path.read_text())["annotations"]
     assert sum(len(r["annotations"]) for r in records) == len(annotations)

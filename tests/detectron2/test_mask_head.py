@@ -154,7 +154,7 @@ def test_word_vectors_are_looked_up_by_class_name(make_cfg, tiny_train, tmp_path
     opts = ("MODEL.MASKX.TRANSFER.INPUTS", "vectors", "MODEL.MASKX.TRANSFER.VECTORS", str(path))
     head = MaskXMaskHead(make_cfg(*opts), SHAPE)
     assert head.predictor.class_vectors.tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
-    with pytest.raises(ValueError, match="'nowhere' is not registered or has none"):
+    with pytest.raises(ValueError, match="no data set 'nowhere'"):
         MaskXMaskHead(make_cfg(*opts, "DATASETS.TRAIN", ("nowhere",)), SHAPE)
 
 

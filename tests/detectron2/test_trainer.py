@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import DefaultPredictor, default_argument_parser
+from detectron2.config import get_cfg as get_detectron2_cfg
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import DefaultPredictor, DefaultTrainer, default_argument_parser
 from detectron2.modeling import build_model
 
+import maskx.detectron2
 from maskx.detectron2 import Trainer, check_num_gpus, evaluate, get_cfg, setup
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +55,8 @@ def test_the_script_trains_resumes_evaluates_and_the_model_predicts(config_file,
     assert code == 0, log
     assert "Starting training from iteration 2" in log
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
-    assert {"loss_mask", "maskx/num_mask_rois", "segm_A/AP", "segm_B/APs"} <= set(lines[-1])
+    logged = {key for line in lines for key in line}
+    assert {"loss_mask", "maskx/num_mask_rois", "segm_A/AP", "segm_B/APs"} <= logged
 
     weights = ("MODEL.WEIGHTS", output / "model_final.pth")
     code, log = run_tool("--eval-only", "--config-file", config_file, *weights)
@@ -119,10 +123,10 @@ def test_fine_tuning_takes_what_fits_and_resuming_takes_all_or_nothing(make_cfg,
     checkpointer = DetectionCheckpointer(build_model(other), cfg.OUTPUT_DIR)
     os.makedirs(cfg.OUTPUT_DIR)
     checkpointer.save("other")
-    trainer = Trainer(cfg)
     with pytest.raises(ValueError, match=r"made by another mask head(.|\n)*3 classes"):
-        trainer.resume_or_load(resume=True)
+        Trainer(cfg).resume_or_load(resume=True)
     cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "other.pth")
+    trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     assert trainer.model.training
     loaded = trainer.model.roi_heads.mask_head.predictor.layers[0].weight
@@ -223,31 +227,26 @@ def test_a_missing_config_file_is_named():
 
 
 def test_three_lines_plug_it_into_a_project(make_cfg, tiny_train, tmp_path):
-    """As the README shows: (1) keys, (2) heads, (3) mapper; everything else is the project's."""
-    from detectron2.config import get_cfg
-    from detectron2.data import build_detection_train_loader
-    from detectron2.engine import DefaultTrainer
-
-    from maskx.detectron2 import MaskXDatasetMapper, add_maskx_config
+    """The lines (1) to (3) are those of the README; all others are the project's own."""
 
     class ProjectTrainer(DefaultTrainer):
         @classmethod
         def build_train_loader(cls, cfg):
-            return build_detection_train_loader(cfg, mapper=MaskXDatasetMapper(cfg))  # (3)
+            mapper = maskx.detectron2.MaskXDatasetMapper(cfg)  # (3)
+            return build_detection_train_loader(cfg, mapper=mapper)
 
-    cfg = get_cfg()
-    add_maskx_config(cfg)  # (1)
-    # A project's own Mask R-CNN configuration, which knows nothing of maskx:
     project = make_cfg()
     project.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     project.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
     for node in (project.MODEL, project.DATASETS):
         node.pop("MASKX")
     (tmp_path / "project.yaml").write_text(project.dump())
-    cfg.merge_from_file(str(tmp_path / "project.yaml"))
 
-    opts = "MODEL.ROI_HEADS.NAME MaskXROIHeads MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead"
-    cfg.merge_from_list([*opts.split(), "DATASETS.MASKX.SPLIT", "scenes_half"])  # (2)
+    cfg = get_detectron2_cfg()
+    cfg.merge_from_file(str(tmp_path / "project.yaml"))
+    maskx.detectron2.add_maskx_config(cfg)  # (1)
+    cfg.MODEL.ROI_HEADS.NAME, cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskXROIHeads", "MaskXMaskHead"  # (2)
+    cfg.DATASETS.MASKX.SPLIT = "scenes_half"  # only where masks are to be withheld
 
     trainer = ProjectTrainer(cfg)
     trainer.resume_or_load(resume=False)

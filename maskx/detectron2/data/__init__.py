@@ -7,6 +7,7 @@ from maskx.detectron2.data.datasets import (
     register_coco,
     register_from_config,
     split_from_config,
+    training_class_names,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "register_coco",
     "register_from_config",
     "split_from_config",
+    "training_class_names",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "register_coco",
     "register_from_config",
     "split_from_config",
+    "training_class_names",
 ]
 
 # The other ids from 1 to 90 are those of the official files, in the order of the class list.
@@ -137,16 +138,25 @@ def class_names_of(dataset_name: str) -> list[str]:
     return metadata.thing_classes
 
 
+def training_class_names(cfg: CfgNode) -> list[str]:
+    """Return the class list of the (first) data set of ``DATASETS.TRAIN``.
+
+    Raises:
+        ValueError: there is none, it is not registered, or it has no class list.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty. Name at least one registered data set.")
+    return class_names_of(cfg.DATASETS.TRAIN[0])
+
+
 def split_from_config(cfg: CfgNode) -> CategorySplit:
     """Resolve ``DATASETS.MASKX.SPLIT`` by the class list of the training data.
 
     Raises:
         FileNotFoundError: the split is neither a known name nor a file.
-        ValueError: it does not fit the class list, or there is no training data.
+        ValueError: it does not fit the class list, or there is no class list.
     """
-    if not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty. Name at least one registered data set.")
-    return resolve_split(cfg.DATASETS.MASKX.SPLIT, class_names_of(cfg.DATASETS.TRAIN[0]))
+    return resolve_split(cfg.DATASETS.MASKX.SPLIT, training_class_names(cfg))
 
 
 def _register(

@@ -1,0 +1,274 @@
+"""Train, evaluate and look at a system on generated scenes, or on COCO files, in one command."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from maskx.data.coco import CocoData, load_coco
+from maskx.data.masks import decode_segmentation
+from maskx.data.scenes import generate_scenes
+from maskx.evaluation.average_precision import evaluate_detections, format_table
+from maskx.evaluation.figures import contact_sheet, draw_instances, save_png
+from maskx.supervision import CategorySplit, resolve_split
+from maskx.torchvision.data import InstanceMapper, training_batches
+from maskx.torchvision.detection import SampleDetector, detect
+from maskx.torchvision.models import maskx_rcnn_resnet_fpn, maskx_rcnn_small
+from maskx.torchvision.training import TrainingSettings, select_device, train
+
+_TRAIN_SCENES, _VAL_SCENES = 1500, 200
+_SCENE_SIZE = 128
+_FIGURE_IMAGES, _FIGURE_SCORE = 8, 0.5
+
+# The mask branch of Mask^X R-CNN as far as the number of categories with masks allows. With 16 of
+# them T learns from 16 examples, and `cls` generalises better than `cls+box`, see the results in
+# configs/MaskX/README.md.
+_MASK_BRANCHES = {
+    "maskx": {"predictor": "transfer", "transfer_inputs": "cls", "mlp": "bottleneck"},
+    "class_agnostic": {"predictor": "class_agnostic", "mlp": "none"},
+}
+
+
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """Options of the quick start.
+
+    Attributes:
+        output: folder of the generated data, checkpoints, ``metrics.json`` and pictures.
+        seed: of the scenes, the initial weights and the order of the data.
+        iterations: training steps of each model.
+        batch_size: images per step.
+        compare: train the class-agnostic baseline in the same way as well.
+        resume: go on with an interrupted run.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        coco_train: annotation file and image folder to train on instead of generated scenes.
+        coco_val: annotation file and image folder to evaluate on.
+        masks_for: category split, see :func:`maskx.supervision.resolve_split`; None is
+            ``scenes_half`` on generated scenes and ``all`` on COCO files.
+        skip_bad: leave bad annotations out, counted, instead of stopping at them.
+        backbone: ``small`` or the name of a torchvision ResNet.
+        pretrained: start a ResNet from ImageNet weights, which torchvision downloads.
+        image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else.
+    """
+
+    output: Path
+    seed: int = 0
+    iterations: int = 1400
+    batch_size: int = 8
+    compare: bool = False
+    resume: bool = False
+    device: str = "auto"
+    coco_train: tuple[str, str] | None = None
+    coco_val: tuple[str, str] | None = None
+    masks_for: str | None = None
+    skip_bad: bool = False
+    backbone: str = "small"
+    pretrained: bool = False
+    image_size: int | None = None
+
+
+def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) -> dict[str, Any]:
+    """Run Mask^X R-CNN from data to ``metrics.json`` and ``predictions.png``.
+
+    Args:
+        options: what to do.
+        report: receives the lines for the reader.
+
+    Returns:
+        The content of ``metrics.json``.
+
+    Raises:
+        ValueError: an option, an annotation or a checkpoint cannot be used; the message says why.
+    """
+    started = time.perf_counter()
+    device = select_device(options.device)
+    options.output.mkdir(parents=True, exist_ok=True)
+    train_data, val_data = _load_data(options)
+    default_split = "all" if options.coco_train else "scenes_half"
+    split = resolve_split(options.masks_for or default_split, train_data.class_names)
+    report(
+        f"{len(train_data.records)} training and {len(val_data.records)} validation images, "
+        f"{len(split.with_masks)} categories with masks (A), {len(split.without_masks)} with "
+        f"boxes only (B), on {device}"
+    )
+
+    metrics: dict[str, Any] = {"system": "maskx"}
+    names = ["maskx", "class_agnostic"] if options.compare else ["maskx"]
+    for name in names:
+        model, trained = _train_detector(name, options, train_data, split, device)
+        detections = detect(
+            model, val_data.records, val_data.category_ids, description=f"{name}: evaluation"
+        )
+        results = evaluate_detections(
+            val_data.json_file,
+            detections,
+            category_ids=val_data.category_ids,
+            groups=split.groups(),
+        )
+        report(f"\n{name}, average precision in percent\n{format_table(results)}")
+        if name == "maskx":
+            metrics |= trained | _without_class_lists(results)
+            picture = _draw_predictions(val_data, detections, split)
+            save_png(options.output / "predictions.png", picture)
+        else:
+            metrics[name] = trained | _without_class_lists(results)
+
+    metrics["seconds"] = round(time.perf_counter() - started, 1)
+    metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
+    path = options.output / "metrics.json"
+    path.write_text(json.dumps(_nan_to_null(metrics), indent=2) + "\n", encoding="utf-8")
+    report(f"\nWrote {path} and {options.output / 'predictions.png'}")
+    return metrics
+
+
+SYSTEMS = {"maskx": quickstart_maskx}
+"""Quick starts by the name of the system."""
+
+
+def _load_data(options: QuickstartOptions) -> tuple[CocoData, CocoData]:
+    if (options.coco_train is None) != (options.coco_val is None):
+        raise ValueError("COCO files are needed for training and for validation, got only one.")
+    if options.coco_train is None:
+        sources = []
+        for name, count, seed in (
+            ("train", _TRAIN_SCENES, 2 * options.seed),
+            ("val", _VAL_SCENES, 2 * options.seed + 1),
+        ):
+            folder = options.output / "scenes" / name
+            json_file = generate_scenes(
+                folder, count=count, size=_SCENE_SIZE, seed=seed, progress=True
+            )
+            sources.append((json_file, folder))
+    else:
+        sources = [options.coco_train, options.coco_val]
+    train_data, val_data = (
+        load_coco(json_file, images, strict=not options.skip_bad) for json_file, images in sources
+    )
+    if train_data.class_names != val_data.class_names:
+        differing = sorted(set(train_data.class_names) ^ set(val_data.class_names))
+        raise ValueError(
+            f"'{train_data.json_file}' and '{val_data.json_file}' must have the same categories; "
+            f"only one of them has {differing[:8] or 'another order of them'}."
+        )
+    return train_data, val_data
+
+
+def _train_detector(
+    name: str,
+    options: QuickstartOptions,
+    data: CocoData,
+    split: CategorySplit,
+    device: torch.device,
+) -> tuple[SampleDetector, dict[str, Any]]:
+    settings = TrainingSettings(
+        iterations=options.iterations,
+        batch_size=options.batch_size,
+        learning_rate=0.03 * options.batch_size / 8,
+        seed=options.seed,
+    )
+    torch.manual_seed(options.seed)
+    model = SampleDetector(_build_detector(name, options, len(data.class_names) + 1))
+    mapper = InstanceMapper(split.indices_with_masks)
+
+    def batches(start: int, stop: int) -> Any:
+        return training_batches(
+            data.records,
+            mapper,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            start=start,
+            stop=stop,
+        )
+
+    started = time.perf_counter()
+    history = train(
+        model,
+        batches,
+        settings,
+        output_dir=options.output / name,
+        resume=options.resume,
+        device=device,
+        description=f"{name}: training",
+    )
+    seconds = time.perf_counter() - started
+    return model, {
+        "training_seconds": round(seconds, 1),
+        "iterations": settings.iterations,
+        "losses": {"start": history[0], "end": history[-1]},
+    }
+
+
+def _build_detector(name: str, options: QuickstartOptions, num_classes: int) -> nn.Module:
+    size = options.image_size or (256 if options.coco_train else _SCENE_SIZE)
+    branch = _MASK_BRANCHES[name]
+    if options.backbone == "small":
+        return maskx_rcnn_small(num_classes, min_size=size, **branch)
+    return maskx_rcnn_resnet_fpn(
+        num_classes,
+        backbone=options.backbone,
+        weights_backbone="DEFAULT" if options.pretrained else None,
+        trainable_layers=3 if options.pretrained else 5,
+        min_size=size,
+        max_size=2 * size,
+        **branch,
+    )
+
+
+def _draw_predictions(
+    data: CocoData, detections: Sequence[dict[str, Any]], split: CategorySplit
+) -> np.ndarray:
+    """Draw confident detections on the images that have most of them, A and B alike."""
+    class_index = {category: index for index, category in enumerate(data.category_ids)}
+    in_a = set(split.indices_with_masks)
+    by_image: dict[Any, list] = {record["image_id"]: [] for record in data.records}
+    for detection in detections:
+        if detection["score"] >= _FIGURE_SCORE:
+            by_image[detection["image_id"]].append(detection)
+
+    def interest(record: dict) -> tuple[int, int]:
+        sides = [class_index[d["category_id"]] in in_a for d in by_image[record["image_id"]]]
+        return min(3, sides.count(True)) + min(3, sides.count(False)), -len(sides)
+
+    read_image = InstanceMapper(()).read_image
+    tiles = []
+    for record in sorted(data.records, key=interest, reverse=True)[:_FIGURE_IMAGES]:
+        found = by_image[record["image_id"]]
+        indices = [class_index[d["category_id"]] for d in found]
+        boxes = np.array([d["bbox"] for d in found], dtype=float).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        height, width = record["height"], record["width"]
+        masks = [decode_segmentation(d["segmentation"], height, width) for d in found]
+        tile = draw_instances(
+            read_image(record)["image"].permute(1, 2, 0).numpy(),
+            boxes=boxes,
+            masks=np.array(masks, dtype=bool).reshape(-1, height, width),
+            labels=[
+                f"{data.class_names[i]} {d['score']:.2f}"
+                for i, d in zip(indices, found, strict=True)
+            ],
+            with_masks=[i in in_a for i in indices],
+        )
+        tiles.append(tile)
+    return contact_sheet(tiles)
+
+
+def _without_class_lists(results: dict[str, Any]) -> dict[str, Any]:
+    return {
+        task: {group: values for group, values in groups.items() if isinstance(values, dict)}
+        for task, groups in results.items()
+    }
+
+
+def _nan_to_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nan_to_null(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,25 @@
+"""What the whole suite shares: where real data lies, and whether Detectron2 is here."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
+
+# Without Detectron2 its tests cannot even be imported; the header below says so.
+collect_ignore = [] if HAS_DETECTRON2 else ["detectron2"]
+
+
+def pytest_report_header():
+    found = "found" if HAS_DETECTRON2 else "not installed, tests/detectron2 is left out"
+    return f"detectron2: {found}"
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Folder of real check data that may lie beside a checkout; it is not part of the project."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("real check data (../shared/data) is not here")
+    return folder

@@ -1,0 +1,101 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+from maskx.data.scenes import generate_scenes
+from maskx.torchvision import quickstart
+from maskx.torchvision.quickstart import QuickstartOptions, quickstart_maskx
+
+TOOL = Path(__file__).parents[2] / "tools" / "quickstart.py"
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart, "_TRAIN_SCENES", 6)
+    monkeypatch.setattr(quickstart, "_VAL_SCENES", 4)
+    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    return {"output": tmp_path / "out", "iterations": 2, "batch_size": 2}
+
+
+def test_generated_data_to_metrics_and_picture(tiny):
+    lines = []
+    metrics = quickstart_maskx(QuickstartOptions(**tiny, compare=True), lines.append)
+    written = json.loads((tiny["output"] / "metrics.json").read_text())
+    assert written["system"] == "maskx"
+    assert written["seconds"] == metrics["seconds"] > 0
+    for results in (written, written["class_agnostic"]):
+        for task in ("segm", "bbox"):
+            for group in ("A", "B", "all"):
+                assert {"AP", "AP50", "AP75"} <= set(results[task][group])
+        assert results["losses"]["end"]["iteration"] == 1
+    assert len(written["split"]["A"]) == len(written["split"]["B"]) == 16
+    picture = cv2.imread(str(tiny["output"] / "predictions.png"))
+    assert picture.shape[1] == 1600
+    text = "\n".join(lines)
+    assert "16 categories with masks (A), 16 with boxes only (B)" in text
+    assert "class_agnostic, average precision" in text
+
+
+def test_resume_needs_no_second_training(tiny):
+    first = quickstart_maskx(QuickstartOptions(**tiny), lambda line: None)
+    again = quickstart_maskx(QuickstartOptions(**tiny, resume=True), lambda line: None)
+    assert str(first["segm"]) == str(again["segm"])
+    assert first["losses"] == again["losses"]
+
+
+def make_coco(folder, **changes):
+    json_file = generate_scenes(folder, count=3, size=64, num_categories=4, seed=1)
+    if changes:
+        content = json.loads(json_file.read_text()) | changes
+        json_file.write_text(json.dumps(content))
+    return str(json_file), str(folder)
+
+
+def run_tool(*arguments):
+    return subprocess.run(
+        [sys.executable, str(TOOL), *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_on_coco_files(tmp_path):
+    names = tmp_path / "with_masks.txt"
+    names.write_text("red lamp shade\n")
+    data = make_coco(tmp_path / "data")
+    finished = run_tool(
+        *("--coco-train", *data, "--coco-val", *data, "--masks-for", str(names)),
+        *("--iterations", "1", "--batch-size", "2", "--image-size", "64"),
+        *("--backbone", "resnet18", "--output", str(tmp_path / "out")),
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "1 categories with masks (A), 3 with boxes only (B), on cpu" in finished.stdout
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["split"]["A"] == [
+        "red lamp shade"
+    ]
+
+
+def test_user_errors_end_with_their_message(tmp_path):
+    data = make_coco(tmp_path / "data")
+    finished = run_tool("--coco-train", *data, "--coco-val", "missing.json", data[1])
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: ")
+    assert "missing.json" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_options_that_contradict_are_named(tmp_path, tiny):
+    data = make_coco(tmp_path / "data")
+    with pytest.raises(ValueError, match="for training and for validation, got only one"):
+        quickstart_maskx(QuickstartOptions(**tiny, coco_train=data), print)
+    categories = [{"id": 1, "name": "other"}]
+    other = make_coco(tmp_path / "other", categories=categories, annotations=[])
+    # Its images name tags of categories that are gone, too.
+    content = json.loads(Path(other[0]).read_text())
+    for image in content["images"]:
+        image.pop("image_labels")
+    Path(other[0]).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must have the same categories"):
+        quickstart_maskx(QuickstartOptions(**tiny, coco_train=data, coco_val=other), print)

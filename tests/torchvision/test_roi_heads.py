@@ -1,0 +1,261 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+
+from maskx.modeling.mask_head import MaskXHead, class_logits, crop_mask_targets, mask_loss
+from maskx.modeling.weight_transfer import WeightTransfer
+from maskx.torchvision.data import InstanceMapper
+from maskx.torchvision.models import add_mask_branch, maskx_rcnn_resnet_fpn
+
+
+def make_samples(scenes, classes_with_masks, indices=(0, 1)):
+    mapper = InstanceMapper(classes_with_masks, flip=False)
+    return [mapper(scenes.records[i], np.random.RandomState(0)) for i in indices]
+
+
+def losses_of(model, samples, seed=0):
+    torch.manual_seed(seed)  # the sampling of proposals
+    return model.train()(samples)
+
+
+def gradients_of(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {
+        name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+    }
+
+
+def mask_branch_names(model):
+    return [n for n, _ in model.named_parameters() if ".mask_head." in n]
+
+
+def test_the_box_branch_is_that_of_torchvision(make_detector, scenes, split):
+    model = make_detector()
+    plain = copy.deepcopy(model)
+    heads = plain.detector.roi_heads
+    # The base class's own forward: no mask branch of any kind.
+    heads.forward = lambda *args: super(type(heads), heads).forward(*args)
+    samples = make_samples(scenes, split.indices_with_masks)
+    losses = losses_of(model, samples)
+    expected = losses_of(plain, samples)
+    assert set(losses) - set(expected) == {"loss_mask"}
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value)
+
+
+def test_the_mask_loss_is_the_mean_over_masked_rois(make_detector, scenes, split):
+    """Written out RoI by RoI, from the samples that the box branch used."""
+    model = make_detector(mlp="bottleneck")
+    heads = model.detector.roi_heads
+    seen = {}
+    select, pool = heads.select_training_samples, heads.mask_roi_pool.forward
+
+    def record_samples(*args):
+        seen["samples"] = select(*args)
+        seen["targets"] = args[1]
+        return seen["samples"]
+
+    def record_pool(*args):
+        seen["features"], seen["shapes"] = args[0], args[2]
+        return pool(*args)
+
+    heads.select_training_samples, heads.mask_roi_pool.forward = record_samples, record_pool
+    loss = losses_of(model, make_samples(scenes, split.indices_with_masks))["loss_mask"]
+
+    parts = []
+    weights = heads.detector_weights()
+    proposals, matched, labels, _ = seen["samples"]
+    for image, target in enumerate(seen["targets"]):
+        for box, row, label in zip(proposals[image], matched[image], labels[image], strict=True):
+            if label == 0 or int(label) - 1 not in split.indices_with_masks:
+                continue
+            boxes = [box[None] if i == image else box[:0].reshape(0, 4) for i in range(2)]
+            features = pool(seen["features"], boxes, seen["shapes"])
+            logits = heads.mask_head(features, label[None] - 1, weights)
+            parts.append(
+                mask_loss(
+                    logits,
+                    crop_mask_targets(target["masks"], box[None], row[None], logits.shape[-1]),
+                )
+            )
+    assert len(parts) > 3
+    torch.testing.assert_close(loss, torch.stack(parts).mean())
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+@pytest.mark.parametrize("gt_boxes_only", [True, False])
+def test_what_a_masked_batch_teaches(make_detector, scenes, split, stop_gradient, gt_boxes_only):
+    model = make_detector(stop_gradient=stop_gradient, gt_boxes_only=gt_boxes_only)
+    # At the start T sees near-zero rows; a gradient to them needs weights of some size.
+    loss = losses_of(model, make_samples(scenes, split.indices_with_masks))["loss_mask"]
+    assert loss > 0
+    gradients = gradients_of(model, loss)
+    for name in mask_branch_names(model):
+        assert gradients[name].abs().sum() > 0, name
+    assert gradients["detector.backbone.stem.0.weight"].abs().sum() > 0
+    for name in ("cls_score.weight", "bbox_pred.weight"):
+        gradient = gradients[f"detector.roi_heads.box_predictor.{name}"]
+        if stop_gradient:
+            assert gradient is None
+        else:
+            assert gradient.abs().sum() > 0
+    assert gradients["detector.rpn.head.cls_logits.weight"] is None
+
+
+@pytest.mark.parametrize("gt_boxes_only", [True, False])
+@pytest.mark.parametrize("predictor", ["transfer", "class_agnostic", "class_specific"])
+@pytest.mark.parametrize("batch", ["box_only", "empty", "half_empty"])
+def test_batches_without_masks_give_a_zero_loss_with_graph(
+    make_detector, scenes, predictor, batch, gt_boxes_only
+):
+    model = make_detector(predictor=predictor, mlp="bottleneck", gt_boxes_only=gt_boxes_only)
+    samples = make_samples(scenes, ())
+    for sample in samples[: {"box_only": 0, "half_empty": 1, "empty": 2}[batch]]:
+        sample["instances"] = {k: v[:0] for k, v in sample["instances"].items()}
+    losses = losses_of(model, samples)
+    assert losses["loss_mask"].item() == 0
+    gradients = gradients_of(model, sum(losses.values()))
+    for name in mask_branch_names(model):
+        assert gradients[name] is not None, name
+        assert gradients[name].abs().sum() == 0, name
+
+
+def test_gt_boxes_only_trains_on_the_boxes_of_the_masked_objects(make_detector, scenes, split):
+    model = make_detector(gt_boxes_only=True)
+    samples = make_samples(scenes, split.indices_with_masks)
+    pooled = []
+    pool = model.detector.roi_heads.mask_roi_pool.forward
+    model.detector.roi_heads.mask_roi_pool.forward = lambda f, boxes, s: (
+        pooled.extend(boxes) or pool(f, boxes, s)
+    )
+    losses_of(model, samples)
+    for boxes, sample in zip(pooled, samples, strict=True):
+        instances = sample["instances"]
+        torch.testing.assert_close(boxes, instances["gt_boxes"][instances["gt_has_mask"]])
+
+
+@settings(
+    deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(seed=st.integers(0, 2**16))
+def test_changing_a_mask_of_b_changes_nothing(make_detector, scenes, split, seed):
+    random_state = np.random.RandomState(seed)
+    model = make_detector()
+    changed = copy.deepcopy(scenes.records[:2])
+    for record in changed:
+        for annotation in record["annotations"]:
+            if annotation["class_index"] in split.indices_without_masks:
+                corners = random_state.uniform(0, 64, 8).tolist()
+                annotation["segmentation"] = [corners] if random_state.randint(2) else [[9.0] * 6]
+    mapper = InstanceMapper(split.indices_with_masks)
+    results = []
+    for records in (scenes.records[:2], changed):
+        samples = [mapper(r, np.random.RandomState(seed)) for r in records]
+        losses = losses_of(model, samples)
+        results.append((losses, gradients_of(model, sum(losses.values()))))
+    (losses, gradients), (other_losses, other_gradients) = results
+    for name, value in losses.items():
+        assert torch.equal(value, other_losses[name])
+    for name, value in gradients.items():
+        assert torch.equal(value, other_gradients[name])
+
+
+def test_background_is_row_zero(make_detector):
+    heads = make_detector().detector.roi_heads
+    predictor, weights = heads.box_predictor, heads.detector_weights()
+    assert torch.equal(weights.cls, predictor.cls_score.weight[1:])
+    assert torch.equal(weights.box[2], predictor.bbox_pred.weight[12:16].flatten())
+
+
+def test_inference_takes_the_mask_of_the_predicted_class(make_detector, scenes):
+    model = make_detector().eval()
+    heads = model.detector.roi_heads
+    heads.score_thresh = 0.0
+    pooled = []
+    pool = heads.mask_roi_pool.forward
+    heads.mask_roi_pool.forward = lambda *args: pooled.append(pool(*args)) or pooled[-1]
+    with torch.no_grad():
+        (raw,), _ = heads_output(model, make_samples(scenes, (), (0,)))
+        head = heads.mask_head
+        features = pooled[0]
+        for layer in ("mask_fcn1", "deconv", "deconv_relu"):
+            features = getattr(head, layer)(features)
+        w_seg = WeightTransfer.forward(head.predictor, raw["labels"] - 1, heads.detector_weights())
+    expected = class_logits(features, w_seg).sigmoid()
+    torch.testing.assert_close(raw["masks"][:, 0], expected)
+
+
+def heads_output(model, samples):
+    """Detections before they are pasted into the image."""
+    detector = model.detector
+    images, _ = detector.transform([s["image"].float() / 255 for s in samples])
+    features = detector.backbone(images.tensors)
+    proposals, _ = detector.rpn(images, features)
+    return detector.roi_heads(features, proposals, images.image_sizes)
+
+
+def test_eval_output_follows_changed_detector_weights(make_detector, scenes):
+    model = make_detector().eval()
+    model.detector.roi_heads.score_thresh = 0.0
+    samples = make_samples(scenes, (), (0,))
+    with torch.no_grad():
+        (before,), _ = heads_output(model, samples)
+        # The box regressor is left as it is for the boxes to stay; the classifier shifts all
+        # classes alike, so that scores stay as well.
+        model.detector.roi_heads.box_predictor.cls_score.weight += 3.0
+        (after,), _ = heads_output(model, samples)
+    torch.testing.assert_close(before["boxes"], after["boxes"])
+    assert (before["masks"] - after["masks"]).abs().max() > 1e-3
+
+
+def test_no_detection_gives_empty_masks(make_detector, scenes):
+    model = make_detector().eval()
+    model.detector.roi_heads.score_thresh = 1.1
+    with torch.no_grad():
+        (output,) = model(make_samples(scenes, (), (0,)))
+    assert output["instances"]["pred_masks"].shape == (0, 64, 64)
+
+
+def test_a_mask_branch_on_torchvisions_own_detector():
+    """As a user of torchvision's detectors would: any backbone, targets in torchvision's form."""
+    detector = fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=4, min_size=64, max_size=96
+    )
+    model = add_mask_branch(detector, channels=8, num_convs=1)
+    assert isinstance(model.roi_heads.mask_head, MaskXHead)
+    target = {
+        "boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 20.0, 60.0, 60.0]]),
+        "labels": torch.tensor([1, 3]),
+        "masks": torch.ones(2, 64, 64, dtype=torch.uint8),
+    }
+    images = [torch.rand(3, 64, 64)]
+    assert model.train()(images, [target])["loss_mask"] > 0
+    box_only = {k: v for k, v in target.items() if k != "masks"}
+    assert model(images, [box_only])["loss_mask"] == 0
+    none_has = target | {"has_masks": torch.tensor([False, False])}
+    assert model(images, [none_has])["loss_mask"] == 0
+    with torch.no_grad():
+        (output,) = model.eval()(images)
+    assert output["masks"].shape[1:] == (1, 64, 64)
+
+
+def test_resnet_builder_trains_a_step():
+    model = maskx_rcnn_resnet_fpn(
+        3, backbone="resnet18", min_size=64, max_size=64, channels=8, num_convs=1
+    )
+    target = {
+        "boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]),
+        "labels": torch.tensor([2]),
+        "masks": torch.ones(1, 64, 64, dtype=torch.uint8),
+    }
+    losses = model.train()([torch.rand(3, 64, 64)] * 2, [target] * 2)
+    sum(losses.values()).backward()
+    assert model.backbone.body.conv1.weight.grad.abs().sum() > 0
+    std = model.roi_heads.box_predictor.bbox_pred.weight.std().item()
+    assert std == pytest.approx(0.001, rel=0.05)

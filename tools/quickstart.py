@@ -1,0 +1,57 @@
+"""Train, evaluate and look at a system, with nothing but what pip installed.
+
+Examples:
+    python tools/quickstart.py
+    python tools/quickstart.py --compare
+    python tools/quickstart.py --masks-for coco_voc \
+        --coco-train annotations/instances_train2017.json train2017 \
+        --coco-val annotations/instances_val2017.json val2017
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from maskx.torchvision.quickstart import SYSTEMS, QuickstartOptions
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; defaults are those of QuickstartOptions."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, default = parser.add_argument, QuickstartOptions
+    add("--system", choices=sorted(SYSTEMS), default="maskx")
+    add("--output", type=Path, help="folder for results (default: output/quickstart-SYSTEM)")
+    add("--seed", type=int, default=default.seed)
+    add("--iterations", type=int, default=default.iterations, help="training steps per model")
+    add("--batch-size", type=int, default=default.batch_size, help="images per step")
+    add("--compare", action="store_true", help="train the class-agnostic baseline as well")
+    add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--device", default=default.device, help="auto, cpu or cuda")
+    pair = {"nargs": 2, "metavar": ("JSON", "IMAGES")}
+    add("--coco-train", **pair, help="train on a COCO file instead of generated scenes")
+    add("--coco-val", **pair, help="evaluate on a COCO file")
+    add("--masks-for", metavar="SPLIT", help="categories with masks: a named split or a file")
+    add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
+    add("--backbone", default=default.backbone, help="small, or a torchvision ResNet: resnet50")
+    add("--pretrained", action="store_true", help="download ImageNet weights for the ResNet")
+    add("--image-size", type=int, help="shorter side of the images in pixels")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the chosen system; user errors end with their message instead of a traceback."""
+    arguments = vars(parse_arguments())
+    system = arguments.pop("system")
+    arguments["output"] = arguments["output"] or Path("output") / f"quickstart-{system}"
+    try:
+        SYSTEMS[system](QuickstartOptions(**arguments), print)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()
