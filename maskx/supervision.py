@@ -48,8 +48,8 @@ class CategorySplit:
         overlap = set(self.with_masks) & set(self.without_masks)
         if overlap:
             raise ValueError(
-                f"Category split '{self.name}': {_listed(overlap)} stand on both sides, with and without "
-                "masks. Every category belongs to one side; remove it from the other."
+                f"Category split '{self.name}': {_listed(overlap)} stand on both sides, with and "
+                "without masks. Every category belongs to one side; remove it from the other."
             )
         _check_known(self.name, (*self.with_masks, *self.without_masks), self.class_names)
         uncovered = set(self.class_names) - set(self.with_masks) - set(self.without_masks)

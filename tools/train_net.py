@@ -3,8 +3,7 @@
 
 Examples:
     python tools/train_net.py --config-file configs/MaskX/quick_schedules/maskx_scenes_cpu.yaml
-    python tools/train_net.py --num-gpus 8 --config-file \
-        configs/MaskX/voc2nonvoc/clsbox_2_layer_mlp_R_50_FPN_1x.yaml
+    python tools/train_net.py --num-gpus 8 --config-file <config> OUTPUT_DIR <folder>
     python tools/train_net.py --eval-only --config-file <config> MODEL.WEIGHTS <checkpoint>
 
 The flags are Detectron2's, with KEY VALUE pairs of the configuration at the end.

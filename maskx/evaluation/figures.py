@@ -43,7 +43,7 @@ def draw_instances(
     colors = [COLOR_WITH_MASKS if seen else COLOR_WITHOUT_MASKS for seen in with_masks]
     for mask, color in zip(masks, colors, strict=True):
         inside = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-        tile[inside > 0] = (0.45 * tile[inside > 0] + 0.55 * np.array(color)).astype(np.uint8)
+        tile[inside > 0] = (0.6 * tile[inside > 0] + 0.4 * np.array(color)).astype(np.uint8)
         contours, _ = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(tile, contours, -1, color, 2)
     for box, label, color in zip(boxes, labels, colors, strict=True):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as mask_api
 from torch import nn
 
 from maskx.data.coco import CocoData, load_coco
@@ -60,7 +61,7 @@ class QuickstartOptions:
 
     output: Path
     seed: int = 0
-    iterations: int = 1400
+    iterations: int = 1200
     batch_size: int = 8
     compare: bool = False
     resume: bool = False
@@ -224,17 +225,20 @@ def _build_detector(name: str, options: QuickstartOptions, num_classes: int) -> 
 def _draw_predictions(
     data: CocoData, detections: Sequence[dict[str, Any]], split: CategorySplit
 ) -> np.ndarray:
-    """Draw confident detections on the images that have most of them, A and B alike."""
+    """Draw the surest images that show both A and B, and on each its confident detections."""
     class_index = {category: index for index, category in enumerate(data.category_ids)}
     in_a = set(split.indices_with_masks)
     by_image: dict[Any, list] = {record["image_id"]: [] for record in data.records}
-    for detection in detections:
-        if detection["score"] >= _FIGURE_SCORE:
-            by_image[detection["image_id"]].append(detection)
+    for detection in sorted(detections, key=lambda d: -d["score"]):
+        others = by_image[detection["image_id"]]
+        if detection["score"] >= _FIGURE_SCORE and not _is_repeated(detection, others):
+            others.append(detection)
 
-    def interest(record: dict) -> tuple[int, int]:
-        sides = [class_index[d["category_id"]] in in_a for d in by_image[record["image_id"]]]
-        return min(3, sides.count(True)) + min(3, sides.count(False)), -len(sides)
+    def interest(record: dict) -> tuple[int, float]:
+        found = by_image[record["image_id"]]
+        sides = [class_index[d["category_id"]] in in_a for d in found]
+        shown = min(2, sides.count(True)) + min(2, sides.count(False))
+        return shown, sum(d["score"] for d in found) / max(1, len(found))
 
     read_image = InstanceMapper(()).read_image
     tiles = []
@@ -257,6 +261,13 @@ def _draw_predictions(
         )
         tiles.append(tile)
     return contact_sheet(tiles)
+
+
+def _is_repeated(detection: dict[str, Any], surer: Sequence[dict[str, Any]]) -> bool:
+    """Whether a surer detection, of any category, covers nearly the same pixels."""
+    masks = [other["segmentation"] for other in surer]
+    overlaps = mask_api.iou([detection["segmentation"]], masks, [0] * len(masks))
+    return len(masks) > 0 and bool(np.max(overlaps) > 0.5)
 
 
 def _without_class_lists(results: dict[str, Any]) -> dict[str, Any]:

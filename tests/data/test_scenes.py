@@ -28,7 +28,7 @@ COUNT = 180
 FAMILIES = {category.family for category in THING_CATEGORIES}
 
 # (generator version, SHA-256): one must not change without the other. The same values were found
-# with Python 3.10 to 3.13, numpy 1.26 to 2.5 and OpenCV 4.11 and 5.0.
+# with Python 3.10, 3.11 and 3.13, numpy 1.26 to 2.5 and OpenCV 4.11 and 5.0.
 GOLDEN_PIXELS = (1, "45cb830065af40e156cd33e11137b51b44247aa5db412ddc9f3445da46ac1fe4")
 GOLDEN_JSON = (1, "3db8adfe40ba32c12c5d328a783a3f8e2043fb8643ffb89ba6e000e4154a89d8")
 

@@ -70,7 +70,7 @@ def register_all(root: str | os.PathLike | None = None) -> None:
 
     - ``maskx_coco_2017_train`` and ``_val``: COCO in ``root/coco``, laid out as for Detectron2;
     - ``maskx_scenes_train`` and ``_val``: 1000 and 200 generated scenes of 128 pixels with 16
-      categories, written to ``root/maskx_scenes`` when first used (about 20 s).
+      categories, written to ``root/maskx_scenes`` when first used (6 s on 1 core).
 
     Args:
         root: folder of the data sets; None for the environment variable ``DETECTRON2_DATASETS``
