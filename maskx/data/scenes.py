@@ -141,72 +141,78 @@ _LADDER = union(
 # category tells which of the two masks is meant.
 _COMPOUND_FAMILIES = ("part", "interlock")
 
-# Name, family, outline, largest tilt. Two neighbours (0 and 1, 2 and 3, ...) are a pair of one
-# family: the first keeps its masks in `half_split_names`, the second does not. Each round of 16
-# holds one pair of each family, so that every even prefix of the table is balanced.
+# Name, family, outline, largest tilt. Two neighbours (0 and 1, 2 and 3, ...) are a pair; pairs of
+# the compound families are drawn as one object.
 _SHAPES: tuple[tuple[str, str, Outline, float], ...] = (
     ("lamp shade", "part", polygon((-0.4, -1), (0.4, -1), (0.8, 0), (-0.8, 0)), _UPRIGHT),
     ("lamp stand", "part", _LAMP_STAND, _UPRIGHT),
     ("flag cross", "interlock", _FLAG_CROSS, _UPRIGHT),
     ("flag field", "interlock", minus(box(-1, -1, 1, 1), _FLAG_CROSS), _UPRIGHT),
     ("thick ring", "ring", ring(1, 0.45), _ANY_WAY),
-    ("thin ring", "ring", ring(1, 0.76), _ANY_WAY),
     ("crescent", "arc", minus(disc(), disc(0.85, x=0.5)), _ANY_WAY),
-    ("arch", "arc", _ARCH, _UPRIGHT),
     ("plus", "cross", arms(4, 0.27), _ANY_WAY),
-    ("tripod", "cross", arms(3, 0.2), _ANY_WAY),
     ("square frame", "frame", _SQUARE_FRAME, _UPRIGHT),
-    ("triangle frame", "frame", minus(regular_polygon(3), regular_polygon(3, 0.46)), _UPRIGHT),
     ("grid", "slat", _GRID, _UPRIGHT),
-    ("comb", "slat", _COMB, _UPRIGHT),
     ("five-point star", "star", star(5, 0.42), _ANY_WAY),
-    ("spark", "star", star(4, 0.34), _ANY_WAY),
     ("axe handle", "part", box(-0.12, -1, 0.12, 1), _ANY_WAY),
     ("axe blade", "part", _AXE_BLADE, _ANY_WAY),
     ("helm spokes", "interlock", _HELM_SPOKES, _ANY_WAY),
     ("helm rim", "interlock", minus(ring(0.9, 0.55), _HELM_SPOKES), _ANY_WAY),
+    ("thin ring", "ring", ring(1, 0.76), _ANY_WAY),
+    ("arch", "arc", _ARCH, _UPRIGHT),
+    ("tripod", "cross", arms(3, 0.2), _ANY_WAY),
+    ("triangle frame", "frame", minus(regular_polygon(3), regular_polygon(3, 0.46)), _UPRIGHT),
+    ("comb", "slat", _COMB, _UPRIGHT),
+    ("spark", "star", star(4, 0.34), _ANY_WAY),
     ("double ring", "ring", union(ring(1, 0.76), disc(0.42)), _ANY_WAY),
-    ("split ring", "ring", minus(ring(1, 0.6), box(-1, -0.2, 1, 0.2)), _ANY_WAY),
     ("horseshoe", "arc", minus(ring(1, 0.62), box(-0.4, 0, 0.4, 1)), _ANY_WAY),
-    ("twin arch", "arc", _TWIN_ARCH, _UPRIGHT),
     ("asterisk", "cross", arms(6, 0.13), _ANY_WAY),
-    ("double cross", "cross", _DOUBLE_CROSS, _UPRIGHT),
-    ("hexagon frame", "frame", minus(regular_polygon(6), regular_polygon(6, 0.68)), _UPRIGHT),
     ("window frame", "frame", _WINDOW_FRAME, _UPRIGHT),
     ("ladder", "slat", _LADDER, _UPRIGHT),
-    ("louver", "slat", slats(-0.82, -0.27, 0.27, 0.82, half_width=0.18), _UPRIGHT),
-    ("sunburst", "star", star(10, 0.55), _ANY_WAY),
     ("hollow star", "star", minus(star(6, 0.58), star(6, 0.58, 0.5)), _ANY_WAY),
+    ("split ring", "ring", minus(ring(1, 0.6), box(-1, -0.2, 1, 0.2)), _ANY_WAY),
+    ("twin arch", "arc", _TWIN_ARCH, _UPRIGHT),
+    ("double cross", "cross", _DOUBLE_CROSS, _UPRIGHT),
+    ("hexagon frame", "frame", minus(regular_polygon(6), regular_polygon(6, 0.68)), _UPRIGHT),
 )
 
-_ROUND = 16  # one pair of each of the eight families
+_PAIRS_PER_ROUND = 5  # ten shapes of all eight families
+_ROUND = 2 * len(COLORS) * _PAIRS_PER_ROUND  # categories: every shape of a round in every colour
 _HUE_SPREAD = 14.0  # degrees to either side; the closest two colours are 52 apart
+
+# Colours of a pair's first (A) and second category (B) in the four versions of the pair; in odd
+# versions the two shapes are swapped. Each shape is so seen with masks in two colours and without
+# in the two others, and the two of a pair never have the same colour.
+_VERSION_COLORS = ((0, 1), (2, 3), (2, 3), (0, 1))
 
 
 def _thing_category(index: int) -> ThingCategory:
     """Category of a place in the table: a shape in a colour.
 
-    Every round of shapes stands in the table twice, in other colours and with the two of a pair
-    swapped. So each shape and each colour is seen with masks (even places) and without (odd
-    places), but no shape in the same colour. The two of a pair never have the same colour.
+    Neither shape nor colour alone tells whether a category has masks (even places) or not (odd
+    places), only both together. What is learned of shapes and colours on one side can so be put
+    together to categories of the other side, whereas a colour of its own for each category would
+    teach that the colours of B are background, which they always are in the masks of A.
     """
-    block, place = divmod(index, _ROUND)
-    shape_round, version = divmod(block, 2)
-    pair, side = divmod(place, 2)
-    name, family, outline, max_tilt = _SHAPES[shape_round * _ROUND + 2 * pair + (side ^ version)]
-    color = tuple(COLORS)[(pair + side + 2 * version) % len(COLORS)]
+    round_index, place = divmod(index, _ROUND)
+    half, place = divmod(place, _ROUND // 2)
+    pair, place = divmod(place, 4)
+    version, side = 2 * half + place // 2, place % 2
+    first_shape = 2 * (_PAIRS_PER_ROUND * round_index + pair)
+    name, family, outline, max_tilt = _SHAPES[first_shape + (side ^ (version % 2))]
+    color = tuple(COLORS)[(_VERSION_COLORS[version][side] + pair) % len(COLORS)]
     return ThingCategory(
         f"{color} {name}",
         family,
         outline,
         max_tilt,
         color=color,
-        vivid=shape_round == 0,
+        vivid=round_index % 2 == 0,
         texture=TEXTURE_NAMES[index % len(TEXTURE_NAMES)],
     )
 
 
-THING_CATEGORIES = tuple(_thing_category(index) for index in range(2 * len(_SHAPES)))
+THING_CATEGORIES = tuple(_thing_category(index) for index in range(len(COLORS) * len(_SHAPES)))
 
 STUFF_CATEGORIES = (
     StuffCategory("sky", (168, 198, 222), 0.05, (14, 30), 45),
@@ -289,7 +295,7 @@ def half_split_names(num_categories: int) -> tuple[str, ...]:
     """Categories that keep their masks in the standard split: half of each family.
 
     Raises:
-        ValueError: `num_categories` is odd or out of range.
+        ValueError: `num_categories` is no multiple of 4, or out of range.
     """
     _check_num_categories(num_categories)
     return tuple(category.name for category in THING_CATEGORIES[:num_categories:2])
@@ -304,7 +310,7 @@ def render_scene(
         seed: 0 to 2^32 - 1.
         index: number of the scene within the seed, 0 to 2^32 - 1.
         size: image side or (height, width) in pixels, at least 64.
-        num_categories: even; the first ones of `THING_CATEGORIES` are used.
+        num_categories: a multiple of 4; the first ones of `THING_CATEGORIES` are used.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -583,7 +589,7 @@ def generate_scenes(
     *,
     count: int,
     size: int | tuple[int, int],
-    num_categories: int = 2 * _ROUND,
+    num_categories: int = _ROUND,
     seed: int,
     progress: bool = False,
 ) -> Path:
@@ -608,7 +614,7 @@ def generate_scenes(
         root: folder to write to; it is created.
         count: number of scenes.
         size: image side or (height, width) in pixels, at least 64.
-        num_categories: even; the first ones of `THING_CATEGORIES` are used.
+        num_categories: a multiple of 4; the first ones of `THING_CATEGORIES` are used.
         seed: 0 to 2^32 - 1.
         progress: show a progress bar.
 
@@ -746,9 +752,12 @@ def _check_range(name: str, value: int, low: int, high: int) -> None:
 
 
 def _check_num_categories(num_categories: int) -> None:
-    _check_range("num_categories", num_categories, 2, len(THING_CATEGORIES))
-    if num_categories % 2:
-        raise ValueError(f"num_categories must be even (pairs of categories), got {num_categories}")
+    _check_range("num_categories", num_categories, 4, len(THING_CATEGORIES))
+    if num_categories % 4:
+        raise ValueError(
+            f"num_categories must be a multiple of 4 (a pair of shapes in two versions), got "
+            f"{num_categories}."
+        )
 
 
 def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:

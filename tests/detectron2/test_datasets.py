@@ -89,7 +89,7 @@ def test_the_root_comes_from_the_environment(tmp_path, monkeypatch):
 
 def test_scenes_are_generated_when_first_used(tmp_path, monkeypatch):
     monkeypatch.setitem(
-        datasets._SCENES, "val", {"count": 2, "size": 64, "num_categories": 16, "seed": 1}
+        datasets._SCENES, "val", {"count": 2, "size": 64, "num_categories": 40, "seed": 1}
     )
     register_all(tmp_path)
     records = DatasetCatalog.get("maskx_scenes_val")
@@ -102,7 +102,7 @@ def test_scenes_are_generated_when_first_used(tmp_path, monkeypatch):
 
 def test_scenes_may_be_generated_by_several_processes_at_once(tmp_path):
     folder = tmp_path / "scenes" / "val"
-    parameters = {"count": 3, "size": 64, "num_categories": 2, "seed": 1}
+    parameters = {"count": 3, "size": 64, "num_categories": 4, "seed": 1}
     with ThreadPoolExecutor(4) as pool:
         for run in [pool.submit(datasets._write_scenes, folder, parameters) for _ in range(4)]:
             run.result()

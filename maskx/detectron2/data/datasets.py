@@ -30,7 +30,7 @@ __all__ = [
 # The other ids from 1 to 90 are those of the official files, in the order of the class list.
 _UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
-_NUM_SCENE_CATEGORIES = 16
+_NUM_SCENE_CATEGORIES = 40
 _SCENES = {
     "train": {"count": 1000, "size": 128, "num_categories": _NUM_SCENE_CATEGORIES, "seed": 0},
     "val": {"count": 200, "size": 128, "num_categories": _NUM_SCENE_CATEGORIES, "seed": 1},
@@ -69,7 +69,7 @@ def register_all(root: str | os.PathLike | None = None) -> None:
     """Register the data sets that maskx knows. Calling it again does nothing.
 
     - ``maskx_coco_2017_train`` and ``_val``: COCO in ``root/coco``, laid out as for Detectron2;
-    - ``maskx_scenes_train`` and ``_val``: 1000 and 200 generated scenes of 128 pixels with 16
+    - ``maskx_scenes_train`` and ``_val``: 1000 and 200 generated scenes of 128 pixels with 40
       categories, written to ``root/maskx_scenes`` when first used (6 s on 1 core).
 
     Args:
