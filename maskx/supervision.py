@@ -119,8 +119,14 @@ def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> Catego
     elif name == "coco_nonvoc":
         with_masks = tuple(c for c in COCO_THING_CLASSES if c not in VOC_CLASSES_IN_COCO)
     elif name == "scenes_half":
-        from maskx.data.scenes import half_split_names  # loads OpenCV
+        from maskx.data.scenes import THING_CATEGORIES, half_split_names  # loads OpenCV
 
+        known = tuple(category.name for category in THING_CATEGORIES[: len(class_names)])
+        if class_names != known:
+            raise ValueError(
+                "Category split 'scenes_half' is for generated scenes, but the data set has other "
+                f"categories: {_listed(class_names)}. Name another split."
+            )
         with_masks = half_split_names(len(class_names))
     elif name in _coco_random_draws():
         with_masks = tuple(COCO_THING_CLASSES[i] for i in _coco_random_draws()[name])
@@ -155,7 +161,10 @@ def _read_split(path: Path, class_names: tuple[str, ...]) -> CategorySplit:
             "coco_voc, coco_nonvoc, coco_random_{20,30,40,50,60}_{1..5}, scenes_half; or give a "
             "text file with one category name per line, or a JSON list of names."
         )
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Category split '{path}' is not text in UTF-8: {error}.") from error
     if path.suffix.lower() != ".json":
         lines = (line.partition("#")[0].strip() for line in text.splitlines())
         return _from_one_side(str(path), class_names, with_masks=tuple(filter(None, lines)))
@@ -177,7 +186,10 @@ def _read_split(path: Path, class_names: tuple[str, ...]) -> CategorySplit:
                 f"Category split '{path}': {side} must be a list of names, got {names!r:.80}."
             )
     if len(content) == 2:
-        return CategorySplit(str(path), class_names, *(tuple(content[side]) for side in sides))
+        for names in content.values():
+            _check_known(str(path), names, class_names)
+        ordered = (tuple(c for c in class_names if c in content[side]) for side in sides)
+        return CategorySplit(str(path), class_names, *ordered)
     ((side, names),) = content.items()
     return _from_one_side(str(path), class_names, **{side: tuple(names)})
 

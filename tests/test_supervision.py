@@ -72,13 +72,15 @@ def test_splits_follow_names_whatever_the_class_order(order, size):
         ("b.json", json.dumps({"with_masks": ["cat", "hot dog"]})),
         ("c.json", json.dumps({"without_masks": ["dog"]})),
         ("d.json", json.dumps({"with_masks": ["hot dog", "cat"], "without_masks": ["dog"]})),
+        ("e.json", json.dumps({"with_masks": ["cat", "hot dog", "cat"], "without_masks": ["dog"]})),
+        ("f.txt", "\ufeffcat\nhot dog"),
     ],
 )
 def test_split_files(tmp_path, file_name, content):
     path = tmp_path / file_name
     path.write_text(content)
     split = resolve_split(path, ["cat", "dog", "hot dog"])
-    assert split.with_masks in (("cat", "hot dog"), ("hot dog", "cat"))
+    assert split.with_masks == ("cat", "hot dog")
     assert split.indices_with_masks == (0, 2)
     assert split.without_masks == ("dog",)
 
@@ -103,6 +105,17 @@ def test_bad_split_files_are_named(tmp_path, file_name, content, words):
     with pytest.raises(ValueError, match=words) as error:
         resolve_split(path, ["cat", "dog", "hot dog"])
     assert file_name in str(error.value)
+
+
+def test_a_split_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt' is not text in UTF-8"):
+        resolve_split(tmp_path / "latin.txt", ["cat"])
+
+
+def test_scenes_half_is_for_scenes():
+    with pytest.raises(ValueError, match=r"'scenes_half' is for generated scenes.*other"):
+        resolve_split("scenes_half", ("cat", "dog", "cow"))
 
 
 def test_unknown_split_name_gets_the_closest_ones():

@@ -37,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--backbone", default=default.backbone, help="small, or a torchvision ResNet: resnet50")
     add("--pretrained", action="store_true", help="download ImageNet weights for the ResNet")
     add("--image-size", type=int, help="shorter side of the images in pixels")
+    add("--workers", type=int, default=default.workers, help="processes that read images")
     return parser.parse_args()
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     arguments["output"] = arguments["output"] or Path("output") / f"quickstart-{system}"
     try:
         SYSTEMS[system](QuickstartOptions(**arguments), print)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")

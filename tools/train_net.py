@@ -12,9 +12,10 @@ The flags are Detectron2's, with KEY VALUE pairs of the configuration at the end
 import argparse
 from typing import Any
 
-from detectron2.engine import default_argument_parser, launch
+from maskx.detectron2 import Trainer, check_num_gpus, evaluate, setup  # says what is missing
 
-from maskx.detectron2 import Trainer, check_num_gpus, evaluate, setup
+# isort: split
+from detectron2.engine import default_argument_parser, launch
 
 
 def main(args: argparse.Namespace) -> Any:

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 import numpy as np
 from pycocotools import mask as mask_utils
 
+from maskx.supervision import Supervision
+
 __all__ = [
     "OUTSIDE_TOLERANCE",
     "AnnotationProblem",
@@ -227,6 +229,9 @@ def check_coco_structure(dataset: Any, source: str | os.PathLike[str]) -> None:
     for category in dataset["categories"]:
         if not isinstance(category["id"], int) or not isinstance(category["name"], str):
             _fail(source, f"has the category {category}", "Allowed: an integer id, a string name")
+    kinds = sorted({type(image["id"]).__name__ for image in dataset["images"]})
+    if kinds not in ([], ["int"], ["str"]):
+        _fail(source, f"has image ids of the kinds {kinds}", "Allowed: all int, or all str")
     for image in dataset["images"]:
         for key in ("height", "width"):
             if not _is_positive_integer(image[key]):
@@ -300,6 +305,8 @@ def read_mask(segmentation: Any, height: int, width: int) -> list[list[float]] |
     if isinstance(segmentation, list):
         for polygon in segmentation:
             _check_polygon(polygon, height, width)
+        if not any(_polygon_area(polygon) for polygon in segmentation):
+            raise AnnotationProblem("mask_empty", "polygons without any area", "at least one pixel")
         return segmentation
     if isinstance(segmentation, dict):
         return _read_rle(segmentation, height, width)
@@ -336,9 +343,16 @@ def _check_polygon(polygon: Any, height: int, width: int) -> None:
         )
 
 
+def _polygon_area(polygon: list[float]) -> float:
+    """Signed area by the shoelace formula."""
+    xs, ys = polygon[0::2], polygon[1::2]
+    after = zip(xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True)
+    return sum(x * y1 - x1 * y for x, y, (x1, y1) in zip(xs, ys, after, strict=True)) / 2
+
+
 def _read_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     size, counts = rle.get("size"), rle.get("counts")
-    if size not in ([height, width], (height, width)):
+    if not isinstance(size, list | tuple | np.ndarray) or list(size) != [height, width]:
         raise AnnotationProblem(
             "rle_size",
             f"RLE has size {size!r}",
@@ -468,10 +482,10 @@ def _read_annotation(
 
 def _supervision(record: dict[str, Any], *, tags_given: bool) -> str:
     if any("segmentation" in annotation for annotation in record["annotations"]):
-        return "mask"
+        return Supervision.MASK.value
     if not record["annotations"] and (tags_given or record["image_labels"]):
-        return "image"
-    return "box"
+        return Supervision.IMAGE.value
+    return Supervision.BOX.value
 
 
 def _report(problems: Counter[str], examples: list[str], strict: bool, json_file: Path) -> None:

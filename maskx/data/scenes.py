@@ -182,8 +182,9 @@ _HUE_SPREAD = 14.0  # degrees to either side; the closest two colours are 52 apa
 
 # Colours of a pair's first (A) and second category (B) in the four versions of the pair; in odd
 # versions the two shapes are swapped. Each shape is so seen with masks in two colours and without
-# in the two others, and the two of a pair never have the same colour.
-_VERSION_COLORS = ((0, 1), (2, 3), (2, 3), (0, 1))
+# in the two others, and where the two are drawn as one object, each colour is foreground in one
+# mask of A and background in another.
+_VERSION_COLORS = ((0, 2), (1, 3), (2, 0), (3, 1))
 
 
 def _thing_category(index: int) -> ThingCategory:

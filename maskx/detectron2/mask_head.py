@@ -12,7 +12,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 from maskx.data.word_vectors import load_class_vectors
-from maskx.detectron2.data import training_class_names
+from maskx.detectron2.data import register_all, register_from_config, training_class_names
 from maskx.modeling.mask_head import MaskXHead, mask_loss
 from maskx.modeling.weight_transfer import DETECTOR_INPUTS, DetectorWeights
 
@@ -147,4 +147,7 @@ def _class_vectors(cfg: CfgNode) -> Tensor:
             "MODEL.MASKX.TRANSFER.INPUTS is 'vectors', but MODEL.MASKX.TRANSFER.VECTORS is empty. "
             "Give the path of a file with one vector per class name, or transfer from 'cls+box'."
         )
+    # A predictor is built from the configuration alone, before anybody registered its data sets.
+    register_all()
+    register_from_config(cfg)
     return torch.from_numpy(load_class_vectors(path, training_class_names(cfg)))

@@ -137,7 +137,7 @@ class MaskXROIHeads(StandardROIHeads):
             return proposals[:0]
         classes = proposals.gt_classes
         foreground = (classes >= 0) & (classes != self.num_classes)
-        return proposals[foreground & proposals.gt_has_mask]
+        return proposals[foreground & proposals.gt_has_mask.bool()]
 
 
 def _as_proposals(targets: Instances) -> Instances:
@@ -170,4 +170,7 @@ def _check_config(cfg: CfgNode) -> None:
     inputs = maskx.TRANSFER.INPUTS
     needs_box = maskx.PREDICTOR == "transfer" and inputs in DETECTOR_INPUTS and inputs != "cls"
     if needs_box and cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
-        raise ValueError(class_agnostic_box_message(inputs))
+        raise ValueError(
+            f"{class_agnostic_box_message(inputs)} The keys are "
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG (now True) and MODEL.MASKX.TRANSFER.INPUTS."
+        )

@@ -220,16 +220,13 @@ def _scored_annotations(
     }
     evaluated = set(category_ids)
     copies = []
-    num_without_mask = 0
+    num_bad_boxes = num_without_mask = 0
     for annotation in ground_truth["annotations"]:
         if annotation["category_id"] not in evaluated:
             continue
         if not _is_box(annotation["bbox"]):
-            raise ValueError(
-                f"ground truth: annotation {annotation['id']!r} of image "
-                f"{annotation['image_id']!r} has bbox {annotation['bbox']!r}; allowed: 4 finite "
-                "numbers [x, y, width, height]. Fix the file."
-            )
+            num_bad_boxes += 1
+            continue
         # Numbered from 1: COCOeval takes id 0 for "not matched".
         copy = {"iscrowd": 0, **annotation, "id": len(copies) + 1}
         height, width = sizes[annotation["image_id"]]
@@ -244,6 +241,12 @@ def _scored_annotations(
                     copy["iscrowd"] = 1
                     num_without_mask += 1
         copies.append(copy)
+    if num_bad_boxes:
+        logger.warning(
+            "%d annotations of the ground truth have a bbox that is not 4 finite numbers [x, y, "
+            "width, height]: they are left out, and detections there count as wrong.",
+            num_bad_boxes,
+        )
     if num_without_mask:
         logger.warning(
             "%d of %d annotations have no usable mask: their boxes are left out of the mask AP, "

@@ -167,8 +167,7 @@ def class_agnostic_box_message(inputs: str) -> str:
     """Say why a transfer input cannot be had from class-agnostic box regression."""
     return (
         f"Weight transfer from '{inputs}' needs one row of box regression weights per class, but "
-        "box regression is class-agnostic. Make it class-specific "
-        "(MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG False), or transfer from 'cls'."
+        "box regression is class-agnostic. Make it class-specific, or transfer from 'cls'."
     )
 
 

@@ -36,9 +36,12 @@ class InstanceMapper:
             ``image``: (3, H, W) uint8 RGB; ``height``, ``width`` in pixels; ``image_id``.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: the file is no readable image, or its size is not the record's.
         """
-        image = cv2.imread(record["file_name"], cv2.IMREAD_COLOR)
+        # Not imread, which on Windows finds no path with other than ASCII characters.
+        content = np.fromfile(record["file_name"], np.uint8)
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
         if image is None:
             raise ValueError(
                 f"Image '{record['file_name']}' (id {record['image_id']}) cannot be read. Is the "

@@ -3,15 +3,17 @@
 from typing import Any
 
 from torch import nn
-from torchvision.models import get_model_weights
+from torchvision.models import get_model_weights, list_models
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 
 from maskx.modeling.backbones import SmallFPN
 from maskx.modeling.mask_head import MaskXHead
+from maskx.modeling.weight_transfer import check_choice
 from maskx.torchvision.roi_heads import MaskXRoIHeads
 
 
@@ -39,9 +41,15 @@ def add_mask_branch(
         :meth:`MaskXRoIHeads.forward`; at inference it returns ``masks`` as Mask R-CNN does.
 
     Raises:
-        ValueError: an argument of the mask head is out of range.
+        ValueError: the detector has no box branch, or further branches already; or an argument of
+            the mask head is out of range.
     """
-    box = detector.roi_heads
+    box = getattr(detector, "roi_heads", None)
+    if not isinstance(box, RoIHeads) or box.has_mask() or box.has_keypoint():
+        raise ValueError(
+            f"A mask branch can be added to a Faster R-CNN, got {type(detector).__name__}. Build "
+            "the detector without masks or keypoints, e.g. with fasterrcnn_resnet50_fpn."
+        )
     num_rows, detector_channels = box.box_predictor.cls_score.weight.shape
     detector.roi_heads = MaskXRoIHeads(
         box,
@@ -88,7 +96,12 @@ def maskx_rcnn_resnet_fpn(
         max_size: longest side of the resized image in pixels.
         detector: further arguments of torchvision's ``FasterRCNN``.
         **mask_branch: arguments of :func:`add_mask_branch`.
+
+    Raises:
+        ValueError: there is no such ResNet.
     """
+    resnets = list_models(include=["resnet*", "resnext*", "wide_resnet*"], exclude=["*quant*"])
+    check_choice("ResNet backbone", backbone, tuple(name for name in resnets if "." not in name))
     # Frozen statistics only make sense with pretrained weights: from scratch they would stay
     # at mean 0 and variance 1.
     norm = {} if weights_backbone else {"norm_layer": nn.BatchNorm2d}

@@ -28,11 +28,9 @@ _TRAIN_SCENES, _VAL_SCENES = 1500, 200
 _SCENE_SIZE = 128
 _FIGURE_IMAGES, _FIGURE_SCORE = 8, 0.5
 
-# The mask branch of Mask^X R-CNN as far as the number of categories with masks allows. With 16 of
-# them T learns from 16 examples, and `cls` generalises better than `cls+box`, see the results in
-# configs/MaskX/README.md.
+# The full method of the paper, with the light form of the MLP, and its baseline.
 _MASK_BRANCHES = {
-    "maskx": {"predictor": "transfer", "transfer_inputs": "cls", "mlp": "bottleneck"},
+    "maskx": {"predictor": "transfer", "transfer_inputs": "cls+box", "mlp": "bottleneck"},
     "class_agnostic": {"predictor": "class_agnostic", "mlp": "none"},
 }
 
@@ -57,6 +55,7 @@ class QuickstartOptions:
         backbone: ``small`` or the name of a torchvision ResNet.
         pretrained: start a ResNet from ImageNet weights, which torchvision downloads.
         image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else.
+        workers: processes that read images; 0 reads them in the process that trains.
     """
 
     output: Path
@@ -73,6 +72,7 @@ class QuickstartOptions:
     backbone: str = "small"
     pretrained: bool = False
     image_size: int | None = None
+    workers: int = 0
 
 
 def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) -> dict[str, Any]:
@@ -158,6 +158,9 @@ def _load_data(options: QuickstartOptions) -> tuple[CocoData, CocoData]:
             f"'{train_data.json_file}' and '{val_data.json_file}' must have the same categories; "
             f"only one of them has {differing[:8] or 'another order of them'}."
         )
+    for data in (train_data, val_data):
+        if not data.records:
+            raise ValueError(f"'{data.json_file}' has no images. Give a file with at least one.")
     return train_data, val_data
 
 
@@ -173,6 +176,7 @@ def _train_detector(
         batch_size=options.batch_size,
         learning_rate=0.03 * options.batch_size / 8,
         seed=options.seed,
+        checkpoint_every=max(100, options.iterations // 50),
     )
     torch.manual_seed(options.seed)
     model = SampleDetector(_build_detector(name, options, len(data.class_names) + 1))
@@ -186,6 +190,7 @@ def _train_detector(
             seed=settings.seed,
             start=start,
             stop=stop,
+            num_workers=options.workers,
         )
 
     started = time.perf_counter()
@@ -195,6 +200,13 @@ def _train_detector(
         settings,
         output_dir=options.output / name,
         resume=options.resume,
+        identity={
+            "annotation file": data.json_file.name,
+            "number of images": len(data.records),
+            "categories with masks": list(split.with_masks),
+            "backbone": options.backbone,
+            "image size": _image_size(options),
+        },
         device=device,
         description=f"{name}: training",
     )
@@ -207,7 +219,7 @@ def _train_detector(
 
 
 def _build_detector(name: str, options: QuickstartOptions, num_classes: int) -> nn.Module:
-    size = options.image_size or (256 if options.coco_train else _SCENE_SIZE)
+    size = _image_size(options)
     branch = _MASK_BRANCHES[name]
     if options.backbone == "small":
         return maskx_rcnn_small(num_classes, min_size=size, **branch)
@@ -220,6 +232,10 @@ def _build_detector(name: str, options: QuickstartOptions, num_classes: int) -> 
         max_size=2 * size,
         **branch,
     )
+
+
+def _image_size(options: QuickstartOptions) -> int:
+    return options.image_size or (256 if options.coco_train else _SCENE_SIZE)
 
 
 def _draw_predictions(

@@ -79,7 +79,12 @@ class MaskXRoIHeads(RoIHeads):
         Returns:
             Detections with ``boxes``, ``labels``, ``scores`` and, as probabilities, ``masks``
             (R, 1, M, M) at inference; losses, with ``loss_mask``, in training.
+
+        Raises:
+            ValueError: there is not one row of ``masks`` and ``has_masks`` per box.
         """
+        if self.training:
+            _check_targets(targets or [])  # the base class refuses None
         detections, losses = super().forward(features, proposals, image_shapes, targets)
         if self.training:
             losses["loss_mask"] = self._mask_loss(features, image_shapes, targets)
@@ -164,4 +169,15 @@ def _has_masks(target: dict[str, Tensor]) -> Tensor:
         return torch.zeros_like(labels, dtype=torch.bool)
     if "has_masks" not in target:
         return torch.ones_like(labels, dtype=torch.bool)
-    return target["has_masks"]
+    return target["has_masks"].bool()
+
+
+def _check_targets(targets: list[dict[str, Tensor]]) -> None:
+    for image, target in enumerate(targets):
+        for key in {"masks", "has_masks"} & set(target):
+            if len(target[key]) != len(target["boxes"]):
+                raise ValueError(
+                    f"Target {image} of the batch has {len(target['boxes'])} boxes but "
+                    f"{len(target[key])} rows of '{key}'. There must be one row per box; where a "
+                    "box has no mask, any row with has_masks false."
+                )

@@ -2,9 +2,10 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from fvcore.common.param_scheduler import (
@@ -37,6 +38,9 @@ class TrainingSettings:
             falls to 0 as a cosine.
         seed: of initial weights, data order and sampling.
         checkpoint_every: steps between checkpoints.
+
+    Raises:
+        ValueError: there is no step to make, or no image in a step.
     """
 
     iterations: int
@@ -46,6 +50,11 @@ class TrainingSettings:
     warmup_fraction: float = 0.05
     seed: int = 0
     checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for key in ("iterations", "batch_size", "checkpoint_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}.")
 
     def schedule(self) -> ParamScheduler:
         """Learning rate by the share of the run that is done, in [0, 1]."""
@@ -63,7 +72,7 @@ def select_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu`` or ``cuda`` into a device.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ValueError: there is no such kind of device, or a GPU is asked for and there is none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,7 +81,10 @@ def select_device(name: str) -> torch.device:
             f"Device '{name}' was asked for, but PyTorch finds no GPU here. Use 'cpu' or 'auto', "
             "or install a PyTorch build that fits the GPU driver."
         )
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"Device must be 'auto', 'cpu' or 'cuda', got '{name}'.") from error
 
 
 def train(
@@ -82,6 +94,7 @@ def train(
     *,
     output_dir: Path,
     resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     description: str = "training",
 ) -> list[dict[str, float]]:
@@ -98,7 +111,9 @@ def train(
         settings: what the run is defined by.
         output_dir: where the checkpoint is written.
         resume: go on from the checkpoint in ``output_dir`` if there is one. Else such a checkpoint
-            is kept as ``previous_checkpoint.pth``.
+            is kept as ``previous_checkpoint.pth``, in the place of an older one.
+        identity: what else the run is defined by, such as its data and split, as plain values: a
+            resumed run must have the same.
         device: where to train.
         description: label of the progress bar.
 
@@ -110,6 +125,7 @@ def train(
         FloatingPointError: a loss is not finite.
     """
     device = torch.device(device)
+    description_of_run = dataclasses.asdict(settings) | dict(identity or {})
     model.to(device).train()
     optimizer = torch.optim.SGD(
         _parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, momentum=0.9
@@ -120,7 +136,7 @@ def train(
     start, history = 0, []
     if checkpoint.is_file():
         if resume:
-            start, history = _load_checkpoint(checkpoint, state, settings, device)
+            start, history = _load_checkpoint(checkpoint, state, description_of_run, device)
         else:
             checkpoint.replace(checkpoint.with_name(f"previous_{CHECKPOINT_NAME}"))
 
@@ -144,13 +160,17 @@ def train(
 
             done = iteration + 1
             progress.update()
-            if iteration % _LOG_EVERY == 0 or done == settings.iterations:
-                history.append(_read_losses(iteration, losses, total))
+            saves = done % settings.checkpoint_every == 0 or done == settings.iterations
+            logs = iteration % _LOG_EVERY == 0 or done == settings.iterations
+            if saves or logs:
+                row = _read_losses(iteration, losses, total)
+            if logs:
+                history.append(row)
                 shown = {k.removeprefix("loss_"): v for k, v in history[-1].items()}
                 del shown["iteration"]
                 progress.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
-            if done % settings.checkpoint_every == 0 or done == settings.iterations:
-                _save_checkpoint(checkpoint, state, settings, done, history)
+            if saves:
+                _save_checkpoint(checkpoint, state, description_of_run, done, history)
     return history
 
 
@@ -186,14 +206,14 @@ def _read_losses(iteration: int, losses: dict, total: torch.Tensor) -> dict[str,
 
 
 def _save_checkpoint(
-    path: Path, state: dict, settings: TrainingSettings, iteration: int, history: list
+    path: Path, state: dict, description_of_run: dict, iteration: int, history: list
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written beside and moved over, so that no interruption leaves half a checkpoint.
     temporary = path.with_suffix(".tmp")
     content = {name: part.state_dict() for name, part in state.items()}
     content |= {
-        "settings": dataclasses.asdict(settings),
+        "run": description_of_run,
         "iteration": iteration,
         "history": history,
     }
@@ -202,20 +222,21 @@ def _save_checkpoint(
 
 
 def _load_checkpoint(
-    path: Path, state: dict, settings: TrainingSettings, device: torch.device
+    path: Path, state: dict, description_of_run: dict, device: torch.device
 ) -> tuple[int, list]:
     content = _read_checkpoint(path, device)
-    for key, value in dataclasses.asdict(settings).items():
-        found = content["settings"].get(key)
+    for key, value in description_of_run.items():
+        found = content["run"].get(key)
         # How often checkpoints are written does not change what is learned.
         if found != value and key != "checkpoint_every":
             raise ValueError(
-                f"'{path}' was made with {key} {found}, but this run has {key} {value}. Resume "
-                "with the same settings, or start anew without resuming."
+                f"'{path}' was made with {key} {_shortened(found)}, but this run has {key} "
+                f"{_shortened(value)}. Resume with the same, or start anew without resuming."
             )
     _load_model(state["model"], content["model"], path)
     state["optimizer"].load_state_dict(content["optimizer"])
-    state["scaler"].load_state_dict(content["scaler"])
+    if content["scaler"]:  # empty when the run began on a CPU
+        state["scaler"].load_state_dict(content["scaler"])
     return content["iteration"], content["history"]
 
 
@@ -224,13 +245,18 @@ def _read_checkpoint(path: Path, device: torch.device | str) -> dict:
         raise FileNotFoundError(f"There is no checkpoint '{path}'. Train first, or correct it.")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        if not {"model", "settings", "iteration"} <= set(content):
-            raise KeyError("model, settings, iteration")
+        if not {"model", "run", "iteration"} <= set(content):
+            raise KeyError("model, run, iteration")
     except Exception as error:
         raise ValueError(
             f"'{path}' is no checkpoint of maskx's training loop, or is damaged: {error}"
         ) from error
     return content
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _load_model(model: nn.Module, weights: dict, path: Path) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -82,6 +83,47 @@ def test_the_script_trains_resumes_evaluates_and_the_model_predicts(config_file,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "5 (5, 64, 64)"
+
+
+def test_the_script_says_how_to_install_detectron2():
+    code = (
+        "import runpy, sys; sys.modules['detectron2'] = None\n"
+        f"runpy.run_path({str(ROOT / 'tools' / 'train_net.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert "ImportError: maskx.detectron2 needs Detectron2" in done.stderr
+
+
+def test_real_photographs(shared_data, make_cfg):
+    """COCO images with masks for the VOC categories only: train, evaluate, predict."""
+    coco = shared_data / "coco_mini"
+    sources = [
+        [
+            f"real_{part}",
+            str(coco / f"annotations/instances_{part}2017.json"),
+            str(coco / f"{part}2017"),
+        ]
+        for part in ("train", "val")
+    ]
+    cfg = make_cfg(
+        *("DATASETS.MASKX.REGISTER", sources, "DATASETS.MASKX.SPLIT", "coco_voc"),
+        *("DATASETS.TRAIN", ("real_train",), "DATASETS.TEST", ("real_val",)),
+        *("MODEL.ROI_HEADS.NUM_CLASSES", 80, "INPUT.MAX_SIZE_TEST", 96),
+    )
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert trainer.storage.latest()["loss_mask"][0] > 0
+    results = trainer.test(cfg, trainer.model)
+    assert results["segm_A"]["AP"] >= 0
+    assert results["segm_B"]["AP"] >= 0
+
+    cfg.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR) / "model_final.pth")
+    photo = cv2.imread(str(next((coco / "val2017").glob("*.jpg"))))
+    instances = DefaultPredictor(cfg)(photo)["instances"]
+    assert instances.pred_masks.shape[1:] == photo.shape[:2]
 
 
 def get_registered_root(config_file):

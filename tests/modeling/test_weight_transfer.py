@@ -138,7 +138,7 @@ def test_class_agnostic_box_regression_has_no_rows():
     weights = detector_weights(torch.zeros(K + 1, D), torch.zeros(4, D), background_row=-1)
     assert weights.box is None
     for inputs in ("box", "cls+box"):
-        with pytest.raises(ValueError, match="CLS_AGNOSTIC_BBOX_REG False"):
+        with pytest.raises(ValueError, match=r"is class-agnostic\. Make it class-specific"):
             make_transfer(inputs=inputs)(torch.tensor([0]), weights)
     make_transfer(inputs="cls")(torch.tensor([0]), weights)
 

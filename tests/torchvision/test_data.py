@@ -94,5 +94,7 @@ def test_bad_images_are_named(scenes, tmp_path):
     record = scenes.records[0]
     with pytest.raises(ValueError, match=r"broken\.png' \(id 0\) cannot be read"):
         InstanceMapper(()).read_image(record | {"file_name": str(broken)})
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        InstanceMapper(()).read_image(record | {"file_name": str(tmp_path / "none.png")})
     with pytest.raises(ValueError, match="is 64 x 64 pixels, but its annotations say 64 x 32"):
         InstanceMapper(()).read_image(record | {"height": 32})

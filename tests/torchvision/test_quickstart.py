@@ -32,11 +32,11 @@ def test_generated_data_to_metrics_and_picture(tiny):
             for group in ("A", "B", "all"):
                 assert {"AP", "AP50", "AP75"} <= set(results[task][group])
         assert results["losses"]["end"]["iteration"] == 1
-    assert len(written["split"]["A"]) == len(written["split"]["B"]) == 16
+    assert len(written["split"]["A"]) == len(written["split"]["B"]) == 20
     picture = cv2.imread(str(tiny["output"] / "predictions.png"))
     assert picture.shape[1] == 1600
     text = "\n".join(lines)
-    assert "16 categories with masks (A), 16 with boxes only (B)" in text
+    assert "20 categories with masks (A), 20 with boxes only (B)" in text
     assert "class_agnostic, average precision" in text
 
 
@@ -84,6 +84,74 @@ def test_user_errors_end_with_their_message(tmp_path):
     assert finished.stderr.startswith("error: ")
     assert "missing.json" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_resuming_with_another_split_is_refused(tmp_path, tiny):
+    data = make_coco(tmp_path / "data")
+    for name, category in (("a.txt", "red lamp shade"), ("b.txt", "blue lamp shade")):
+        (tmp_path / name).write_text(category)
+    tiny = tiny | {"coco_train": data, "coco_val": data, "image_size": 64}
+    quickstart_maskx(QuickstartOptions(**tiny, masks_for=str(tmp_path / "a.txt")), print)
+    with pytest.raises(ValueError, match=r"made with categories with masks \['red lamp shade'\]"):
+        quickstart_maskx(
+            QuickstartOptions(**tiny, masks_for=str(tmp_path / "b.txt"), resume=True), print
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "gpu"}, "Device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
+        ({"backbone": "resnet5"}, "ResNet backbone must be one of .*'resnet50'.*got 'resnet5'"),
+        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"masks_for": "coco_voc"}, "names 'person', which is not among the 40"),
+    ],
+)
+def test_options_out_of_range_are_named(tiny, options, words):
+    with pytest.raises(ValueError, match=words):
+        quickstart_maskx(QuickstartOptions(**(tiny | options)), print)
+
+
+def test_a_file_without_images_is_named(tmp_path, tiny):
+    data = make_coco(tmp_path / "data")
+    empty = make_coco(tmp_path / "empty", images=[], annotations=[])
+    for sources in (
+        {"coco_train": empty, "coco_val": data},
+        {"coco_train": data, "coco_val": empty},
+    ):
+        with pytest.raises(ValueError, match="has no images"):
+            quickstart_maskx(QuickstartOptions(**tiny, **sources), print)
+
+
+def test_bad_annotations_are_left_out_from_reading_to_evaluation(tmp_path, tiny):
+    json_file, images = make_coco(tmp_path / "data")
+    content = json.loads(Path(json_file).read_text())
+    content["annotations"][0]["bbox"] = [1, 1, float("nan"), 5]
+    content["annotations"][1]["segmentation"] = [[1, 1, 2, 2]]
+    Path(json_file).write_text(json.dumps(content))
+    tiny = tiny | {"coco_train": (json_file, images), "coco_val": (json_file, images)}
+    with pytest.raises(ValueError, match="nan"):
+        quickstart_maskx(QuickstartOptions(**tiny), print)
+    metrics = quickstart_maskx(QuickstartOptions(**tiny, image_size=64, skip_bad=True), print)
+    assert metrics["bbox"]["all"]["AP"] >= 0
+
+
+def test_real_photographs(shared_data, tiny):
+    """The whole way on COCO images, with masks for the VOC categories only."""
+    coco = shared_data / "coco_mini"
+    sources = {
+        f"coco_{part}": (
+            str(coco / "annotations" / f"instances_{part}2017.json"),
+            str(coco / f"{part}2017"),
+        )
+        for part in ("train", "val")
+    }
+    options = QuickstartOptions(**tiny, **sources, masks_for="coco_voc", image_size=64)
+    metrics = quickstart_maskx(options, print)
+    assert len(metrics["split"]["A"]) == 20
+    assert metrics["losses"]["start"]["loss_mask"] > 0
+    assert (tiny["output"] / "predictions.png").is_file()
 
 
 def test_options_that_contradict_are_named(tmp_path, tiny):

@@ -5,7 +5,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+from torchvision.models.detection import (
+    fasterrcnn_mobilenet_v3_large_320_fpn,
+    maskrcnn_resnet50_fpn,
+    retinanet_resnet50_fpn,
+)
 
 from maskx.modeling.mask_head import MaskXHead, class_logits, crop_mask_targets, mask_loss
 from maskx.modeling.weight_transfer import WeightTransfer
@@ -200,18 +204,19 @@ def heads_output(model, samples):
     return detector.roi_heads(features, proposals, images.image_sizes)
 
 
-def test_eval_output_follows_changed_detector_weights(make_detector, scenes):
+def test_masks_follow_changed_detector_weights(make_detector, scenes):
     model = make_detector().eval()
-    model.detector.roi_heads.score_thresh = 0.0
+    heads = model.detector.roi_heads
+    boxes, labels = torch.tensor([[4.0, 4.0, 40.0, 40.0]] * 3), torch.tensor([1, 2, 5])
+    heads.postprocess_detections = lambda *args: ([boxes], [torch.ones(3)], [labels])
     samples = make_samples(scenes, (), (0,))
     with torch.no_grad():
         (before,), _ = heads_output(model, samples)
-        # The box regressor is left as it is for the boxes to stay; the classifier shifts all
-        # classes alike, so that scores stay as well.
-        model.detector.roi_heads.box_predictor.cls_score.weight += 3.0
+        heads.box_predictor.cls_score.weight[5] += 3.0
         (after,), _ = heads_output(model, samples)
-    torch.testing.assert_close(before["boxes"], after["boxes"])
-    assert (before["masks"] - after["masks"]).abs().max() > 1e-3
+    changed = (before["masks"] - after["masks"]).abs().flatten(1).max(dim=1).values
+    assert (changed[:2] == 0).all()
+    assert changed[2] > 1e-3
 
 
 def test_no_detection_gives_empty_masks(make_detector, scenes):
@@ -243,6 +248,30 @@ def test_a_mask_branch_on_torchvisions_own_detector():
     with torch.no_grad():
         (output,) = model.eval()(images)
     assert output["masks"].shape[1:] == (1, 64, 64)
+
+
+def test_flags_of_any_type_select_the_masked_boxes(make_detector, scenes, split):
+    model = make_detector()
+    samples = make_samples(scenes, split.indices_with_masks)
+    expected = losses_of(model, samples)["loss_mask"]
+    for sample in samples:
+        sample["instances"]["gt_has_mask"] = sample["instances"]["gt_has_mask"].long()
+    assert torch.equal(losses_of(model, samples)["loss_mask"], expected)
+
+
+@pytest.mark.parametrize("key", ["gt_masks", "gt_has_mask"])
+def test_a_row_per_box_is_required(make_detector, scenes, split, key):
+    samples = make_samples(scenes, split.indices_with_masks)
+    samples[1]["instances"][key] = samples[1]["instances"][key][:1]
+    with pytest.raises(ValueError, match=r"Target 1 of the batch has \d boxes but 1 rows of"):
+        losses_of(make_detector(), samples)
+
+
+@pytest.mark.parametrize("build", [maskrcnn_resnet50_fpn, retinanet_resnet50_fpn])
+def test_only_a_faster_rcnn_takes_a_mask_branch(build):
+    detector = build(weights=None, weights_backbone=None, num_classes=3)
+    with pytest.raises(ValueError, match=f"Faster R-CNN, got {type(detector).__name__}"):
+        add_mask_branch(detector)
 
 
 def test_resnet_builder_trains_a_step():

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from maskx.torchvision.data import InstanceMapper, training_batches
+from maskx.torchvision.detection import SampleDetector
+from maskx.torchvision.models import maskx_rcnn_small
 from maskx.torchvision.training import (
     CHECKPOINT_NAME,
     TrainingSettings,
@@ -153,13 +155,32 @@ def test_unusable_checkpoints_are_named(run, make_detector, tmp_path):
             load_weights(make_detector(), tmp_path / name)
 
 
+def test_a_checkpoint_with_other_classes_is_refused(run, tmp_path):
+    run()
+    other = SampleDetector(maskx_rcnn_small(4, min_size=64, channels=8, num_convs=1))
+    with pytest.raises(ValueError, match=r"checkpoint: .*8 classes\n.*this model: .*3 classes"):
+        load_weights(other, tmp_path / "run" / CHECKPOINT_NAME)
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path):
+    model = Diverges(at=7)
+    settings = dataclasses.replace(SETTINGS, iterations=12, checkpoint_every=5)
+    with pytest.raises(FloatingPointError, match="iteration 9"):
+        train(model, lambda start, stop: [[{}]] * 12, settings, output_dir=tmp_path)
+    saved = torch.load(tmp_path / CHECKPOINT_NAME, weights_only=True)
+    assert saved["iteration"] == 5
+    assert torch.isfinite(saved["model"]["weight"])
+
+
 class Diverges(nn.Module):
-    def __init__(self):
+    def __init__(self, at=0):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(1.0))
+        self.steps, self.at = 0, at
 
     def forward(self, batch):
-        return {"loss_x": self.weight / 0}
+        self.steps += 1
+        return {"loss_x": self.weight / (0.0 if self.steps > self.at else 1.0)}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

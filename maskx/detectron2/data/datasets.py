@@ -74,8 +74,10 @@ def register_all(root: str | os.PathLike | None = None) -> None:
 
     Args:
         root: folder of the data sets; None for the environment variable ``DETECTRON2_DATASETS``
-            or, where that is not set, ``datasets``.
+            or, where that is not set, ``datasets``; after a first call None keeps its folder.
     """
+    if root is None and "maskx_coco_2017_train" in DatasetCatalog:
+        return
     root = Path(root or os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
     for part, parameters in _SCENES.items():
         _register(
@@ -189,7 +191,8 @@ def _register(
         if found != source:
             raise ValueError(
                 f"Data set '{name}' is already registered with {found}, now {source} is asked "
-                "for. Choose another name."
+                "for. Choose another name, or register it once (register_all: pass the root in "
+                "its first call)."
             )
         return
 
