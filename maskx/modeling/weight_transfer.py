@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maskx.modeling.weight_init import msra_fill
-
 DETECTOR_INPUTS = ("cls", "box", "cls+box")
 TRANSFER_INPUTS = (*DETECTOR_INPUTS, "vectors", "randn")
 ACTIVATIONS = ("leaky_relu", "relu")
@@ -122,7 +120,7 @@ class WeightTransfer(nn.Module):
             if layer > 0:
                 layers.append(nn.LeakyReLU(0.1) if activation == "leaky_relu" else nn.ReLU())
             linear = nn.Linear(in_channels if layer == 0 else out_channels, out_channels)
-            msra_fill(linear)
+            _init_linear(linear)
             layers.append(linear)
         self.layers = nn.Sequential(*layers)
 
@@ -175,6 +173,18 @@ def check_choice(what: str, value: object, allowed: tuple) -> None:
     """Raise a ValueError that names what is wrong and what is allowed."""
     if value not in allowed:
         raise ValueError(f"{what} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _init_linear(linear: nn.Linear) -> None:
+    """Initialise a layer of T as the MSRAFill of the Caffe2 of the paper's time: by fan-in.
+
+    Later versions of MSRAFill go by fan-out, which makes the weights of the wide first layer 8
+    times as large. Much of what T then makes of a class is its random start: for classes with
+    masks training corrects it, for the others nothing does.
+    """
+    bound = (2 / linear.in_features) ** 0.5
+    nn.init.uniform_(linear.weight, -bound, bound)
+    nn.init.zeros_(linear.bias)
 
 
 def _check_given(inputs: str, argument: str, value: object) -> None:

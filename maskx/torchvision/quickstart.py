@@ -24,7 +24,7 @@ from maskx.torchvision.detection import SampleDetector, detect
 from maskx.torchvision.models import maskx_rcnn_resnet_fpn, maskx_rcnn_small
 from maskx.torchvision.training import TrainingSettings, select_device, train
 
-_TRAIN_SCENES, _VAL_SCENES = 1500, 200
+_TRAIN_SCENES, _VAL_SCENES = 3000, 200
 _SCENE_SIZE = 128
 _FIGURE_IMAGES, _FIGURE_SCORE = 8, 0.5
 

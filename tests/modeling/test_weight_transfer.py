@@ -70,8 +70,10 @@ def test_hidden_width_is_that_of_the_mask_head_and_biases_start_at_zero():
     shapes = [tuple(m.weight.shape) for m in transfer.layers if isinstance(m, torch.nn.Linear)]
     assert shapes == [(256, 5120), (256, 256), (256, 256)]
     assert all((m.bias == 0).all() for m in transfer.layers if isinstance(m, torch.nn.Linear))
-    # MSRA over fan-out: std sqrt(2 / 256)
-    assert transfer.layers[0].weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
+    for layer in (transfer.layers[0], transfer.layers[2]):  # uniform up to sqrt(2 / fan-in)
+        bound = (2 / layer.in_features) ** 0.5
+        assert layer.weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     slopes = [m.negative_slope for m in transfer.layers if isinstance(m, torch.nn.LeakyReLU)]
     assert slopes == [0.1, 0.1]
 
