@@ -176,7 +176,7 @@ def check_choice(what: str, value: object, allowed: tuple) -> None:
 
 
 def _init_linear(linear: nn.Linear) -> None:
-    """Initialise a layer of T as the MSRAFill of the Caffe2 of the paper's time: by fan-in.
+    """Initialise a layer of T as the MSRAFill of an older Caffe2: uniform, by fan-in.
 
     Later versions of MSRAFill go by fan-out, which makes the weights of the wide first layer 8
     times as large. Much of what T then makes of a class is its random start: for classes with
