@@ -1,6 +1,7 @@
 """What the whole suite shares: where real data lies, and whether Detectron2 is here."""
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ collect_ignore = [] if HAS_DETECTRON2 else ["detectron2"]
 def pytest_report_header():
     found = "found" if HAS_DETECTRON2 else "not installed, tests/detectron2 is left out"
     return f"detectron2: {found}"
+
+
+@pytest.fixture(autouse=True)
+def maskx_logger():
+    """Undo what a test did to the logger: Detectron2's setup_logger stops it from propagating."""
+    logger = logging.getLogger("maskx")
+    state = logger.propagate, logger.level, list(logger.handlers)
+    yield
+    logger.propagate, logger.level, logger.handlers = state
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def run(evaluator, inputs, outputs):
 def test_it_agrees_with_detectron2_and_with_cocoeval_on_the_categories(
     predictions, tiny_train, tmp_path
 ):
-    inputs, outputs = predictions(noise=1)
+    inputs, outputs = predictions(noise=0.5)
     split = tmp_path / "split.txt"
     names = MetadataCatalog.get(tiny_train).thing_classes
     split.write_text(f"{names[0]}\n{names[2]}\n")
@@ -117,7 +117,7 @@ def test_no_predictions_score_0(predictions, tiny_train, processed):
 
 
 def test_without_b_its_metrics_are_nan(predictions, tiny_train):
-    results = run(MaskXCOCOEvaluator(tiny_train), *predictions(noise=1))
+    results = run(MaskXCOCOEvaluator(tiny_train), *predictions(noise=0.5))
     assert results["segm_A"] == {m: results["segm"][m] for m in METRICS}
     assert all(map(math.isnan, results["segm_B"].values()))
 
@@ -147,7 +147,7 @@ def test_boxes_alone(predictions, tiny_train):
 
 
 def test_processes_are_gathered(predictions, tiny_train, monkeypatch):
-    inputs, outputs = predictions(noise=1)
+    inputs, outputs = predictions(noise=0.5)
     expected = run(MaskXCOCOEvaluator(tiny_train), inputs, outputs)
     other = MaskXCOCOEvaluator(tiny_train)
     other.process(inputs[3:], outputs[3:])

@@ -258,7 +258,7 @@ def assert_same(first, second):
 @pytest.mark.parametrize(
     ("opts", "words"),
     [
-        (("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True), "CLS_AGNOSTIC_BBOX_REG False"),
+        (("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True), r"CLS_AGNOSTIC_BBOX_REG \(now True\)"),
         (("MODEL.MASK_ON", False), "MODEL.MASK_ON is False.*StandardROIHeads"),
         (
             ("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
