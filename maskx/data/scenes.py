@@ -293,7 +293,7 @@ class _Patch:
 
 
 def half_split_names(num_categories: int) -> tuple[str, ...]:
-    """Categories that keep their masks in the standard split: half of each family.
+    """Categories that keep their masks in the standard split: every second one of the table.
 
     Raises:
         ValueError: `num_categories` is no multiple of 4, or out of range.
