@@ -102,12 +102,9 @@ class MaskXRoIHeads(RoIHeads):
         for target, *sample in zip(targets, *self._mask_samples(targets), strict=True):
             proposals, matched, labels = sample
             has_masks = _has_masks(target)
-            # An image without objects has no row that a background sample could be matched to.
-            masked = (
-                (labels > 0) & has_masks[matched]
-                if len(has_masks)
-                else torch.zeros_like(labels > 0)
-            )
+            masked = labels > 0
+            if len(has_masks):  # else all samples are background, and match no row
+                masked = masked & has_masks[matched]
             boxes.append(proposals[masked])
             class_indices.append(labels[masked] - 1)
             if "masks" in target:

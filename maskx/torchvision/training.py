@@ -153,7 +153,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(total).backward()
             scaler.unscale_(optimizer)
-            # Scenes without a good match give rare steps whose gradient is 100 times the usual.
+            # One unusual batch must not throw the weights of a short run far off.
             nn.utils.clip_grad_norm_(model.parameters(), max_norm=10.0)
             scaler.step(optimizer)
             scaler.update()
@@ -166,9 +166,8 @@ def train(
                 row = _read_losses(iteration, losses, total)
             if logs:
                 history.append(row)
-                shown = {k.removeprefix("loss_"): v for k, v in history[-1].items()}
-                del shown["iteration"]
-                progress.set_postfix({k: f"{v:.3f}" for k, v in shown.items()})
+                names = (name for name in row if name != "iteration")
+                progress.set_postfix({n.removeprefix("loss_"): f"{row[n]:.3f}" for n in names})
             if saves:
                 _save_checkpoint(checkpoint, state, description_of_run, done, history)
     return history
