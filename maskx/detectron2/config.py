@@ -34,9 +34,16 @@ def _defaults() -> CN:
     # Fully connected branch whose logits are added (section 3.3): "none", "single_fc" (the
     # paper's; 157.4 M parameters at 256 channels and 28 x 28) or "bottleneck" (4.9 M).
     keys.MODEL.MASKX.MLP = "none"
+    # Layers before the upsampling: "conv" (ROI_MASK_HEAD.NUM_CONV convolutions, the paper's),
+    # "residual" (NUM_CONV convolutions in residual pairs) or "hourglass" (one hourglass of
+    # residual pairs, NUM_CONV convolutions per resolution).
+    keys.MODEL.MASKX.TRUNK = "conv"
     # True: the mask branch trains on ground-truth boxes instead of the sampled proposals (found
     # to help classes without masks by Deep-MAC, Birodkar et al., ICCV 2021).
     keys.MODEL.MASKX.GT_BOXES_ONLY = False
+    # True: only the mask branch trains, the detector stays as it was loaded (the second stage of
+    # stage-wise training, section 2.2). Needs META_ARCHITECTURE "MaskXRCNN".
+    keys.MODEL.MASKX.FREEZE_DETECTOR = False
     # Multiplier of the mask loss; 1 in the paper.
     keys.MODEL.MASKX.LOSS_WEIGHT = 1.0
 
