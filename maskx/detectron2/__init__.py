@@ -22,14 +22,20 @@ from maskx.detectron2.data import (
 )
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.mask_head import MaskXMaskHead
-from maskx.detectron2.roi_heads import MaskXROIHeads
+from maskx.detectron2.meta_arch import MaskXRCNN
+from maskx.detectron2.proposal_generator import MaskXRPN
+from maskx.detectron2.roi_heads import MaskXCascadeROIHeads, MaskXROIHeads, MaskXROIHeadsMixin
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
 
 __all__ = [
     "MaskXCOCOEvaluator",
+    "MaskXCascadeROIHeads",
     "MaskXDatasetMapper",
     "MaskXMaskHead",
+    "MaskXRCNN",
     "MaskXROIHeads",
+    "MaskXROIHeadsMixin",
+    "MaskXRPN",
     "Trainer",
     "add_maskx_config",
     "check_num_gpus",

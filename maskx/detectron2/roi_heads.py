@@ -6,10 +6,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import ImageList, Instances
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskx.detectron2.mask_head import MaskXMaskHead
+from maskx.detectron2.meta_arch.rcnn import check_can_freeze
+from maskx.detectron2.proposal_generator import has_complete_boxes
 from maskx.modeling.weight_transfer import (
     DETECTOR_INPUTS,
     DetectorWeights,
@@ -17,16 +20,22 @@ from maskx.modeling.weight_transfer import (
     detector_weights,
 )
 
-__all__ = ["MaskXROIHeads"]
+__all__ = ["MaskXCascadeROIHeads", "MaskXROIHeads", "MaskXROIHeadsMixin"]
 
 
-@ROI_HEADS_REGISTRY.register()
-class MaskXROIHeads(StandardROIHeads):
-    """Detectron2's RoI heads with the mask branch of Mask^X R-CNN.
+class MaskXROIHeadsMixin:
+    """Gives the mask branch of Mask^X R-CNN to RoI heads that derive from ``StandardROIHeads``.
 
-    The box branch is Detectron2's own. Its mask branch stays off (``mask_on`` is False); here only
-    RoIs that have a mask are pooled and enter the branch in training, and only the logits of the
-    class that a RoI needs are computed.
+    Put it before the class that brings the box branch::
+
+        @ROI_HEADS_REGISTRY.register()
+        class MyMaskXROIHeads(MaskXROIHeadsMixin, MyROIHeads):
+            pass
+
+    The box branch is that of the other class. Its mask branch stays off (``mask_on`` is False);
+    here only RoIs that have a mask are pooled and enter the branch in training, and only the
+    logits of the class that a RoI needs are computed. Images with incomplete boxes (see
+    :func:`has_complete_boxes`) train the mask branch and no other.
 
     Args:
         mask_in_features: names of the feature maps that the mask branch pools from.
@@ -34,7 +43,8 @@ class MaskXROIHeads(StandardROIHeads):
         mask_head: the mask head.
         gt_boxes_only: train the mask branch on the ground-truth boxes instead of the sampled
             proposals.
-        **kwargs: arguments of :class:`StandardROIHeads`.
+        freeze_detector: compute the mask loss only; see :class:`MaskXRCNN`.
+        **kwargs: arguments of the other class.
     """
 
     @configurable
@@ -45,6 +55,7 @@ class MaskXROIHeads(StandardROIHeads):
         mask_pooler: ROIPooler,
         mask_head: MaskXMaskHead,
         gt_boxes_only: bool = False,
+        freeze_detector: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -52,6 +63,8 @@ class MaskXROIHeads(StandardROIHeads):
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
         self.gt_boxes_only = gt_boxes_only
+        self.freeze_detector = freeze_detector
+        self._sampled: list[Instances] = []
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -69,7 +82,22 @@ class MaskXROIHeads(StandardROIHeads):
                 "MaskXMaskHead."
             )
         ret["gt_boxes_only"] = cfg.MODEL.MASKX.GT_BOXES_ONLY
+        ret["freeze_detector"] = cfg.MODEL.MASKX.FREEZE_DETECTOR
         return ret
+
+    def label_and_sample_proposals(
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
+        """Sample as the other class does, and keep the sample for the mask branch.
+
+        Returns:
+            What trains the box branch: nothing of images with incomplete boxes.
+        """
+        self._sampled = super().label_and_sample_proposals(proposals, targets)
+        return [
+            x if has_complete_boxes(target) else x[:0]
+            for x, target in zip(self._sampled, targets, strict=True)
+        ]
 
     def forward(
         self,
@@ -77,6 +105,7 @@ class MaskXROIHeads(StandardROIHeads):
         features: dict[str, Tensor],
         proposals: list[Instances],
         targets: list[Instances] | None = None,
+        **kwargs: Any,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """Run the box branch, then the mask branch.
 
@@ -87,17 +116,22 @@ class MaskXROIHeads(StandardROIHeads):
             targets: in training, one per image, with ``gt_boxes``, ``gt_classes`` and, where
                 there are masks, ``gt_masks`` and ``gt_has_mask`` (bool); a mask counts only where
                 ``gt_has_mask`` is true.
+            **kwargs: further arguments of the other class.
 
         Returns:
             In training the sampled proposals and the losses, at inference the detections, which
             then have ``pred_masks``, and no loss.
         """
-        if self.training:
-            _check_targets(targets or [])  # the base class refuses None
-        # At inference the base class calls forward_with_given_boxes, which adds the masks.
-        instances, losses = super().forward(images, features, proposals, targets)
-        if self.training:
-            losses.update(self._mask_losses(features, instances, targets))
+        if not self.training:
+            # The base class calls forward_with_given_boxes, which adds the masks.
+            return super().forward(images, features, proposals, targets, **kwargs)
+        _check_targets(targets or [])  # the base class refuses None
+        if self.freeze_detector:
+            instances, losses = self.label_and_sample_proposals(proposals, targets), {}
+        else:
+            instances, losses = super().forward(images, features, proposals, targets, **kwargs)
+        sampled, self._sampled = self._sampled, []
+        losses.update(self._mask_losses(features, sampled, targets))
         return instances, losses
 
     def forward_with_given_boxes(
@@ -110,9 +144,11 @@ class MaskXROIHeads(StandardROIHeads):
         return self.mask_head(pooled, instances, self.detector_weights())
 
     def detector_weights(self) -> DetectorWeights:
-        """Foreground rows of the live box predictor; background is the last row in Detectron2."""
+        """Foreground rows of the live box predictor; of a cascade, those of its last stage."""
         predictor = self.box_predictor
-        return detector_weights(
+        if isinstance(predictor, nn.ModuleList):
+            predictor = predictor[-1]
+        return detector_weights(  # background is the last row in Detectron2
             predictor.cls_score.weight, predictor.bbox_pred.weight, background_row=-1
         )
 
@@ -138,6 +174,19 @@ class MaskXROIHeads(StandardROIHeads):
         classes = proposals.gt_classes
         foreground = (classes >= 0) & (classes != self.num_classes)
         return proposals[foreground & proposals.gt_has_mask.bool()]
+
+
+@ROI_HEADS_REGISTRY.register()
+class MaskXROIHeads(MaskXROIHeadsMixin, StandardROIHeads):
+    """Detectron2's RoI heads with the mask branch of Mask^X R-CNN."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class MaskXCascadeROIHeads(MaskXROIHeadsMixin, CascadeROIHeads):
+    """Cascade R-CNN's RoI heads with the mask branch of Mask^X R-CNN.
+
+    Its box regression is class-agnostic, so weights transfer from ``cls`` (or fixed vectors).
+    """
 
 
 def _as_proposals(targets: Instances) -> Instances:
@@ -166,6 +215,7 @@ def _check_config(cfg: CfgNode) -> None:
             "MODEL.MASK_ON is False, but MaskXROIHeads has a mask branch. Set MODEL.MASK_ON True, "
             "or MODEL.ROI_HEADS.NAME StandardROIHeads for a detector without masks."
         )
+    check_can_freeze(cfg)
     maskx = cfg.MODEL.MASKX
     inputs = maskx.TRANSFER.INPUTS
     needs_box = maskx.PREDICTOR == "transfer" and inputs in DETECTOR_INPUTS and inputs != "cls"

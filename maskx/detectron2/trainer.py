@@ -1,18 +1,26 @@
 """Training and evaluation with Detectron2's engine: data, evaluator and checks in place."""
 
 import argparse
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from maskx.detectron2.config import get_cfg
 from maskx.detectron2.data import (
@@ -23,6 +31,8 @@ from maskx.detectron2.data import (
     split_from_config,
 )
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
+from maskx.detectron2.meta_arch.rcnn import check_can_freeze
+from maskx.detectron2.proposal_generator import MaskXRPN
 
 __all__ = ["Trainer", "check_num_gpus", "evaluate", "setup"]
 
@@ -51,11 +61,18 @@ class Trainer(DefaultTrainer):
 
         To resume, the checkpoint must fit as for evaluation: mask heads refuse one with another
         number of classes in eval mode, whereas for fine-tuning they take what fits.
+
+        Raises:
+            ValueError: the detector is to stay frozen, but not all of its weights were loaded.
         """
-        if resume and self.checkpointer.has_checkpoint():
+        resume = resume and self.checkpointer.has_checkpoint()
+        if resume:
             self.model.eval()
-        super().resume_or_load(resume)
+        with _missing_weights(self.checkpointer.model) as missing:
+            super().resume_or_load(resume)
         self.model.train()
+        if self.cfg.MODEL.MASKX.FREEZE_DETECTOR and not resume:
+            _check_detector_loaded(self.cfg.MODEL.WEIGHTS, missing)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -116,11 +133,6 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
         ValueError: there are no weights, or they are not those of this model.
     """
     model = Trainer.build_model(cfg).eval()
-    # Shapes that do not fit are left out before loading, so they are missing as well.
-    missing = []
-    hook = model.register_load_state_dict_post_hook(
-        lambda module, incompatible: missing.extend(incompatible.missing_keys)
-    )
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     source = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
@@ -130,14 +142,13 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
             "MODEL.WEIGHTS is empty: there is nothing to evaluate. Add MODEL.WEIGHTS <file>, or "
             "--resume for the last checkpoint of OUTPUT_DIR."
         )
-    checkpointer.load(source)
-    hook.remove()
+    with _missing_weights(model) as missing:
+        checkpointer.load(source)
     if missing:
         raise ValueError(
             f"'{source}' lacks {len(missing)} of the model's weights, or holds them in another "
-            f"shape, so random ones would be evaluated: {', '.join(missing[:5])}"
-            f"{' and more' if len(missing) > 5 else ''}. Use the configuration that it was "
-            "trained with, or another checkpoint."
+            f"shape, so random ones would be evaluated: {_first(missing)}. Use the configuration "
+            "that it was trained with, or another checkpoint."
         )
     return Trainer.test(cfg, model)
 
@@ -171,6 +182,7 @@ def check_config(cfg: CfgNode) -> None:
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights and not PathManager.isfile(weights):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}': there is no such file.")
+    check_can_freeze(cfg)
     register_from_config(cfg)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         num_classes = len(class_names_of(name))
@@ -181,3 +193,54 @@ def check_config(cfg: CfgNode) -> None:
                 f"{num_classes}, or choose another data set."
             )
     split_from_config(cfg)
+    if not cfg.MODEL.MASKX.FREEZE_DETECTOR:
+        _check_proposal_generator(cfg)
+
+
+@contextlib.contextmanager
+def _missing_weights(model: nn.Module) -> Iterator[list[str]]:
+    """Collect the names of the weights that are not loaded.
+
+    Weights of another shape are left out before loading, so they are missing as well.
+    """
+    missing: list[str] = []
+    hook = model.register_load_state_dict_post_hook(
+        lambda module, incompatible: missing.extend(incompatible.missing_keys)
+    )
+    try:
+        yield missing
+    finally:
+        hook.remove()
+
+
+def _check_detector_loaded(weights: str, missing: list[str]) -> None:
+    missing = [name for name in missing if not name.startswith("roi_heads.mask_head.")]
+    if weights and not missing:
+        return
+    lacks = f"lacks {len(missing)} of its weights: {_first(missing)}" if weights else "is empty"
+    raise ValueError(
+        f"MODEL.MASKX.FREEZE_DETECTOR keeps the detector as it was trained in stage 1, but "
+        f"MODEL.WEIGHTS '{weights}' {lacks}. Train a detector with the same backbone and classes "
+        "first, for example configs/MaskX/stage1/faster_rcnn_R_50_FPN_1x.yaml, and set "
+        "MODEL.WEIGHTS to its model_final.pth."
+    )
+
+
+def _check_proposal_generator(cfg: CfgNode) -> None:
+    name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    learns = name != "PrecomputedProposals"
+    if not learns or issubclass(PROPOSAL_GENERATOR_REGISTRY.get(name), MaskXRPN):
+        return
+    for dataset in cfg.DATASETS.TRAIN:
+        metadata = MetadataCatalog.get(dataset)
+        num_annotated = len(metadata.thing_dataset_id_to_contiguous_id)
+        if num_annotated < len(metadata.thing_classes):
+            raise ValueError(
+                f"Data set '{dataset}' annotates {num_annotated} of {len(metadata.thing_classes)} "
+                f"classes, so its boxes are incomplete, but MODEL.PROPOSAL_GENERATOR.NAME {name} "
+                "would take every other object for background. Set it to MaskXRPN."
+            )
+
+
+def _first(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (" and more" if len(names) > limit else "")
