@@ -1,0 +1,151 @@
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+
+from maskx.detectron2 import MaskXRCNN, Trainer
+
+STAGE_1 = (
+    *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.MASK_ON", False),
+    *("MODEL.RESNETS.NORM", "BN"),  # has statistics that training would change
+)
+STAGE_2 = (
+    *("MODEL.META_ARCHITECTURE", "MaskXRCNN", "MODEL.MASKX.FREEZE_DETECTOR", True),
+    *("MODEL.RESNETS.NORM", "BN"),
+)
+MASK_HEAD = "roi_heads.mask_head."
+
+
+@pytest.fixture
+def stage_1(make_cfg, tiny_train, tmp_path):
+    """Checkpoint of a trained detector."""
+    trainer = Trainer(make_cfg(*STAGE_1, "OUTPUT_DIR", str(tmp_path / "stage1")))
+    trainer.train()
+    return str(tmp_path / "stage1" / "model_final.pth")
+
+
+def model_state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_the_second_stage_changes_the_mask_head_and_nothing_else(make_cfg, stage_1, tmp_path):
+    """Parameters, statistics of normalisation and the optimiser's state, over several steps."""
+    cfg = make_cfg(*STAGE_2, "MODEL.WEIGHTS", stage_1, "SOLVER.MAX_ITER", 4)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    before = model_state(trainer.model)
+    detector = torch.load(stage_1, weights_only=True)["model"]
+    assert {name for name in before if not name.startswith(MASK_HEAD)} == set(detector)
+    trainer.train()
+
+    after = model_state(trainer.model)
+    assert any(name.endswith("running_mean") for name in detector)
+    for name, tensor in detector.items():
+        assert torch.equal(tensor, after[name]), name
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    learned = {name for name, _ in trainer.model.named_parameters() if name.startswith(MASK_HEAD)}
+    assert changed == learned
+
+    own = {id(p) for p in trainer.model.roi_heads.mask_head.parameters()}
+    groups = trainer.optimizer.param_groups
+    assert {id(p) for group in groups for p in group["params"]} == own
+    assert {id(p) for p in trainer.optimizer.state} == own
+    assert all(p.grad is None for p in trainer.model.parameters() if id(p) not in own)
+
+
+def test_an_unfrozen_second_stage_changes_the_detector(make_cfg, stage_1):
+    """Shows that the test above can fail."""
+    cfg = make_cfg(*STAGE_2, "MODEL.WEIGHTS", stage_1, "MODEL.MASKX.FREEZE_DETECTOR", False)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    detector = torch.load(stage_1, weights_only=True)["model"]
+    after = trainer.model.state_dict()
+    changed = {name for name, tensor in detector.items() if not torch.equal(tensor, after[name])}
+    assert any(name.endswith("running_mean") for name in changed)
+    assert any(name.startswith("proposal_generator") for name in changed)
+    assert any(name.startswith("roi_heads.box_predictor") for name in changed)
+
+
+@pytest.mark.parametrize("kind", ["masked", "box-only", "no objects"])
+def test_a_frozen_detector_computes_the_mask_loss_only(make_model, make_sample, kind):
+    model = make_model(*STAGE_2)
+    has_mask = {"masked": [True, False], "box-only": [False], "no objects": []}[kind]
+    boxed = []
+    model.roi_heads.box_head.register_forward_hook(lambda *_: boxed.append(True))
+    with EventStorage():
+        losses = model([make_sample(has_mask), make_sample([])])
+    assert set(losses) == {"loss_mask"}
+    assert not boxed
+    losses["loss_mask"].backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.startswith(MASK_HEAD), name
+    assert (losses["loss_mask"] > 0) == (kind == "masked")
+
+
+def test_it_predicts_as_the_unfrozen_model_does(make_model, make_sample):
+    frozen, plain = make_model(*STAGE_2), make_model("MODEL.RESNETS.NORM", "BN")
+    assert type(plain) is not MaskXRCNN
+    plain.load_state_dict(frozen.state_dict())
+    results = [m.eval()([make_sample([])])[0]["instances"] for m in (frozen, plain)]
+    assert len(results[0]) > 0
+    assert torch.equal(results[0].pred_boxes.tensor, results[1].pred_boxes.tensor)
+    assert torch.equal(results[0].pred_masks, results[1].pred_masks)
+
+
+def test_training_mode_comes_and_goes(make_model):
+    model = make_model(*STAGE_2)
+    training = {name for name, module in model.named_modules() if module.training}
+    own = {name for name in training if name.startswith("roi_heads.mask_head")}
+    assert training - own == {"", "roi_heads"}
+    assert "roi_heads.mask_head.predictor" in own
+    assert not any(m.training for m in model.eval().modules())
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ("", r"MODEL.WEIGHTS '' is empty.*stage1/faster_rcnn"),
+        ("backbone", r"MODEL.WEIGHTS '.*backbone.pth' lacks \d+ of its weights: .*and more"),
+    ],
+)
+def test_a_second_stage_needs_the_weights_of_the_first(make_cfg, stage_1, tmp_path, weights, words):
+    if weights:  # as ImageNet weights would
+        state = torch.load(stage_1, weights_only=True)["model"]
+        weights = str(tmp_path / "backbone.pth")
+        kept = {name: tensor for name, tensor in state.items() if name.startswith("backbone")}
+        torch.save({"model": kept}, weights)
+    trainer = Trainer(make_cfg(*STAGE_2, "MODEL.WEIGHTS", weights))
+    with pytest.raises(ValueError, match=words):
+        trainer.resume_or_load(resume=False)
+
+
+def test_a_second_stage_resumes_without_the_weights_of_the_first(make_cfg, stage_1):
+    first = Trainer(make_cfg(*STAGE_2, "MODEL.WEIGHTS", stage_1))
+    first.resume_or_load(resume=False)
+    first.train()
+    again = Trainer(make_cfg(*STAGE_2, "SOLVER.MAX_ITER", 3))
+    again.resume_or_load(resume=True)
+    assert again.start_iter == 2
+    assert torch.equal(
+        again.model.roi_heads.mask_head.deconv.weight, first.model.roi_heads.mask_head.deconv.weight
+    )
+    again.train()
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (
+            ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
+            "FREEZE_DETECTOR is True, but MODEL.META_ARCHITECTURE GeneralizedRCNN would train",
+        ),
+        (
+            ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.MASK_ON", False),
+            "StandardROIHeads have no mask branch .* nothing would be left to train",
+        ),
+    ],
+)
+def test_freezing_that_leaves_nothing_to_train_is_refused(make_cfg, opts, words):
+    with pytest.raises(ValueError, match=words):
+        build_model(make_cfg(*STAGE_2, *opts))
