@@ -1,5 +1,6 @@
 """Builders of Mask^X R-CNN in torchvision's style."""
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ def add_mask_branch(
     detector: FasterRCNN,
     *,
     gt_boxes_only: bool = False,
+    freeze_detector: bool = False,
     pool_size: int = 14,
     **mask_head: Any,
 ) -> FasterRCNN:
@@ -33,6 +35,9 @@ def add_mask_branch(
     Args:
         detector: a Faster R-CNN with torchvision's box predictor.
         gt_boxes_only: see :class:`MaskXRoIHeads`.
+        freeze_detector: train nothing but the mask branch (the second stage of stage-wise
+            training, section 2.2). The rest needs no gradient and stays in evaluation mode, and
+            its losses are not computed.
         pool_size: P, resolution of the pooled features; masks have twice this resolution.
         **mask_head: arguments of :class:`maskx.modeling.mask_head.MaskXHead`.
 
@@ -68,7 +73,11 @@ def add_mask_branch(
             **mask_head,
         ),
         gt_boxes_only=gt_boxes_only,
+        freeze_detector=freeze_detector,
     )
+    if freeze_detector:
+        for part in (detector.backbone, detector.rpn, box.box_head, box.box_predictor):
+            _freeze(part)
     return detector
 
 
@@ -126,6 +135,12 @@ def maskx_rcnn_small(
         min_size: shorter side of the resized image in pixels; several are drawn from.
         **mask_branch: arguments of :func:`add_mask_branch`.
     """
+    model = faster_rcnn_small(num_classes, min_size=min_size)
+    return add_mask_branch(model, **({"channels": 64, "num_convs": 3} | mask_branch))
+
+
+def faster_rcnn_small(num_classes: int, *, min_size: int | tuple[int, ...] = 128) -> FasterRCNN:
+    """The detector of :func:`maskx_rcnn_small`, without its mask branch."""
     backbone = SmallFPN()
     levels = list(backbone.strides)
     anchors = tuple((4 * stride, 6 * stride) for stride in backbone.strides.values())
@@ -156,7 +171,7 @@ def maskx_rcnn_small(
         box_detections_per_img=50,
     )
     _init_box_predictor(model)
-    return add_mask_branch(model, **({"channels": 64, "num_convs": 3} | mask_branch))
+    return model
 
 
 def _init_box_predictor(detector: FasterRCNN) -> None:
@@ -170,3 +185,13 @@ def _init_box_predictor(detector: FasterRCNN) -> None:
     for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
         nn.init.normal_(layer.weight, std=std)
         nn.init.zeros_(layer.bias)
+
+
+def _freeze(module: nn.Module) -> None:
+    """Keep a module as it is, also when the model around it is put into training mode."""
+    module.requires_grad_(False).eval()
+    module.train = functools.partial(_stay_in_evaluation_mode, module)
+
+
+def _stay_in_evaluation_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module

@@ -22,6 +22,8 @@ class MaskXRoIHeads(RoIHeads):
         mask_head: the shared mask head.
         gt_boxes_only: train the mask branch on the ground-truth boxes instead of the sampled
             proposals (found to help unseen categories by Deep-MAC, Birodkar et al., ICCV 2021).
+        freeze_detector: compute the mask loss only; the rest is frozen by
+            :func:`~maskx.torchvision.models.add_mask_branch`.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class MaskXRoIHeads(RoIHeads):
         mask_roi_pool: MultiScaleRoIAlign,
         mask_head: MaskXHead,
         gt_boxes_only: bool = False,
+        freeze_detector: bool = False,
     ) -> None:
         super().__init__(
             roi_heads.box_roi_pool,
@@ -49,6 +52,7 @@ class MaskXRoIHeads(RoIHeads):
         self.mask_roi_pool = mask_roi_pool
         self.mask_head = mask_head
         self.gt_boxes_only = gt_boxes_only
+        self.freeze_detector = freeze_detector
         self._training_samples: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
 
     def select_training_samples(
@@ -83,13 +87,17 @@ class MaskXRoIHeads(RoIHeads):
         Raises:
             ValueError: there is not one row of ``masks`` and ``has_masks`` per box.
         """
-        if self.training:
-            _check_targets(targets or [])  # the base class refuses None
-        detections, losses = super().forward(features, proposals, image_shapes, targets)
-        if self.training:
-            losses["loss_mask"] = self._mask_loss(features, image_shapes, targets)
-        else:
+        if not self.training:
+            detections, losses = super().forward(features, proposals, image_shapes, targets)
             self._add_masks(features, image_shapes, detections)
+            return detections, losses
+        _check_targets(targets or [])  # the base class refuses None
+        if self.freeze_detector:
+            self.select_training_samples(proposals, targets)
+            detections, losses = [], {}
+        else:
+            detections, losses = super().forward(features, proposals, image_shapes, targets)
+        losses["loss_mask"] = self._mask_loss(features, image_shapes, targets)
         return detections, losses
 
     def _mask_loss(

@@ -1,0 +1,82 @@
+import copy
+
+import pytest
+import torch
+from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
+
+from maskx.torchvision.data import InstanceMapper, training_batches
+from maskx.torchvision.models import add_mask_branch, faster_rcnn_small
+from maskx.torchvision.training import TrainingSettings, train
+
+MASK_HEAD = "detector.roi_heads.mask_head."
+
+
+@pytest.fixture
+def batches(scenes, split):
+    mapper = InstanceMapper(split.indices_with_masks)
+
+    def make(start, stop):
+        return training_batches(
+            scenes.records, mapper, batch_size=2, seed=0, start=start, stop=stop
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("freeze_detector", [True, False])
+def test_training_a_frozen_detector_changes_the_mask_head_only(
+    make_detector, batches, tmp_path, freeze_detector
+):
+    model = make_detector(freeze_detector=freeze_detector)
+    before = copy.deepcopy(model.state_dict())
+    settings = TrainingSettings(iterations=2, batch_size=2, learning_rate=0.01)
+    history = train(model, batches, settings, output_dir=tmp_path)
+
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    learned = {n for n, _ in model.named_parameters() if n.startswith(MASK_HEAD)}
+    elsewhere = {n for n in changed if not n.startswith(MASK_HEAD)}
+    assert learned <= changed
+    if freeze_detector:
+        assert set(history[0]) == {"iteration", "loss_mask", "total"}
+        assert not elsewhere
+        assert all(p.grad is None for n, p in model.named_parameters() if n not in learned)
+    else:  # shows that the test can fail
+        assert any(n.endswith("running_mean") for n in elsewhere)
+        assert any("box_predictor" in n for n in elsewhere)
+
+
+def test_a_frozen_detector_stays_in_evaluation_mode_in_copies_as_well(make_detector):
+    for model in (
+        make_detector(freeze_detector=True),
+        copy.deepcopy(make_detector(freeze_detector=True)),
+    ):
+        detector = model.train().detector
+        assert detector.roi_heads.training
+        assert detector.roi_heads.mask_head.predictor.training
+        frozen = (detector.backbone, detector.rpn, detector.roi_heads.box_head)
+        assert not any(m.training for part in frozen for m in part.modules())
+
+
+def test_a_torchvision_detector_can_be_frozen_as_it_is(scenes):
+    detector = fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=9, min_size=64, max_size=64
+    )
+    model = add_mask_branch(detector, freeze_detector=True, channels=8, num_convs=1).train()
+    targets = {
+        "boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]),
+        "labels": torch.tensor([3]),
+        "masks": torch.ones(1, 64, 64, dtype=torch.uint8),
+        "has_masks": torch.tensor([True]),
+    }
+    losses = model([torch.rand(3, 64, 64)], [targets])
+    assert set(losses) == {"loss_mask"}
+    losses["loss_mask"].backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.startswith("roi_heads.mask_head."), name
+
+
+def test_the_small_detector_is_the_one_of_the_small_mask_model(make_detector):
+    torch.manual_seed(0)
+    plain = faster_rcnn_small(9, min_size=64).state_dict()
+    whole = make_detector().detector.state_dict()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in plain.items())
