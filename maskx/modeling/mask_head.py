@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from maskx.modeling.mask_trunks import TRUNKS, trunk_layers
 from maskx.modeling.weight_init import msra_fill
 from maskx.modeling.weight_transfer import (
     ACTIVATIONS,
@@ -159,14 +160,17 @@ class MaskXHead(nn.Module):
     """Mask head for partial supervision, used by both hosts.
 
     Parameters carry the names of Detectron2's ``MaskRCNNConvUpsampleHead``, so its checkpoints
-    initialise the trunk.
+    initialise the trunk ``conv`` and the upsampling.
 
     Args:
         in_channels: channels of the pooled RoI features.
         num_classes: K.
         pool_size: P, resolution of the pooled RoI features.
         channels: C.
-        num_convs: number of 3x3 convolutions before the upsampling.
+        trunk: layers before the upsampling: ``conv`` (Mask R-CNN's), ``residual`` or
+            ``hourglass``, see :func:`maskx.modeling.mask_trunks.trunk_layers`.
+        num_convs: number of 3x3 convolutions of the trunk; per resolution and direction in an
+            hourglass.
         norm: makes the normalisation layer of a convolution from its channels; None for none.
         predictor: ``transfer`` (Mask^X), ``class_agnostic`` (baseline) or ``class_specific``
             (Mask R-CNN, the oracle when all categories have masks).
@@ -189,6 +193,7 @@ class MaskXHead(nn.Module):
         num_classes: int,
         pool_size: int = 14,
         channels: int = 256,
+        trunk: str = "conv",
         num_convs: int = 4,
         norm: Callable[[int], nn.Module] | None = None,
         predictor: str = "transfer",
@@ -209,14 +214,20 @@ class MaskXHead(nn.Module):
                 "must be one row per class, by class index."
             )
         self.mask_size = 2 * pool_size
-        self._trunk_layers = []
-        for index in range(num_convs):
-            layer = _ConvNormReLU(in_channels if index == 0 else channels, channels, norm)
-            self._add_trunk_layer(f"mask_fcn{index + 1}", layer)
+        layers = trunk_layers(
+            trunk,
+            in_channels=in_channels,
+            channels=channels,
+            num_convs=num_convs,
+            pool_size=pool_size,
+            norm=norm,
+        )
         deconv = nn.ConvTranspose2d(channels if num_convs else in_channels, channels, 2, stride=2)
         msra_fill(deconv)
-        self._add_trunk_layer("deconv", deconv)
-        self._add_trunk_layer("deconv_relu", nn.ReLU())
+        layers |= {"deconv": deconv, "deconv_relu": nn.ReLU()}
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self._feature_layers = tuple(layers)
 
         if predictor == "transfer":
             self.predictor = TransferPredictor(
@@ -240,6 +251,7 @@ class MaskXHead(nn.Module):
             "architecture",
             torch.tensor(
                 [
+                    TRUNKS.index(trunk),
                     PREDICTORS.index(predictor),
                     MLP_BRANCHES.index(mlp),
                     TRANSFER_INPUTS.index(transfer_inputs) if transfers else -1,
@@ -269,16 +281,12 @@ class MaskXHead(nn.Module):
             (R, M, M) mask logits.
         """
         features = roi_features
-        for name in self._trunk_layers:
+        for name in self._feature_layers:
             features = getattr(self, name)(features)
         mask_logits = self.predictor(features, class_indices, detector)
         if self.mlp is not None:
             mask_logits = mask_logits + self.mlp(features)
         return mask_logits
-
-    def _add_trunk_layer(self, name: str, layer: nn.Module) -> None:
-        self.add_module(name, layer)
-        self._trunk_layers.append(name)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         """Refuse a checkpoint of another architecture instead of keeping random weights.
@@ -287,6 +295,9 @@ class MaskXHead(nn.Module):
         """
         key = f"{prefix}architecture"
         found, own = state_dict.get(key), self.architecture
+        if found is not None and len(found) == len(own) - 1:
+            # Made before there was a choice of trunks: its trunk is the first of them, "conv".
+            found = F.pad(found, (1, 0))
         if found is not None and not self._fits(found.to(own.device)):
             raise ValueError(
                 "The checkpoint was made by another mask head.\n"
@@ -304,21 +315,6 @@ class MaskXHead(nn.Module):
         return bool((same[:-1] if self.training else same).all())
 
 
-class _ConvNormReLU(nn.Conv2d):
-    """3x3 convolution with optional norm and ReLU; parameter names as in Detectron2's Conv2d."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, norm: Callable[[int], nn.Module] | None
-    ) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1, bias=norm is None)
-        self.norm = norm(out_channels) if norm is not None else None
-        msra_fill(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        return F.relu(x if self.norm is None else self.norm(x))
-
-
 def _init_predictor(layer: nn.Conv2d | nn.Linear) -> None:
     # Larger weights make the first mask losses overflow, say the reference's comments.
     nn.init.normal_(layer.weight, std=0.001)
@@ -326,12 +322,15 @@ def _init_predictor(layer: nn.Conv2d | nn.Linear) -> None:
 
 
 def _describe_architecture(architecture: Sequence[int]) -> str:
-    predictor, mlp, inputs, layers, activation, num_convs, channels, num_classes = architecture
-    parts = [f"predictor {PREDICTORS[predictor]}"]
+    trunk, predictor, mlp, inputs, layers, activation, *sizes = architecture
+    num_convs, channels, num_classes = sizes
+    parts = [
+        f"trunk {TRUNKS[trunk]} with {num_convs} convolutions of {channels} channels",
+        f"predictor {PREDICTORS[predictor]}",
+    ]
     if inputs >= 0:
         parts.append(
             f"transfer from {TRANSFER_INPUTS[inputs]} with {layers} layer(s) of "
             f"{ACTIVATIONS[activation]}"
         )
-    parts += [f"MLP {MLP_BRANCHES[mlp]}", f"{num_convs} convolutions of {channels} channels"]
-    return ", ".join([*parts, f"{num_classes} classes"])
+    return ", ".join([*parts, f"MLP {MLP_BRANCHES[mlp]}", f"{num_classes} classes"])

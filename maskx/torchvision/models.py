@@ -136,7 +136,9 @@ def maskx_rcnn_small(
         **mask_branch: arguments of :func:`add_mask_branch`.
     """
     model = faster_rcnn_small(num_classes, min_size=min_size)
-    return add_mask_branch(model, **({"channels": 64, "num_convs": 3} | mask_branch))
+    # The other trunks take their convolutions in pairs.
+    num_convs = 3 if mask_branch.get("trunk", "conv") == "conv" else 2
+    return add_mask_branch(model, **({"channels": 64, "num_convs": num_convs} | mask_branch))
 
 
 def faster_rcnn_small(num_classes: int, *, min_size: int | tuple[int, ...] = 128) -> FasterRCNN:

@@ -16,9 +16,13 @@ from maskx.modeling.mask_head import (
     crop_mask_targets,
     mask_loss,
 )
+from maskx.modeling.mask_trunks import TRUNKS
 from maskx.modeling.weight_transfer import DetectorWeights
 
 K, D, C, P = 5, 6, 8, 4
+
+# Each trunk with the smallest size of the RoI features that the tests use it with.
+TRUNK_SIZES = (("conv", P), ("residual", P), ("hourglass", 7))
 
 
 def make_detector(requires_grad=False):
@@ -143,14 +147,16 @@ def test_activations_do_not_grow_with_the_number_of_classes(num_classes):
     assert max(sizes) <= max(2 * C * (2 * P) ** 2, C * C * 9, 5 * D * C)
 
 
+@pytest.mark.parametrize(("trunk", "size"), TRUNK_SIZES)
 @pytest.mark.parametrize("predictor", PREDICTORS)
 @pytest.mark.parametrize("mlp", MLP_BRANCHES)
 @pytest.mark.parametrize("num_rois", [0, 1, 3])
-def test_every_parameter_gets_a_gradient_even_without_rois(predictor, mlp, num_rois):
-    head = make_head(predictor=predictor, mlp=mlp)
+def test_every_parameter_gets_a_gradient_even_without_rois(predictor, mlp, num_rois, trunk, size):
+    head = make_head(predictor=predictor, mlp=mlp, trunk=trunk, pool_size=size)
     class_indices = torch.zeros(num_rois, dtype=torch.long)
-    logits = head(torch.randn(num_rois, 3, P, P), class_indices, make_detector())
-    loss = mask_loss(logits, torch.ones(num_rois, 2 * P, 2 * P))
+    logits = head(torch.randn(num_rois, 3, size, size), class_indices, make_detector())
+    assert logits.shape == (num_rois, 2 * size, 2 * size)
+    loss = mask_loss(logits, torch.ones(num_rois, 2 * size, 2 * size))
     loss.backward()
     assert loss.requires_grad
     for name, parameter in head.named_parameters():
@@ -213,6 +219,9 @@ def test_crop_mask_targets_of_no_box():
         ({"predictor": "fcn"}, "mask predictor must be one of 'transfer'"),
         ({"mlp": "3_layer"}, "MLP branch must be one of 'none'"),
         ({"transfer_inputs": "glove"}, "transfer inputs must be one of"),
+        ({"trunk": "resnet"}, "mask trunk must be one of 'conv', 'residual', 'hourglass', got"),
+        ({"trunk": "residual", "num_convs": 3}, "num_convs must be even and at least 2, got 3"),
+        ({"trunk": "hourglass"}, "pool_size must be at least 7, got 4"),
         ({"transfer_layers": 4}, "transfer layers must be one of 1, 2, 3, got 4"),
         ({"transfer_activation": "gelu"}, "'leaky_relu', 'relu', got 'gelu'"),
         ({"detector_channels": None}, "needs the argument detector_channels"),
@@ -236,6 +245,7 @@ def test_bad_arguments_are_named(changes, words):
         ({"transfer_inputs": "cls"}, "transfer from cls with"),
         ({"num_classes": K + 1}, "6 classes"),
         ({"channels": 2 * C}, "16 channels"),
+        ({"trunk": "residual"}, "trunk residual[^$]*this model: trunk conv"),
         ({"mlp": "bottleneck"}, "MLP bottleneck"),
     ],
 )
@@ -243,6 +253,30 @@ def test_a_checkpoint_of_another_head_is_refused(changes, word):
     checkpoint = make_head(**changes).state_dict()
     with pytest.raises(ValueError, match=f"made by another mask head[^$]*checkpoint: .*{word}"):
         make_head().eval().load_state_dict(checkpoint)
+
+
+@pytest.mark.parametrize("num_convs", [2, 4])
+def test_a_checkpoint_from_before_the_trunks_has_the_trunk_conv(num_convs):
+    checkpoint = make_head(num_convs=num_convs).state_dict()
+    assert TRUNKS[checkpoint["architecture"][0]] == "conv"
+    checkpoint["architecture"] = checkpoint["architecture"][1:]
+    head = make_head(num_convs=num_convs).eval()
+    head.load_state_dict(checkpoint)
+    assert len(head.architecture) == 9
+    other = make_head(trunk="residual", num_convs=num_convs)
+    with pytest.raises(ValueError, match=r"checkpoint: trunk conv[^$]*this model: trunk residual"):
+        other.load_state_dict(checkpoint)
+
+
+@pytest.mark.parametrize(("trunk", "size"), TRUNK_SIZES)
+def test_checkpoints_of_every_trunk_load(trunk, size):
+    trained, head = (make_head(trunk=trunk, pool_size=size) for _ in range(2))
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter)
+    head.eval().load_state_dict(trained.state_dict())
+    rois, class_indices = torch.randn(2, 3, size, size), torch.tensor([0, 3])
+    expected = trained(rois, class_indices, make_detector())
+    torch.testing.assert_close(head(rois, class_indices, make_detector()), expected)
 
 
 def test_fine_tuning_on_another_number_of_classes_keeps_the_transfer():
@@ -268,25 +302,29 @@ def test_norm_layers_replace_the_bias():
     head(torch.randn(2, 3, P, P), torch.tensor([0, 1]), make_detector())
 
 
-def test_autocast_trains_in_bfloat16():
-    head = make_head(mlp="bottleneck")
+@pytest.mark.parametrize(("trunk", "size"), TRUNK_SIZES)
+def test_autocast_trains_in_bfloat16(trunk, size):
+    head = make_head(mlp="bottleneck", trunk=trunk, pool_size=size)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = head(torch.randn(2, 3, P, P), torch.tensor([0, 1]), make_detector())
-        loss = mask_loss(logits, torch.ones(2, 2 * P, 2 * P, dtype=torch.bool))
+        logits = head(torch.randn(2, 3, size, size), torch.tensor([0, 1]), make_detector())
+        loss = mask_loss(logits, torch.ones(2, 2 * size, 2 * size, dtype=torch.bool))
+    assert logits.dtype == torch.bfloat16
     loss.backward()
     assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters())
 
 
-def test_export_with_a_dynamic_number_of_rois_equals_eager():
-    head, detector = make_head().eval(), make_detector()
-    rois, indices = torch.randn(3, 3, P, P), torch.tensor([0, 1, 2])
+@pytest.mark.parametrize(("trunk", "size"), TRUNK_SIZES)
+def test_export_with_a_dynamic_number_of_rois_equals_eager(trunk, size):
+    head, detector = make_head(trunk=trunk, pool_size=size).eval(), make_detector()
+    rois, indices = torch.randn(3, 3, size, size), torch.tensor([0, 1, 2])
     dynamic = {0: torch.export.Dim("rois", min=2, max=100)}
     exported = torch.export.export(
         head,
         (rois, indices, detector),
         dynamic_shapes=(dynamic, dynamic, DetectorWeights(None, None)),
     )
-    rois, indices = torch.randn(6, 3, P, P), torch.tensor([4, 4, 0, 2, 3, 1])
+    rois, indices = torch.randn(6, 3, size, size), torch.tensor([4, 4, 0, 2, 3, 1])
     torch.testing.assert_close(
         exported.module()(rois, indices, detector), head(rois, indices, detector)
     )

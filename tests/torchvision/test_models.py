@@ -4,8 +4,9 @@ import pytest
 import torch
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
+from maskx.modeling.mask_trunks import TRUNKS
 from maskx.torchvision.data import InstanceMapper, training_batches
-from maskx.torchvision.models import add_mask_branch, faster_rcnn_small
+from maskx.torchvision.models import add_mask_branch, faster_rcnn_small, maskx_rcnn_small
 from maskx.torchvision.training import TrainingSettings, train
 
 MASK_HEAD = "detector.roi_heads.mask_head."
@@ -80,3 +81,10 @@ def test_the_small_detector_is_the_one_of_the_small_mask_model(make_detector):
     plain = faster_rcnn_small(9, min_size=64).state_dict()
     whole = make_detector().detector.state_dict()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_the_small_model_takes_every_trunk(trunk):
+    model = maskx_rcnn_small(9, min_size=64, trunk=trunk, channels=8).eval()
+    (detection,) = model([torch.rand(3, 64, 64)])
+    assert detection["masks"].shape[1:] == (1, 64, 64)

@@ -288,3 +288,16 @@ def test_resnet_builder_trains_a_step():
     assert model.backbone.body.conv1.weight.grad.abs().sum() > 0
     std = model.roi_heads.box_predictor.bbox_pred.weight.std().item()
     assert std == pytest.approx(0.001, rel=0.05)
+
+
+@pytest.mark.parametrize("trunk", ["residual", "hourglass"])
+def test_builders_take_the_trunk_of_the_mask_head(make_detector, scenes, split, trunk):
+    model = make_detector(trunk=trunk, num_convs=2)  # of maskx_rcnn_small, by add_mask_branch
+    losses = losses_of(model, make_samples(scenes, split.indices_with_masks))
+    gradients = gradients_of(model, sum(losses.values()))
+    names = mask_branch_names(model)
+    assert any(f"mask_{trunk}" in name for name in names)
+    assert all(torch.isfinite(gradients[name]).all() for name in names)
+    with torch.no_grad():
+        (output,) = model.eval()(make_samples(scenes, (), (0,)))
+    assert output["instances"]["pred_masks"].shape[1:] == (64, 64)
