@@ -64,7 +64,7 @@ def tiny_train(scenes):
 def make_cfg(tmp_path):
     """Make a tiny configuration: ``make_cfg(*opts, file=<under configs/MaskX>)``."""
 
-    def make(*opts, file="voc2nonvoc/clsbox_2_layer_mlp_R_50_FPN_1x.yaml"):
+    def make(*opts, file="voc2nonvoc/e2e/clsbox_2_layer_mlp_R_50_FPN_1x.yaml"):
         cfg = get_cfg()
         cfg.merge_from_file(str(ROOT / "configs" / "MaskX" / file))
         cfg.merge_from_list([*TINY, "OUTPUT_DIR", str(tmp_path / "output"), *opts])

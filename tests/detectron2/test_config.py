@@ -1,3 +1,6 @@
+import functools
+import itertools
+import json
 import re
 from pathlib import Path
 
@@ -15,15 +18,24 @@ import maskx
 from maskx.detectron2 import (
     MaskXCOCOEvaluator,
     MaskXDatasetMapper,
-    MaskXROIHeads,
     add_maskx_config,
     get_cfg,
 )
 from maskx.detectron2.data import split_from_config
+from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
+from maskx.modeling.mask_head import PREDICTORS
+from maskx.modeling.weight_transfer import ACTIVATIONS, TRANSFER_INPUTS
+from maskx.supervision import split_names
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "MaskX"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "MaskX"
+RECIPE = "Base-MaskX-RCNN-FPN.yaml"
+# Two of the Base files are a part that is merged over a recipe; alone they make no model.
+PARTS = ("Base-1x8.yaml", "Base-R_101.yaml")
 YAMLS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+MODELS = [name for name in YAMLS if name not in PARTS]
 EXPERIMENTS = [name for name in YAMLS if name.endswith("_1x.yaml")]
+FULL = "voc2nonvoc/e2e/clsbox_2_layer_mlp_R_50_FPN_1x.yaml"
 LAZY = str(CONFIGS / "lazy" / "maskx_rcnn_R_50_FPN_1x.py")
 
 
@@ -91,49 +103,195 @@ def test_every_file_loads_dumps_and_reloads(name, tmp_path):
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
 
 
-@pytest.mark.parametrize("name", YAMLS)
-def test_every_file_builds_trains_and_predicts(name, make_cfg, make_sample):
-    cfg = make_cfg(file=name)
+@pytest.fixture
+def tiny_opts(tmp_path, scenes):
+    """Options that the tiny size of a file needs beyond those of all files."""
+
+    def opts(name):
+        opts = ["DATASETS.MASKX.REGISTER", []]
+        if "/glove_" in name:  # its file is downloaded by users
+            names = [c["name"] for c in json.loads(scenes[0].read_text())["categories"]]
+            vectors = tmp_path / "vectors.txt"
+            lines = [f"{name.replace(' ', '_')} {i} 1.5 -2" for i, name in enumerate(names)]
+            vectors.write_text("\n".join(lines))
+            opts += ["MODEL.MASKX.TRANSFER.VECTORS", str(vectors)]
+        if "maskx_plus" in name:  # its convolutions come in pairs, its RoIs are halved twice
+            opts += ["MODEL.ROI_MASK_HEAD.NUM_CONV", 2, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 8]
+        return opts
+
+    return opts
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_file_builds_trains_and_predicts(name, make_cfg, make_sample, tiny_train, tiny_opts):
+    cfg = make_cfg(*tiny_opts(name), file=name)
     model = build_model(cfg).train()
-    assert isinstance(model.roi_heads, MaskXROIHeads)
+    mask_on = cfg.MODEL.MASK_ON
+    assert isinstance(model.roi_heads, MaskXROIHeadsMixin) == mask_on
     with EventStorage():
         losses = model([make_sample([True, False]), make_sample([True, True])])
+    assert ("loss_mask" in losses) == mask_on
+    assert ("loss_rpn_cls" in losses) != cfg.MODEL.MASKX.FREEZE_DETECTOR
     optimizer = build_optimizer(cfg, model)
     sum(losses.values()).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     optimizer.step()
     with torch.no_grad():
         (result,) = model.eval()([make_sample([])])
-    assert result["instances"].has("pred_masks")
+    draws = cfg.MODEL.META_ARCHITECTURE == "MaskXGrabCutRCNN"
+    assert result["instances"].has("pred_masks") == (mask_on or draws)
+
+
+@functools.cache
+def page_tables():
+    """What each word of a path sets, by the tables of configs/MaskX/README.md.
+
+    A row is ``| `word` | explanation | `KEY value`, `word`, ... |``: keys, and words whose keys are
+    taken over.
+    """
+    page = (CONFIGS / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+)` \|[^|]*\|([^|]*)\|$", page.split("### Commands")[0], re.M)
+    assert len(rows) == len(dict(rows)), "a word stands twice"
+    return {word: re.findall("`([^`]+)`", cell) for word, cell in rows}
+
+
+def keys_of(word, backbone):
+    """The keys, and their values as text, that one word of a path sets."""
+    keys = {}
+    for item in page_tables()[word]:
+        key, _, value = item.partition(" ")
+        keys |= {key: value.replace("BACKBONE", backbone)} if value else keys_of(key, backbone)
+    return keys
+
+
+def decode(name):
+    """Spell out a file name: the keys that it sets beyond the recipe, and their values."""
+    path = name.removesuffix(".yaml")
+    folder, file = path.rsplit("/", 1)
+    known = "|".join(sorted(page_tables(), key=len, reverse=True))
+    assert re.fullmatch(rf"(({known})_)+FPN_1x", file), f"no table decodes '{file}'"
+    *method, backbone = re.findall(rf"({known})_", file)
+    keys = {"OUTPUT_DIR": f"output/MaskX/{path}"}
+    for word in (backbone, folder, *method):
+        keys |= keys_of(word, backbone)
+    return keys
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_file_names_agree_with_their_content(name):
-    cfg = load(name)
-    folder, file = name.split("/")
-    maskx_cfg = cfg.MODEL.MASKX
-    split = {"voc2nonvoc": "coco_voc", "nonvoc2voc": "coco_nonvoc", "oracle": "all"}[folder]
-    assert split == cfg.DATASETS.MASKX.SPLIT
-    method, depth = re.fullmatch(r"(\w+)_R_(\d+)_FPN_1x\.yaml", file).groups()
-    if method == "baseline":
-        assert (maskx_cfg.PREDICTOR, maskx_cfg.MLP) == ("class_agnostic", "none")
-    elif method == "mask_rcnn":
-        assert (maskx_cfg.PREDICTOR, maskx_cfg.MLP) == ("class_specific", "none")
-    else:
-        inputs, layers, mlp = re.fullmatch(r"(\w+?)_(\d)_layer(_mlp)?", method).groups()
-        assert maskx_cfg.PREDICTOR == "transfer"
-        assert {"clsbox": "cls+box"}.get(inputs, inputs) == maskx_cfg.TRANSFER.INPUTS
-        assert int(layers) == maskx_cfg.TRANSFER.LAYERS
-        assert maskx_cfg.TRANSFER.STOP_GRADIENT
-        assert ("single_fc" if mlp else "none") == maskx_cfg.MLP
-    assert int(depth) == cfg.MODEL.RESNETS.DEPTH
-    assert cfg.MODEL.WEIGHTS.endswith(f"/R-{depth}.pkl")
-    assert cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone"
-    # 1x: images seen, steps and learning rate in proportion
-    solver = cfg.SOLVER
+def test_a_file_is_the_recipe_and_what_its_name_says(name):
+    expected = load(RECIPE)
+    expected.merge_from_list([part for pair in decode(name).items() for part in pair])
+    assert flat(load(name)) == flat(expected)
+
+
+def test_names_say_all_that_differs():
+    """No two experiments are one, and every value of the recipe's own ablations occurs."""
+    contents = [flat(load(name)) for name in EXPERIMENTS]
+    for content in contents:
+        del content["OUTPUT_DIR"]
+    assert all(a != b for a, b in itertools.combinations(contents, 2))
+    tried = {key: {str(content[key]) for content in contents} for key in contents[0]}
+    assert tried["MODEL.MASKX.PREDICTOR"] == set(PREDICTORS)
+    assert tried["MODEL.MASKX.TRANSFER.INPUTS"] == set(TRANSFER_INPUTS)
+    assert tried["MODEL.MASKX.TRANSFER.LAYERS"] == {"1", "2", "3"}
+    assert tried["MODEL.MASKX.TRANSFER.ACTIVATION"] == set(ACTIVATIONS)
+    assert tried["MODEL.MASKX.TRANSFER.STOP_GRADIENT"] == {"True", "False"}
+
+
+def test_both_directions_have_the_same_experiments():
+    """But for the cascade, of which there is one example."""
+    files = {
+        side: {name.removeprefix(side) for name in EXPERIMENTS if name.startswith(side)}
+        for side in ("voc2nonvoc", "nonvoc2voc")
+    }
+    assert files["voc2nonvoc"] - files["nonvoc2voc"] == {
+        "/e2e/cls_2_layer_cascade_R_50_FPN_1x.yaml"
+    }
+    assert files["nonvoc2voc"] < files["voc2nonvoc"]
+
+
+def test_stage_2_starts_from_what_stage_1_writes():
+    outputs = {f"{load(name).OUTPUT_DIR}/model_final.pth": name for name in MODELS}
+    seen = set()
+    for name in MODELS:
+        cfg = load(name)
+        if not cfg.MODEL.WEIGHTS.startswith("output/"):
+            assert not cfg.MODEL.MASKX.FREEZE_DETECTOR, name
+            continue
+        stage1 = load(outputs[cfg.MODEL.WEIGHTS])
+        seen.add(outputs[cfg.MODEL.WEIGHTS])
+        assert not stage1.MODEL.MASK_ON
+        for node in ("BACKBONE", "RESNETS", "FPN", "ANCHOR_GENERATOR", "ROI_BOX_HEAD"):
+            assert stage1.MODEL[node] == cfg.MODEL[node], (name, node)
+        assert stage1.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    assert seen == {name for name in MODELS if "stage1" in name}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_splits_are_known(name):
+    split = load(name).DATASETS.MASKX.SPLIT
+    assert split in split_names()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_schedules_see_the_same_images_at_the_same_rate(name):
+    solver = load(name).SOLVER
     assert solver.IMS_PER_BATCH * solver.MAX_ITER == 16 * 90000
     assert [s / solver.MAX_ITER for s in solver.STEPS] == [60 / 90, 80 / 90]
     assert solver.BASE_LR / solver.IMS_PER_BATCH == 0.02 / 16
+
+
+def test_every_config_that_the_texts_name_exists():
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("datasets/*.md"), *ROOT.glob("tools/*.py")]
+    texts += [*ROOT.glob("configs/**/*.md"), *ROOT.glob("maskx/**/*.py")]
+    named = {
+        path
+        for text in texts
+        for path in re.findall(r"configs/MaskX/[\w/.-]+\.(?:yaml|py)\b", text.read_text("utf-8"))
+    }
+    assert len(named) > 3
+    assert sorted(path for path in named if not (ROOT / path).is_file()) == []
+
+
+def test_the_page_and_the_files_know_no_more_than_each_other():
+    page = (CONFIGS / "README.md").read_text(encoding="utf-8")
+    paths = [name.removesuffix(".yaml") for name in EXPERIMENTS]
+    shown = {path: re.sub("^(voc2nonvoc|nonvoc2voc)/", "S/", path) for path in paths}
+    assert [
+        p for p, short in shown.items() if f"`{p}`" not in page and f"`{short}`" not in page
+    ] == []
+    named = set(re.findall(r"`((?!output/)\w+/[\w/]+_1x)`", page))
+    assert named <= {*paths, *shown.values()}
+    words = [word for word in page_tables() if not any(word in path for path in paths)]
+    assert words == ["1x8"]  # a schedule, of which no file speaks
+
+
+def test_the_full_method_is_the_papers():
+    """One file in full, from the paper: the tables of the page could be wrong with the files."""
+    keys = decode(FULL)
+    assert keys == {
+        "OUTPUT_DIR": "output/MaskX/voc2nonvoc/e2e/clsbox_2_layer_mlp_R_50_FPN_1x",
+        "DATASETS.MASKX.SPLIT": "coco_voc",
+        "MODEL.MASKX.PREDICTOR": "transfer",
+        "MODEL.MASKX.TRANSFER.INPUTS": "cls+box",
+        "MODEL.MASKX.TRANSFER.LAYERS": "2",
+        "MODEL.MASKX.MLP": "single_fc",
+    }
+    maskx = load(RECIPE).MODEL.MASKX
+    assert (maskx.TRANSFER.ACTIVATION, maskx.TRANSFER.STOP_GRADIENT) == ("leaky_relu", True)
+    assert (maskx.TRUNK, maskx.GT_BOXES_ONLY, maskx.LOSS_WEIGHT) == ("conv", False, 1.0)
+
+
+def flat(node, prefix=""):
+    """All values of a configuration, by dotted key."""
+    values = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values
 
 
 def test_the_recipe_is_that_of_detectron1(make_cfg):
@@ -146,7 +304,7 @@ def test_the_recipe_is_that_of_detectron1(make_cfg):
     biases = {names[id(p)] for g in doubled for p in g["params"]}
     assert biases == {name for name in names.values() if name.endswith(".bias")}
     assert "roi_heads.mask_head.predictor.layers.2.bias" in biases
-    scheduler = build_lr_scheduler(load(EXPERIMENTS[0]), optimizer)
+    scheduler = build_lr_scheduler(load(FULL), optimizer)
     assert scheduler.get_last_lr()[0] == pytest.approx(
         optimizer.param_groups[0]["initial_lr"] / 3, rel=1e-5
     )
@@ -160,7 +318,7 @@ def lazy(tmp_path, monkeypatch):
 
 def test_the_lazy_config_is_the_yaml_experiment(lazy):
     """Same arguments in every module that has any, same optimiser and schedule."""
-    cfg = load("voc2nonvoc/clsbox_2_layer_mlp_R_50_FPN_1x.yaml")
+    cfg = load(FULL)
     cfg.MODEL.DEVICE = "meta"  # the full size, without its 0.8 GB
     with torch.device("meta"):
         models = [instantiate(lazy.model), build_model(cfg)]
@@ -224,8 +382,6 @@ def test_the_lazy_config_trains_at_tiny_size(lazy, make_sample):
 def test_the_lazy_config_makes_its_mapper_and_its_evaluator(lazy, tmp_path):
     mapper = instantiate(lazy.dataloader.train.mapper)
     assert isinstance(mapper, MaskXDatasetMapper)
-    assert mapper.classes_with_masks == set(
-        split_from_config(load(EXPERIMENTS[-1])).indices_with_masks
-    )
+    assert mapper.classes_with_masks == set(split_from_config(load(FULL)).indices_with_masks)
     evaluator = instantiate(lazy.dataloader.evaluator)
     assert isinstance(evaluator, MaskXCOCOEvaluator)

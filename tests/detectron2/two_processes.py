@@ -40,7 +40,9 @@ def make_batch(rank, has_objects):
 def train(rank, port):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     cfg = get_cfg()
-    cfg.merge_from_file(os.path.join(CONFIG, "voc2nonvoc", "clsbox_2_layer_mlp_R_50_FPN_1x.yaml"))
+    cfg.merge_from_file(
+        os.path.join(CONFIG, "voc2nonvoc", "e2e", "clsbox_2_layer_mlp_R_50_FPN_1x.yaml")
+    )
     cfg.merge_from_list(list(TINY))
     torch.manual_seed(0)
     model = build_model(cfg).train()

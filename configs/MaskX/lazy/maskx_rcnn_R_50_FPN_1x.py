@@ -1,4 +1,4 @@
-"""voc2nonvoc/clsbox_2_layer_mlp_R_50_FPN_1x.yaml, written as a LazyConfig.
+"""voc2nonvoc/e2e/clsbox_2_layer_mlp_R_50_FPN_1x.yaml, written as a LazyConfig.
 
 For Detectron2's tools/lazyconfig_train_net.py. Every argument stands in the call that takes it.
 """
