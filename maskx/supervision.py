@@ -90,7 +90,7 @@ class CategorySplit:
 
 def split_names() -> tuple[str, ...]:
     """Names that :func:`resolve_split` knows without a file."""
-    return ("all", "coco_voc", "coco_nonvoc", *_coco_random_draws(), "scenes_half")
+    return ("all", "coco_voc", "coco_nonvoc", *_coco_random_draws(), "vg3k_coco", "scenes_half")
 
 
 def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> CategorySplit:
@@ -118,6 +118,8 @@ def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> Catego
         with_masks = VOC_CLASSES_IN_COCO
     elif name == "coco_nonvoc":
         with_masks = tuple(c for c in COCO_THING_CLASSES if c not in VOC_CLASSES_IN_COCO)
+    elif name == "vg3k_coco":
+        with_masks = COCO_THING_CLASSES
     elif name == "scenes_half":
         from maskx.data.scenes import THING_CATEGORIES, half_split_names  # loads OpenCV
 
@@ -158,8 +160,8 @@ def _read_split(path: Path, class_names: tuple[str, ...]) -> CategorySplit:
         hint = f" Did you mean {_listed(close)}?" if close else ""
         raise FileNotFoundError(
             f"'{path}' is neither a named category split nor a file.{hint} Named splits: all, "
-            "coco_voc, coco_nonvoc, coco_random_{20,30,40,50,60}_{1..5}, scenes_half; or give a "
-            "text file with one category name per line, or a JSON list of names."
+            "coco_voc, coco_nonvoc, coco_random_{20,30,40,50,60}_{1..5}, vg3k_coco, scenes_half; "
+            "or give a text file with one category name per line, or a JSON list of names."
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -211,8 +213,9 @@ def _from_one_side(
 
 
 def _check_known(split_name: str, names: Sequence[str], class_names: Sequence[str]) -> None:
+    known = frozenset(class_names)
     for name in names:
-        if name not in class_names:
+        if name not in known:
             close = difflib.get_close_matches(name, class_names, n=3, cutoff=0.4)
             hint = f" Closest: {_listed(close)}." if close else ""
             raise ValueError(

@@ -57,6 +57,15 @@ def test_all_and_scenes_half():
     assert resolve_split("scenes_half", classes).with_masks == names
 
 
+def test_the_split_of_visual_genome_gives_masks_to_the_classes_of_coco():
+    others = [f"thing_{i}.n.01" for i in range(2920)]
+    split = resolve_split("vg3k_coco", [*COCO_THING_CLASSES, *others])
+    assert split.indices_with_masks == tuple(range(80))
+    assert split.without_masks == tuple(others)
+    with pytest.raises(ValueError, match="'vg3k_coco' names 'bicycle', which is not among the 2"):
+        resolve_split("vg3k_coco", ("person", "window.n.01"))
+
+
 @given(st.permutations([f"c{i}" for i in range(6)]), st.integers(1, 5))
 def test_splits_follow_names_whatever_the_class_order(order, size):
     chosen = tuple(f"c{i}" for i in range(size))

@@ -24,6 +24,11 @@ logger = logging.getLogger(__name__)
 class MaskXCOCOEvaluator(DatasetEvaluator):
     """COCO average precision on all categories, on A (with masks) and on B, from one run.
 
+    A data set may annotate only some of its class list (``class_names`` of
+    :func:`maskx.detectron2.register_coco`). Then the other classes are not scored, and are neither
+    in A nor in B: whether a detection of one of them is right is not known. Such detections are
+    left out and counted.
+
     Args:
         dataset_name: a registered data set with ``json_file`` in its metadata.
         split: the category split, a name or a file; see :func:`maskx.supervision.resolve_split`.
@@ -57,18 +62,26 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
                 "and load it once."
             )
         self._json_file = metadata.json_file
-        self._class_names = metadata.thing_classes
+        class_names = metadata.thing_classes
         class_index = metadata.thing_dataset_id_to_contiguous_id
-        self._category_ids = sorted(class_index, key=class_index.get)
-        self._groups = resolve_split(split, self._class_names).groups()
+        # Classes that the file annotates, in the order of the class list.
+        ordered = sorted(class_index.items(), key=lambda item: item[1])
+        self._category_id = {index: category_id for category_id, index in ordered}
+        self._class_names = [class_names[index] for index in self._category_id]
+        position = {index: place for place, index in enumerate(self._category_id)}
+        self._groups = {
+            group: [position[index] for index in indices if index in position]
+            for group, indices in resolve_split(split, class_names).groups().items()
+        }
         self._iou_types = iou_types
         self._distributed = distributed
         self._output_dir = output_dir
-        self._results: list[dict[str, Any]] = []
+        self.reset()
 
     def reset(self) -> None:
         """Forget all predictions."""
-        self._results = []
+        self._results: list[dict[str, Any]] = []
+        self._num_left_out = 0
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Take in the predictions of a batch.
@@ -79,8 +92,11 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
         """
         for sample, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to(torch.device("cpu"))
+            is_annotated = [c in self._category_id for c in instances.pred_classes.tolist()]
+            self._num_left_out += is_annotated.count(False)
+            instances = instances[torch.tensor(is_annotated, dtype=torch.bool)]
             for result in instances_to_coco_json(instances, sample["image_id"]):
-                result["category_id"] = self._category_ids[result["category_id"]]
+                result["category_id"] = self._category_id[result["category_id"]]
                 self._results.append(result)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
@@ -92,14 +108,21 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
             "segm_B" and so on those of the categories with (A) and without masks (B). Empty in
             processes other than the main one.
         """
-        results = self._results
+        results, num_left_out = self._results, self._num_left_out
         if self._distributed:
             comm.synchronize()
-            results = list(itertools.chain.from_iterable(comm.gather(results, dst=0)))
+            gathered = comm.gather((results, num_left_out), dst=0)
             if not comm.is_main_process():
                 return {}
+            results = list(itertools.chain.from_iterable(part for part, _ in gathered))
+            num_left_out = sum(number for _, number in gathered)
+        if num_left_out:
+            logger.info(
+                "%d detections of classes that %s does not annotate are left out; %d are scored.",
+                *(num_left_out, self._json_file, len(results)),
+            )
         if not results:
-            logger.warning("The model detected nothing: every AP is 0.")
+            logger.warning("There is no detection to score: every AP is 0.")
         if self._output_dir:
             PathManager.mkdirs(self._output_dir)
             path = os.path.join(self._output_dir, "coco_instances_results.json")
@@ -108,7 +131,7 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
         scores = evaluate_detections(
             PathManager.get_local_path(self._json_file),
             results,
-            category_ids=self._category_ids,
+            category_ids=list(self._category_id.values()),
             groups=self._groups,
             iou_types=self._iou_types,
         )

@@ -123,6 +123,24 @@ def test_images_without_masks_have_all_fields(make_record, count, mask_format):
     assert not instances.gt_has_mask.any()
 
 
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("with_masks", [True, False])
+def test_incomplete_boxes_are_marked(make_record, count, with_masks):
+    mapper = make_mapper(use_instance_mask=with_masks)
+    record = make_record(*[{"segmentation": polygon()}] * count)
+    for complete in (record, record | {"boxes_complete": True}):
+        assert not mapper(complete)["instances"].has("gt_boxes_complete")
+    marked = mapper(record | {"boxes_complete": False})["instances"].gt_boxes_complete
+    assert marked.dtype == torch.bool
+    assert marked.tolist() == [False] * count
+
+
+def test_the_mark_follows_the_boxes_that_are_left(make_record):
+    record = make_record({}, {"bbox": [0.0, 0.0, 5.0, 5.0]}) | {"boxes_complete": False}
+    instances = make_mapper(T.CropTransform(8, 8, 40, 30, WIDTH, HEIGHT))(record)["instances"]
+    assert instances.gt_boxes_complete.tolist() == [False]
+
+
 TRANSFORMS = {
     "flip": T.HFlipTransform(WIDTH),
     "vertical flip": T.VFlipTransform(HEIGHT),

@@ -2,12 +2,14 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import BoxMode
 
+from maskx.data.visual_genome import COCO_SYNSETS, prepare_visual_genome
 from maskx.data.vocabularies import COCO_THING_CLASSES
 from maskx.detectron2 import (
     MaskXDatasetMapper,
@@ -59,8 +61,10 @@ def test_registering_twice_is_harmless_and_anything_else_is_an_error(write_coco,
     path, root = write_coco([GOOD])
     for _ in range(2):
         register_coco("farm", path, root)
-    with pytest.raises(ValueError, match=r"'farm' is already registered with .*'strict': True"):
+    with pytest.raises(ValueError, match=r"'farm' is already registered with strict True; now"):
         register_coco("farm", path, root, strict=False)
+    with pytest.raises(ValueError, match=r"with class_list None; now class_list \['yak', 'dog'"):
+        register_coco("farm", path, root, class_names=["yak", "dog", "owl", "cat"])
     with pytest.raises(ValueError, match="Choose another name"):
         register_coco("coco_2017_train", path, root)
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
@@ -163,3 +167,172 @@ def test_real_annotations_keep_every_box(make_cfg, shared_data):
         expected = np.isin(instances.gt_classes.numpy(), voc)
         assert instances.gt_has_mask.tolist() == expected.tolist()
     assert not mapper.lost_masks
+
+
+FARM = ["yak", "hen", "cat", "dog", "owl", "pig"]
+
+
+def test_a_file_may_annotate_a_part_of_a_larger_class_list(write_coco):
+    path, root = write_coco([GOOD, {"category_id": 10, "bbox": [0, 0, 9, 9]}])
+    register_coco("farm", path, root, class_names=FARM)
+    assert class_names_of("farm") == FARM
+    ids = MetadataCatalog.get("farm").thing_dataset_id_to_contiguous_id
+    assert ids == {10: 2, 20: 3, 30: 4, 40: 0}
+    (record,) = DatasetCatalog.get("farm")
+    assert [a["category_id"] for a in record["annotations"]] == [0, 2]
+    assert record["image_labels"] == [0, 2]
+    assert record["boxes_complete"] is False
+
+
+def test_boxes_of_the_whole_class_list_are_complete(write_coco):
+    path, root = write_coco([GOOD])
+    register_coco("farm", path, root, class_names=["yak", "dog", "owl", "cat"])
+    register_coco("plain", path, root)
+    for name, class_index in {"farm": 0, "plain": 3}.items():
+        (record,) = DatasetCatalog.get(name)
+        assert "boxes_complete" not in record
+        assert [a["category_id"] for a in record["annotations"]] == [class_index]
+
+
+def test_a_category_outside_the_class_list_is_named(write_coco):
+    path, root = write_coco([GOOD])
+    with pytest.raises(ValueError, match=r"category 'yak', .* 4 of class_names\. Closest: 'yaks'"):
+        register_coco("farm", path, root, class_names=["cat", "dog", "owl", "yaks"])
+    with pytest.raises(ValueError, match=r"annotations\.json repeats a name"):
+        register_coco("farm", path, root, class_names=["cat", "dog", "owl", "yak", "cat"])
+    assert "farm" not in DatasetCatalog
+
+
+def test_a_file_whose_categories_have_changed_is_an_error(write_coco):
+    path, root = write_coco([GOOD])
+    register_coco("farm", path, root)
+    write_coco([GOOD], categories=("cat", "dog", "owl", "yeti"))
+    with pytest.raises(ValueError, match=r"has 4 categories, .* differ in yak, yeti\. If it is"):
+        DatasetCatalog.get("farm")
+
+
+@pytest.fixture
+def vg_root(tmp_path):
+    """Visual Genome with 82 classes and COCO, of three and two images; all 80 classes occur."""
+    synsets = [COCO_SYNSETS.get(n, f"{n.replace(' ', '_')}.n.01") for n in COCO_THING_CLASSES]
+    synsets += ["window.n.01", "tree.n.01", "rare.n.01"]
+    counts = [1] * 80 + [3, 2, 1]
+    objects = [
+        {"object_id": i, "x": 4, "y": 5, "w": 20, "h": 10, "synsets": [s]}
+        for i, s in enumerate(s for s, n in zip(synsets, counts, strict=True) for _ in range(n))
+    ]
+    folder = tmp_path / "visual_genome"
+    coco = tmp_path / "coco"
+    files = [folder / f for f in ("VG_100K/1.jpg", "VG_100K_2/2.jpg", "VG_100K/3.jpg")]
+    files += [coco / "train2017/7.jpg", coco / "val2017/9.jpg"]
+    (coco / "annotations").mkdir(parents=True)
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(file), np.full((40, 60, 3), 127, np.uint8))
+    images = [
+        {"image_id": i, "url": f"http://x/y/{file.parent.name}/{file.name}", "coco_id": coco_id}
+        for i, (file, coco_id) in enumerate(zip(files, (5, 9, None), strict=False), start=1)
+    ]
+    images = [{**image, "width": 60, "height": 40} for image in images]
+    entries = [
+        {"image_id": 1, "objects": objects[:50]},
+        {"image_id": 2, "objects": objects[50:70]},
+        {"image_id": 3, "objects": objects[70:]},
+    ]
+    for name, content in {"image_data": images, "objects": entries}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    official = MetadataCatalog.get("coco_2017_train")
+    ids = official.thing_dataset_id_to_contiguous_id
+    categories = [{"id": i, "name": official.thing_classes[index]} for i, index in ids.items()]
+    for part, id_ in {"train": 7, "val": 9}.items():
+        image = {"id": id_, "file_name": f"{id_}.jpg", "height": 40, "width": 60}
+        masked = {"id": 1, "image_id": id_, "category_id": 90, "bbox": [4, 5, 20, 10]}
+        masked["segmentation"] = [[4, 5, 24, 5, 24, 15, 4, 15]]
+        content = {"images": [image], "annotations": [masked], "categories": categories}
+        path = coco / "annotations" / f"instances_{part}2017.json"
+        path.write_text(json.dumps(content))
+    return tmp_path
+
+
+def prepare(root):
+    prepare_visual_genome(
+        root / "visual_genome" / "objects.json",
+        root / "visual_genome" / "image_data.json",
+        root / "coco" / "annotations" / "instances_val2017.json",
+        root / "visual_genome" / "annotations",
+        num_classes=82,
+        num_test_images=1,
+    )
+
+
+VISUAL_GENOME = [f"maskx_vg3k_{part}" for part in ("train", "val", "test")]
+COCO_IN_VG = [f"maskx_coco_2017_vg3k_{part}" for part in ("train", "val")]
+
+
+def test_visual_genome_has_to_be_prepared(vg_root):
+    register_all(vg_root)
+    for name in (*VISUAL_GENOME, *COCO_IN_VG):
+        with pytest.raises(FileNotFoundError) as error:
+            class_names_of(name)
+        assert "python datasets/prepare_visual_genome.py --root" in str(error.value)
+        path = vg_root / "visual_genome" / "annotations" / "vg3k_categories.json"
+        assert f"'{name}' needs {path}" in str(error.value)
+    prepare(vg_root)
+    for _ in range(2):
+        register_all()  # knows its root, and finds what is new
+    class_lists = [class_names_of(name) for name in (*VISUAL_GENOME, *COCO_IN_VG)]
+    assert class_lists == [[*COCO_THING_CLASSES, "tree.n.01", "window.n.01"]] * 5
+
+
+def test_records_of_visual_genome_and_of_coco_beside_it(vg_root):
+    prepare(vg_root)
+    register_all(vg_root)
+    records = [DatasetCatalog.get(name) for name in VISUAL_GENOME]
+    files = ["VG_100K/1.jpg", "VG_100K_2/2.jpg", "VG_100K/3.jpg"]
+    found = [record["file_name"] for part in records for record in part]
+    assert found == [str(vg_root / "visual_genome" / file) for file in files]
+    ((train,), _, (test,)) = records
+    assert [a["category_id"] for a in train["annotations"]] == list(range(50))
+    assert [a["category_id"] for a in test["annotations"]] == [*range(70, 80), 81, 81, 81, 80, 80]
+    assert train["annotations"][0]["bbox"] == [4, 5, 24, 15]
+    assert "boxes_complete" not in train
+    for name, part in zip(COCO_IN_VG, ("train", "val"), strict=True):
+        (record,) = DatasetCatalog.get(name)
+        (plain,) = DatasetCatalog.get(f"maskx_coco_2017_{part}")
+        assert record == plain | {"boxes_complete": False}
+        assert record["annotations"][0]["category_id"] == 79
+
+
+def test_a_batch_of_both_says_what_each_can_teach(vg_root, make_cfg):
+    prepare(vg_root)
+    register_all(vg_root)
+    cfg = make_cfg(
+        *("DATASETS.TRAIN", ("maskx_vg3k_train", "maskx_coco_2017_vg3k_train")),
+        *("DATASETS.MASKX.SPLIT", "vg3k_coco", "MODEL.ROI_HEADS.NUM_CLASSES", 82),
+    )
+    split = split_from_config(cfg)
+    assert split.indices_with_masks == tuple(range(80))
+    assert split.without_masks == ("tree.n.01", "window.n.01")
+    mapper = MaskXDatasetMapper(cfg, is_train=True)
+    loader = build_detection_train_loader(cfg, mapper=mapper)
+    # Images are batched by aspect ratio; the two have the same.
+    of_file = {}
+    for _, batch in zip(range(8), loader, strict=False):
+        of_file |= {Path(sample["file_name"]).parent.name: sample for sample in batch}
+    vg, coco = (of_file[folder]["instances"] for folder in ("VG_100K", "train2017"))
+    assert not vg.has("gt_boxes_complete")
+    assert (len(vg), vg.gt_has_mask.any().item()) == (50, False)
+    assert coco.gt_boxes_complete.tolist() == [False]
+    assert coco.gt_has_mask.tolist() == [True]
+    assert coco.gt_classes.tolist() == [79]
+    assert vg.gt_masks[0].__class__ is coco.gt_masks[0].__class__
+
+
+def test_a_coco_file_with_fewer_categories_is_an_error(vg_root):
+    path = vg_root / "coco" / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["categories"] = content["categories"][-3:]
+    path.write_text(json.dumps(content))
+    register_all(vg_root)
+    with pytest.raises(ValueError, match=r"instances_val2017\.json has 3 categories, .* the 80"):
+        DatasetCatalog.get("maskx_coco_2017_val")

@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import logging
 import math
 
 import numpy as np
@@ -151,12 +152,70 @@ def test_processes_are_gathered(predictions, tiny_train, monkeypatch):
     expected = run(MaskXCOCOEvaluator(tiny_train), inputs, outputs)
     other = MaskXCOCOEvaluator(tiny_train)
     other.process(inputs[3:], outputs[3:])
-    monkeypatch.setattr(comm, "gather", lambda data, dst: [data, other._results])
+    monkeypatch.setattr(comm, "gather", lambda data, dst: [data, (other._results, 0)])
     results = run(MaskXCOCOEvaluator(tiny_train), inputs[:3], outputs[:3])
     np.testing.assert_equal(results, expected)
     monkeypatch.setattr(comm, "gather", lambda data, dst: [])
     monkeypatch.setattr(comm, "is_main_process", lambda: False)
     assert run(MaskXCOCOEvaluator(tiny_train), inputs[:3], outputs[:3]) == {}
+
+
+def test_classes_without_annotations_are_left_out_and_counted(
+    predictions, tiny_train, scenes, tmp_path, caplog
+):
+    """The same predictions score as in the data set's own class list."""
+    inputs, outputs = predictions(noise=0.5)
+    names = MetadataCatalog.get(tiny_train).thing_classes
+    larger = ["zebra", names[2], names[0], "cat", names[3], names[1]]
+    register_coco("part", *scenes, class_names=larger)
+    (tmp_path / "own.txt").write_text(f"{names[0]}\n{names[3]}\n")
+    (tmp_path / "larger.txt").write_text(f"cat\n{names[0]}\n{names[3]}\n")
+    expected = run(MaskXCOCOEvaluator(tiny_train, split=tmp_path / "own.txt"), inputs, outputs)
+
+    place = torch.tensor([larger.index(name) for name in names])
+    for output in outputs:
+        instances = output["instances"]
+        instances.pred_classes = place[instances.pred_classes]
+        others = instances[:1]  # of classes 0 and 3, which the file does not annotate
+        others.pred_classes = torch.tensor([0])
+        more = Instances.cat([others, instances, others])
+        more.pred_classes[-1] = 3
+        output["instances"] = more
+    evaluator = MaskXCOCOEvaluator("part", split=tmp_path / "larger.txt", output_dir=str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        results = run(evaluator, inputs, outputs)
+    assert results == expected
+    assert 5 < results["segm_A"]["AP"] < 95
+    (message,) = [m for m in caplog.messages if "left out" in m]
+    assert message.startswith("12 detections of classes that ")
+
+    detections = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert {d["category_id"] for d in detections} == {1, 2, 3, 4}
+    for task in ("bbox", "segm"):
+        for group, ids in {"": [1, 2, 3, 4], "_A": [1, 4], "_B": [2, 3]}.items():
+            stats = official(MetadataCatalog.get("part").json_file, detections, task, ids)
+            found = [results[f"{task}{group}"][metric] for metric in METRICS]
+            assert found == pytest.approx(stats, abs=1e-9, nan_ok=True)
+
+
+def test_left_out_detections_of_all_processes_are_counted(
+    predictions, tiny_train, scenes, monkeypatch, caplog
+):
+    inputs, outputs = predictions(noise=0)
+    names = MetadataCatalog.get(tiny_train).thing_classes
+    register_coco("part", *scenes, class_names=["zebra", *names])
+    for output in outputs:
+        output["instances"].pred_classes[:] = 0
+    evaluator = MaskXCOCOEvaluator("part")
+    monkeypatch.setattr(comm, "gather", lambda data, dst: [data, ([], 1000)])
+    with caplog.at_level(logging.INFO):
+        results = run(evaluator, inputs, outputs)
+    total = 1000 + sum(len(output["instances"]) for output in outputs)
+    assert f"{total} detections of classes that" in caplog.text
+    assert "There is no detection to score: every AP is 0." in caplog.text
+    assert results["bbox"]["AP"] == 0
+    evaluator.reset()
+    assert evaluator._num_left_out == 0
 
 
 def test_incomplete_metadata_is_named():

@@ -30,7 +30,10 @@ class MaskXDatasetMapper(DatasetMapper):
 
     - ``gt_has_mask``: (N,) bool;
     - ``gt_masks``: ``PolygonMasks`` if ``instance_mask_format`` is "polygon", all masks of the
-      image are polygons and it is not cropped, else ``BitMasks``; empty where there is no mask.
+      image are polygons and it is not cropped, else ``BitMasks``; empty where there is no mask;
+    - ``gt_boxes_complete``: (N,) bool, all False, only if the record has ``boxes_complete`` False:
+      objects of some classes have no box there, so nothing may be taken for background. An image
+      without instances has it as well, of length 0.
 
     No box is dropped for its mask: an instance whose mask cannot be used, or was cropped away,
     goes on without it and is counted.
@@ -109,6 +112,8 @@ class MaskXDatasetMapper(DatasetMapper):
             instances.gt_masks = _collect_masks(masks, image_shape, self.instance_mask_format)
             if self.recompute_boxes:
                 _tighten_boxes(instances)
+        if not dataset_dict.get("boxes_complete", True):
+            instances.gt_boxes_complete = torch.zeros(len(instances), dtype=torch.bool)
         dataset_dict["instances"] = utils.filter_empty_instances(instances, by_mask=False)
 
     def _take_segmentation(self, annotation: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ import difflib
 import functools
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from detectron2.structures import BoxMode
 
 from maskx.data.coco import load_coco, read_coco_json
 from maskx.data.scenes import THING_CATEGORIES, generate_scenes
+from maskx.data.visual_genome import CATEGORIES_FILE, SPLITS, read_class_names
 from maskx.data.vocabularies import COCO_THING_CLASSES
 from maskx.supervision import CategorySplit, resolve_split
 
@@ -36,6 +37,9 @@ _SCENES = {
     "val": {"count": 200, "size": 128, "num_categories": _NUM_SCENE_CATEGORIES, "seed": 1},
 }
 
+_COCO_IN_VG = tuple(f"maskx_coco_2017_vg3k_{part}" for part in ("train", "val"))
+_VISUAL_GENOME = (*(f"maskx_vg3k_{part}" for part in SPLITS), *_COCO_IN_VG)
+
 
 def register_coco(
     name: str,
@@ -43,11 +47,19 @@ def register_coco(
     image_root: str | os.PathLike,
     *,
     strict: bool = True,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Register a COCO-format data set whose annotations may lack masks.
 
     Detectron2's own reader drops a box whose polygons are all bad; this one does not. Categories
     are read at once, annotations when the data set is used.
+
+    With ``class_names`` the data set lives in a larger class list, so that it can train together
+    with others of that list. If its file annotates only some of the classes, its boxes are
+    incomplete: an object of any other class may be anywhere without a box. Its records then have
+    ``boxes_complete`` False, and :class:`MaskXDatasetMapper` marks their instances with
+    ``gt_boxes_complete``, all False. Such an image trains the mask branch only: for the detector
+    every object of the other classes would be background.
 
     Args:
         name: name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``. Registering it again with the same
@@ -55,38 +67,44 @@ def register_coco(
         json_file: annotation file.
         image_root: folder of the images.
         strict: whether a bad annotation is an error; see :func:`maskx.data.coco.load_coco`.
+        class_names: class list, by class index, to which the categories of the file belong by
+            name; None for the categories of the file, in the order of their ids.
 
     Raises:
         FileNotFoundError: there is no such annotation file.
-        ValueError: the name stands for another data set, or the file cannot be used.
+        ValueError: the name stands for another data set, the file cannot be used, or it has a
+            category that is not in ``class_names``.
     """
     _register(
-        name, json_file, image_root, strict=strict, categories=lambda: _read_categories(json_file)
+        name,
+        json_file,
+        image_root,
+        strict=strict,
+        class_names=class_names,
+        categories=lambda: _read_categories(json_file),
     )
 
 
 def register_all(root: str | os.PathLike | None = None) -> None:
-    """Register the data sets that maskx knows. Calling it again does nothing.
+    """Register the data sets that maskx knows. Calling it again adds only what is new.
 
     - ``maskx_coco_2017_train`` and ``_val``: COCO in ``root/coco``, laid out as for Detectron2;
     - ``maskx_scenes_train`` and ``_val``: 1000 and 200 generated scenes of 128 pixels with 40
       categories, written to ``root/maskx_scenes`` when first used (6 s on 1 core).
 
+    Where ``datasets/prepare_visual_genome.py`` has written ``root/visual_genome/annotations``:
+
+    - ``maskx_vg3k_train``, ``_val`` and ``_test``: Visual Genome, boxes only;
+    - ``maskx_coco_2017_vg3k_train`` and ``_val``: COCO in the class list of Visual Genome, whose
+      first 80 classes it annotates; see ``class_names`` of :func:`register_coco`.
+
     Args:
         root: folder of the data sets; None for the environment variable ``DETECTRON2_DATASETS``
             or, where that is not set, ``datasets``; after a first call None keeps its folder.
     """
-    if root is None and "maskx_coco_2017_train" in DatasetCatalog:
-        return
-    root = Path(root or os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    root = _known_root() if root is None else Path(root).expanduser()
     for part, parameters in _SCENES.items():
-        _register(
-            f"maskx_coco_2017_{part}",
-            root / "coco" / "annotations" / f"instances_{part}2017.json",
-            root / "coco" / f"{part}2017",
-            strict=False,  # a few boxes of the official files have no width or no height
-            categories=_coco_categories,
-        )
+        _register_coco_2017(f"maskx_coco_2017_{part}", root, part)
         folder = root / "maskx_scenes" / part
         _register(
             f"maskx_scenes_{part}",
@@ -96,6 +114,8 @@ def register_all(root: str | os.PathLike | None = None) -> None:
             categories=_scene_categories,
             prepare=functools.partial(_write_scenes, folder, parameters),
         )
+    if _vg_categories_file(root).is_file():
+        _register_visual_genome(root)
 
 
 def register_from_config(cfg: CfgNode) -> None:
@@ -118,8 +138,16 @@ def class_names_of(dataset_name: str) -> list[str]:
     """Return the class list of a registered data set.
 
     Raises:
+        FileNotFoundError: it is one of Visual Genome, which was not prepared.
         ValueError: there is no such data set, or it has no class list.
     """
+    if dataset_name in _VISUAL_GENOME and dataset_name not in DatasetCatalog:
+        raise FileNotFoundError(
+            f"Data set '{dataset_name}' needs {_vg_categories_file(_known_root())}, which was not "
+            "there when the data sets were registered. Write it with `python "
+            "datasets/prepare_visual_genome.py --root <folder of the data sets>` (see "
+            "datasets/README.md), then call maskx.detectron2.register_all() or start again."
+        )
     # Not MetadataCatalog.get: it makes an empty entry for a misspelt name.
     if dataset_name not in DatasetCatalog:
         close = difflib.get_close_matches(dataset_name, DatasetCatalog.list(), n=3, cutoff=0.5)
@@ -168,6 +196,7 @@ def _register(
     *,
     strict: bool,
     categories: Callable[[], dict[int, str]],
+    class_names: Sequence[str] | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> None:
     """Register a data set unless it is.
@@ -177,50 +206,142 @@ def _register(
         json_file: annotation file.
         image_root: folder of the images.
         strict: whether a bad annotation is an error.
-        categories: returns names by category id, in the order of class indices.
+        categories: returns names by category id, in the order of the ids.
+        class_names: the class list they belong to by name; None if they are the class list.
         prepare: called before the annotation file is read.
     """
     source = {
         "json_file": os.fspath(json_file),
         "image_root": os.fspath(image_root),
         "strict": strict,
+        # Not "class_names": Detectron2 refuses it as an old name of thing_classes.
+        "class_list": None if class_names is None else list(class_names),
     }
     if name in DatasetCatalog:
         metadata = MetadataCatalog.get(name)
         found = {key: metadata.get(key) for key in source}
-        if found != source:
+        differing = [key for key in source if found[key] != source[key]]
+        if differing:
+            ways = (", ".join(f"{k} {way[k]!r:.200}" for k in differing) for way in (found, source))
             raise ValueError(
-                f"Data set '{name}' is already registered with {found}, now {source} is asked "
-                "for. Choose another name, or register it once (register_all: pass the root in "
-                "its first call)."
+                f"Data set '{name}' is already registered with {next(ways)}; now {next(ways)} is "
+                "asked for. Choose another name, or register it once (register_all: pass the root "
+                "in its first call)."
             )
         return
+
+    names = categories()
+    class_list = list(names.values()) if class_names is None else list(class_names)
+    class_index = _match_categories(names, class_list, json_file)
 
     def load() -> list[dict[str, Any]]:
         if prepare is not None:
             prepare()
-        return _load_records(json_file, image_root, strict)
+        return _load_records(json_file, image_root, strict, names, class_list)
 
-    names = categories()
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
-        thing_classes=list(names.values()),
-        thing_dataset_id_to_contiguous_id={id_: index for index, id_ in enumerate(names)},
+        thing_classes=class_list,
+        thing_dataset_id_to_contiguous_id=class_index,
         evaluator_type="maskx_coco",
         **source,
     )
 
 
+def _match_categories(
+    names: Mapping[int, str], class_list: Sequence[str], json_file: str | os.PathLike
+) -> dict[int, int]:
+    """Return class indices by category id."""
+    index_of = {name: index for index, name in enumerate(class_list)}
+    if len(index_of) < len(class_list):
+        raise ValueError(f"class_names for {os.fspath(json_file)} repeats a name. Remove it.")
+    for name in names.values():
+        if name not in index_of:
+            close = difflib.get_close_matches(name, class_list, n=3, cutoff=0.4)
+            hint = f" Closest: {', '.join(map(repr, close))}." if close else ""
+            raise ValueError(
+                f"{os.fspath(json_file)} has the category '{name}', which is not among the "
+                f"{len(class_list)} of class_names.{hint} Rename it in the file, or add it to "
+                "class_names."
+            )
+    return {id_: index_of[name] for id_, name in names.items()}
+
+
 def _load_records(
-    json_file: str | os.PathLike, image_root: str | os.PathLike, strict: bool
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    strict: bool,
+    names: Mapping[int, str],
+    class_list: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Read records in Detectron2's form: ``category_id`` there is a class index."""
-    records = load_coco(json_file, image_root, strict=strict).records
-    for record in records:
+    """Read records in Detectron2's form: ``category_id`` there is a class index.
+
+    Args:
+        json_file: annotation file.
+        image_root: folder of the images.
+        strict: whether a bad annotation is an error.
+        names: category names by id that the data set was registered with.
+        class_list: the class list, which has all of them.
+    """
+    data = load_coco(json_file, image_root, strict=strict)
+    found = dict(zip(data.category_ids, data.class_names, strict=True))
+    if found != names:
+        differing = sorted({name for _, name in found.items() ^ names.items()})
+        raise ValueError(
+            f"{os.fspath(json_file)} has {len(found)} categories, which are not the {len(names)} "
+            f"that the data set was registered with; they differ in {', '.join(differing[:5])}"
+            f"{' and more' if len(differing) > 5 else ''}. If it is the right file, register it "
+            "with register_coco under a name of its own."
+        )
+    position = {name: index for index, name in enumerate(class_list)}
+    # load_coco counts the categories of the file from 0.
+    class_index = [position[name] for name in data.class_names]
+    for record in data.records:
+        record["image_labels"] = sorted(class_index[label] for label in record["image_labels"])
+        if len(names) < len(class_list):
+            record["boxes_complete"] = False
         for annotation in record["annotations"]:
-            annotation["category_id"] = annotation.pop("class_index")
+            annotation["category_id"] = class_index[annotation.pop("class_index")]
             annotation["bbox_mode"] = BoxMode.XYXY_ABS
-    return records
+    return data.records
+
+
+def _register_coco_2017(
+    name: str, root: Path, part: str, class_names: Sequence[str] | None = None
+) -> None:
+    _register(
+        name,
+        root / "coco" / "annotations" / f"instances_{part}2017.json",
+        root / "coco" / f"{part}2017",
+        strict=False,  # a few boxes of the official files have no width or no height
+        class_names=class_names,
+        categories=_coco_categories,
+    )
+
+
+def _register_visual_genome(root: Path) -> None:
+    class_names = read_class_names(_vg_categories_file(root))
+    for part in SPLITS:
+        _register(
+            f"maskx_vg3k_{part}",
+            root / "visual_genome" / "annotations" / f"instances_vg3k_{part}.json",
+            root / "visual_genome",
+            strict=False,
+            categories=lambda: dict(enumerate(class_names, start=1)),
+        )
+    for name, part in zip(_COCO_IN_VG, ("train", "val"), strict=True):
+        _register_coco_2017(name, root, part, class_names)
+
+
+def _vg_categories_file(root: Path) -> Path:
+    return root / "visual_genome" / "annotations" / CATEGORIES_FILE
+
+
+def _known_root() -> Path:
+    """Folder of the first call of register_all or, before it, the default."""
+    if "maskx_coco_2017_train" in DatasetCatalog:
+        return Path(MetadataCatalog.get("maskx_coco_2017_train").image_root).parents[1]
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
 def _read_categories(json_file: str | os.PathLike) -> dict[int, str]:
