@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import CascadeROIHeads
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from maskx.detectron2.mask_head import MaskXMaskHead
+from maskx.detectron2.box_predictor import MaskXTextOutputLayers
+from maskx.detectron2.mask_head import takes_detector_weights
 from maskx.detectron2.meta_arch.rcnn import check_can_freeze
 from maskx.detectron2.proposal_generator import has_complete_boxes
 from maskx.modeling.weight_transfer import (
@@ -32,19 +34,24 @@ class MaskXROIHeadsMixin:
         class MyMaskXROIHeads(MaskXROIHeadsMixin, MyROIHeads):
             pass
 
-    The box branch is that of the other class. Its mask branch stays off (``mask_on`` is False);
-    here only RoIs that have a mask are pooled and enter the branch in training, and only the
-    logits of the class that a RoI needs are computed. Images with incomplete boxes (see
-    :func:`has_complete_boxes`) train the mask branch and no other.
+    The box branch is that of the other class, which must take explicit arguments
+    (``@configurable``). Its mask branch stays off (``mask_on`` is False); here only RoIs that have
+    a mask are pooled and enter the branch in training, and only the logits of the class that a
+    RoI needs are computed. Images with incomplete boxes (see :func:`has_complete_boxes`) train the
+    mask branch and no other.
 
     Args:
-        mask_in_features: names of the feature maps that the mask branch pools from.
-        mask_pooler: pools (R, C, P, P) features.
-        mask_head: the mask head.
+        mask_in_features: names of the feature maps of the mask branch.
+        mask_head: the mask head; see :class:`MaskHeadProtocol`.
+        mask_pooler: pools (R, C, P, P) features; None for a mask head that takes feature maps.
         gt_boxes_only: train the mask branch on the ground-truth boxes instead of the sampled
             proposals.
-        freeze_detector: compute the mask loss only; see :class:`MaskXRCNN`.
+        freeze_detector: compute the mask loss only; see :class:`MaskXRCNN`. The mask branch then
+            trains on proposals, also with ``train_on_pred_boxes``.
         **kwargs: arguments of the other class.
+
+    Raises:
+        ValueError: the mask head does not follow the protocol.
     """
 
     @configurable
@@ -52,13 +59,14 @@ class MaskXROIHeadsMixin:
         self,
         *,
         mask_in_features: list[str],
-        mask_pooler: ROIPooler,
-        mask_head: MaskXMaskHead,
+        mask_head: nn.Module,
+        mask_pooler: ROIPooler | None = None,
         gt_boxes_only: bool = False,
         freeze_detector: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        _check_mask_head(mask_head)
         self.mask_in_features = mask_in_features
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
@@ -73,14 +81,10 @@ class MaskXROIHeadsMixin:
         Raises:
             ValueError: two keys do not go together; the message names them and the remedy.
         """
-        _check_config(cfg)
+        _check_config(cfg, cascade=issubclass(cls, CascadeROIHeads))
         ret = super().from_config(cfg, input_shape)
-        if not isinstance(ret["mask_head"], MaskXMaskHead):
-            raise ValueError(
-                f"MODEL.ROI_MASK_HEAD.NAME is '{cfg.MODEL.ROI_MASK_HEAD.NAME}', but MaskXROIHeads "
-                "needs MaskXMaskHead or a subclass of it. Set MODEL.ROI_MASK_HEAD.NAME "
-                "MaskXMaskHead."
-            )
+        if cfg.MODEL.MASKX.TEXT_CLASSIFIER.VECTORS:
+            ret |= _text_predictors(cfg, ret)
         ret["gt_boxes_only"] = cfg.MODEL.MASKX.GT_BOXES_ONLY
         ret["freeze_detector"] = cfg.MODEL.MASKX.FREEZE_DETECTOR
         return ret
@@ -126,11 +130,15 @@ class MaskXROIHeadsMixin:
             # The base class calls forward_with_given_boxes, which adds the masks.
             return super().forward(images, features, proposals, targets, **kwargs)
         _check_targets(targets or [])  # the base class refuses None
+        self._sampled = []
         if self.freeze_detector:
+            # Objects without a mask would only take places in the sample.
+            targets = [_only_masked(x) for x in targets]
             instances, losses = self.label_and_sample_proposals(proposals, targets), {}
         else:
             instances, losses = super().forward(images, features, proposals, targets, **kwargs)
-        sampled, self._sampled = self._sampled, []
+        # The other class need not sample: images with tags only, for example, have no boxes.
+        sampled, self._sampled = self._sampled or proposals, []
         losses.update(self._mask_losses(features, sampled, targets))
         return instances, losses
 
@@ -139,15 +147,21 @@ class MaskXROIHeadsMixin:
     ) -> list[Instances]:
         """Predict what belongs to given boxes; see :meth:`StandardROIHeads`."""
         instances = super().forward_with_given_boxes(features, instances)
-        boxes = [x.pred_boxes for x in instances]
-        pooled = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
-        return self.mask_head(pooled, instances, self.detector_weights())
+        return self._run_mask_head(features, instances, [x.pred_boxes for x in instances])
 
     def detector_weights(self) -> DetectorWeights:
-        """Foreground rows of the live box predictor; of a cascade, those of its last stage."""
+        """Describe the classes to the weight transfer, by the live box predictor.
+
+        Returns:
+            What the box predictor's own ``detector_weights()`` returns, if it has one, as
+            :class:`MaskXTextOutputLayers` does; else the foreground rows of its ``cls_score`` and
+            ``bbox_pred``. Of a cascade, those of the last stage.
+        """
         predictor = self.box_predictor
         if isinstance(predictor, nn.ModuleList):
             predictor = predictor[-1]
+        if hasattr(predictor, "detector_weights"):
+            return predictor.detector_weights()
         return detector_weights(  # background is the last row in Detectron2
             predictor.cls_score.weight, predictor.bbox_pred.weight, background_row=-1
         )
@@ -162,15 +176,25 @@ class MaskXROIHeadsMixin:
             proposals = [_as_proposals(x) for x in targets]
         # Box-only RoIs are left out before pooling, so that they cost nothing.
         rois = [self._with_masks(x) for x in proposals]
-        boxes = [x.proposal_boxes for x in rois]
-        pooled = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
-        return self.mask_head(pooled, rois, self.detector_weights())
+        return self._run_mask_head(features, rois, [x.proposal_boxes for x in rois])
+
+    def _run_mask_head(
+        self, features: dict[str, Tensor], instances: list[Instances], boxes: list[Boxes]
+    ) -> dict[str, Tensor] | list[Instances]:
+        features = {name: features[name] for name in self.mask_in_features}
+        if self.mask_pooler is not None:
+            features = self.mask_pooler(list(features.values()), boxes)
+        return self.mask_head(features, instances, detector=self.detector_weights())
 
     def _with_masks(self, proposals: Instances) -> Instances:
         """Select the foreground proposals that have a mask."""
-        # Proposals of an image without annotations have no gt_* but gt_classes; none has a mask.
         if not proposals.has("gt_has_mask"):
-            return proposals[:0]
+            # Sampled in an image without annotations, which have no gt_* but gt_classes, or not
+            # sampled at all. None has a mask.
+            none = proposals[:0]
+            if not none.has("gt_classes"):
+                none.gt_classes = none.proposal_boxes.tensor.new_empty(0, dtype=torch.long)
+            return none
         classes = proposals.gt_classes
         foreground = (classes >= 0) & (classes != self.num_classes)
         return proposals[foreground & proposals.gt_has_mask.bool()]
@@ -189,6 +213,10 @@ class MaskXCascadeROIHeads(MaskXROIHeadsMixin, CascadeROIHeads):
     """
 
 
+def _only_masked(targets: Instances) -> Instances:
+    return targets[targets.gt_has_mask.bool()] if targets.has("gt_has_mask") else targets[:0]
+
+
 def _as_proposals(targets: Instances) -> Instances:
     return Instances(targets.image_size, **targets.get_fields(), proposal_boxes=targets.gt_boxes)
 
@@ -204,7 +232,36 @@ def _check_targets(targets: list[Instances]) -> None:
             )
 
 
-def _check_config(cfg: CfgNode) -> None:
+def _check_mask_head(mask_head: nn.Module) -> None:
+    if not takes_detector_weights(mask_head):
+        raise ValueError(
+            f"The mask head {type(mask_head).__name__} takes no weights of the box predictor. Set "
+            "MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead or MaskXPointRendMaskHead, or see "
+            "maskx.detectron2.MaskHeadProtocol for what a head of your own must do."
+        )
+
+
+def _text_predictors(cfg: CfgNode, built: dict[str, Any]) -> dict[str, Any]:
+    """Make the text classifiers that replace the box predictors of the other class."""
+    if "box_predictors" in built:  # a cascade, whose stages code boxes by other weights
+        stages = zip(built["box_heads"], built["box_predictors"], strict=True)
+        predictors = [
+            MaskXTextOutputLayers(
+                cfg, head.output_shape, box2box_transform=predictor.box2box_transform
+            )
+            for head, predictor in stages
+        ]
+        return {"box_predictors": predictors}
+    if "box_predictor" in built:
+        return {"box_predictor": MaskXTextOutputLayers(cfg, built["box_head"].output_shape)}
+    raise ValueError(
+        f"MODEL.MASKX.TEXT_CLASSIFIER.VECTORS is set, but {cfg.MODEL.ROI_HEADS.NAME} make their "
+        "box predictor in another place than from_config, so it cannot be replaced. Set VECTORS "
+        "'', or make a maskx.detectron2.MaskXTextOutputLayers there."
+    )
+
+
+def _check_config(cfg: CfgNode, *, cascade: bool) -> None:
     if "MASKX" not in cfg.MODEL:
         raise ValueError(
             "The configuration has no MODEL.MASKX. Call maskx.detectron2.add_maskx_config(cfg) "
@@ -216,10 +273,16 @@ def _check_config(cfg: CfgNode) -> None:
             "or MODEL.ROI_HEADS.NAME StandardROIHeads for a detector without masks."
         )
     check_can_freeze(cfg)
-    maskx = cfg.MODEL.MASKX
+    maskx, agnostic = cfg.MODEL.MASKX, cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG
     inputs = maskx.TRANSFER.INPUTS
     needs_box = maskx.PREDICTOR == "transfer" and inputs in DETECTOR_INPUTS and inputs != "cls"
-    if needs_box and cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+    if cascade and (needs_box or not agnostic):
+        raise ValueError(
+            "Box regression of a cascade is class-agnostic, so no class has box regression "
+            "weights. Set MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True (now "
+            f"{agnostic}) and MODEL.MASKX.TRANSFER.INPUTS cls (now '{inputs}')."
+        )
+    if needs_box and agnostic:
         raise ValueError(
             f"{class_agnostic_box_message(inputs)} The keys are "
             "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG (now True) and MODEL.MASKX.TRANSFER.INPUTS."

@@ -16,7 +16,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, default_setup
-from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
+from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
@@ -33,6 +33,7 @@ from maskx.detectron2.data import (
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.meta_arch.rcnn import check_can_freeze
 from maskx.detectron2.proposal_generator import MaskXRPN
+from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
 
 __all__ = ["Trainer", "check_num_gpus", "evaluate", "setup"]
 
@@ -194,7 +195,7 @@ def check_config(cfg: CfgNode) -> None:
             )
     split_from_config(cfg)
     if not cfg.MODEL.MASKX.FREEZE_DETECTOR:
-        _check_proposal_generator(cfg)
+        _check_incomplete_boxes(cfg)
 
 
 @contextlib.contextmanager
@@ -226,20 +227,26 @@ def _check_detector_loaded(weights: str, missing: list[str]) -> None:
     )
 
 
-def _check_proposal_generator(cfg: CfgNode) -> None:
-    name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
-    learns = name != "PrecomputedProposals"
-    if not learns or issubclass(PROPOSAL_GENERATOR_REGISTRY.get(name), MaskXRPN):
-        return
+def _check_incomplete_boxes(cfg: CfgNode) -> None:
+    """Refuse modules that would take objects of classes without annotations for background."""
     for dataset in cfg.DATASETS.TRAIN:
         metadata = MetadataCatalog.get(dataset)
         num_annotated = len(metadata.thing_dataset_id_to_contiguous_id)
-        if num_annotated < len(metadata.thing_classes):
-            raise ValueError(
-                f"Data set '{dataset}' annotates {num_annotated} of {len(metadata.thing_classes)} "
-                f"classes, so its boxes are incomplete, but MODEL.PROPOSAL_GENERATOR.NAME {name} "
-                "would take every other object for background. Set it to MaskXRPN."
-            )
+        if num_annotated == len(metadata.thing_classes):
+            continue
+        for key, registry, needed in (
+            ("PROPOSAL_GENERATOR", PROPOSAL_GENERATOR_REGISTRY, MaskXRPN),
+            ("ROI_HEADS", ROI_HEADS_REGISTRY, MaskXROIHeadsMixin),
+        ):
+            name = cfg.MODEL[key].NAME
+            if name != "PrecomputedProposals" and not issubclass(registry.get(name), needed):
+                remedy = needed.__name__.removesuffix("Mixin")
+                raise ValueError(
+                    f"Data set '{dataset}' annotates {num_annotated} of "
+                    f"{len(metadata.thing_classes)} classes, so its boxes are incomplete, but "
+                    f"MODEL.{key}.NAME {name} would take every other object for background. Set "
+                    f"it to {remedy}."
+                )
 
 
 def _first(names: list[str], limit: int = 5) -> str:

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from pycocotools import mask as mask_api
 from torch import nn
+from tqdm import tqdm
 
 from maskx.data.coco import CocoData, load_coco
-from maskx.data.masks import decode_segmentation
+from maskx.data.grabcut import grabcut_masks
+from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.data.scenes import generate_scenes
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.figures import contact_sheet, draw_instances, save_png
@@ -47,7 +49,8 @@ class QuickstartOptions:
         seed: of the scenes, the initial weights and the order of the data.
         iterations: training steps of each model.
         batch_size: images per step.
-        compare: train the class-agnostic baseline in the same way as well.
+        compare: train the class-agnostic baseline in the same way as well, and evaluate GrabCut
+            in the boxes that Mask^X finds.
         resume: go on with an interrupted run.
         device: ``auto``, ``cpu`` or ``cuda``.
         coco_train: annotation file and image folder to train on instead of generated scenes.
@@ -110,19 +113,17 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
         detections = detect(
             model, val_data.records, val_data.category_ids, description=f"{name}: evaluation"
         )
-        results = evaluate_detections(
-            val_data.json_file,
-            detections,
-            category_ids=val_data.category_ids,
-            groups=split.groups(),
-        )
-        report(f"\n{name}, average precision in percent\n{format_table(results)}")
+        results = _evaluate(name, val_data, detections, split, report)
         if name == "maskx":
-            metrics |= trained | _without_class_lists(results)
+            metrics |= trained | results
             picture = _draw_predictions(val_data, detections, split)
             save_png(options.output / "predictions.png", picture)
+            boxes_found = detections
         else:
-            metrics[name] = trained | _without_class_lists(results)
+            metrics[name] = trained | results
+    if options.compare:
+        detections = _with_grabcut_masks(val_data, boxes_found)
+        metrics["grabcut"] = _evaluate("grabcut", val_data, detections, split, report)
 
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
@@ -239,6 +240,40 @@ def _build_detector(name: str, options: QuickstartOptions, num_classes: int) -> 
 
 def _image_size(options: QuickstartOptions) -> int:
     return options.image_size or (256 if options.coco_train else _SCENE_SIZE)
+
+
+def _evaluate(
+    name: str,
+    data: CocoData,
+    detections: Sequence[dict[str, Any]],
+    split: CategorySplit,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    results = evaluate_detections(
+        data.json_file, detections, category_ids=data.category_ids, groups=split.groups()
+    )
+    report(f"\n{name}, average precision in percent\n{format_table(results)}")
+    return _without_class_lists(results)
+
+
+def _with_grabcut_masks(
+    data: CocoData, detections: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Replace the masks of detections by GrabCut's in their boxes."""
+    by_image: dict[Any, list] = {record["image_id"]: [] for record in data.records}
+    for detection in detections:
+        by_image[detection["image_id"]].append(detection)
+    read_image = InstanceMapper(()).read_image
+    replaced = []
+    for record in tqdm(data.records, desc="grabcut: evaluation", unit="img"):
+        found = by_image[record["image_id"]]
+        image = read_image(record)["image"].permute(1, 2, 0).numpy()
+        boxes = [
+            (x, y, x + width, y + height) for x, y, width, height in (d["bbox"] for d in found)
+        ]
+        masks = encode_masks(grabcut_masks(image, boxes))
+        replaced += [d | {"segmentation": m} for d, m in zip(found, masks, strict=True)]
+    return replaced
 
 
 def _draw_predictions(

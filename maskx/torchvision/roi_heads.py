@@ -93,6 +93,8 @@ class MaskXRoIHeads(RoIHeads):
             return detections, losses
         _check_targets(targets or [])  # the base class refuses None
         if self.freeze_detector:
+            # Objects without a mask would only take places in the sample.
+            targets = [_only_masked(target) for target in targets]
             self.select_training_samples(proposals, targets)
             detections, losses = [], {}
         else:
@@ -166,6 +168,11 @@ class MaskXRoIHeads(RoIHeads):
         return detector_weights(
             predictor.cls_score.weight, predictor.bbox_pred.weight, background_row=0
         )
+
+
+def _only_masked(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    has_masks = _has_masks(target)
+    return {key: target[key][has_masks] for key in ("boxes", "labels", "masks") if key in target}
 
 
 def _has_masks(target: dict[str, Tensor]) -> Tensor:

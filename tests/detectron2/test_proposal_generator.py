@@ -62,7 +62,7 @@ def test_a_batch_of_incomplete_images_keeps_every_parameter_in_the_graph(make_mo
         assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_another_proposal_generator_is_refused_for_incomplete_boxes(make_cfg, tiny_train):
+def test_other_modules_are_refused_for_incomplete_boxes(make_cfg, tiny_train):
     metadata = MetadataCatalog.get(tiny_train)
     ids = dict(list(metadata.thing_dataset_id_to_contiguous_id.items())[:3])
     MetadataCatalog.pop(tiny_train)
@@ -71,4 +71,7 @@ def test_another_proposal_generator_is_refused_for_incomplete_boxes(make_cfg, ti
     )
     with pytest.raises(ValueError, match=r"annotates 3 of 4 classes.*Set it to MaskXRPN"):
         Trainer(make_cfg())
+    without_masks = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.MASK_ON", False)
+    with pytest.raises(ValueError, match=r"ROI_HEADS.NAME StandardROIHeads .*it to MaskXROIHeads"):
+        Trainer(make_cfg(*MASKX_RPN, *without_masks))
     Trainer(make_cfg(*MASKX_RPN))

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
@@ -88,3 +89,17 @@ def test_the_small_model_takes_every_trunk(trunk):
     model = maskx_rcnn_small(9, min_size=64, trunk=trunk, channels=8).eval()
     (detection,) = model([torch.rand(3, 64, 64)])
     assert detection["masks"].shape[1:] == (1, 64, 64)
+
+
+def test_with_a_frozen_detector_only_objects_with_masks_are_sampled(make_detector, scenes, split):
+    model = make_detector(freeze_detector=True).train()
+    heads, seen = model.detector.roi_heads, []
+    sample = type(heads).select_training_samples
+    heads.select_training_samples = lambda p, t: seen.append(t) or sample(heads, p, t)
+    mapper = InstanceMapper(split.indices_with_masks)
+    samples = [mapper(record, np.random.RandomState(0)) for record in scenes.records[:4]]
+    model(samples)
+    masked = [s["instances"]["gt_classes"][s["instances"]["gt_has_mask"]] + 1 for s in samples]
+    assert all(torch.equal(t["labels"], m) for t, m in zip(seen[0], masked, strict=True))
+    num_objects = sum(len(s["instances"]["gt_classes"]) for s in samples)
+    assert 0 < sum(map(len, masked)) < num_objects

@@ -149,3 +149,16 @@ def test_a_second_stage_resumes_without_the_weights_of_the_first(make_cfg, stage
 def test_freezing_that_leaves_nothing_to_train_is_refused(make_cfg, opts, words):
     with pytest.raises(ValueError, match=words):
         build_model(make_cfg(*STAGE_2, *opts))
+
+
+def test_with_a_frozen_detector_only_objects_with_masks_are_sampled(make_model, make_sample):
+    model = make_model(*STAGE_2, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4)
+    heads = model.roi_heads
+    heads.positive_fraction = 1.0  # every foreground RoI is of the only object with a mask
+    with EventStorage() as storage:
+        model([make_sample([False, True, False, False])])
+        assert (
+            storage.latest()["maskx/num_mask_rois"][0]
+            == storage.latest()["roi_head/num_fg_samples"][0]
+        )
+        assert storage.latest()["maskx/num_mask_rois"][0] > 0
