@@ -19,7 +19,8 @@ REQUIRES = [
     "opencv-python>=4.8",
     "tqdm>=4.60",
 ]
-TEST = ["pytest>=8", "hypothesis>=6"]
+PLOTS = ["matplotlib>=3.7"]
+TEST = [*PLOTS, "pytest>=8", "hypothesis>=6"]
 
 setup(
     # The distribution name `maskx` belongs to an unrelated project.
@@ -37,6 +38,7 @@ setup(
     extras_require={
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6"],
+        "plots": PLOTS,
         "crf": ["pydensecrf2"],
     },
 )

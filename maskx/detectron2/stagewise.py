@@ -1,0 +1,386 @@
+"""Stage-wise training (section 2.2): runs that go on where they stopped and never run twice.
+
+Stage 1 trains a detector on the boxes of all categories, stage 2 only the mask branch on it. One
+detector serves many second stages, which is why the paper's ablations work stage-wise.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import launch
+from detectron2.utils import comm
+
+from maskx.detectron2.config import get_cfg
+from maskx.detectron2.data import (
+    register_all,
+    register_from_config,
+    split_from_config,
+    training_class_names,
+)
+from maskx.detectron2.trainer import Trainer, check_config, setup
+
+__all__ = [
+    "Stage",
+    "check_stages",
+    "config_difference",
+    "read_record",
+    "run_stage",
+    "stage_is_finished",
+    "write_json",
+]
+
+RECORD = "stage.json"
+
+# What may differ between a run and its continuation: it does not change what is learned, or, the
+# last two, what it stands for is in the record, so that folders and files may be moved.
+_FREE_KEYS = (
+    *("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD"),
+    *("MODEL.WEIGHTS", "DATASETS.MASKX.SPLIT"),
+)
+
+# What makes a detector compute what it was trained to compute; a key stands for those below it.
+_DETECTOR_KEYS = (
+    *("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"),
+    *("MODEL.BACKBONE.NAME", "MODEL.RESNETS", "MODEL.FPN", "MODEL.ANCHOR_GENERATOR"),
+    *("MODEL.RPN.IN_FEATURES", "MODEL.RPN.HEAD_NAME", "MODEL.RPN.CONV_DIMS"),
+    *("MODEL.RPN.BBOX_REG_WEIGHTS", "MODEL.ROI_HEADS.IN_FEATURES", "MODEL.ROI_HEADS.NUM_CLASSES"),
+    *("MODEL.ROI_BOX_HEAD",),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run.
+
+    Attributes:
+        config_file: YAML file.
+        output: folder of the run; takes the place of ``OUTPUT_DIR``.
+        opts: KEY VALUE pairs over the file, as on a command line.
+        weights: initial weights, in place of ``MODEL.WEIGHTS``; None for those of the file.
+    """
+
+    config_file: Path
+    output: Path
+    opts: tuple[Any, ...] = ()
+    weights: Path | None = None
+
+    @property
+    def all_opts(self) -> list[Any]:
+        """KEY VALUE pairs with those of ``output`` and ``weights``."""
+        weights = () if self.weights is None else ("MODEL.WEIGHTS", str(self.weights.resolve()))
+        return [*self.opts, *weights, "OUTPUT_DIR", str(self.output.resolve())]
+
+    @property
+    def final_weights(self) -> Path:
+        """Where Detectron2 writes the weights when the training ends."""
+        return self.output / "model_final.pth"
+
+    @functools.cached_property
+    def cfg(self) -> CfgNode:
+        """The configuration, frozen.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a key does not exist or has a value of the wrong type, or one is set that
+                the tool sets itself.
+        """
+        if not self.config_file.is_file():
+            raise FileNotFoundError(f"'{self.config_file}': there is no such config file.")
+        if "OUTPUT_DIR" in self.opts[::2]:
+            raise ValueError("OUTPUT_DIR is made of --output for each run. Use --output instead.")
+        cfg = get_cfg()
+        try:
+            cfg.merge_from_file(str(self.config_file))
+            cfg.merge_from_list(self.all_opts)
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{self.config_file} with KEY VALUE pairs {list(self.opts)}: {error.args[0]}. "
+                "Correct the key or its value."
+            ) from error
+        cfg.freeze()
+        return cfg
+
+
+def check_stages(first: Stage | Path, second: Stage) -> None:
+    """Check that a second stage can follow, before hours are spent on the first.
+
+    Args:
+        first: the first stage, or the weights that a first stage gave.
+        second: the second stage; its weights need not exist yet.
+
+    Raises:
+        FileNotFoundError: a file that a configuration names is missing.
+        ValueError: something does not fit; the message names the key and the remedy.
+    """
+    register_all()
+    if isinstance(first, Stage):
+        _check_first(first)
+        known, source = _as_dict(first.cfg), first.config_file
+    else:
+        if not first.is_file():
+            raise FileNotFoundError(f"--stage1-weights '{first}': there is no such file.")
+        if "MODEL.WEIGHTS" in second.opts[::2]:
+            raise ValueError("MODEL.WEIGHTS and --stage1-weights are both given. Remove one.")
+        source = first.with_name("config.yaml")  # that Detectron2 writes beside the weights
+        known = yaml.safe_load(source.read_text(encoding="utf-8")) if source.is_file() else {}
+    _check_second(second)
+    found = _flatten(_as_dict(second.cfg))
+    for key, value in _flatten(known).items():
+        if _is_below(key, _DETECTOR_KEYS) and found.get(key, value) != value:
+            raise ValueError(
+                f"{key} is {found[key]!r} in {second.config_file}, but {value!r} in {source}: "
+                "stage 2 would run another detector than stage 1 trained. Set it alike in both."
+            )
+    if isinstance(first, Stage):
+        _check_same_classes(first, second)
+    _build_on_cpu(second.cfg)
+
+
+def stage_is_finished(stage: Stage) -> bool:
+    """Whether a stage was trained and evaluated.
+
+    Raises:
+        ValueError: its folder holds another run, which must not be mixed with it or lost.
+    """
+    record = read_record(stage.output)
+    if record is None:
+        if (stage.output / "last_checkpoint").exists():
+            raise ValueError(
+                f"'{stage.output}' holds checkpoints without {RECORD}, so another tool made them. "
+                "Choose another --output."
+            )
+        return False
+    if not _is_started(stage.output, record):
+        return False
+    now = _make_record(stage)
+    remedy = "Undo the change, choose another --output, or remove that folder"
+    difference = config_difference(record["config"], now["config"])
+    if difference is not None:
+        key, then, value = difference
+        raise ValueError(
+            f"{key} is {value!r}, but the run in '{stage.output}' was started with {then!r}. "
+            f"{remedy}."
+        )
+    for part, key in (
+        ("classes_with_masks", "DATASETS.MASKX.SPLIT"),
+        ("weights", "MODEL.WEIGHTS"),
+    ):
+        if record[part] != now[part]:
+            value = functools.reduce(getattr, key.split("."), stage.cfg)
+            raise ValueError(
+                f"{key} '{value}' does not stand for what it did when the run in "
+                f"'{stage.output}' was started: other content, or another file. {remedy}."
+            )
+    return record["results"] is not None
+
+
+def run_stage(stage: Stage, *, num_gpus: int = 1, resume: bool = True) -> dict[str, Any]:
+    """Train and evaluate a stage, unless that is done; an interrupted one goes on.
+
+    Args:
+        stage: its configuration is checked again in each process.
+        num_gpus: number of processes, one per GPU.
+        resume: whether an interrupted run may go on; otherwise it is an error.
+
+    Returns:
+        The record of the run; see :func:`read_record`.
+
+    Raises:
+        ValueError: the folder holds another run, or an interrupted one without ``resume``.
+    """
+    if not stage_is_finished(stage):
+        if not resume and (stage.output / "last_checkpoint").exists():
+            raise ValueError(
+                f"'{stage.output}' holds an interrupted run. Add --resume to go on with it, or "
+                "choose another --output."
+            )
+        record = _make_record(stage)
+        earlier = read_record(stage.output)
+        if earlier is not None and _is_started(stage.output, earlier):
+            record["seconds"] = earlier["seconds"]
+        stage.output.mkdir(parents=True, exist_ok=True)
+        write_json(stage.output / RECORD, record)
+        with _own_log_handlers():
+            launch(_train, num_gpus, dist_url="auto", args=(stage, record))
+    return read_record(stage.output)
+
+
+def read_record(output: Path) -> dict[str, Any] | None:
+    """Read what a run wrote into its folder.
+
+    Returns:
+        None without a run. Otherwise ``config`` (all keys), ``classes_with_masks`` (names),
+        ``weights`` (SHA-256 of the initial weights, or their name if they are no local file),
+        ``seconds`` (training and evaluation, of all sessions that were not killed) and
+        ``results``, metrics by "task/metric" as in "segm_B/AP" with None for NaN; None until the
+        run is finished.
+    """
+    path = output / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def config_difference(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Find the first key in which two configurations differ in what is learned.
+
+    Args:
+        then: of a record; a key it lacks, as it is of an older version, has its default.
+        now: of a record.
+
+    Returns:
+        The key and its two values, or None.
+    """
+    defaults = _flatten(_as_dict(get_cfg()))
+    then, now = defaults | _flatten(then), defaults | _flatten(now)
+    for key in sorted(then.keys() | now.keys()):
+        if key not in _FREE_KEYS and then.get(key) != now.get(key):
+            return key, then.get(key), now.get(key)
+    return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    scratch = path.with_suffix(".tmp")
+    text = json.dumps(content, indent=1, allow_nan=False)
+    scratch.write_text(text + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _train(stage: Stage, record: dict[str, Any]) -> None:
+    """Train and evaluate, in each process; the main one writes the record."""
+    cfg = setup(argparse.Namespace(config_file=str(stage.config_file), opts=stage.all_opts))
+    started, results = time.perf_counter(), None
+    try:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=True)
+        trainer.train()
+        results = {
+            name: None if math.isnan(value) else value
+            for name, (value, _) in trainer.storage.latest().items()
+            if "/AP" in name
+        }
+    finally:
+        if comm.is_main_process():
+            seconds = record["seconds"] + time.perf_counter() - started
+            write_json(stage.output / RECORD, record | {"seconds": seconds, "results": results})
+
+
+def _make_record(stage: Stage) -> dict[str, Any]:
+    register_all()
+    register_from_config(stage.cfg)
+    weights = Path(stage.cfg.MODEL.WEIGHTS)
+    return {
+        "config": _as_dict(stage.cfg),
+        "classes_with_masks": list(split_from_config(stage.cfg).with_masks),
+        "weights": (
+            _sha256(weights, weights.stat().st_mtime_ns)
+            if weights.is_file()
+            else stage.cfg.MODEL.WEIGHTS
+        ),
+        "seconds": 0.0,
+        "results": None,
+    }
+
+
+@functools.cache
+def _sha256(path: Path, mtime_ns: int) -> str:
+    """Digest of a file; the modification time serves the cache alone."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_started(output: Path, record: dict[str, Any]) -> bool:
+    """Whether a run came as far as a checkpoint; before that nothing can be mixed or lost."""
+    return record["results"] is not None or (output / "last_checkpoint").exists()
+
+
+def _check_first(stage: Stage) -> None:
+    maskx = stage.cfg.MODEL.MASKX
+    if maskx.FREEZE_DETECTOR:
+        raise ValueError(
+            f"MODEL.MASKX.FREEZE_DETECTOR is True in {stage.config_file}, the config of stage 1, "
+            "which is to train the detector. Set it False, or exchange --stage1 and --stage2."
+        )
+    if stage.cfg.MODEL.MASK_ON:
+        raise ValueError(
+            f"MODEL.MASK_ON is True in {stage.config_file}, the config of stage 1: masks would be "
+            "learned before stage 2, by another split perhaps. Set it False."
+        )
+    check_config(stage.cfg)
+
+
+def _check_second(stage: Stage) -> None:
+    if not stage.cfg.MODEL.MASK_ON:
+        raise ValueError(
+            f"MODEL.MASK_ON is False in {stage.config_file}, the config of stage 2, which is to "
+            "train the mask branch. Set it True."
+        )
+    if not stage.cfg.MODEL.MASKX.FREEZE_DETECTOR:
+        raise ValueError(
+            f"MODEL.MASKX.FREEZE_DETECTOR is False in {stage.config_file}, the config of stage 2: "
+            "the detector of stage 1 would go on training. Set it True (with "
+            "MODEL.META_ARCHITECTURE MaskXRCNN), or train end to end with tools/train_net.py."
+        )
+    cfg = stage.cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = ""  # stage 1 may have to make them yet
+    check_config(cfg)
+
+
+def _check_same_classes(first: Stage, second: Stage) -> None:
+    pairs = zip(training_class_names(first.cfg), training_class_names(second.cfg), strict=True)
+    for index, (in_first, in_second) in enumerate(pairs):
+        if in_first != in_second:
+            raise ValueError(
+                f"Class {index} is '{in_first}' in {first.cfg.DATASETS.TRAIN[0]}, the training "
+                f"data of stage 1, but '{in_second}' in {second.cfg.DATASETS.TRAIN[0]}, that of "
+                "stage 2 (DATASETS.TRAIN). Train both stages on the same classes in one order."
+            )
+
+
+def _build_on_cpu(cfg: CfgNode) -> None:
+    """Build a model and forget it, since its modules check the keys that they read."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    Trainer.build_model(cfg)
+
+
+def _as_dict(cfg: CfgNode) -> dict[str, Any]:
+    return yaml.safe_load(cfg.dump())  # with lists for tuples, as in a file
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested dicts into one by dotted keys."""
+    flat = {}
+    for key, value in config.items():
+        is_node = isinstance(value, dict)
+        flat |= _flatten(value, f"{prefix}{key}.") if is_node else {f"{prefix}{key}": value}
+    return flat
+
+
+def _is_below(key: str, keys: tuple[str, ...]) -> bool:
+    return any(key == k or key.startswith(f"{k}.") for k in keys)
+
+
+@contextmanager
+def _own_log_handlers() -> Iterator[None]:
+    """Remove the log handlers that a run adds, so that the next does not log into its files."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "maskx")]
+    before = [list(logger.handlers) for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, handlers in zip(loggers, before, strict=True):
+            logger.handlers = handlers

@@ -1,0 +1,68 @@
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from maskx.evaluation.plots import plot_relative_gains
+
+
+def plotted(path, **points):
+    plot_relative_gains(path, **points)
+    return cv2.imread(str(path)).astype(int)
+
+
+def test_each_size_of_a_has_its_own_colour_and_legend_entry(tmp_path):
+    three = plotted(
+        tmp_path / "three.png",
+        mean_masks=[100.0, 200.0, 300.0],
+        relative_gains=[-5.0, 10.0, 20.0],
+        num_with_masks=[10, 20, 30],
+    )
+    one = plotted(
+        tmp_path / "one.png",
+        mean_masks=[100.0, 200.0, 300.0],
+        relative_gains=[-5.0, 10.0, 20.0],
+        num_with_masks=[10, 10, 10],
+    )
+
+    def num_colors(image):
+        """Saturated colours of at least 150 pixels: those of markers, not of their edges."""
+        saturated = image[image.max(axis=2) - image.min(axis=2) > 60]
+        _, counts = np.unique(saturated, axis=0, return_counts=True)
+        return (counts >= 150).sum()
+
+    assert num_colors(three) == 3
+    assert num_colors(one) == 1
+
+
+def test_a_higher_gain_is_drawn_higher_and_more_masks_further_right(tmp_path):
+    picture = plotted(
+        tmp_path / "two.png",
+        mean_masks=[100.0, 300.0],
+        relative_gains=[-10.0, 20.0],
+        num_with_masks=[10, 20],
+    )
+    centres = []
+    for rgb in ((0x0B, 0x3C, 0x6F), (0x2A, 0x7A, 0xB9)):
+        rows, columns = np.nonzero((picture == rgb[::-1]).all(axis=2))
+        inside = columns < 0.8 * picture.shape[1]  # without the legend
+        centres.append((rows[inside].mean(), columns[inside].mean()))
+    (low_row, left), (high_row, right) = centres
+    assert high_row < low_row
+    assert left < right
+
+
+def test_nothing_to_plot_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no split to plot"):
+        plot_relative_gains(
+            tmp_path / "none.png", mean_masks=[], relative_gains=[], num_with_masks=[]
+        )
+
+
+def test_the_error_without_matplotlib_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        plot_relative_gains(
+            tmp_path / "x.png", mean_masks=[1.0], relative_gains=[1.0], num_with_masks=[1]
+        )
