@@ -26,7 +26,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=default.seed)
     add("--iterations", type=int, default=default.iterations, help="training steps per model")
     add("--batch-size", type=int, default=default.batch_size, help="images per step")
-    add("--compare", action="store_true", help="train the class-agnostic baseline as well")
+    add(
+        "--compare",
+        action="store_true",
+        help="class-agnostic masks and GrabCut as well",
+    )
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--device", default=default.device, help="auto, cpu or cuda")
     pair = {"nargs": 2, "metavar": ("JSON", "IMAGES")}

@@ -31,6 +31,7 @@ from maskx.detectron2.data import (
     split_from_config,
 )
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
+from maskx.detectron2.meta_arch.grabcut import predicts_masks
 from maskx.detectron2.meta_arch.rcnn import check_can_freeze
 from maskx.detectron2.proposal_generator import MaskXRPN
 from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
@@ -92,7 +93,7 @@ class Trainer(DefaultTrainer):
         return MaskXCOCOEvaluator(
             dataset_name,
             split=cfg.DATASETS.MASKX.SPLIT,
-            iou_types=("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
+            iou_types=("bbox", "segm") if predicts_masks(cfg) else ("bbox",),
             output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
         )
 

@@ -1,7 +1,8 @@
 """Plots of results."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # Blue to orange, told apart by brightness as well; the markers differ too.
 _STYLES = tuple(
@@ -32,14 +33,9 @@ def plot_relative_gains(
         ValueError: there is no split.
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The figure needs matplotlib. Install it with: pip install matplotlib") from error
     if not relative_gains:
         raise ValueError("There is no split to plot.")
-    # No pyplot: its global state and its choice of a display are not needed for a file.
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    figure = _figure(6.4, 4.2)
     axes = figure.subplots()
     axes.axhline(0, color="0.35", linewidth=1)
     for index, size in enumerate(sorted(set(num_with_masks))):
@@ -71,3 +67,45 @@ def plot_relative_gains(
     # Beside the axes, where no point can lie.
     figure.legend(loc="outside right upper", frameon=False, handletextpad=0.2)
     figure.savefig(path, dpi=150)
+
+
+def plot_settings(
+    path: str | os.PathLike[str], values: Mapping[str, Sequence[float]], *, label: str
+) -> None:
+    """Draw a row per setting: a dot for each seed, a line at their mean.
+
+    Args:
+        path: PNG file to write.
+        values: of each setting, one value per seed; the first setting comes on top.
+        label: what the values are, with their unit.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure = _figure(6.4, 1 + 0.28 * len(values))
+    axes = figure.subplots()
+    for row, (_, seeds) in enumerate(values.items()):
+        mean = sum(seeds) / len(seeds)
+        axes.plot([mean, mean], [row - 0.32, row + 0.32], color=_STYLES[5][0], linewidth=2)
+        axes.scatter(seeds, [row] * len(seeds), color=_STYLES[1][0], s=26, alpha=0.8, zorder=3)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{label}; dots: seeds, line: mean")
+    axes.grid(axis="x", color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float) -> Any:
+    """Make an empty figure of a size in inches, laid out without overlaps."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "The figure needs matplotlib. Install it with: pip install matplotlib"
+        ) from error
+    # No pyplot: its global state and its choice of a display are not needed for a file.
+    return Figure(figsize=(width, height), layout="constrained")

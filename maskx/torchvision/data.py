@@ -4,12 +4,12 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from maskx.data.images import read_image
 from maskx.data.masks import decode_segmentation
 
 logger = logging.getLogger(__name__)
@@ -39,21 +39,8 @@ class InstanceMapper:
             FileNotFoundError: there is no such file.
             ValueError: the file is no readable image, or its size is not the record's.
         """
-        # Not imread, which on Windows finds no path with other than ASCII characters.
-        content = np.fromfile(record["file_name"], np.uint8)
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
-        if image is None:
-            raise ValueError(
-                f"Image '{record['file_name']}' (id {record['image_id']}) cannot be read. Is the "
-                "file an image, and complete?"
-            )
-        height, width = image.shape[:2]
-        if (height, width) != (record["height"], record["width"]):
-            raise ValueError(
-                f"Image '{record['file_name']}' (id {record['image_id']}) is {width} x {height} "
-                f"pixels, but its annotations say {record['width']} x {record['height']}. Correct "
-                "width and height in the annotation file, or restore the original image."
-            )
+        height, width = record["height"], record["width"]
+        image = read_image(record["file_name"], height, width, record["image_id"])
         pixels = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))
         return {
             "image": torch.from_numpy(pixels),

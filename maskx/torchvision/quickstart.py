@@ -97,7 +97,7 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
     started = time.perf_counter()
     device = select_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
-    train_data, val_data = _load_data(options)
+    train_data, val_data = load_data(options)
     default_split = "all" if options.coco_train else "scenes_half"
     split = resolve_split(options.masks_for or default_split, train_data.class_names)
     report(
@@ -128,7 +128,7 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
     path = options.output / "metrics.json"
-    path.write_text(json.dumps(_nan_to_null(metrics), indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(nan_to_null(metrics), indent=2) + "\n", encoding="utf-8")
     report(f"\nWrote {path} and {options.output / 'predictions.png'}")
     return metrics
 
@@ -137,7 +137,12 @@ SYSTEMS = {"maskx": quickstart_maskx}
 """Quick starts by the name of the system."""
 
 
-def _load_data(options: QuickstartOptions) -> tuple[CocoData, CocoData]:
+def load_data(options: QuickstartOptions) -> tuple[CocoData, CocoData]:
+    """Read the training and the validation data, or generate the scenes of the seed.
+
+    Raises:
+        ValueError: a file cannot be used, or the two do not fit together.
+    """
     if (options.coco_train is None) != (options.coco_val is None):
         raise ValueError("COCO files are needed for training and for validation, got only one.")
     if options.coco_train is None:
@@ -331,9 +336,10 @@ def _without_class_lists(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _nan_to_null(value: Any) -> Any:
+def nan_to_null(value: Any) -> Any:
+    """Make metrics fit for JSON: None for NaN, numbers rounded to four decimals."""
     if isinstance(value, dict):
-        return {key: _nan_to_null(item) for key, item in value.items()}
+        return {key: nan_to_null(item) for key, item in value.items()}
     if isinstance(value, float):
         return round(value, 4) if math.isfinite(value) else None
     return value

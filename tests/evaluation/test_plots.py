@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from maskx.evaluation.plots import plot_relative_gains
+from maskx.evaluation.plots import plot_relative_gains, plot_settings
 
 
 def plotted(path, **points):
@@ -66,3 +66,12 @@ def test_the_error_without_matplotlib_says_how_to_install_it(tmp_path, monkeypat
         plot_relative_gains(
             tmp_path / "x.png", mean_masks=[1.0], relative_gains=[1.0], num_with_masks=[1]
         )
+
+
+def test_settings_are_drawn_with_a_dot_per_seed(tmp_path):
+    values = {f"sw/setting_{i}": [float(i), i + 2.0, i + 1.5] for i in range(6)}
+    plot_settings(tmp_path / "settings.png", values, label="Mask AP on B (percent)")
+    picture = cv2.imread(str(tmp_path / "settings.png"))
+    height, width = picture.shape[:2]
+    assert (width, height) == (960, round((1 + 0.28 * 6) * 150))
+    assert (picture != 255).any(axis=2).mean() > 0.01

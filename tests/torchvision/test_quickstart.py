@@ -4,8 +4,12 @@ import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
+from maskx.data.coco import load_coco
+from maskx.data.grabcut import grabcut_mask
+from maskx.data.masks import decode_segmentation
 from maskx.data.scenes import generate_scenes
 from maskx.torchvision import quickstart
 from maskx.torchvision.quickstart import QuickstartOptions, quickstart_maskx
@@ -27,17 +31,44 @@ def test_generated_data_to_metrics_and_picture(tiny):
     written = json.loads((tiny["output"] / "metrics.json").read_text())
     assert written["system"] == "maskx"
     assert written["seconds"] == metrics["seconds"] > 0
-    for results in (written, written["class_agnostic"]):
+    for results in (written, written["class_agnostic"], written["grabcut"]):
         for task in ("segm", "bbox"):
             for group in ("A", "B", "all"):
                 assert {"AP", "AP50", "AP75"} <= set(results[task][group])
+    for results in (written, written["class_agnostic"]):
         assert results["losses"]["end"]["iteration"] == 1
+    assert written["grabcut"]["bbox"] == written["bbox"]
     assert len(written["split"]["A"]) == len(written["split"]["B"]) == 20
     picture = cv2.imread(str(tiny["output"] / "predictions.png"))
     assert picture.shape[1] == 1600
     text = "\n".join(lines)
     assert "20 categories with masks (A), 20 with boxes only (B)" in text
     assert "class_agnostic, average precision" in text
+    assert "grabcut, average precision" in text
+
+
+def test_grabcut_replaces_the_masks_of_detections(tmp_path):
+    json_file = generate_scenes(tmp_path, count=3, size=64, num_categories=4, seed=1)
+    data = load_coco(json_file, tmp_path)
+    truth = json.loads(json_file.read_text())["annotations"]
+    detections = [
+        {key: annotation[key] for key in ("image_id", "category_id", "bbox", "segmentation")}
+        | {"score": 1 - number / 100}
+        for number, annotation in enumerate(truth)
+        if annotation["image_id"] != 1  # an image without detections
+    ][::-1]
+    replaced = quickstart._with_grabcut_masks(data, detections)
+    assert sorted(d["score"] for d in replaced) == sorted(d["score"] for d in detections)
+    by_score = {d["score"]: d for d in replaced}
+    for old in detections:
+        new = by_score[old["score"]]
+        assert {**new, "segmentation": None} == {**old, "segmentation": None}
+        x, y, width, height = old["bbox"]
+        image = cv2.imread(data.records[old["image_id"]]["file_name"])[:, :, ::-1]
+        np.testing.assert_array_equal(
+            decode_segmentation(new["segmentation"], 64, 64),
+            grabcut_mask(image, [x, y, x + width, y + height]),
+        )
 
 
 def test_resume_needs_no_second_training(tiny):

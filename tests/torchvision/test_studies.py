@@ -1,0 +1,100 @@
+import json
+
+import pytest
+import torch
+
+from maskx.torchvision import quickstart, studies
+from maskx.torchvision.studies import (
+    PAPER_SETTINGS,
+    StudyOptions,
+    format_study,
+    mask_branch,
+    run_study,
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart, "_TRAIN_SCENES", 6)
+    monkeypatch.setattr(quickstart, "_VAL_SCENES", 4)
+    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    return {
+        "output": tmp_path / "study",
+        "settings": ("sw/baseline", "sw/cls_2_layer", "e2e/clsbox_2_layer"),
+        "seeds": (0, 3),
+        "iterations": 2,
+        "stage2_iterations": 1,
+        "batch_size": 2,
+        "device": "cpu",
+    }
+
+
+def test_names_are_decoded_word_by_word():
+    assert mask_branch("sw/clsbox_3_layer_relu_mlp") == {
+        "freeze_detector": True,
+        "predictor": "transfer",
+        "transfer_inputs": "cls+box",
+        "transfer_layers": 3,
+        "transfer_activation": "relu",
+        "mlp": "single_fc",
+    }
+    assert mask_branch("e2e/cls_2_layer_nostopgrad")["stop_gradient"] is False
+    assert mask_branch("sw/box_1_layer")["transfer_inputs"] == "box"
+    assert mask_branch("e2e/baseline")["freeze_detector"] is False
+
+
+def test_every_setting_of_the_paper_builds():
+    for setting in PAPER_SETTINGS:
+        studies.maskx_rcnn_small(5, min_size=64, **mask_branch(setting))
+
+
+@pytest.mark.parametrize("setting", ["clsbox", "sw/clsbox2", "sw/", "sw/clsbox_", "both/baseline"])
+def test_an_unknown_setting_is_refused(setting):
+    with pytest.raises(ValueError, match=rf"Setting '{setting}' is not known.*hourglass"):
+        mask_branch(setting)
+
+
+def test_a_study_runs_once_and_goes_on(tiny, monkeypatch):
+    lines = []
+    rows = run_study(StudyOptions(**tiny), lines.append)
+    assert [row["setting"] for row in rows] == list(tiny["settings"])
+    assert all(len(row[f"{n}_AP_{g}"]) == 2 for row in rows for n in ("mask", "box") for g in "AB")
+    assert "| `sw/cls_2_layer` |" in lines[-1]
+    assert json.loads((tiny["output"] / "study.json").read_text())["rows"] == rows
+    assert (tiny["output"] / "study.png").stat().st_size > 5000
+
+    result = tiny["output"] / "seed_3" / "sw" / "baseline" / "result.json"
+    result.unlink()
+    trained = []
+    original = studies.train
+
+    def train(*args, **kwargs):
+        trained.append(kwargs["description"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(studies, "train", train)
+    assert run_study(StudyOptions(**tiny), lines.append) == rows
+    assert trained == ["seed 3 stage1", "seed 3 sw/baseline"]
+
+    with pytest.raises(ValueError, match=r"result.json' was made with .*'iterations': 1,"):
+        run_study(StudyOptions(**tiny | {"stage2_iterations": 2}), lines.append)
+
+
+def test_second_stages_share_the_detector_of_the_first(tiny):
+    run_study(StudyOptions(**tiny | {"seeds": (0,)}), lambda line: None)
+    folder = tiny["output"] / "seed_0"
+    states = [
+        torch.load(folder / name / "checkpoint.pth", weights_only=True)["model"]
+        for name in ("stage1", "sw/baseline", "sw/cls_2_layer", "e2e/clsbox_2_layer")
+    ]
+    detector, *second_stages, end_to_end = states
+    for state in second_stages:
+        assert all(torch.equal(tensor, state[name]) for name, tensor in detector.items())
+    assert any(not torch.equal(tensor, end_to_end[name]) for name, tensor in detector.items())
+
+
+def test_the_table_shows_means_and_the_range():
+    row = {"setting": "sw/baseline", "mask_AP_B": [10.0, 14.0]}
+    row |= {"mask_AP_A": [30.0, 31.0], "box_AP_B": [50.0, 50.0], "box_AP_A": [51.0, 53.0]}
+    last = format_study([row]).splitlines()[-1]
+    assert last == "| `sw/baseline` | 12.0 | 10.0 to 14.0 | 30.5 | 50.0 | 52.0 |"
