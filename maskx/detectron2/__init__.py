@@ -13,6 +13,7 @@ if importlib.util.find_spec("detectron2") is None:
         "maskx works without it."
     )
 
+from maskx.detectron2.box_predictor import MaskXTextOutputLayers
 from maskx.detectron2.config import add_maskx_config, get_cfg
 from maskx.detectron2.data import (
     MaskXDatasetMapper,
@@ -21,21 +22,27 @@ from maskx.detectron2.data import (
     register_from_config,
 )
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
-from maskx.detectron2.mask_head import MaskXMaskHead
-from maskx.detectron2.meta_arch import MaskXRCNN
+from maskx.detectron2.mask_head import MaskHeadProtocol, MaskXMaskHead
+from maskx.detectron2.meta_arch import MaskXGrabCutRCNN, MaskXRCNN
+from maskx.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
 from maskx.detectron2.proposal_generator import MaskXRPN
 from maskx.detectron2.roi_heads import MaskXCascadeROIHeads, MaskXROIHeads, MaskXROIHeadsMixin
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
 
 __all__ = [
+    "MaskHeadProtocol",
     "MaskXCOCOEvaluator",
     "MaskXCascadeROIHeads",
     "MaskXDatasetMapper",
+    "MaskXGrabCutRCNN",
     "MaskXMaskHead",
+    "MaskXPointRendMaskHead",
     "MaskXRCNN",
     "MaskXROIHeads",
     "MaskXROIHeadsMixin",
     "MaskXRPN",
+    "MaskXTextOutputLayers",
+    "PointLayers",
     "Trainer",
     "add_maskx_config",
     "check_num_gpus",

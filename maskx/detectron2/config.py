@@ -58,8 +58,22 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.TRANSFER.ACTIVATION = "leaky_relu"
     # True: the mask loss does not reach the box predictor through T (section 3.1).
     keys.MODEL.MASKX.TRANSFER.STOP_GRADIENT = True
+    # Length of a classifier row, where a box predictor of another code base gives its rows by a
+    # method detector_weights(); 0: the length of the features that enter the box predictor.
+    keys.MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS = 0
     # File for INPUTS "vectors"; see maskx.data.word_vectors.load_class_vectors.
     keys.MODEL.MASKX.TRANSFER.VECTORS = ""
+
+    # Classify boxes by fixed vectors of the class names, as open-vocabulary detectors do. Needs
+    # ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True and TRANSFER.INPUTS "cls", which are then the vectors.
+    keys.MODEL.MASKX.TEXT_CLASSIFIER = CN()
+    # File of the vectors, see maskx.data.word_vectors.load_class_vectors; "": a learned classifier.
+    keys.MODEL.MASKX.TEXT_CLASSIFIER.VECTORS = ""
+    # Class names by class index; []: those of the training data. Other names than those of the
+    # training give a model that detects and segments other classes with the same checkpoint.
+    keys.MODEL.MASKX.TEXT_CLASSIFIER.CLASSES = []
+    # Multiplier of the cosine between features and vectors; 50 in Detic.
+    keys.MODEL.MASKX.TEXT_CLASSIFIER.TEMPERATURE = 50.0
 
     keys.DATASETS = CN()
     keys.DATASETS.MASKX = CN()

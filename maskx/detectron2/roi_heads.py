@@ -156,15 +156,28 @@ class MaskXROIHeadsMixin:
             What the box predictor's own ``detector_weights()`` returns, if it has one, as
             :class:`MaskXTextOutputLayers` does; else the foreground rows of its ``cls_score`` and
             ``bbox_pred``. Of a cascade, those of the last stage.
+
+        Raises:
+            ValueError: the box predictor has neither.
         """
         predictor = self.box_predictor
         if isinstance(predictor, nn.ModuleList):
             predictor = predictor[-1]
         if hasattr(predictor, "detector_weights"):
             return predictor.detector_weights()
-        return detector_weights(  # background is the last row in Detectron2
-            predictor.cls_score.weight, predictor.bbox_pred.weight, background_row=-1
+        cls_weight, box_weight = (
+            getattr(getattr(predictor, layer, None), "weight", None)
+            for layer in ("cls_score", "bbox_pred")
         )
+        if cls_weight is None:
+            raise ValueError(
+                f"The box predictor {type(predictor).__name__} has no cls_score.weight. Give it a "
+                "method detector_weights() that returns a maskx.modeling.weight_transfer."
+                "DetectorWeights with one row per foreground class, and set "
+                "MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS to the length of a row."
+            )
+        # Background is the last row in Detectron2.
+        return detector_weights(cls_weight, box_weight, background_row=-1)
 
     def _mask_losses(
         self,

@@ -13,6 +13,7 @@ Shape legend:
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,30 @@ class ClassSpecificPredictor(nn.Conv2d):
         return logits + self.bias[class_indices, None, None]
 
 
+def make_predictor(
+    name: str, channels: int, num_classes: int | None, **transfer: Any
+) -> TransferPredictor | ClassAgnosticPredictor | ClassSpecificPredictor:
+    """Make a mask predictor.
+
+    Args:
+        name: ``transfer``, ``class_agnostic`` or ``class_specific``.
+        channels: C.
+        num_classes: K; may be None where nothing is learned or stored per class.
+        **transfer: further arguments of :class:`WeightTransfer`, for ``transfer`` only.
+
+    Raises:
+        ValueError: an argument is out of range, or one that is needed is missing.
+    """
+    check_choice("mask predictor", name, PREDICTORS)
+    if name == "transfer":
+        return TransferPredictor(out_channels=channels, num_classes=num_classes, **transfer)
+    if name == "class_agnostic":
+        return ClassAgnosticPredictor(channels)
+    if num_classes is None:
+        raise ValueError("The mask predictor 'class_specific' needs the argument num_classes.")
+    return ClassSpecificPredictor(channels, num_classes)
+
+
 class MaskMLP(nn.Module):
     """Class-agnostic fully connected mask branch that is fused with the FCN (section 3.3).
 
@@ -164,7 +189,8 @@ class MaskXHead(nn.Module):
 
     Args:
         in_channels: channels of the pooled RoI features.
-        num_classes: K.
+        num_classes: K; None in a model that learns nothing per class, as with a text classifier:
+            its checkpoints fit any class list.
         pool_size: P, resolution of the pooled RoI features.
         channels: C.
         trunk: layers before the upsampling: ``conv`` (Mask R-CNN's), ``residual`` or
@@ -190,7 +216,7 @@ class MaskXHead(nn.Module):
         self,
         *,
         in_channels: int,
-        num_classes: int,
+        num_classes: int | None,
         pool_size: int = 14,
         channels: int = 256,
         trunk: str = "conv",
@@ -206,7 +232,6 @@ class MaskXHead(nn.Module):
         class_vectors: Tensor | None = None,
     ) -> None:
         super().__init__()
-        check_choice("mask predictor", predictor, PREDICTORS)
         check_choice("MLP branch", mlp, MLP_BRANCHES)
         if class_vectors is not None and len(class_vectors) != num_classes:
             raise ValueError(
@@ -229,21 +254,17 @@ class MaskXHead(nn.Module):
             self.add_module(name, layer)
         self._feature_layers = tuple(layers)
 
-        if predictor == "transfer":
-            self.predictor = TransferPredictor(
-                inputs=transfer_inputs,
-                out_channels=channels,
-                detector_channels=detector_channels,
-                num_classes=num_classes,
-                class_vectors=class_vectors,
-                num_layers=transfer_layers,
-                activation=transfer_activation,
-                stop_gradient=stop_gradient,
-            )
-        elif predictor == "class_agnostic":
-            self.predictor = ClassAgnosticPredictor(channels)
-        else:
-            self.predictor = ClassSpecificPredictor(channels, num_classes)
+        self.predictor = make_predictor(
+            predictor,
+            channels,
+            num_classes,
+            inputs=transfer_inputs,
+            detector_channels=detector_channels,
+            class_vectors=class_vectors,
+            num_layers=transfer_layers,
+            activation=transfer_activation,
+            stop_gradient=stop_gradient,
+        )
         self.mlp = None if mlp == "none" else MaskMLP(channels, self.mask_size, mlp)
 
         transfers = predictor == "transfer"
@@ -259,7 +280,7 @@ class MaskXHead(nn.Module):
                     ACTIVATIONS.index(transfer_activation) if transfers else -1,
                     num_convs,
                     channels,
-                    num_classes,
+                    num_classes or 0,
                 ]
             ),
         )
@@ -310,9 +331,10 @@ class MaskXHead(nn.Module):
 
     def _fits(self, architecture: Tensor) -> bool:
         same = architecture == self.architecture
-        # For fine-tuning, K may differ: weights that do not depend on it are worth keeping.
-        # A model that is to be evaluated must match in K as well.
-        return bool((same[:-1] if self.training else same).all())
+        # K may differ where nothing depends on it. It may for fine-tuning, since weights that do
+        # not depend on it are worth keeping, but a model that is to be evaluated must match in K.
+        any_classes = self.training or self.architecture[-1] == 0
+        return bool((same[:-1] if any_classes else same).all())
 
 
 def _init_predictor(layer: nn.Conv2d | nn.Linear) -> None:
@@ -333,4 +355,5 @@ def _describe_architecture(architecture: Sequence[int]) -> str:
             f"transfer from {TRANSFER_INPUTS[inputs]} with {layers} layer(s) of "
             f"{ACTIVATIONS[activation]}"
         )
-    return ", ".join([*parts, f"MLP {MLP_BRANCHES[mlp]}", f"{num_classes} classes"])
+    classes = f"{num_classes or 'any number of'} classes"
+    return ", ".join([*parts, f"MLP {MLP_BRANCHES[mlp]}", classes])

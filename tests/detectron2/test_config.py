@@ -109,12 +109,15 @@ def tiny_opts(tmp_path, scenes):
 
     def opts(name):
         opts = ["DATASETS.MASKX.REGISTER", []]
-        if "/glove_" in name:  # its file is downloaded by users
+        for word, key in (("/glove_", "TRANSFER"), ("/text_", "TEXT_CLASSIFIER")):
+            if word not in name:
+                continue
+            # Its file is downloaded by users.
             names = [c["name"] for c in json.loads(scenes[0].read_text())["categories"]]
             vectors = tmp_path / "vectors.txt"
             lines = [f"{name.replace(' ', '_')} {i} 1.5 -2" for i, name in enumerate(names)]
             vectors.write_text("\n".join(lines))
-            opts += ["MODEL.MASKX.TRANSFER.VECTORS", str(vectors)]
+            opts += [f"MODEL.MASKX.{key}.VECTORS", str(vectors)]
         if "maskx_plus" in name:  # its convolutions come in pairs, its RoIs are halved twice
             opts += ["MODEL.ROI_MASK_HEAD.NUM_CONV", 2, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 8]
         return opts

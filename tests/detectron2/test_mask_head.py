@@ -134,6 +134,14 @@ def test_config_keys_reach_the_head(make_cfg, tmp_path):
     assert head.predictor.layers[0].in_features == 24  # MODEL.ROI_BOX_HEAD.FC_DIM
 
 
+@pytest.mark.parametrize("trunk", ["conv", "residual", "hourglass"])
+def test_the_trunk_is_that_of_the_config(make_cfg, trunk):
+    cfg = make_cfg("MODEL.MASKX.TRUNK", trunk, "MODEL.ROI_MASK_HEAD.NUM_CONV", 2)
+    head = MaskXMaskHead(cfg, ShapeSpec(channels=CHANNELS, height=8, width=8))
+    names = {name for name, _ in head.named_children() if name.startswith("mask_")}
+    assert names == ({"mask_fcn1", "mask_fcn2"} if trunk == "conv" else {f"mask_{trunk}"})
+
+
 @ROI_BOX_HEAD_REGISTRY.register()
 class BoxHeadOfATest(nn.Module):
     def __init__(self, cfg, input_shape):
@@ -163,6 +171,8 @@ def test_word_vectors_are_looked_up_by_class_name(make_cfg, tiny_train, tmp_path
     [
         (("MODEL.MASKX.PREDICTOR", "fcn"), "mask predictor must be one of 'transfer'.*got 'fcn'"),
         (("MODEL.MASKX.MLP", "big"), "MLP branch must be one of"),
+        (("MODEL.MASKX.TRUNK", "deep"), "mask trunk must be one of 'conv', .* got 'deep'"),
+        (("MODEL.MASKX.TRUNK", "residual"), "num_convs must be even and at least 2, got 1"),
         (("MODEL.MASKX.TRANSFER.LAYERS", 0), "transfer layers must be one of 1, 2, 3, got 0"),
         (("MODEL.MASKX.TRANSFER.INPUTS", "vectors"), "MASKX.TRANSFER.VECTORS is empty"),
         (("MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True), "MASKX.PREDICTOR class_agnostic"),

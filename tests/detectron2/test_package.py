@@ -48,8 +48,13 @@ def test_importing_registers_our_model_components_and_no_data():
         "print(json.dumps([sorted(names() - before), data() == data_before]))\n"
     )
     assert registered == [
+        ["META_ARCH_REGISTRY", "MaskXGrabCutRCNN"],
+        ["META_ARCH_REGISTRY", "MaskXRCNN"],
+        ["PROPOSAL_GENERATOR_REGISTRY", "MaskXRPN"],
+        ["ROI_HEADS_REGISTRY", "MaskXCascadeROIHeads"],
         ["ROI_HEADS_REGISTRY", "MaskXROIHeads"],
         ["ROI_MASK_HEAD_REGISTRY", "MaskXMaskHead"],
+        ["ROI_MASK_HEAD_REGISTRY", "MaskXPointRendMaskHead"],
     ]
     assert data is True
 

@@ -7,14 +7,28 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.config import configurable, get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import (
+    ROI_HEADS_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    StandardROIHeads,
+    build_model,
+)
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from maskx.detectron2 import MaskXDatasetMapper
+from maskx.detectron2 import (
+    MaskXDatasetMapper,
+    MaskXROIHeads,
+    MaskXROIHeadsMixin,
+)
+from maskx.modeling.weight_transfer import DetectorWeights
 
 KINDS = {
     "masked": ([True, True, True], [True]),
@@ -262,7 +276,7 @@ def assert_same(first, second):
         (("MODEL.MASK_ON", False), "MODEL.MASK_ON is False.*StandardROIHeads"),
         (
             ("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
-            "MODEL.ROI_MASK_HEAD.NAME is 'MaskRCNNConvUpsampleHead'",
+            "MaskRCNNConvUpsampleHead takes no weights .*ROI_MASK_HEAD.NAME MaskXMaskHead",
         ),
     ],
 )
@@ -284,3 +298,184 @@ def test_a_configuration_without_our_keys_is_named():
     cfg.MODEL.ROI_HEADS.NAME = "MaskXROIHeads"
     with pytest.raises(ValueError, match=r"Call maskx\.detectron2\.add_maskx_config\(cfg\)"):
         build_model(cfg)
+
+
+class TaggingROIHeads(StandardROIHeads):
+    """Heads of another code base: a further loss, and images that have tags but no boxes."""
+
+    @configurable
+    def __init__(self, *, tag_weight=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.tag_weight = tag_weight
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        return super().from_config(cfg, input_shape) | {"tag_weight": cfg.MODEL.TAG_WEIGHT}
+
+    def forward(self, images, features, proposals, targets=None, ann_type="box"):
+        if self.training and ann_type == "image":
+            pooled = self.box_pooler(
+                [features[name] for name in self.box_in_features],
+                [x.proposal_boxes for x in proposals],
+            )
+            scores, deltas = self.box_predictor(self.box_head(pooled))
+            return proposals, {"loss_tag": scores.mean() * self.tag_weight + 0 * deltas.sum()}
+        results, losses = super().forward(images, features, proposals, targets)
+        return results, {name: 2 * loss for name, loss in losses.items()}
+
+
+@ROI_HEADS_REGISTRY.register()
+class MaskXTaggingROIHeads(MaskXROIHeadsMixin, TaggingROIHeads):
+    pass
+
+
+@pytest.fixture
+def make_tagging(make_cfg):
+    def make(name="MaskXTaggingROIHeads", *opts):
+        cfg = make_cfg("MODEL.ROI_HEADS.NAME", name, *opts)
+        cfg.MODEL.TAG_WEIGHT = 3.0
+        torch.manual_seed(0)
+        return build_model(cfg).train()
+
+    return make
+
+
+def run_heads(model, batch, **kwargs):
+    """What a model does in training, with further arguments for its RoI heads."""
+    torch.manual_seed(0)
+    with EventStorage():
+        images = model.preprocess_image(batch)
+        features = model.backbone(images.tensor)
+        targets = [x["instances"] for x in batch]
+        proposals, _ = model.proposal_generator(images, features, targets)
+        return model.roi_heads(images, features, proposals, targets, **kwargs)[1]
+
+
+def test_heads_of_another_code_base_keep_their_box_branch(make_tagging, make_model, make_sample):
+    theirs, ours = make_tagging(), make_model()
+    theirs.load_state_dict(ours.state_dict())
+    assert theirs.roi_heads.tag_weight == 3
+    batch = [make_sample([True, False]), make_sample([])]
+    losses, expected = losses_of(theirs, batch), losses_of(ours, batch)
+    assert losses.keys() == expected.keys()
+    for name, loss in expected.items():
+        factor = 2 if name in ("loss_cls", "loss_box_reg") else 1
+        assert loss > 0
+        torch.testing.assert_close(losses[name], factor * loss)
+    with torch.no_grad():
+        (result,) = theirs.eval()([make_sample([])])
+    assert result["instances"].has("pred_masks")
+
+
+@pytest.mark.parametrize("gt_boxes_only", [False, True])
+def test_further_arguments_reach_the_other_heads(make_tagging, make_sample, gt_boxes_only):
+    model = make_tagging("MaskXTaggingROIHeads", "MODEL.MASKX.GT_BOXES_ONLY", gt_boxes_only)
+    sample = make_sample([])
+    for field in ("gt_has_mask", "gt_masks"):
+        sample["instances"].remove(field)
+    run_heads(model, [make_sample([True])])  # what was sampled here must not be used again
+    losses = run_heads(model, [sample], ann_type="image")
+    assert losses.keys() == {"loss_tag", "loss_mask"}
+    assert losses["loss_mask"] == 0
+    sum(losses.values()).backward()
+    heads = dict(model.roi_heads.named_parameters())
+    assert [name for name, p in heads.items() if p.grad is None] == []
+
+
+def test_other_heads_are_built_from_explicit_arguments(make_tagging, make_sample):
+    model = make_tagging()
+    model.roi_heads = MaskXTaggingROIHeads(
+        tag_weight=2.0, gt_boxes_only=True, **arguments_of(model.roi_heads)
+    )
+    assert losses_of(model, [make_sample([True, False])])["loss_mask"] > 0
+
+
+def arguments_of(heads):
+    """Explicit arguments that make the same heads again."""
+    names = (
+        *("num_classes", "batch_size_per_image", "positive_fraction", "proposal_matcher"),
+        *("box_in_features", "box_pooler", "box_head", "box_predictor"),
+        *("mask_in_features", "mask_pooler", "mask_head"),
+    )
+    return {name: getattr(heads, name) for name in names}
+
+
+class ConvUpsampleOfATest(MaskRCNNConvUpsampleHead):
+    def forward(self, features, instances, detector):
+        return super().forward(features, instances)
+
+
+ROI_MASK_HEAD_REGISTRY.register(ConvUpsampleOfATest)
+
+
+def test_a_mask_head_of_another_code_base_learns_from_partial_masks(make_model, make_sample):
+    model = make_model("MODEL.ROI_MASK_HEAD.NAME", "ConvUpsampleOfATest")
+    for kind, batch in KINDS.items():
+        losses = losses_of(model, [make_sample(has_mask) for has_mask in batch])
+        assert (losses["loss_mask"] > 0) == any(map(any, batch)), kind
+    with torch.no_grad():
+        (result,) = model.eval()([make_sample([])])
+    assert result["instances"].has("pred_masks")
+
+
+def test_a_mask_head_that_takes_no_detector_weights_is_named_without_a_configuration(make_model):
+    arguments = arguments_of(make_model().roi_heads)
+    shape = ShapeSpec(channels=16, height=4, width=4)
+    arguments["mask_head"] = MaskRCNNConvUpsampleHead(shape, num_classes=4, conv_dims=[8])
+    with pytest.raises(ValueError, match=r"MaskRCNNConvUpsampleHead takes no weights .*Protocol"):
+        MaskXROIHeads(**arguments)
+
+
+class ZeroShotOutputLayers(FastRCNNOutputLayers):
+    """Box predictor of another code base, whose classifier has no rows of weights."""
+
+    def __init__(self, cfg, input_shape):
+        super().__init__(cfg, input_shape)
+        self.bbox_pred = nn.Sequential(self.bbox_pred)
+        self.cls_score = nn.Sequential(nn.Linear(self.cls_score.in_features, 7))
+        self.embeddings = nn.Parameter(torch.randn(7, self.num_classes + 1), requires_grad=False)
+
+    def forward(self, x):
+        return self.cls_score(x) @ self.embeddings, self.bbox_pred(x)
+
+
+class HookedOutputLayers(ZeroShotOutputLayers):
+    def detector_weights(self):
+        return DetectorWeights(self.embeddings[:, :-1].T, None)
+
+
+class ZeroShotROIHeads(StandardROIHeads):
+    predictor = HookedOutputLayers
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        ret = super().from_config(cfg, input_shape)
+        return ret | {"box_predictor": cls.predictor(cfg, ret["box_head"].output_shape)}
+
+
+@ROI_HEADS_REGISTRY.register()
+class MaskXZeroShotROIHeads(MaskXROIHeadsMixin, ZeroShotROIHeads):
+    pass
+
+
+ZERO_SHOT = (
+    *("MODEL.ROI_HEADS.NAME", "MaskXZeroShotROIHeads", "MODEL.MASKX.TRANSFER.INPUTS", "cls"),
+    *("MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS", 7),
+)
+
+
+def test_a_classifier_without_rows_gives_them_by_a_method(make_model, make_sample):
+    model = make_model(*ZERO_SHOT)
+    rows = model.roi_heads.detector_weights().cls
+    assert torch.equal(rows, model.roi_heads.box_predictor.embeddings[:, :4].T)
+    losses = losses_of(model, [make_sample([True, False])])
+    assert losses["loss_mask"] > 0
+
+
+def test_a_classifier_without_rows_is_named(make_model, make_sample, monkeypatch):
+    monkeypatch.setattr(ZeroShotROIHeads, "predictor", ZeroShotOutputLayers)
+    model = make_model(*ZERO_SHOT)
+    with pytest.raises(
+        ValueError, match=r"ZeroShotOutputLayers has no cls_score.weight.*detector_weights\(\)"
+    ):
+        losses_of(model, [make_sample([True])])

@@ -226,6 +226,8 @@ def test_crop_mask_targets_of_no_box():
         ({"transfer_activation": "gelu"}, "'leaky_relu', 'relu', got 'gelu'"),
         ({"detector_channels": None}, "needs the argument detector_channels"),
         ({"transfer_inputs": "vectors"}, "needs the argument class_vectors"),
+        ({"predictor": "class_specific", "num_classes": None}, "needs the argument num_classes"),
+        ({"transfer_inputs": "randn", "num_classes": None}, "needs the argument num_classes"),
         (
             {"transfer_inputs": "vectors", "class_vectors": torch.ones(4, 3)},
             "class_vectors has 4 rows for 5 classes",
@@ -286,6 +288,14 @@ def test_fine_tuning_on_another_number_of_classes_keeps_the_transfer():
     assert torch.equal(head.predictor.layers[0].weight, trained.predictor.layers[0].weight)
     assert head.state_dict()["architecture"][-1] == K
     head.eval().load_state_dict(make_head().state_dict())
+
+
+def test_without_learned_classes_a_checkpoint_fits_any_class_list():
+    trained, head = (make_head(transfer_inputs="cls", num_classes=None) for _ in range(2))
+    head.eval().load_state_dict(trained.state_dict())
+    head.load_state_dict(make_head(transfer_inputs="cls").state_dict())
+    with pytest.raises(ValueError, match=r"checkpoint: .*any number of classes"):
+        make_head(transfer_inputs="cls").eval().load_state_dict(trained.state_dict())
 
 
 def test_a_foreign_checkpoint_without_architecture_loads():
