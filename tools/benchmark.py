@@ -1,0 +1,124 @@
+"""Measure what training steps cost in time and memory.
+
+All rows of a table are measured in one run, interleaved, so that only ratios need to be compared:
+to the first row, as the median over the rounds. Peak memory is that of what a step makes.
+
+Examples:
+    python tools/benchmark.py mask_head --json mask_head.json
+    python tools/benchmark.py mask_head --section predictor mlp --rois 32
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from maskx.evaluation.benchmark import describe_machine, format_table, measure
+from maskx.modeling.benchmark import Case, head_cases, mlp_cases, predictor_cases, trunk_cases
+
+CONFIG = Path(__file__).parents[1] / "configs" / "MaskX" / "Base-MaskX-RCNN-FPN.yaml"
+MASK_HEAD_SECTIONS = ("predictor", "head", "mlp", "trunk", "model")
+
+
+def mask_head_tables(
+    arguments: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, Callable[[], list[Case]]]]:
+    """Yield the title of each table and what makes its cases, which take memory."""
+    sections = arguments.section or MASK_HEAD_SECTIONS
+    rois, classes = {"num_rois": arguments.rois, "device": device}, arguments.classes
+    if "predictor" in sections:
+        for backward in (False, True):
+            passes = "forward and backward" if backward else "forward"
+            title = f"predictor alone, {passes}, {arguments.rois} RoIs"
+            yield title, lambda b=backward: predictor_cases(**rois, classes=classes, backward=b)
+    step = f"training step, {arguments.rois} RoIs"
+    if "head" in sections:
+        yield f"whole head, {step}", lambda: head_cases(**rois, classes=classes)
+    if "mlp" in sections:
+        yield f"MLP branch, {step}", lambda: mlp_cases(**rois, num_classes=classes[0])
+    if "trunk" in sections:
+        yield f"trunk, {step}", lambda: trunk_cases(**rois, num_classes=classes[0])
+    if "model" in sections:
+        if not arguments.section and importlib.util.find_spec("detectron2") is None:
+            print("The section 'model' is left out: it needs Detectron2.\n")
+            return
+        from maskx.detectron2.benchmark import benchmark_cfg, model_cases
+
+        size = arguments.image_size
+        for num_classes in arguments.model_classes:
+            cfg = benchmark_cfg(CONFIG, num_classes=num_classes, device=device)
+            title = f"whole model, training step, K = {num_classes}, one image of {size} pixels"
+            yield title, lambda c=cfg: model_cases(c, image_size=size)
+
+
+def positive(text: str) -> int:
+    """Read a number of something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    systems = parser.add_subparsers(dest="system", required=True)
+    mask_head = systems.add_parser("mask_head", help="the mask head of Mask^X R-CNN")
+    mask_head.set_defaults(tables=mask_head_tables)
+    add, number = mask_head.add_argument, {"type": positive}
+    add("--json", type=Path, metavar="FILE", help="write all rows to a file")
+    add("--section", nargs="+", choices=MASK_HEAD_SECTIONS, help="default: all")
+    add("--rois", **number, default=100, help="RoIs, but for the whole model")
+    classes_help = "of predictor and head; K-channel only where its logits fit in 1 GiB"
+    add("--classes", **number, nargs="+", default=[80, 3000, 21841], help=classes_help)
+    add("--model-classes", **number, nargs="+", default=[80, 1203], help="of the whole model")
+    add("--image-size", **number, default=320, help="pixels, for the whole model")
+    add("--repeats", **number, default=5, help="rounds after one that warms up")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print and write the tables of a system."""
+    name, has_gpu = arguments.device, torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ValueError("--device cuda: PyTorch finds no GPU here. Allowed: auto, cpu.")
+    device = torch.device(name if name != "auto" else "cuda" if has_gpu else "cpu")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine(device)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
+    rows = []
+    for title, make_cases in arguments.tables(arguments, device):
+        cases = list(make_cases())
+        steps = {case.name: case.step for case in cases}
+        costs = measure(steps, rounds=arguments.repeats, device=device)
+        table = [("", "parameters", "ms", "fastest", "ratio", "peak MB")]
+        for name, _, parameters, settings in cases:
+            cost = costs[name]
+            numbers = (1e3 * cost.seconds, 1e3 * cost.seconds_min, cost.ratio)
+            numbers = [f"{n:.2f}" for n in (*numbers, cost.peak_bytes / 1e6)]
+            table.append((name, f"{parameters:,}", *numbers))
+            row = {"table": title, "name": name, "parameters": parameters}
+            rows.append({**row, **cost._asdict(), "settings": settings})
+        print(f"{title}\n{format_table(table)}\n", flush=True)
+        if arguments.json:
+            content = {"machine": machine, "repeats": arguments.repeats, "rows": rows}
+            arguments.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def main() -> None:
+    """Run; user errors end with their message instead of a traceback."""
+    try:
+        run(parse_arguments())
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
