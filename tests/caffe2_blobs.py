@@ -32,7 +32,7 @@ def make_blobs(
 
     def layer(name, *shape, gain=2.0):
         param(f"{name}_w", shape, (gain / np.prod(shape[1:])) ** 0.5)
-        param(f"{name}_b", shape[:1] if name != "conv5_mask" else shape[1:2], 0.1)
+        param(f"{name}_b", shape[:1], 0.1)
 
     def conv_affine(name, *shape, norm=None, scale=1.0):
         param(f"{name}_w", shape, (2 / np.prod(shape[1:])) ** 0.5)

@@ -8,7 +8,7 @@ from maskx.data.scenes import half_split_names
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES_IN_COCO
 from maskx.supervision import CategorySplit, Supervision, resolve_split, split_names
 
-# Category ids of the VOC classes in COCO's files, from the reference (they skip 80 of 1..90).
+# Class indices of the VOC classes in COCO, from the reference.
 VOC_INDICES = (*range(7), 8, *range(14, 20), 39, 56, 57, 58, 60, 62)
 
 

@@ -4,8 +4,8 @@ The boxes of Visual Genome 1.4 (`objects.json`, `image_data.json`) become COCO-f
 classes are WordNet synsets such as `bag.n.01`; 80 of them stand for the classes of COCO, which
 have masks there, and bear their names.
 
-- A synset counts once for every object that has it, and objects may have several. Only objects with
-  exactly one synset become annotations.
+- Objects may have several synsets; each entry of their lists counts for its frequency. Only objects
+  with exactly one become annotations.
 - A class of COCO takes the most frequent synset of its name (`traffic_light.n.01` for
   "traffic light"); 18 have none, or another is meant, and are mapped by hand (`COCO_SYNSETS`).
 - All other classes keep their synset as name: without the sense number names are not unique.
@@ -81,7 +81,7 @@ class Summary:
     Attributes:
         num_classes: Length of the class list, `MODEL.ROI_HEADS.NUM_CLASSES` of a model.
         infrequent: COCO classes whose synset is not among the most frequent: name to synset and
-            number of objects that have it.
+            its frequency.
         splits: For each of `SPLITS` the number of images, boxes, and classes with a box.
         most_frequent: The classes with the most boxes, with their number.
         left_out: Number of objects without annotation, by reason.
@@ -178,8 +178,8 @@ def align_with_coco(counts: Mapping[str, int]) -> dict[str, str]:
     """Find the synset of each COCO class.
 
     Args:
-        counts: Number of objects by synset. Of equally frequent synsets the first one counts as
-            the more frequent, here and in `choose_classes`.
+        counts: Frequencies by synset. Of equally frequent synsets the first one counts as the more
+            frequent, here and in `choose_classes`.
 
     Returns:
         Synsets by COCO name, in COCO's order.
@@ -214,11 +214,12 @@ def choose_classes(
     COCO, and the most frequent others up to `num_classes` in all.
 
     Args:
-        counts: Number of objects by synset; see `align_with_coco`.
+        counts: Frequencies by synset; see `align_with_coco`.
         num_classes: Number of classes, at least 80.
         reference: Return the `num_classes` most frequent synsets and those of COCO that are not
-            among them, so more than `num_classes` if there are such. This is the list of the
-            published code and models.
+            among them, so more than `num_classes` if there are such. This is the rule of the
+            published code; of equally frequent synsets at the end of the list its models, with
+            3001 classes, may have others.
 
     Returns:
         Categories with `id` (from 1, in the order of the list), `name`, `synset` and, for those of
@@ -259,7 +260,12 @@ def split_images(
         images: With `coco_id`, the id in COCO or None.
         coco_val_ids: Ids of the images of val2017.
         num_test_images: Number of test images; fewer if there are not as many.
+
+    Raises:
+        ValueError: `num_test_images` is negative.
     """
+    if num_test_images < 0:
+        raise ValueError(f"{num_test_images} test images are asked for. Allowed: 0 or more.")
     val = [image for image in images if image["coco_id"] in coco_val_ids]
     outside = [image for image in images if image["coco_id"] is None]
     test = outside[max(len(outside) - num_test_images, 0) :]
@@ -298,7 +304,7 @@ def format_summary(summary: Summary) -> str:
     ]
     for name, (synset, count) in summary.infrequent.items():
         lines.append(
-            f"'{name}' of COCO is {synset}, which is not among the most frequent ({count} objects)."
+            f"'{name}' of COCO is {synset}, which is not among the most frequent (count {count})."
         )
     lines.append(f"{'split':<8}{'images':>10}{'boxes':>10}{'classes with boxes':>20}")
     for name, (num_images, num_boxes, num_classes) in summary.splits.items():

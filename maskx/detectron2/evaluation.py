@@ -63,10 +63,9 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
             )
         self._json_file = metadata.json_file
         class_names = metadata.thing_classes
+        # The classes that the file annotates.
         class_index = metadata.thing_dataset_id_to_contiguous_id
-        # Classes that the file annotates, in the order of the class list.
-        ordered = sorted(class_index.items(), key=lambda item: item[1])
-        self._category_id = {index: category_id for category_id, index in ordered}
+        self._category_id = {index: category_id for category_id, index in class_index.items()}
         self._class_names = [class_names[index] for index in self._category_id]
         position = {index: place for place, index in enumerate(self._category_id)}
         self._groups = {

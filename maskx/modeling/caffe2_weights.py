@@ -6,6 +6,9 @@ read without running code, every blob is named and its shape checked, and the ro
 are put in Detectron2's order: Caffe2's background is the first row everywhere, Detectron2's the
 last row of the classifier and absent elsewhere. The other rows keep their order.
 
+For lack of memory the authors cut the box predictor of Visual Genome, 3002 rows, down to 81 to
+train masks, and kept all rows in blobs "..._jcvbackup". Where there are such blobs, they are taken.
+
 Legend of sizes:
     K: number of foreground classes; D: channels that enter the box predictor; C: channels of the
     mask head; M: resolution of the masks; E: length of the input of T for one class.
@@ -15,7 +18,6 @@ import math
 import os
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ _RESNETS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _STAGES = (2, 3, 4, 5)
 
 _MASK_HEAD = "roi_heads.mask_head"
+_BACKUP = "_jcvbackup"
 
 # Detectron2's eps: with this variance its frozen batch norm is exactly Caffe2's scale and bias.
 _BATCH_NORM_EPS = 1e-5
@@ -41,7 +44,7 @@ _EXPECTED_REST = {
     r"lr|iter|.+_iter(ation)?": "state of the optimiser",
     r"fc1000_[wb]": "ImageNet classifier",
     r"(conv1|res[2-5]_\d+_branch(1|2[abc]))_b": "bias of the ImageNet model, not used by Detectron",
-    r"(cls_score|bbox_pred)_[wb]_jcvbackup": "backup of the box predictor for all classes",
+    r"(cls_score|bbox_pred)_[wb]": "rows of COCO, cut out of the backup that has all classes",
     r"v_\w+": "class vectors that this mask head does not read",
 }
 
@@ -172,7 +175,7 @@ def read_caffe2_file(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
                 ) from error
             raise ValueError(
                 f"{path} is no Caffe2 weights file (a Python pickle of arrays), or is damaged: "
-                f"{error}. Get the file again."
+                f"{type(error).__name__}: {error}. Get the file again."
             ) from error
     content = _with_text_keys(content)
     blobs = _with_text_keys(content.get("blobs"))
@@ -189,14 +192,21 @@ def read_caffe2_file(path: str | os.PathLike) -> tuple[dict[str, Any], str]:
     return blobs, config_text if isinstance(config_text, str) else ""
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class _ArrayUnpickler(pickle._Unpickler):
     """Unpickler of arrays of numbers and containers that calls nothing of the file's choice.
 
     Even numpy's own functions are not called: they build object arrays and trust the state that
     they are given. Small stand-ins take their place, and check it.
+
+    It is the unpickler in Python: the one in C calls what the process knows by an extension code
+    (``copyreg.add_extension``) without asking ``find_class``.
     """
 
     refused: str | None = None
+
+    def get_extension(self, code: int) -> None:
+        self.refused = f"extension code {code}"
+        raise pickle.UnpicklingError(f"{self.refused} is not data")
 
     def find_class(self, module: str, name: str) -> "_Global":
         # numpy 2 writes numpy._core where numpy 1 wrote numpy.core.
@@ -272,7 +282,7 @@ _GLOBALS = {
     ("numpy.core.multiarray", "scalar"): _Global(_scalar),
     ("_codecs", "encode"): _Global(_encode),
     ("__builtin__", "bytes"): _Global(lambda: b""),  # empty bytes in protocol 2
-    ("collections", "OrderedDict"): _Global(OrderedDict),
+    ("collections", "OrderedDict"): _Global(dict),  # which has no attributes that could be set
 }
 
 
@@ -332,8 +342,9 @@ def convert_caffe2_blobs(
         ValueError: as in :func:`convert_caffe2_file`.
     """
     arrays = {name: blob for name, blob in blobs.items() if isinstance(blob, np.ndarray)}
-    found = _architecture(arrays)
-    entries = [*_backbone(found.depth), *_box_head()]
+    backup = _BACKUP if f"cls_score_w{_BACKUP}" in arrays else ""
+    found = _architecture(arrays, backup)
+    entries = [*_backbone(found.depth), *_box_head(backup)]
     if found.has_rpn:
         entries += _rpn()
     if found.predictor is not None:
@@ -345,7 +356,7 @@ def convert_caffe2_blobs(
             f"{_listed(missing)}. The file is incomplete, or its model is of a kind that is not "
             "converted."
         )
-    sizes = _sizes(arrays)
+    sizes = _sizes(arrays, backup)
     if found.predictor == "transfer":
         found, vectors = _transfer_facts(found, arrays, sizes, config_text)
         entries += vectors
@@ -363,7 +374,7 @@ def convert_caffe2_blobs(
     return ConvertedWeights(weights, found, converted, left_out, unknown)
 
 
-def _architecture(arrays: Mapping[str, np.ndarray]) -> Caffe2Architecture:
+def _architecture(arrays: Mapping[str, np.ndarray], backup: str) -> Caffe2Architecture:
     """Tell by the names of the blobs what model they are of."""
     blocks = tuple(_count(arrays, rf"res{stage}_(\d+)_branch2a_w", first=0) for stage in _STAGES)
     depths = [depth for depth, its_blocks in _RESNETS.items() if its_blocks == blocks]
@@ -375,7 +386,7 @@ def _architecture(arrays: Mapping[str, np.ndarray]) -> Caffe2Architecture:
         )
     detector = Caffe2Architecture(
         depth=depths[0],
-        num_classes=_size(arrays, "cls_score_w", 0) - 1,
+        num_classes=_size(arrays, f"cls_score_w{backup}", 0) - 1,
         has_rpn=_any(arrays, "conv_rpn", "rpn_"),
     )
     if not _any(arrays, "_[mask]_", "conv5_mask", "mask_", "bbox2mask_"):
@@ -431,13 +442,16 @@ def _rpn() -> Iterator[_Entry]:
     yield from _layer("rpn_bbox_pred_fpn2", f"{head}.anchor_deltas", ("anchors x 4", "fpn", 1, 1))
 
 
-def _box_head() -> Iterator[_Entry]:
+def _box_head(backup: str) -> Iterator[_Entry]:
     head, predictor = "roi_heads.box_head", "roi_heads.box_predictor"
     yield from _layer("fc6", f"{head}.fc1", ("fc6", "box features"))
     yield from _layer("fc7", f"{head}.fc2", ("fc7", "fc6"))
-    yield from _layer("cls_score", f"{predictor}.cls_score", ("classes", "fc7"), _background_last)
-    change = _without_background(4)
-    yield from _layer("bbox_pred", f"{predictor}.bbox_pred", ("classes x 4", "fc7"), change)
+    for name, rows, change in (
+        ("cls_score", "classes", _background_last),
+        ("bbox_pred", "classes x 4", _without_background(4)),
+    ):
+        for entry in _layer(name, f"{predictor}.{name}", (rows, "fc7"), change):
+            yield entry._replace(blob=f"{entry.blob}{backup}")
 
 
 def _mask_head(found: Caffe2Architecture) -> Iterator[_Entry]:
@@ -475,12 +489,11 @@ def _layer(
     blob: str, weight: str, shape: tuple, change: Callable[[Tensor], Tensor] = _as_is
 ) -> Iterator[_Entry]:
     """A layer with a bias."""
-    bias_shape = shape[1:2] if blob == "conv5_mask" else shape[:1]
     yield _Entry(f"{blob}_w", f"{weight}.weight", shape, change)
-    yield _Entry(f"{blob}_b", f"{weight}.bias", bias_shape, change)
+    yield _Entry(f"{blob}_b", f"{weight}.bias", shape[:1], change)
 
 
-def _sizes(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+def _sizes(arrays: Mapping[str, np.ndarray], backup: str) -> dict[str, int]:
     """The sizes that shapes are checked against, each read off one blob.
 
     They are checked against each other, not against those of the paper, so that models of any
@@ -492,7 +505,7 @@ def _sizes(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
         "anchors": _size(arrays, "rpn_cls_logits_fpn2_w", 0),
         "fc6": _size(arrays, "fc6_w", 0),
         "fc7": _size(arrays, "fc7_w", 0),
-        "classes": _size(arrays, "cls_score_w", 0),  # with background
+        "classes": _size(arrays, f"cls_score_w{backup}", 0),  # with background
         "mask": _size(arrays, "conv5_mask_w", 0),
     }
     for stage in _STAGES:

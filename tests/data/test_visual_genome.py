@@ -1,6 +1,5 @@
 import json
-import random
-import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
@@ -23,60 +22,9 @@ from maskx.data.visual_genome import (
 from maskx.data.vocabularies import COCO_THING_CLASSES
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_visual_genome.py"
-WIDTH, HEIGHT = 60, 40
-
-# From the published code: 18 classes whose synset has another name, or another sense.
-MANUAL = """cell phone=cellular_telephone.n.01 couch=sofa.n.01 dining table=dinner_table.n.01
-donut=doughnut.n.02 fire hydrant=water_faucet.n.01 hair drier=hand_blower.n.01 handbag=bag.n.04
-hot dog=hotdog.n.01 orange=orange.n.01 potted plant=plant.n.01 remote=remote_control.n.01
-skis=ski.n.01 sports ball=ball.n.01 stop sign=sign.n.02 suitcase=bag.n.06 teddy bear=teddy.n.01
-tv=television.n.01 wine glass=wineglass.n.01"""
-
-
-def manual_synsets():
-    return dict(re.findall(r"([a-z][a-z ]*)=(\S+)", MANUAL.replace("\n", " ")))
-
-
-def make_vg(seed):
-    """Make `image_data.json` and `objects.json` of 100 images, and the COCO ids of val2017.
-
-    All synsets of COCO classes occur 8 times, but that of "hair drier" once; person.n.01 is more
-    frequent than person.n.02, dog.n.03 than dog.n.01, and orange.n.02 than orange.n.01, which is
-    mapped by hand. 60 other synsets occur 1 to 9 times, so many are equally frequent.
-    """
-    rng = random.Random(seed)
-    manual = manual_synsets()
-    copies = {manual.get(n, f"{n.replace(' ', '_')}.n.01"): 8 for n in COCO_THING_CLASSES}
-    copies |= {"hand_blower.n.01": 1, "person.n.02": 3, "dog.n.03": 11, "orange.n.02": 9}
-    copies |= {f"other_{i}.n.0{1 + i % 3}": rng.randint(1, 9) for i in range(60)}
-    several = [["person.n.01", "man.n.01"], ["other_1.n.02", "dog.n.03", "dog.n.03"]]
-    synsets = [[s] for s, n in copies.items() for _ in range(n)] + [[]] * 20 + several * 6
-    rng.shuffle(synsets)
-
-    images = [
-        {
-            "image_id": 2 * i + 1,
-            "url": f"https://cs.stanford.edu/people/rak248/VG_100K{'_2' * (i % 2)}/{2 * i + 1}.jpg",
-            "width": WIDTH,
-            "height": HEIGHT,
-            "coco_id": 1000 + i if i % 3 else None,
-            "flickr_id": None,
-        }
-        for i in range(100)
-    ]
-    images[4]["coco_id"] = -1
-    rng.shuffle(images)
-    objects = [{"image_id": image["image_id"], "objects": []} for image in images[:95]]
-    for number, names in enumerate(synsets):
-        x, y = rng.randint(-5, WIDTH), rng.randint(-5, HEIGHT - 5)
-        item = {"x": x, "y": y, "w": rng.randint(0, 20), "h": rng.randint(1, 20)}
-        item |= {"object_id": 500 + number, "synsets": names, "names": [], "merged_object_ids": []}
-        if number % 50 == 7:
-            item["object_id"] = 500  # repeated
-        if number % 50 == 9:
-            item["x"] = None
-        rng.choice(objects)["objects"].append(item)
-    return images, objects, {1000 + i for i in range(30)} | {77}
+FILES = runpy.run_path(str(Path(__file__).parents[1] / "visual_genome_files.py"))
+make_vg, manual_synsets = FILES["make_vg"], FILES["manual_synsets"]
+WIDTH, HEIGHT = FILES["WIDTH"], FILES["HEIGHT"]
 
 
 def reference(images, objects, val_ids, num_classes, num_test):
@@ -234,6 +182,36 @@ def test_clean_names_keep_the_more_frequent_synset_and_the_table_goes_first():
     assert manual_synsets() == COCO_SYNSETS
 
 
+def test_the_numbers_of_the_paper_and_of_the_published_code():
+    """3000 classes, 80 and 2920; 3002 outputs of the published models; 5000 test images."""
+    by_hand = manual_synsets()
+    assert len(by_hand) == 18
+    by_name = [name for name in COCO_THING_CLASSES if name not in by_hand]
+    assert len(by_name) == 62
+    counts = {f"{name.replace(' ', '_')}.n.01": 9000 for name in by_name}
+    counts |= dict.fromkeys(by_hand.values(), 9000)
+    counts |= {f"other_{i}.n.01": 8000 - i for i in range(4000)}
+    assert len(choose_classes(counts)) == len(choose_classes(counts, reference=True)) == 3000
+    counts["hand_blower.n.01"] = 2  # outside the most frequent
+    classes = [category["synset"] for category in choose_classes(counts)]
+    assert (len(classes), len(classes[80:])) == (3000, 2920)
+    published = [category["synset"] for category in choose_classes(counts, reference=True)]
+    background = 1
+    assert background + len(published) == 3002
+    assert set(published) - set(classes) == {"other_2920.n.01"}
+    assert published[:80] == classes[:80]
+
+    # 108077 images, about half of them in COCO.
+    images = [{"id": i, "coco_id": i if i % 2 else None} for i in range(108077)]
+    parts = split_images(images, set(range(5000)))
+    assert {part: len(images) for part, images in parts.items()} == {
+        "train": 108077 - 2500 - 5000,
+        "val": 2500,
+        "test": 5000,
+    }
+    assert [image["id"] for image in parts["test"]] == list(range(98078, 108077, 2))
+
+
 @given(st.integers(0, 10**6), st.integers(80, 140), st.booleans())
 def test_the_class_list_has_its_properties(seed, num_classes, as_reference):
     _, objects, _ = make_vg(seed)
@@ -263,6 +241,8 @@ def test_images_are_split_by_their_place_in_coco():
     assert [image["id"] for image in as_in_the_paper["train"]] == [0, 1, 2, 4, 5]
     assert as_in_the_paper["test"] == []
     assert len(split_images(images, {6}, 100)["test"]) == 3
+    with pytest.raises(ValueError, match=r"-1 test images are asked for\. Allowed: 0 or more"):
+        split_images(images, {6}, -1)
 
 
 def drop(position, key):
@@ -301,10 +281,19 @@ BAD = {
     ),
     "image without url": (drop(0, "url"), r"image_data\.json: \[0\] lacks the key 'url'"),
     "coco_id of text": (set_of_image("coco_id", "7"), r"\[3\] .* has coco_id '7'. Allowed: int"),
+    "image id of text": (set_of_image("image_id", "7"), r"has image_id '7'\. Allowed: int"),
+    "url of a number": (set_of_image("url", 7), r"\[3\] .* has url 7\. Allowed: str"),
+    "url without file": (set_of_image("url", "x/y/"), r"has url 'x/y/'\. Allowed: .*file"),
+    "width of text": (set_of_image("width", "60"), r"has width '60'\. Allowed: int"),
+    "objects of no list": (
+        lambda images, objects: objects[2].update(objects={}),
+        r"objects\.json: \[2\] .* has objects \{\}\. Allowed: list",
+    ),
     "url without folder": (set_of_image("url", "7.jpg"), r"has url '7\.jpg'\. Allowed: .*folder"),
     "image without width": (set_of_image("width", 0), r"has width 0\. Allowed: pixels, above 0"),
     "object without synsets": (drop_of_object("synsets"), r"objects\.json: .*objects\[0\] lacks"),
     "object of version 1.0": (drop_of_object("object_id"), r"'object_id'.*version 1\.4"),
+    "object id of text": (set_of_object("object_id", "5"), r"has object_id '5'\. Allowed: int"),
     "synsets of numbers": (set_of_object("synsets", [1]), r"has synsets \[1\]\. Allowed: strings"),
     "synsets of text": (set_of_object("synsets", "a"), r"has synsets 'a'\. Allowed: list"),
     "image id repeated": (
@@ -377,6 +366,16 @@ def test_a_second_run_replaces_the_first(write_vg):
     prepare_visual_genome(*paths, num_classes=90, num_test_images=0)
     assert len(read_class_names(paths[-1] / "vg3k_categories.json")) == 90
     assert read(paths[-1], "test")["images"] == []
+
+
+def test_a_run_that_breaks_off_leaves_no_class_list(write_vg):
+    paths = write_vg()
+    prepare_visual_genome(*paths, num_classes=110)
+    (paths[-1] / "instances_vg3k_test.json").unlink()
+    (paths[-1] / "instances_vg3k_test.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        prepare_visual_genome(*paths, num_classes=90)
+    assert not (paths[-1] / "vg3k_categories.json").exists()
 
 
 def run_script(*arguments):

@@ -153,7 +153,10 @@ def assert_equal(actual, expected, what):
 FULL_METHOD = {"masks": "cls+box", "layers": 2, "mlp": True}
 MODELS = {
     "full method, R-50": {"depth": 50, "rows": 81, **FULL_METHOD},
-    "full method, R-101, more classes": {"depth": 101, "rows": 302, **FULL_METHOD},
+    "full method, R-101": {"depth": 101, "rows": 81, **FULL_METHOD},
+    "Visual Genome, R-50": {"depth": 50, "rows": 3002, **FULL_METHOD},
+    "Visual Genome, R-101": {"depth": 101, "rows": 3002, **FULL_METHOD},
+    "Visual Genome, detector": {"depth": 101, "rows": 3002, "masks": None},
     "1 layer of cls": {"masks": "cls", "layers": 1},
     "3 layers of box, ReLU": {"masks": "box", "layers": 3, "slope": 0.0},
     "random vectors": {"masks": "v_randn_0", "layers": 2},
@@ -211,9 +214,10 @@ def test_the_converted_model_computes_what_the_blobs_do_in_caffe2(tmp_path, capl
     assert_equal(instances.pred_masks[:, 0], expected.sigmoid(), "mask probabilities")
 
 
-def test_a_file_of_the_real_widths_fits_the_base_configuration():
+@pytest.mark.parametrize(("depth", "rows"), [(50, 81), (101, 81), (50, 3002), (101, 3002)])
+def test_a_file_of_the_real_widths_fits_the_base_configuration(depth, rows):
     # Without the MLP: its 157 M weights would only repeat what the narrow files show.
-    blobs = make_blobs(rows=81, widths=CAFFE2["FULL"], fill=0.5)
+    blobs = make_blobs(depth=depth, rows=rows, widths=CAFFE2["FULL"], fill=0.5)
     converted = convert_caffe2_blobs(blobs)
     options = runpy.run_path(str(TOOL))["config_options"](converted.architecture)
     with torch.device("meta"):  # shapes alone

@@ -222,7 +222,7 @@ BAD_MASKS = {
     "RLE of another size": ({"size": [4, 4], "counts": [0, 16]}, "rle_size"),
     "RLE without foreground": (rle(x0=5, x1=5), "mask_empty"),
     "array of another size": (np.ones((4, 4), np.uint8), "array_size"),
-    "empty array": (bitmap(x0=5, x1=5), "left_image"),
+    "empty array": (bitmap(x0=5, x1=5), "mask_empty"),
     "text": ("mask", "mask_malformed"),
 }
 
@@ -269,6 +269,17 @@ def test_the_record_is_not_changed(make_record):
 def test_stuff_maps_are_not_read(make_record):
     sample = make_mapper()(make_record({}) | {"sem_seg_file_name": "missing.png"})
     assert "sem_seg" not in sample
+
+
+def test_keypoints_are_there_for_a_model_that_takes_them(make_record):
+    points = [20.0, 15.0, 2, 30.0, 25.0, 1]
+    record = make_record({"keypoints": points, "segmentation": polygon()}, {"keypoints": points})
+    assert not make_mapper()(record)["instances"].has("gt_keypoints")
+    flip = T.HFlipTransform(WIDTH)
+    mapper = make_mapper(flip, use_keypoint=True, keypoint_hflip_indices=np.array([1, 0]))
+    instances = mapper(record)["instances"]
+    assert instances.gt_keypoints.tensor.tolist() == [[[30, 25, 1], [40, 15, 2]]] * 2
+    assert instances.gt_has_mask.tolist() == [True, False]
 
 
 def test_without_masks_in_the_model_there_are_none_in_the_data(make_cfg, make_record, tiny_train):

@@ -126,6 +126,22 @@ def test_data_sets_of_the_configuration(make_cfg, write_coco):
             register_from_config(cfg)
 
 
+def test_the_configuration_says_whether_a_bad_annotation_is_an_error(make_cfg, write_coco):
+    path, root = write_coco([BAD_POLYGON])
+    for name, strict in {"strict": True, "lenient": False}.items():
+        register = [[name, str(path), str(root)]]
+        options = ("DATASETS.MASKX.REGISTER", register, "DATASETS.MASKX.STRICT", strict)
+        register_from_config(make_cfg(*options))
+    assert len(DatasetCatalog.get("lenient")[0]["annotations"]) == 1
+    with pytest.raises(ValueError, match=r"has 1 bad annotations \(polygon_malformed: 1\)"):
+        DatasetCatalog.get("strict")
+
+
+def test_training_needs_a_data_set(make_cfg):
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN is empty\. Name at least one"):
+        split_from_config(make_cfg("DATASETS.TRAIN", ()))
+
+
 def test_a_misspelt_name_is_an_error_and_makes_no_metadata():
     """Trap: MetadataCatalog.get makes an empty entry for any name."""
     with pytest.raises(ValueError, match=r"'coco_2017_trian'.*Did you mean 'coco_2017_train'"):
@@ -326,6 +342,25 @@ def test_a_batch_of_both_says_what_each_can_teach(vg_root, make_cfg):
     assert coco.gt_has_mask.tolist() == [True]
     assert coco.gt_classes.tolist() == [79]
     assert vg.gt_masks[0].__class__ is coco.gt_masks[0].__class__
+
+
+def test_the_empty_boxes_of_coco_are_left_out_and_those_of_visual_genome_are_none(vg_root):
+    prepare(vg_root)
+    coco, vg = vg_root / "coco", vg_root / "visual_genome"
+    for path in (
+        coco / "annotations" / "instances_train2017.json",
+        vg / "annotations" / "instances_vg3k_val.json",
+    ):
+        content = json.loads(path.read_text())
+        content["annotations"].append(
+            {**content["annotations"][0], "id": 999, "bbox": [4, 5, 0, 9]}
+        )
+        path.write_text(json.dumps(content))
+    register_all(vg_root)
+    for name in ("maskx_coco_2017_train", "maskx_coco_2017_vg3k_train"):
+        assert len(DatasetCatalog.get(name)[0]["annotations"]) == 1
+    with pytest.raises(ValueError, match=r"instances_vg3k_val\.json: has 1 bad .*box_empty: 1"):
+        DatasetCatalog.get("maskx_vg3k_val")
 
 
 def test_a_coco_file_with_fewer_categories_is_an_error(vg_root):

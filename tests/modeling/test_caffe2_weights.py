@@ -1,4 +1,5 @@
 import collections
+import copyreg
 import pickle
 import runpy
 from pathlib import Path
@@ -110,6 +111,29 @@ def test_code_in_a_file_does_not_run(tmp_path, path, protocol):
     assert marker.exists()  # the attack is a real one
 
 
+@pytest.mark.parametrize("opcode", [b"(Vx\nios\nsystem\n", b"\x8c\x02os\x8c\x06system\x93"])
+def test_no_opcode_goes_round_the_check_of_names(path, opcode):
+    path.write_bytes(b"(dVblobs\n(dVx\n" + opcode + b"ss.")
+    with pytest.raises(ValueError, match=r"model_final.pkl holds code: os\.system would be called"):
+        read_caffe2_file(path)
+
+
+def test_what_the_process_knows_by_an_extension_code_is_not_called(path):
+    called = []
+    copyreg.add_extension("os", "system", 240)
+    copyreg._extension_cache[240] = called.append  # as if an earlier pickle had used it
+    try:
+        path.write_bytes(b"(dVblobs\n(dVx\n\x82\xf0(Vx\ntRss.")
+        with pytest.raises(ValueError, match="holds code: extension code 240 would be called"):
+            read_caffe2_file(path)
+        assert called == []
+        pickle.loads(path.read_bytes())
+        assert called == ["x"]  # the attack is a real one
+    finally:
+        copyreg.remove_extension("os", "system", 240)
+        copyreg._extension_cache.clear()
+
+
 REDUCTIONS = {
     "object array": (np.array([{"a": 1}], dtype=object), "type 'O8'; only numbers"),
     "text array": (np.array(["abc"]), "type 'U3'; only numbers"),
@@ -139,6 +163,9 @@ CRAFTED = {
     "encoded as 'rot13'": b"c_codecs\nencode\n(Vabc\nVrot13\ntR",
     "takes 0 positional arguments": b"c__builtin__\nbytes\n(I1000000000000\ntR",
     "persistent": b"Pevil\n",
+    # An attribute that hides a method of the container.
+    "'dict' object has no attribute": b"ccollections\nOrderedDict\n)R}Vitems\nI1\nsb",
+    "X is not a type": b"cnumpy\ndtype\n(Vf4\nt\x81",
 }
 
 
@@ -155,11 +182,12 @@ def test_a_crafted_file_is_refused(path, message):
 def test_a_damaged_or_foreign_file_is_refused(path):
     with pytest.raises(FileNotFoundError, match=r"model_final.pkl: there is no such weights file"):
         read_caffe2_file(path)
-    whole = write(path, {"blobs": ARRAYS}).read_bytes()
+    whole = write(path, {"blobs": {"x": ARRAYS["float"]}}).read_bytes()
     cut_off = [whole[:length] for length in range(len(whole))]
     for damaged in (*cut_off, b"PK\x03\x04 a zip file", b"<html>404</html>"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"is no Caffe2 weights file .* or is damaged"):
+        # The name of a function, cut off, is that of another one.
+        with pytest.raises(ValueError, match=r"is damaged: \w|holds code: "):
             read_caffe2_file(path)
 
 
@@ -189,7 +217,6 @@ REST = {
     "fc1000_b": np.zeros(1000, np.float32),
     "fc6_w_momentum": np.zeros((12, 8 * 49), np.float32),
     "_[mask]_fcn1_w_momentum": np.zeros((6, 8, 3, 3), np.float32),
-    "cls_score_w_jcvbackup": np.zeros((9, 12), np.float32),
     "lr": np.float32(0.02),
     "preserved": None,
 }
@@ -235,6 +262,24 @@ def test_the_architecture_is_read_off_the_blobs(name):
     norms = sum(name.endswith("_bn_s") for name in blobs)
     assert len(found.weights) == len(blobs) + 2 * norms
     assert {weight.dtype for weight in found.weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("masks", [None, "cls+box"])
+def test_a_box_predictor_that_was_cut_down_to_coco_has_all_its_rows_again(masks):
+    whole = make_blobs(rows=9, masks=masks)
+    names = [f"{layer}_{kind}" for layer in ("cls_score", "bbox_pred") for kind in "wb"]
+    cut = whole | {f"{name}_jcvbackup": whole[name] for name in names}
+    cut |= {name: whole[name][: len(whole[name]) * 5 // 9] for name in names}
+    expected, found = convert_caffe2_blobs(whole), convert_caffe2_blobs(cut)
+    assert found.architecture == expected.architecture
+    assert found.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(found.weights[name], expected.weights[name]) for name in found.weights)
+    assert set(found.converted) == set(cut) - set(names)
+    reason = "rows of COCO, cut out of the backup that has all classes"
+    assert found.left_out == dict.fromkeys(sorted(names), reason)
+    del cut["bbox_pred_b_jcvbackup"]
+    with pytest.raises(ValueError, match=r"missing \(1\): bbox_pred_b_jcvbackup\. The file is"):
+        convert_caffe2_blobs(cut)
 
 
 def test_only_the_background_rows_move():

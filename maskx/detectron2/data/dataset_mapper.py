@@ -190,6 +190,10 @@ def _read_mask(segmentation: Any, height: int, width: int) -> list | np.ndarray 
                 f"mask array has shape {segmentation.shape}",
                 f"the size (height, width) of the image, {(height, width)}",
             )
+        if not segmentation.any():
+            raise AnnotationProblem(
+                "mask_empty", "mask array has no foreground pixel", "at least one"
+            )
         return segmentation.astype(bool)
     if isinstance(segmentation, list):
         segmentation = [p.tolist() if isinstance(p, np.ndarray) else p for p in segmentation]

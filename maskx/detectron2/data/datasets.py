@@ -326,7 +326,7 @@ def _register_visual_genome(root: Path) -> None:
             f"maskx_vg3k_{part}",
             root / "visual_genome" / "annotations" / f"instances_vg3k_{part}.json",
             root / "visual_genome",
-            strict=False,
+            strict=True,  # prepare_visual_genome writes no box that the reader refuses
             categories=lambda: dict(enumerate(class_names, start=1)),
         )
     for name, part in zip(_COCO_IN_VG, ("train", "val"), strict=True):
