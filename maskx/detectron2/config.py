@@ -36,7 +36,8 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.MLP = "none"
     # Layers before the upsampling: "conv" (ROI_MASK_HEAD.NUM_CONV convolutions, the paper's),
     # "residual" (NUM_CONV convolutions in residual pairs) or "hourglass" (one hourglass of
-    # residual pairs, NUM_CONV convolutions per resolution).
+    # residual pairs, NUM_CONV convolutions per resolution and direction). The latter two need an
+    # even NUM_CONV, "hourglass" also a ROI_MASK_HEAD.POOLER_RESOLUTION of at least 7.
     keys.MODEL.MASKX.TRUNK = "conv"
     # True: the mask branch trains on ground-truth boxes instead of the sampled proposals (found
     # to help classes without masks by Deep-MAC, Birodkar et al., ICCV 2021).
@@ -65,7 +66,7 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.TRANSFER.VECTORS = ""
 
     # Classify boxes by fixed vectors of the class names, as open-vocabulary detectors do. Needs
-    # ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True and TRANSFER.INPUTS "cls", which are then the vectors.
+    # ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True; TRANSFER.INPUTS "cls" are then these vectors.
     keys.MODEL.MASKX.TEXT_CLASSIFIER = CN()
     # File of the vectors, see maskx.data.word_vectors.load_class_vectors; "": a learned classifier.
     keys.MODEL.MASKX.TEXT_CLASSIFIER.VECTORS = ""

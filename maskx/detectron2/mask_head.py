@@ -46,7 +46,7 @@ class MaskHeadProtocol(Protocol):
             instances: one per image, R boxes in all. In training: RoIs that have a mask, with
                 ``proposal_boxes``, ``gt_classes`` and ``gt_masks`` (the latter may be absent
                 where there is no RoI). At inference: with ``pred_boxes`` and ``pred_classes``.
-            detector: live weights of the box predictor.
+            detector: live weights of the box predictor; None where it has no such rows.
 
         Returns:
             In training, losses by name (``loss_...``); also for R = 0, where they are zero with a

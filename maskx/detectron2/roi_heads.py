@@ -18,6 +18,7 @@ from maskx.detectron2.proposal_generator import has_complete_boxes
 from maskx.modeling.weight_transfer import (
     DETECTOR_INPUTS,
     DetectorWeights,
+    WeightTransfer,
     class_agnostic_box_message,
     detector_weights,
 )
@@ -51,7 +52,8 @@ class MaskXROIHeadsMixin:
         **kwargs: arguments of the other class.
 
     Raises:
-        ValueError: the mask head does not follow the protocol.
+        ValueError: the mask head does not follow the protocol, or its weight transfer does not fit
+            the box predictor.
     """
 
     @configurable
@@ -73,6 +75,7 @@ class MaskXROIHeadsMixin:
         self.gt_boxes_only = gt_boxes_only
         self.freeze_detector = freeze_detector
         self._sampled: list[Instances] = []
+        self._check_transfer()
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -129,8 +132,7 @@ class MaskXROIHeadsMixin:
         if not self.training:
             # The base class calls forward_with_given_boxes, which adds the masks.
             return super().forward(images, features, proposals, targets, **kwargs)
-        _check_targets(targets or [])  # the base class refuses None
-        self._sampled = []
+        _check_targets(targets)
         if self.freeze_detector:
             # Objects without a mask would only take places in the sample.
             targets = [_only_masked(x) for x in targets]
@@ -155,14 +157,9 @@ class MaskXROIHeadsMixin:
         Returns:
             What the box predictor's own ``detector_weights()`` returns, if it has one, as
             :class:`MaskXTextOutputLayers` does; else the foreground rows of its ``cls_score`` and
-            ``bbox_pred``. Of a cascade, those of the last stage.
-
-        Raises:
-            ValueError: the box predictor has neither.
+            ``bbox_pred``, None without them. Of a cascade, those of the last stage.
         """
-        predictor = self.box_predictor
-        if isinstance(predictor, nn.ModuleList):
-            predictor = predictor[-1]
+        predictor = self._last_box_predictor()
         if hasattr(predictor, "detector_weights"):
             return predictor.detector_weights()
         cls_weight, box_weight = (
@@ -170,14 +167,21 @@ class MaskXROIHeadsMixin:
             for layer in ("cls_score", "bbox_pred")
         )
         if cls_weight is None:
-            raise ValueError(
-                f"The box predictor {type(predictor).__name__} has no cls_score.weight. Give it a "
-                "method detector_weights() that returns a maskx.modeling.weight_transfer."
-                "DetectorWeights with one row per foreground class, and set "
-                "MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS to the length of a row."
-            )
+            return DetectorWeights(None, None)
         # Background is the last row in Detectron2.
         return detector_weights(cls_weight, box_weight, background_row=-1)
+
+    def _last_box_predictor(self) -> nn.Module:
+        predictor = self.box_predictor
+        return predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
+
+    def _check_transfer(self) -> None:
+        """Refuse a weight transfer that does not fit the box predictor before the first step."""
+        for module in self.mask_head.modules():
+            if isinstance(module, WeightTransfer) and module.inputs in DETECTOR_INPUTS:
+                _check_rows(
+                    module, self.detector_weights(), self.num_classes, self._last_box_predictor()
+                )
 
     def _mask_losses(
         self,
@@ -234,7 +238,13 @@ def _as_proposals(targets: Instances) -> Instances:
     return Instances(targets.image_size, **targets.get_fields(), proposal_boxes=targets.gt_boxes)
 
 
-def _check_targets(targets: list[Instances]) -> None:
+def _check_targets(targets: list[Instances] | None) -> None:
+    if targets is None:
+        raise ValueError(
+            "The training batch has no instances. Build the training loader with "
+            "maskx.detectron2.MaskXDatasetMapper(cfg, is_train=True), as maskx.detectron2.Trainer "
+            "does."
+        )
     for image, instances in enumerate(targets):
         if instances.has("gt_masks") and not instances.has("gt_has_mask"):
             raise ValueError(
@@ -251,6 +261,35 @@ def _check_mask_head(mask_head: nn.Module) -> None:
             f"The mask head {type(mask_head).__name__} takes no weights of the box predictor. Set "
             "MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead or MaskXPointRendMaskHead, or see "
             "maskx.detectron2.MaskHeadProtocol for what a head of your own must do."
+        )
+
+
+def _check_rows(
+    transfer: WeightTransfer, detector: DetectorWeights, num_classes: int, predictor: nn.Module
+) -> None:
+    name, cls = type(predictor).__name__, detector.cls
+    if cls is None:
+        raise ValueError(
+            f"The box predictor {name} has no cls_score.weight. Give it a method "
+            "detector_weights() that returns a maskx.modeling.weight_transfer.DetectorWeights with "
+            "one row per foreground class, and set MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS to the "
+            "length of a row."
+        )
+    if len(cls) != num_classes:
+        raise ValueError(
+            f"The box predictor {name} gives the weights of {len(cls)} classes, but there are "
+            f"{num_classes}. Its detector_weights(), or cls_score.weight without the last row, "
+            "must have one row per foreground class (MODEL.ROI_HEADS.NUM_CLASSES)."
+        )
+    first = torch.zeros(1, dtype=torch.long, device=cls.device)
+    found = transfer.class_inputs(first, detector).shape[1]
+    expected = transfer.layers[0].in_features
+    if found != expected:
+        raise ValueError(
+            f"The weight transfer from '{transfer.inputs}' expects {expected} numbers per class, "
+            f"but the box predictor {name} gives {found}: its classifier rows have {cls.shape[1]}. "
+            f"Set MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS {cls.shape[1]} (detector_channels without "
+            "a configuration)."
         )
 
 
@@ -282,8 +321,9 @@ def _check_config(cfg: CfgNode, *, cascade: bool) -> None:
         )
     if not cfg.MODEL.MASK_ON:
         raise ValueError(
-            "MODEL.MASK_ON is False, but MaskXROIHeads has a mask branch. Set MODEL.MASK_ON True, "
-            "or MODEL.ROI_HEADS.NAME StandardROIHeads for a detector without masks."
+            f"MODEL.MASK_ON is False, but {cfg.MODEL.ROI_HEADS.NAME} have a mask branch. Set "
+            "MODEL.MASK_ON True, or MODEL.ROI_HEADS.NAME StandardROIHeads for a detector without "
+            "masks."
         )
     check_can_freeze(cfg)
     maskx, agnostic = cfg.MODEL.MASKX, cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG

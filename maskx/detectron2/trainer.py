@@ -182,9 +182,11 @@ def check_config(cfg: CfgNode) -> None:
             "cpu, or check the driver and that PyTorch was built for it."
         )
     weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not PathManager.isfile(weights):
+    # As in Detectron2, "?matching_heuristics=True" may follow the path.
+    if weights and "://" not in weights and not PathManager.isfile(weights.partition("?")[0]):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}': there is no such file.")
     check_can_freeze(cfg)
+    _check_text_classifier(cfg)
     register_from_config(cfg)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         num_classes = len(class_names_of(name))
@@ -226,6 +228,16 @@ def _check_detector_loaded(weights: str, missing: list[str]) -> None:
         "first, for example configs/MaskX/stage1/faster_rcnn_R_50_FPN_1x.yaml, and set "
         "MODEL.WEIGHTS to its model_final.pth."
     )
+
+
+def _check_text_classifier(cfg: CfgNode) -> None:
+    """Refuse RoI heads that would classify by learned weights all the same."""
+    vectors, name = cfg.MODEL.MASKX.TEXT_CLASSIFIER.VECTORS, cfg.MODEL.ROI_HEADS.NAME
+    if vectors and not issubclass(ROI_HEADS_REGISTRY.get(name), MaskXROIHeadsMixin):
+        raise ValueError(
+            f"MODEL.MASKX.TEXT_CLASSIFIER.VECTORS is '{vectors}', but MODEL.ROI_HEADS.NAME {name} "
+            "do not read it. Set NAME MaskXROIHeads or MaskXCascadeROIHeads, or VECTORS ''."
+        )
 
 
 def _check_incomplete_boxes(cfg: CfgNode) -> None:

@@ -316,9 +316,6 @@ class MaskXHead(nn.Module):
         """
         key = f"{prefix}architecture"
         found, own = state_dict.get(key), self.architecture
-        if found is not None and len(found) == len(own) - 1:
-            # Made before there was a choice of trunks: its trunk is the first of them, "conv".
-            found = F.pad(found, (1, 0))
         if found is not None and not self._fits(found.to(own.device)):
             raise ValueError(
                 "The checkpoint was made by another mask head.\n"

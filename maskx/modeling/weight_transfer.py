@@ -24,12 +24,12 @@ class DetectorWeights(NamedTuple):
     """Weights of a box predictor, one row per foreground class, without biases.
 
     Attributes:
-        cls: (K, D) rows of the classifier.
+        cls: (K, D) rows of the classifier; None of a predictor that has no such rows.
         box: (K, 4 * D) rows of the class-specific box regressor, the four deltas of a class side
             by side; None where box regression is class-agnostic.
     """
 
-    cls: Tensor
+    cls: Tensor | None
     box: Tensor | None
 
 
@@ -72,7 +72,8 @@ class WeightTransfer(nn.Module):
     Args:
         inputs: what describes a class: ``cls`` (classifier row), ``box`` (regressor row),
             ``cls+box`` (both, concatenated in this order), ``vectors`` (fixed vectors such as word
-            embeddings) or ``randn`` (fixed random vectors, the control of the paper).
+            embeddings) or ``randn`` (fixed random vectors, the control of the paper). Fixed
+            vectors are part of a checkpoint: loading one replaces them.
         out_channels: C, length of the predicted mask weight; also the hidden width.
         detector_channels: D; needed for inputs from the detector.
         num_classes: K; needed for ``randn``.
@@ -136,7 +137,7 @@ class WeightTransfer(nn.Module):
         """
         if self.class_vectors is not None:
             return self.class_vectors[class_indices]
-        if detector is None:
+        if detector is None or detector.cls is None:
             raise ValueError(
                 f"Weight transfer from '{self.inputs}' needs the weights of the box predictor, "
                 "got none. Pass detector_weights(...) of the model's box predictor."

@@ -46,8 +46,8 @@ def add_mask_branch(
         :meth:`MaskXRoIHeads.forward`; at inference it returns ``masks`` as Mask R-CNN does.
 
     Raises:
-        ValueError: the detector has no box branch, or further branches already; or an argument of
-            the mask head is out of range.
+        ValueError: the detector has no box branch, one with another box predictor, or further
+            branches already; or an argument of the mask head is out of range.
     """
     box = getattr(detector, "roi_heads", None)
     if not isinstance(box, RoIHeads) or box.has_mask() or box.has_keypoint():
@@ -55,7 +55,14 @@ def add_mask_branch(
             f"A mask branch can be added to a Faster R-CNN, got {type(detector).__name__}. Build "
             "the detector without masks or keypoints, e.g. with fasterrcnn_resnet50_fpn."
         )
-    num_rows, detector_channels = box.box_predictor.cls_score.weight.shape
+    predictor = box.box_predictor
+    if not (hasattr(predictor, "cls_score") and hasattr(predictor, "bbox_pred")):
+        raise ValueError(
+            f"A mask branch reads cls_score.weight and bbox_pred.weight of the box predictor, but "
+            f"{type(predictor).__name__} has none. Use torchvision's FastRCNNPredictor, or name "
+            "the layers of your own so."
+        )
+    num_rows, detector_channels = predictor.cls_score.weight.shape
     detector.roi_heads = MaskXRoIHeads(
         box,
         mask_roi_pool=MultiScaleRoIAlign(

@@ -132,10 +132,12 @@ def test_the_example_of_the_configs_takes_the_names_of_the_training_data(
     )
     cfg = make_cfg(
         *("MODEL.MASKX.TEXT_CLASSIFIER.VECTORS", str(tmp_path / "names.txt")),
+        *("MODEL.MASKX.TEXT_CLASSIFIER.TEMPERATURE", 20.0),
         file="other_heads/text_cls_2_layer_R_50_FPN.yaml",
     )
     heads = build_model(cfg).roi_heads
     assert isinstance(heads.box_predictor, MaskXTextOutputLayers)
+    assert heads.box_predictor.cls_score.temperature == 20
     cls = heads.detector_weights().cls
     torch.testing.assert_close(cls[:, 0] / cls[:, 1], torch.arange(4.0))
 
@@ -155,6 +157,19 @@ def test_every_parameter_is_in_the_graph(make_model, make_sample, text_opts, cas
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+def test_autocast_trains_and_predicts_in_bfloat16(make_model, make_sample, text_opts, cascade):
+    model = make_model(*text_opts(ANIMALS), *(CASCADE if cascade else ()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = losses_of(model, [make_sample([True, False]), make_sample([])])
+        with torch.no_grad():
+            (result,) = model.eval()([make_sample([])])
+    assert result["instances"].pred_masks.shape[1:] == (64, 64)
+    sum(losses.values()).backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_each_stage_of_a_cascade_has_its_own_classifier(make_model, text_opts):

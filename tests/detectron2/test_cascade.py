@@ -3,6 +3,8 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from maskx.detectron2 import MaskXCascadeROIHeads
 
@@ -58,6 +60,39 @@ def test_every_parameter_is_in_the_graph_of_every_batch(
     has_masks = any(map(any, KINDS[kind]))
     assert (losses["loss_mask"] > 0) == has_masks
     assert (gradient > 0) == has_masks
+
+
+@pytest.fixture(params=[True, False], ids=["stop-gradient", "no-stop-gradient"])
+def cascade_and_stop(request, make_cascade):
+    opts = ("MODEL.MASKX.TRANSFER.STOP_GRADIENT", request.param, "MODEL.MASKX.GT_BOXES_ONLY", True)
+    return make_cascade(*opts), request.param
+
+
+@settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(has_mask=st.lists(st.booleans(), max_size=4))
+def test_what_the_mask_loss_reaches(cascade_and_stop, make_sample, has_mask):
+    """Without stop-gradient, of the detector only the last stage's rows of the masked classes."""
+    model, stop_gradient = cascade_and_stop
+    model.zero_grad()
+    losses_of(model, [make_sample(has_mask), make_sample([])])["loss_mask"].backward()
+    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    if not any(has_mask):
+        assert not reached
+        return
+    backbone = {name for name in reached if name.startswith("backbone.")}
+    assert "backbone.fpn_output2.weight" in backbone
+    expected = {n for n, _ in model.named_parameters() if n.startswith("roi_heads.mask_head.")}
+    last = model.roi_heads.box_predictor[2].cls_score.weight
+    if not stop_gradient:
+        expected.add("roi_heads.box_predictor.2.cls_score.weight")
+        masked = {index for index, flag in enumerate(has_mask) if flag}
+        assert set(last.grad.any(dim=1).nonzero().flatten().tolist()) == masked
+    assert reached - backbone == expected
 
 
 @pytest.mark.parametrize("kind", ["masked", "mixed", "no objects"])

@@ -26,6 +26,10 @@ POINT_REND = (
     *("INPUT.MASK_FORMAT", "bitmask", "MODEL.MASKX.MLP", "none"),
     *("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True),
 )
+CASCADE = (
+    *("MODEL.ROI_HEADS.NAME", "MaskXCascadeROIHeads", "MODEL.MASKX.TRANSFER.INPUTS", "cls"),
+    *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
+)
 KINDS = {
     "masked": ([True, True, True], [True]),
     "mixed": ([True, False, False], [False, False]),
@@ -217,6 +221,23 @@ def test_the_defaults_are_those_of_pointrend(make_cfg):
     assert head.predictor.layers[-1].out_features == 257
 
 
+def test_the_keys_of_pointrend_reach_the_head():
+    head = MaskXPointRendMaskHead(
+        small_cfg(
+            *("MODEL.ROI_MASK_HEAD.IN_FEATURES", ("p3", "p4"), "MODEL.MASKX.LOSS_WEIGHT", 0.5),
+            *("MODEL.POINT_HEAD.OVERSAMPLE_RATIO", 2),
+            *("MODEL.POINT_HEAD.IMPORTANCE_SAMPLE_RATIO", 0.5),
+        ),
+        SHAPES,
+    )
+    assert (head.coarse_in_features, head.point_in_features) == (("p3", "p4"), ("p2", "p3"))
+    assert (head.coarse_pool_size, head.num_points, head.subdivision_num_points) == (6, 20, 40)
+    assert (head.oversample_ratio, head.importance_sample_ratio) == (2, 0.5)
+    assert (head.coarsest_size, head.subdivision_steps) == (6, 2)  # 36 points are all predicted
+    assert [m.out_channels for m in head.point_head.children()] == [7, 7]
+    assert head.loss_weight == 0.5
+
+
 def test_it_can_be_built_without_a_configuration():
     layers = PointLayers(6, fc_dims=[8])
     coarse = point_rend.mask_head.ConvFCHead(
@@ -236,9 +257,10 @@ def test_it_can_be_built_without_a_configuration():
     assert result.pred_masks.shape == (1, 1, 28, 28)
 
 
+@pytest.mark.parametrize("cascade", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_trains_on_every_batch(make_model, make_sample, kind):
-    model = make_model(*POINT_REND)
+def test_a_model_trains_on_every_batch(make_model, make_sample, kind, cascade):
+    model = make_model(*POINT_REND, *(CASCADE if cascade else ()))
     batch = [make_sample(has_mask) for has_mask in KINDS[kind]]
     losses = run(lambda: model(batch))
     sum(losses.values()).backward()

@@ -1,11 +1,12 @@
 """One of two CPU processes that train together; on rank 1 there is no mask.
 
-Run by test_roi_heads.py as ``two_processes.py <rank> <port>``.
+test_roi_heads.py calls ``train`` for rank 0 and runs ``two_processes.py 1 <port>`` beside it.
 """
 
 import os
 import sys
 import warnings
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,15 @@ def make_batch(rank, has_objects):
 
 
 def train(rank, port):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
+    try:
+        take_steps(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def take_steps(rank):
     cfg = get_cfg()
     cfg.merge_from_file(
         os.path.join(CONFIG, "voc2nonvoc", "e2e", "clsbox_2_layer_mlp_R_50_FPN_1x.yaml")
@@ -62,7 +71,6 @@ def train(rank, port):
             dist.all_gather(others, own)
             assert torch.isfinite(own).all()
             assert torch.equal(*others)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from maskx.modeling.mask_head import (
     crop_mask_targets,
     mask_loss,
 )
-from maskx.modeling.mask_trunks import TRUNKS
 from maskx.modeling.weight_transfer import DetectorWeights
 
 K, D, C, P = 5, 6, 8, 4
@@ -176,7 +175,7 @@ def test_mask_loss_by_hand():
     assert mask_loss(logits, targets).item() == pytest.approx(expected, rel=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=30, derandomize=True)
 @given(st.integers(1, 5), st.integers(0, 2**16))
 def test_mask_loss_is_the_mean_over_rois(num_rois, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -255,19 +254,6 @@ def test_a_checkpoint_of_another_head_is_refused(changes, word):
     checkpoint = make_head(**changes).state_dict()
     with pytest.raises(ValueError, match=f"made by another mask head[^$]*checkpoint: .*{word}"):
         make_head().eval().load_state_dict(checkpoint)
-
-
-@pytest.mark.parametrize("num_convs", [2, 4])
-def test_a_checkpoint_from_before_the_trunks_has_the_trunk_conv(num_convs):
-    checkpoint = make_head(num_convs=num_convs).state_dict()
-    assert TRUNKS[checkpoint["architecture"][0]] == "conv"
-    checkpoint["architecture"] = checkpoint["architecture"][1:]
-    head = make_head(num_convs=num_convs).eval()
-    head.load_state_dict(checkpoint)
-    assert len(head.architecture) == 9
-    other = make_head(trunk="residual", num_convs=num_convs)
-    with pytest.raises(ValueError, match=r"checkpoint: trunk conv[^$]*this model: trunk residual"):
-        other.load_state_dict(checkpoint)
 
 
 @pytest.mark.parametrize(("trunk", "size"), TRUNK_SIZES)

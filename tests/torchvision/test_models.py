@@ -84,6 +84,16 @@ def test_the_small_detector_is_the_one_of_the_small_mask_model(make_detector):
     assert all(torch.equal(tensor, whole[name]) for name, tensor in plain.items())
 
 
+def test_the_rows_that_transfer_reads_start_small_and_masks_are_pooled_as_boxes_are():
+    heads = maskx_rcnn_small(9, min_size=64, channels=8).roi_heads
+    for layer, std in (("cls_score", 0.01), ("bbox_pred", 0.001)):
+        weight = getattr(heads.box_predictor, layer).weight
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+    for name in ("featmap_names", "sampling_ratio", "canonical_scale", "canonical_level"):
+        assert getattr(heads.mask_roi_pool, name) == getattr(heads.box_roi_pool, name)
+    assert heads.mask_roi_pool.canonical_scale == 112  # not torchvision's 224
+
+
 @pytest.mark.parametrize("trunk", TRUNKS)
 def test_the_small_model_takes_every_trunk(trunk):
     model = maskx_rcnn_small(9, min_size=64, trunk=trunk, channels=8).eval()

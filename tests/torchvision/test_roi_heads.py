@@ -14,7 +14,11 @@ from torchvision.models.detection import (
 from maskx.modeling.mask_head import MaskXHead, class_logits, crop_mask_targets, mask_loss
 from maskx.modeling.weight_transfer import WeightTransfer
 from maskx.torchvision.data import InstanceMapper
-from maskx.torchvision.models import add_mask_branch, maskx_rcnn_resnet_fpn
+from maskx.torchvision.models import (
+    add_mask_branch,
+    faster_rcnn_small,
+    maskx_rcnn_resnet_fpn,
+)
 
 
 def make_samples(scenes, classes_with_masks, indices=(0, 1)):
@@ -145,7 +149,10 @@ def test_gt_boxes_only_trains_on_the_boxes_of_the_masked_objects(make_detector, 
 
 
 @settings(
-    deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(seed=st.integers(0, 2**16))
 def test_changing_a_mask_of_b_changes_nothing(make_detector, scenes, split, seed):
@@ -271,6 +278,15 @@ def test_a_row_per_box_is_required(make_detector, scenes, split, key):
 def test_only_a_faster_rcnn_takes_a_mask_branch(build):
     detector = build(weights=None, weights_backbone=None, num_classes=3)
     with pytest.raises(ValueError, match=f"Faster R-CNN, got {type(detector).__name__}"):
+        add_mask_branch(detector)
+
+
+def test_another_box_predictor_is_named():
+    detector = faster_rcnn_small(9, min_size=64)
+    detector.roi_heads.box_predictor = torch.nn.Sequential()
+    with pytest.raises(
+        ValueError, match=r"bbox_pred.weight .* but Sequential has none\. Use torchv"
+    ):
         add_mask_branch(detector)
 
 

@@ -20,19 +20,27 @@ class MaskXRCNN(GeneralizedRCNN):
         freeze_detector: train nothing but ``roi_heads.mask_head``. The rest needs no gradient and
             stays in evaluation mode, so that its normalisation statistics do not change; its
             losses are not computed, and proposals are made as at inference.
-        **kwargs: arguments of ``GeneralizedRCNN``; with ``freeze_detector``, ``roi_heads`` must be
-            built with ``freeze_detector`` as well, so that they skip the box branch.
+        **kwargs: arguments of ``GeneralizedRCNN``; ``roi_heads`` must be built with the same
+            ``freeze_detector``, so that they skip the box branch where it is frozen, and only
+            there.
 
     Raises:
-        ValueError: with ``freeze_detector``, there is no mask branch that could train.
+        ValueError: with ``freeze_detector``, there is no mask branch that could train; or without,
+            the RoI heads would not train the box branch.
     """
 
     @configurable
     def __init__(self, *, freeze_detector: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.freeze_detector = freeze_detector
+        heads_freeze = getattr(self.roi_heads, "freeze_detector", False)
+        if heads_freeze and not freeze_detector:
+            raise ValueError(
+                "The RoI heads were built with freeze_detector=True, so nothing would train the "
+                "box branch, but the model was not. Give both the same freeze_detector."
+            )
         if freeze_detector:
-            if not getattr(self.roi_heads, "freeze_detector", False):
+            if not heads_freeze:
                 raise ValueError(
                     f"The detector is to be frozen, but {type(self.roi_heads).__name__} have no "
                     "mask branch of maskx that trains on a frozen detector: nothing would be left "

@@ -67,9 +67,31 @@ def test_an_unfrozen_second_stage_changes_the_detector(make_cfg, stage_1):
     assert any(name.startswith("roi_heads.box_predictor") for name in changed)
 
 
+@pytest.fixture
+def text_classifier(tmp_path):
+    (tmp_path / "words.txt").write_text("cat 1 2\ndog -1 3\nowl 2 0\nyak 1 1\n")
+    return (
+        *("MODEL.MASKX.TEXT_CLASSIFIER.VECTORS", str(tmp_path / "words.txt")),
+        *("MODEL.MASKX.TEXT_CLASSIFIER.CLASSES", ["cat", "dog", "owl", "yak"]),
+        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True, "MODEL.MASKX.TRANSFER.INPUTS", "cls"),
+    )
+
+
+@pytest.mark.parametrize("gt_boxes_only", [False, True])
+@pytest.mark.parametrize("heads", ["MaskXROIHeads", "MaskXCascadeROIHeads", "text"])
 @pytest.mark.parametrize("kind", ["masked", "box-only", "no objects"])
-def test_a_frozen_detector_computes_the_mask_loss_only(make_model, make_sample, kind):
-    model = make_model(*STAGE_2)
+def test_a_frozen_detector_computes_the_mask_loss_only(
+    make_model, make_sample, text_classifier, kind, heads, gt_boxes_only
+):
+    opts = {
+        "MaskXROIHeads": ("MODEL.MASKX.TRANSFER.STOP_GRADIENT", False),  # frozen all the same
+        "MaskXCascadeROIHeads": (
+            *("MODEL.ROI_HEADS.NAME", "MaskXCascadeROIHeads", "MODEL.MASKX.TRANSFER.INPUTS", "cls"),
+            *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
+        ),
+        "text": text_classifier,
+    }[heads]
+    model = make_model(*STAGE_2, *opts, "MODEL.MASKX.GT_BOXES_ONLY", gt_boxes_only)
     has_mask = {"masked": [True, False], "box-only": [False], "no objects": []}[kind]
     boxed = []
     model.roi_heads.box_head.register_forward_hook(lambda *_: boxed.append(True))
@@ -81,6 +103,13 @@ def test_a_frozen_detector_computes_the_mask_loss_only(make_model, make_sample, 
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith(MASK_HEAD), name
     assert (losses["loss_mask"] > 0) == (kind == "masked")
+
+
+def test_a_frozen_detector_names_a_batch_without_instances(make_model, make_sample):
+    sample = make_sample([True])
+    del sample["instances"]
+    with pytest.raises(ValueError, match=r"batch has no instances\. Build .*MaskXDatasetMapper"):
+        make_model(*STAGE_2)([sample])
 
 
 def test_it_predicts_as_the_unfrozen_model_does(make_model, make_sample):
@@ -121,16 +150,33 @@ def test_a_second_stage_needs_the_weights_of_the_first(make_cfg, stage_1, tmp_pa
 
 
 def test_a_second_stage_resumes_without_the_weights_of_the_first(make_cfg, stage_1):
+    """Weights and momentum go on where they stopped, and the detector stays what it was."""
     first = Trainer(make_cfg(*STAGE_2, "MODEL.WEIGHTS", stage_1))
     first.resume_or_load(resume=False)
     first.train()
     again = Trainer(make_cfg(*STAGE_2, "SOLVER.MAX_ITER", 3))
     again.resume_or_load(resume=True)
     assert again.start_iter == 2
-    assert torch.equal(
-        again.model.roi_heads.mask_head.deconv.weight, first.model.roi_heads.mask_head.deconv.weight
-    )
+    stopped, resumed = first.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in stopped.items())
+    momenta = [
+        {
+            name: trainer.optimizer.state[parameter]["momentum_buffer"]
+            for name, parameter in trainer.model.named_parameters()
+            if parameter in trainer.optimizer.state
+        }
+        for trainer in (first, again)
+    ]
+    assert momenta[0].keys() == momenta[1].keys()
+    assert all(name.startswith(MASK_HEAD) for name in momenta[0])
+    assert any(tensor.any() for tensor in momenta[0].values())
+    assert all(torch.equal(tensor, momenta[1][name]) for name, tensor in momenta[0].items())
+
     again.train()
+    assert again.iter == 3
+    before, after = model_state(first.model), again.model.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == set(momenta[0])
 
 
 @pytest.mark.parametrize(
@@ -149,6 +195,15 @@ def test_a_second_stage_resumes_without_the_weights_of_the_first(make_cfg, stage
 def test_freezing_that_leaves_nothing_to_train_is_refused(make_cfg, opts, words):
     with pytest.raises(ValueError, match=words):
         build_model(make_cfg(*STAGE_2, *opts))
+
+
+def test_heads_that_are_frozen_alone_are_refused(make_model):
+    plain, frozen = make_model("MODEL.META_ARCHITECTURE", "MaskXRCNN"), make_model(*STAGE_2)
+    parts = {name: getattr(plain, name) for name in ("backbone", "proposal_generator")}
+    rest = {"pixel_mean": [0.0] * 3, "pixel_std": [1.0] * 3}
+    MaskXRCNN(roi_heads=plain.roi_heads, **parts, **rest)
+    with pytest.raises(ValueError, match=r"built with freeze_detector=True.*both the same"):
+        MaskXRCNN(roi_heads=frozen.roi_heads, **parts, **rest)
 
 
 def test_with_a_frozen_detector_only_objects_with_masks_are_sampled(make_model, make_sample):
