@@ -1,4 +1,4 @@
-"""Convert weights of the reference implementation of Mask^X R-CNN (Caffe2) for Detectron2.
+r"""Convert weights of the reference implementation of Mask^X R-CNN (Caffe2) for Detectron2.
 
 Takes a .pkl file of the authors' "seg_every_thing", or of Detectron's Faster and Mask R-CNN with a
 ResNet and FPN, and writes a checkpoint for MODEL.WEIGHTS. Nothing in the file is executed.

@@ -1,4 +1,4 @@
-"""Give the boxes of a COCO file masks made by GrabCut, to train on as if they were true ones.
+r"""Give the boxes of a COCO file masks made by GrabCut, to train on as if they were true ones.
 
 The masks of categories with masks in the split stay; without --split all categories get
 GrabCut's. An interrupted run goes on with the same command.
@@ -6,7 +6,7 @@ GrabCut's. An interrupted run goes on with the same command.
 Examples:
     python tools/grabcut_masks.py --split coco_voc --workers 8 --skip-bad \
         --json annotations/instances_train2017.json --images train2017 \
-        --output annotations/instances_train2017_grabcut_coco_voc.json
+        --output annotations/instances_train2017_grabcut_nonvoc.json
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 from maskx.data.grabcut_coco import write_grabcut_json
 
 
-def main() -> None:
-    """Write the file; user errors end with their message instead of a traceback."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,7 +29,12 @@ def main() -> None:
     add("--split", help="categories whose masks stay: a named split or a file")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     add("--skip-bad", action="store_true", help="leave annotations with bad boxes out, counted")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the file; user errors end with their message instead of a traceback."""
+    arguments = parse_arguments()
     try:
         summary = write_grabcut_json(
             arguments.json,

@@ -1,4 +1,4 @@
-"""Train, evaluate and look at a system, with nothing but what pip installed.
+r"""Train, evaluate and look at a system, with nothing but what pip installed.
 
 Examples:
     python tools/quickstart.py

@@ -10,6 +10,7 @@ The flags are Detectron2's, with KEY VALUE pairs of the configuration at the end
 """
 
 import argparse
+import sys
 from typing import Any
 
 from maskx.detectron2 import Trainer, check_num_gpus, evaluate, setup  # says what is missing
@@ -30,12 +31,17 @@ def main(args: argparse.Namespace) -> Any:
 
 if __name__ == "__main__":
     args = default_argument_parser(epilog=__doc__).parse_args()
-    check_num_gpus(args.num_gpus)
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    try:
+        check_num_gpus(args.num_gpus)
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")

@@ -29,9 +29,9 @@ def grabcut_mask(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
 
     OpenCV's GrabCut is started with the box as possible foreground, for 5 iterations. It sees the
     box and half of its width and height on each side, not the whole image: on 160 objects of COCO
-    val2017, one an image, this took 0.25 s each instead of 0.43 s (median 0.06 s instead of
-    0.29 s), and the mean IoU with the true masks was 0.615 instead of 0.609. A margin of the full
-    width and height took 0.28 s, IoU 0.620.
+    val2017, the first of as many images, this took 0.37 s of one core each instead of 0.50 s
+    (median 0.14 s instead of 0.32 s), and the mean IoU with the true masks was 0.667 instead of
+    0.655. A margin of the full width and height took 0.39 s, IoU 0.669.
 
     The whole box is returned where the foreground is less than 5 % or more than 95 % of it, and
     where there is no background to learn from because the box fills the image.
@@ -92,7 +92,7 @@ def grabcut_masks(
 def box_pixels(box: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
     """Find the pixels of a box: those whose centre it contains, in each direction at least one.
 
-    With all pixels that it covers in part the mean IoU of `grabcut_mask` was 0.615, not 0.622.
+    With all pixels that it covers in part the mean IoU of `grabcut_mask` was 0.660, not 0.667.
 
     Args:
         box: [x1, y1, x2, y2] in absolute pixels; it is clipped to the image.

@@ -214,7 +214,6 @@ def _open_partial(
             "Delete it to start again, or name another output."
         )
     with partial.open("r+b" if content else "wb") as file:
-        file.truncate(len(complete))
         file.seek(len(complete))
         if not complete:
             file.write(json.dumps(header).encode("ascii") + b"\n")

@@ -25,7 +25,13 @@ def read_image(
         ValueError: the file is no readable image, or of another size.
     """
     # Not imread, which on Windows finds no path with other than ASCII characters.
-    content = np.fromfile(path, np.uint8)
+    try:
+        content = np.fromfile(path, np.uint8)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"Image '{path}' (id {image_id}): there is no such file. Check the image folder, or "
+            "remove the image from the annotation file."
+        ) from None
     image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
     if image is None:
         raise ValueError(

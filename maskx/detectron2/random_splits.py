@@ -21,8 +21,8 @@ from maskx.detectron2.stagewise import (
     config_difference,
     run_stage,
     stage_is_finished,
-    write_json,
 )
+from maskx.evaluation.json_files import write_json
 from maskx.evaluation.plots import plot_relative_gains
 from maskx.supervision import split_names
 
@@ -123,23 +123,22 @@ class RandomSplits:
 
     def _check(self) -> None:
         """Check all runs before the first, with as much as can be known then."""
-        firsts: dict[str, Stage] = {}
-        for (_, method), run in self.runs.items():
-            if method not in firsts:
-                firsts[method] = run
-                check_stages(self._detector, run)
-                if len(run.cfg.DATASETS.TEST) != 1:
-                    raise ValueError(
-                        f"DATASETS.TEST is {run.cfg.DATASETS.TEST} in {run.config_file}. Name one "
-                        "data set, on which the methods are compared."
-                    )
-        baseline, transfer = (firsts[method].cfg.DATASETS for method in (BASELINE, TRANSFER))
-        for key in ("TRAIN", "TEST"):
-            if baseline[key] != transfer[key]:
+        split, _ = next(iter(self.runs))  # but for the split, the runs of a method are alike
+        baseline, transfer = (self.runs[split, method] for method in (BASELINE, TRANSFER))
+        for run in (baseline, transfer):
+            check_stages(self._detector, run)
+            if len(run.cfg.DATASETS.TEST) != 1:
                 raise ValueError(
-                    f"DATASETS.{key} is {baseline[key]} in {firsts[BASELINE].config_file}, but "
-                    f"{transfer[key]} in {firsts[TRANSFER].config_file}: the methods could not be "
-                    "compared. Set it alike in both."
+                    f"DATASETS.TEST is {run.cfg.DATASETS.TEST} in {run.config_file}. Name one "
+                    "data set, on which the methods are compared."
+                )
+        for key in ("TRAIN", "TEST"):
+            names, others = (run.cfg.DATASETS[key] for run in (baseline, transfer))
+            if names != others:
+                raise ValueError(
+                    f"DATASETS.{key} is {names} in {baseline.config_file}, but {others} in "
+                    f"{transfer.config_file}: the methods could not be compared. Set it alike in "
+                    "both."
                 )
         for run in self.runs.values():
             split = split_from_config(run.cfg)

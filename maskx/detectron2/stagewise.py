@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from maskx.detectron2.data import (
     training_class_names,
 )
 from maskx.detectron2.trainer import Trainer, check_config, setup
+from maskx.evaluation.json_files import write_json
 
 __all__ = [
     "Stage",
@@ -39,7 +39,6 @@ __all__ = [
     "read_record",
     "run_stage",
     "stage_is_finished",
-    "write_json",
 ]
 
 RECORD = "stage.json"
@@ -126,14 +125,19 @@ def check_stages(first: Stage | Path, second: Stage) -> None:
         ValueError: something does not fit; the message names the key and the remedy.
     """
     register_all()
+    if "MODEL.WEIGHTS" in second.opts[::2] and not (
+        isinstance(first, Stage) and "MODEL.WEIGHTS" in first.opts[::2]  # a pair for both
+    ):
+        raise ValueError(
+            "MODEL.WEIGHTS is given for stage 2, which starts from the detector of stage 1. "
+            "Remove it."
+        )
     if isinstance(first, Stage):
         _check_first(first)
         known, source = _as_dict(first.cfg), first.config_file
     else:
         if not first.is_file():
             raise FileNotFoundError(f"--stage1-weights '{first}': there is no such file.")
-        if "MODEL.WEIGHTS" in second.opts[::2]:
-            raise ValueError("MODEL.WEIGHTS and --stage1-weights are both given. Remove one.")
         source = first.with_name("config.yaml")  # that Detectron2 writes beside the weights
         known = yaml.safe_load(source.read_text(encoding="utf-8")) if source.is_file() else {}
     _check_second(second)
@@ -248,14 +252,6 @@ def config_difference(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, A
         if key not in _FREE_KEYS and then.get(key) != now.get(key):
             return key, then.get(key), now.get(key)
     return None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    scratch = path.with_suffix(".tmp")
-    text = json.dumps(content, indent=1, allow_nan=False)
-    scratch.write_text(text + "\n", encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def _train(stage: Stage, record: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ def plot_settings(
     """
     figure = _figure(6.4, 1 + 0.28 * len(values))
     axes = figure.subplots()
-    for row, (_, seeds) in enumerate(values.items()):
+    for row, seeds in enumerate(values.values()):
         mean = sum(seeds) / len(seeds)
         axes.plot([mean, mean], [row - 0.32, row + 0.32], color=_STYLES[5][0], linewidth=2)
         axes.scatter(seeds, [row] * len(seeds), color=_STYLES[1][0], s=26, alpha=0.8, zorder=3)

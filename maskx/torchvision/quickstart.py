@@ -1,6 +1,6 @@
 """Train, evaluate and look at a system on generated scenes, or on COCO files, in one command."""
 
-import json
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.data.scenes import generate_scenes
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.figures import contact_sheet, draw_instances, save_png
+from maskx.evaluation.json_files import write_json
 from maskx.supervision import CategorySplit, resolve_split
 from maskx.torchvision.data import InstanceMapper, training_batches
 from maskx.torchvision.detection import SampleDetector, detect
@@ -128,7 +129,7 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
     path = options.output / "metrics.json"
-    path.write_text(json.dumps(nan_to_null(metrics), indent=2) + "\n", encoding="utf-8")
+    write_json(path, nan_to_null(metrics))
     report(f"\nWrote {path} and {options.output / 'predictions.png'}")
     return metrics
 
@@ -189,19 +190,14 @@ def _train_detector(
     )
     torch.manual_seed(options.seed)
     model = SampleDetector(_build_detector(name, options, len(data.class_names) + 1))
-    mapper = InstanceMapper(split.indices_with_masks)
-
-    def batches(start: int, stop: int) -> Any:
-        return training_batches(
-            data.records,
-            mapper,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            start=start,
-            stop=stop,
-            num_workers=options.workers,
-        )
-
+    batches = functools.partial(
+        training_batches,
+        data.records,
+        InstanceMapper(split.indices_with_masks),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        num_workers=options.workers,
+    )
     started = time.perf_counter()
     history = train(
         model,

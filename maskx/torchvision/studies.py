@@ -5,6 +5,7 @@ The settings carry the names of ``configs/MaskX``: ``TRAINING/METHOD``, where th
 method a list of words joined by ``_``.
 """
 
+import functools
 import json
 import re
 import statistics
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from maskx.evaluation.average_precision import evaluate_detections
+from maskx.evaluation.json_files import write_json
 from maskx.evaluation.plots import plot_settings
 from maskx.supervision import resolve_split
 from maskx.torchvision.data import InstanceMapper, training_batches
@@ -24,7 +26,7 @@ from maskx.torchvision.models import faster_rcnn_small, maskx_rcnn_small
 from maskx.torchvision.quickstart import QuickstartOptions, load_data
 from maskx.torchvision.training import TrainingSettings, select_device, train
 
-# What each word of a method sets, as in configs/MaskX/README.md.
+# What each word of a method sets; those of configs/MaskX/README.md set the same there.
 WORDS: Mapping[str, Mapping[str, Any]] = {
     "baseline": {"predictor": "class_agnostic"},
     "clsbox": {"predictor": "transfer", "transfer_inputs": "cls+box"},
@@ -84,7 +86,8 @@ def mask_branch(setting: str) -> dict[str, Any]:
     """Decode a setting into arguments of :func:`maskx.torchvision.models.add_mask_branch`.
 
     Raises:
-        ValueError: it is not of the form TRAINING/METHOD, or a word is not known.
+        ValueError: it is not of the form TRAINING/METHOD, a word is not known or contradicts
+            another, or none says what predicts the masks.
     """
     training, _, method = setting.partition("/")
     known = "|".join(sorted(WORDS, key=len, reverse=True))
@@ -95,7 +98,17 @@ def mask_branch(setting: str) -> dict[str, Any]:
         )
     branch: dict[str, Any] = {"freeze_detector": training == "sw"}
     for word in re.findall(rf"({known})(?:_|$)", method):
+        if branch.keys() & WORDS[word].keys():
+            raise ValueError(
+                f"Setting '{setting}': '{word}' sets what an earlier word has set. Remove one."
+            )
         branch |= WORDS[word]
+    if "predictor" not in branch:
+        predictors = [word for word, keys in WORDS.items() if "predictor" in keys]
+        raise ValueError(
+            f"Setting '{setting}' does not say what predicts the masks. Add one of "
+            f"{', '.join(predictors)}."
+        )
     return branch
 
 
@@ -111,8 +124,12 @@ def run_study(options: StudyOptions, report: Callable[[str], None]) -> list[dict
         ``box_AP_A`` and ``box_AP_B`` in percent. They are written to ``study.json`` as well.
 
     Raises:
-        ValueError: a setting is not known, or a folder holds a run with other options.
+        ValueError: a setting is not known, a seed stands twice, or a folder holds a run with other
+            options.
+        ImportError: matplotlib is not installed, for the picture; all else is done then.
     """
+    if len(set(options.seeds)) < len(options.seeds):
+        raise ValueError(f"A seed stands twice in {list(options.seeds)}. Name each once.")
     branches = {setting: mask_branch(setting) for setting in options.settings}
     rows: dict[str, dict[str, Any]] = {s: {"setting": s} for s in options.settings}
     for seed in options.seeds:
@@ -123,14 +140,13 @@ def run_study(options: StudyOptions, report: Callable[[str], None]) -> list[dict
                 rows[setting].setdefault(name, []).append(value)
         report(f"seed {seed}: {len(branches)} settings done")
     study = {"seeds": list(options.seeds), "rows": list(rows.values())}
-    path = options.output / "study.json"
-    path.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
+    write_json(options.output / "study.json", study)
+    report(format_study(study["rows"]))
     plot_settings(
         options.output / "study.png",
         {row["setting"]: row["mask_AP_B"] for row in study["rows"]},
         label="Mask AP on B (percent)",
     )
-    report(format_study(study["rows"]))
     return study["rows"]
 
 
@@ -188,7 +204,7 @@ class _SeedRuns:
             self._load_detector(model)
         self._train(model, folder, iterations, setting)
         result = self._evaluate(model, setting)
-        path.write_text(json.dumps({"run": run, "result": result}) + "\n", encoding="utf-8")
+        write_json(path, {"run": run, "result": result})
         return result
 
     def _load_detector(self, model: SampleDetector) -> None:
@@ -213,18 +229,13 @@ class _SeedRuns:
             seed=self.seed,
             checkpoint_every=max(100, iterations // 10),
         )
-        mapper = InstanceMapper(self.split.indices_with_masks)
-
-        def batches(start: int, stop: int) -> Any:
-            return training_batches(
-                self.train_data.records,
-                mapper,
-                batch_size=settings.batch_size,
-                seed=settings.seed,
-                start=start,
-                stop=stop,
-            )
-
+        batches = functools.partial(
+            training_batches,
+            self.train_data.records,
+            InstanceMapper(self.split.indices_with_masks),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
         train(
             model,
             batches,

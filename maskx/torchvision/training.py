@@ -89,7 +89,7 @@ def select_device(name: str) -> torch.device:
 
 def train(
     model: nn.Module,
-    batches: Callable[[int, int], Iterable[list[dict]]],
+    batches: Callable[..., Iterable[list[dict]]],
     settings: TrainingSettings,
     *,
     output_dir: Path,
@@ -107,7 +107,7 @@ def train(
 
     Args:
         model: the network, on any device; it is moved to ``device``.
-        batches: makes the batches of the steps ``start`` to ``stop``.
+        batches: called with the keywords ``start`` and ``stop``, makes the batches of these steps.
         settings: what the run is defined by.
         output_dir: where the checkpoint is written.
         resume: go on from the checkpoint in ``output_dir`` if there is one. Else such a checkpoint
@@ -143,7 +143,7 @@ def train(
     schedule = settings.schedule()
     progress = tqdm(total=settings.iterations, initial=start, desc=description, unit="it")
     with progress:
-        for iteration, batch in enumerate(batches(start, settings.iterations), start):
+        for iteration, batch in enumerate(batches(start=start, stop=settings.iterations), start):
             torch.manual_seed(step_seed(settings.seed, iteration))
             for group in optimizer.param_groups:
                 group["lr"] = schedule(iteration / settings.iterations)

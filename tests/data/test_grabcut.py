@@ -148,12 +148,8 @@ def test_five_iterations_on_the_box_and_half_of_it_around(disc, monkeypatch):
 
 def test_the_result_depends_on_the_arguments_alone(monkeypatch):
     image, box = render_scene(0, 2, size=128, num_categories=40).image, [42, 76, 67, 101]
-    masks = []
-    for seed in (1, 2, 3):
-        cv2.setRNGSeed(seed)
-        masks.append(grabcut_mask(image, box))
-    assert (masks[0] == masks[1]).all()
-    assert (masks[0] == masks[2]).all()
+    masks = [grabcut_mask(image, box) for _ in range(6)]
+    assert all((mask == masks[0]).all() for mask in masks)
 
     # A scene on which that is not so by itself.
     monkeypatch.setattr(cv2, "setRNGSeed", lambda seed: None)

@@ -14,7 +14,9 @@ def test_pixels_come_in_bgr(tmp_path):
 
 def test_bad_files_are_named(tmp_path):
     path = tmp_path / "a.png"
-    with pytest.raises(FileNotFoundError, match=r"a\.png"):
+    with pytest.raises(
+        FileNotFoundError, match=r"a\.png' \(id 1\): there is no such file\. Check the image folder"
+    ):
         read_image(path, 5, 7, 1)
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"a\.png' \(id 1\) cannot be read"):

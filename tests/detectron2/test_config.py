@@ -2,6 +2,9 @@ import functools
 import itertools
 import json
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.config import get_cfg as get_detectron2_cfg
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.events import EventStorage
@@ -252,6 +256,62 @@ def test_every_config_that_the_texts_name_exists():
         path
         for text in texts
         for path in re.findall(r"configs/MaskX/[\w/.-]+\.(?:yaml|py)\b", text.read_text("utf-8"))
+    }
+    assert len(named) > 3
+    assert sorted(path for path in named if not (ROOT / path).is_file()) == []
+
+
+def commands_of_page():
+    """The commands in the code blocks of the page, split into words; with $S once for each side."""
+    page = (CONFIGS / "README.md").read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"^```\n(.*?)^```$", page, re.M | re.S)).replace("\\\n", "")
+    for line in blocks.splitlines():
+        for side in ("voc2nonvoc", "nonvoc2voc") if "$S" in line else ("",):
+            yield shlex.split(line.replace("$S", side))
+
+
+def parse(tool, words, monkeypatch):
+    """Arguments of a command, as the tool itself reads them."""
+    if tool == "tools/train_net.py":
+        return default_argument_parser().parse_args(words)
+    monkeypatch.setattr(sys, "argv", [tool, *words])
+    return runpy.run_path(str(ROOT / tool))["parse_arguments"]()
+
+
+def test_every_experiment_has_a_command_and_every_command_can_be_given(monkeypatch):
+    outputs = {f"{load(name).OUTPUT_DIR}/model_final.pth" for name in EXPERIMENTS}
+    trained, evaluated = set(), set()
+    for python, tool, *words in commands_of_page():
+        assert python == "python"
+        arguments = parse(tool, words, monkeypatch)
+        for path in re.findall(r"configs/\S+", " ".join(words)):
+            assert (ROOT / path).is_file(), path
+        if tool != "tools/train_net.py":
+            continue
+        name = arguments.config_file.removeprefix("configs/MaskX/")
+        cfg = load(name)
+        cfg.merge_from_list(arguments.opts)
+        if arguments.eval_only:
+            assert cfg.MODEL.WEIGHTS in outputs
+            evaluated.add((name, cfg.DATASETS.MASKX.SPLIT))
+        else:
+            trained.add(name)
+    without_training = {name for name in EXPERIMENTS if name.startswith("grabcut/")}
+    by_another_tool = {name for name in EXPERIMENTS if name.startswith("random_splits/")}
+    assert trained == set(EXPERIMENTS) - without_training - by_another_tool
+    both = {(n, s) for n in EXPERIMENTS if "oracle/" in n for s in ("coco_voc", "coco_nonvoc")}
+    both |= {(n, s) for n in without_training for s in ("coco_voc", "coco_nonvoc")}
+    assert evaluated == both | {
+        (n, "coco_" + n.split("2")[0]) for n in EXPERIMENTS if "voc/grabcut/" in n
+    }
+
+
+def test_every_tool_that_the_texts_name_exists():
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("datasets/*.md"), *ROOT.glob("configs/**/*.md")]
+    named = {
+        path
+        for text in texts
+        for path in re.findall(r"python ((?:tools|datasets)/\w+\.py)", text.read_text("utf-8"))
     }
     assert len(named) > 3
     assert sorted(path for path in named if not (ROOT / path).is_file()) == []

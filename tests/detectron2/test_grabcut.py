@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 from maskx.data.grabcut import grabcut_mask
 from maskx.detectron2 import MaskXCOCOEvaluator, Trainer
 from maskx.detectron2.meta_arch import MaskXGrabCutRCNN, predicts_masks
+from maskx.detectron2.meta_arch.grabcut import _resized_image
 
 GRABCUT = (
     *("MODEL.META_ARCHITECTURE", "MaskXGrabCutRCNN", "MODEL.MASK_ON", False),
@@ -66,7 +67,7 @@ def test_masks_have_the_size_of_the_output(model, disc):
     for factor, least in ((0.5, 0.8), (2, 0.9)):  # half of the image tells less
         size = round(60 * factor), round(80 * factor)
         image = cv2.resize(hwc(sample), size[::-1], interpolation=cv2.INTER_AREA)
-        # As Detectron2's mapper may give it: float, and a little out of range.
+        # As Detectron2's mapper may give it.
         resized = torch.as_tensor(image.transpose(2, 0, 1)).float() + 0.3
         boxes = known([[side * factor for side in box]], size)
         with torch.no_grad():
@@ -74,6 +75,13 @@ def test_masks_have_the_size_of_the_output(model, disc):
         (mask,) = output["instances"].pred_masks.numpy()
         assert mask.shape == (60, 80)
         assert (mask & truth).sum() / (mask | truth).sum() > least
+
+
+def test_floats_are_rounded_and_kept_in_range():
+    values = torch.tensor([-3.0, 0.4, 99.6, 258.0])
+    image = _resized_image(values.expand(3, 1, 4), 1, 4)
+    assert image.dtype == np.uint8
+    assert image[0].tolist() == [[v] * 3 for v in (0, 0, 100, 255)]
 
 
 def test_the_output_is_as_large_as_the_image_unless_the_sample_says(model, disc):

@@ -20,6 +20,7 @@ from maskx.detectron2.stagewise import (
     run_stage,
     stage_is_finished,
 )
+from maskx.evaluation.json_files import write_json
 
 ROOT = Path(__file__).parents[2]
 FIRST = "stage1/faster_rcnn_R_50_FPN_1x.yaml"
@@ -146,6 +147,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(stages, monkeypatch):
     earlier = read_record(second.output)
     assert earlier["results"] is None
     assert earlier["seconds"] > 0
+    write_json(second.output / "stage.json", earlier | {"seconds": 1000.0})
     with pytest.raises(ValueError, match=r"interrupted run\. Add --resume"):
         run_stage(second, resume=False)
     with pytest.raises(ValueError, match=r"SOLVER\.BASE_LR is 0\.5, but .*started with 0\.001"):
@@ -161,7 +163,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(stages, monkeypatch):
     monkeypatch.setattr(maskx.detectron2.stagewise, "Trainer", Watched)
     record = run_stage(second)
     assert starts == [2]
-    assert record["seconds"] > earlier["seconds"]
+    assert 1000 < record["seconds"] < 1100
     assert stage_is_finished(second)
     assert run_stage(second, resume=False) == record
     assert starts == [2]
@@ -236,6 +238,7 @@ def test_checkpoints_of_another_tool_are_not_mixed_in(stages):
         ((), ("SOLVER.MAX_ITER",), r"odd length"),
         ((), ("SOLVER.MAX_ITER", "many"), r"SOLVER\.MAX_ITER"),
         ((), ("OUTPUT_DIR", "x"), r"Use --output instead"),
+        ((), ("MODEL.WEIGHTS", "x"), r"MODEL\.WEIGHTS is given for stage 2, .*Remove it"),
     ],
 )
 def test_stages_that_do_not_fit_are_refused_before_the_first(
@@ -247,6 +250,14 @@ def test_stages_that_do_not_fit_are_refused_before_the_first(
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         check_stages(first, second)
     assert not first.output.parent.exists()
+
+
+def test_initial_weights_given_for_both_stages_are_those_of_the_first(stages):
+    first, second = stages
+    opts = ("MODEL.WEIGHTS", "")
+    second = Stage(second.config_file, second.output, opts, first.final_weights)
+    check_stages(Stage(first.config_file, first.output, opts), second)
+    assert Path(second.cfg.MODEL.WEIGHTS) == first.final_weights
 
 
 def test_a_second_stage_is_no_first_stage(stages):
@@ -281,7 +292,7 @@ def test_given_weights_must_exist_and_fit(stages, tmp_path):
     with pytest.raises(ValueError, match=r"OUT_CHANNELS is 8 in .*but 16 in .*config\.yaml"):
         check_stages(first.final_weights, smaller)
     twice = Stage(second.config_file, second.output, ("MODEL.WEIGHTS", "x"), first.final_weights)
-    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS and --stage1-weights are both given"):
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS is given for stage 2"):
         check_stages(first.final_weights, twice)
 
 

@@ -68,10 +68,25 @@ def test_the_error_without_matplotlib_says_how_to_install_it(tmp_path, monkeypat
         )
 
 
-def test_settings_are_drawn_with_a_dot_per_seed(tmp_path):
+def test_settings_are_drawn_in_order_with_a_dot_per_seed_and_a_line_at_the_mean(tmp_path):
     values = {f"sw/setting_{i}": [float(i), i + 2.0, i + 1.5] for i in range(6)}
     plot_settings(tmp_path / "settings.png", values, label="Mask AP on B (percent)")
-    picture = cv2.imread(str(tmp_path / "settings.png"))
-    height, width = picture.shape[:2]
-    assert (width, height) == (960, round((1 + 0.28 * 6) * 150))
-    assert (picture != 255).any(axis=2).mean() > 0.01
+    picture = cv2.imread(str(tmp_path / "settings.png")).astype(int)
+    assert picture.shape[:2] == (round((1 + 0.28 * 6) * 150), 960)
+    blue, _, red = np.moveaxis(picture, 2, 0)
+
+    def centres(mask):
+        """(row, column) of connected regions, from top to bottom, then from left to right."""
+        count, _, stats, middles = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+        found = [middles[i][::-1] for i in range(1, count) if stats[i, cv2.CC_STAT_AREA] > 20]
+        return np.array(sorted(found, key=lambda middle: (round(middle[0] / 10), middle[1])))
+
+    dots, means = centres(blue - red > 60).reshape(6, 3, 2), centres(red - blue > 60)
+    assert np.ptp(dots[..., 0], axis=1).max() < 2
+    assert (np.diff(dots[:, 0, 0]) > 20).all()
+    np.testing.assert_allclose(means[:, 0], dots[:, 0, 0], atol=1)
+    columns = dots[..., 1]
+    per_point = (columns[:, 2] - columns[:, 0]) / 2
+    np.testing.assert_allclose(columns[:, 1], columns[:, 0] + 1.5 * per_point, atol=1)
+    np.testing.assert_allclose(means[:, 1], columns[:, 0] + 3.5 / 3 * per_point, atol=1)
+    np.testing.assert_allclose(np.diff(columns[:, 0]), per_point[0], atol=1)

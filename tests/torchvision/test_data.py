@@ -98,3 +98,11 @@ def test_bad_images_are_named(scenes, tmp_path):
         InstanceMapper(()).read_image(record | {"file_name": str(tmp_path / "none.png")})
     with pytest.raises(ValueError, match="is 64 x 64 pixels, but its annotations say 64 x 32"):
         InstanceMapper(()).read_image(record | {"height": 32})
+
+
+def test_each_sample_is_augmented_by_a_seed_of_its_own(scenes):
+    batches = training_batches(
+        scenes.records, InstanceMapper(()), batch_size=4, seed=0, start=0, stop=50
+    ).batch_sampler
+    seeds = [seed for batch in batches for _, seed in batch]
+    assert len(set(seeds)) == len(seeds) == 200

@@ -9,8 +9,9 @@ import pytest
 
 from maskx.data.coco import load_coco
 from maskx.data.grabcut import grabcut_mask
-from maskx.data.masks import decode_segmentation
+from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.data.scenes import generate_scenes
+from maskx.supervision import resolve_split
 from maskx.torchvision import quickstart
 from maskx.torchvision.quickstart import QuickstartOptions, quickstart_maskx
 
@@ -69,6 +70,47 @@ def test_grabcut_replaces_the_masks_of_detections(tmp_path):
             decode_segmentation(new["segmentation"], 64, 64),
             grabcut_mask(image, [x, y, x + width, y + height]),
         )
+
+
+def test_the_picture_shows_the_confident_detections_of_both_sides(tmp_path, monkeypatch):
+    json_file = generate_scenes(tmp_path, count=3, size=64, num_categories=4, seed=1)
+    data = load_coco(json_file, tmp_path)
+    split = resolve_split("scenes_half", data.class_names)
+    of_a, of_b = (indices[0] for indices in (split.indices_with_masks, split.indices_without_masks))
+    square, other = np.zeros((2, 64, 64), bool)
+    square[10:30, 5:25] = other[40:60, 40:50] = True
+    square, other = encode_masks(np.stack([square, other]))
+
+    def detection(image_id, class_index, score, segmentation, bbox):
+        return {
+            "image_id": image_id,
+            "category_id": data.category_ids[class_index],
+            "score": score,
+            "segmentation": segmentation,
+            "bbox": bbox,
+        }
+
+    detections = [
+        detection(0, of_a, 0.9, square, [5, 10, 20, 20]),
+        detection(0, of_b, 0.49, other, [40, 40, 10, 20]),  # not confident
+        detection(0, of_b, 0.8, square, [5, 10, 20, 20]),  # the same pixels as a surer one
+        detection(2, of_b, 0.6, square, [5, 10, 20, 20]),
+        detection(2, of_a, 0.7, other, [40, 40, 10, 20]),
+    ]
+    drawn = []
+
+    def draw(image, **instances):
+        drawn.append(instances)
+        return image
+
+    monkeypatch.setattr(quickstart, "draw_instances", draw)
+    quickstart._draw_predictions(data, detections, split)
+    # First the image with both sides, last the one without anything.
+    assert [tile["with_masks"] for tile in drawn] == [[True, False], [True], []]
+    assert drawn[0]["boxes"].tolist() == [[40, 40, 50, 60], [5, 10, 25, 30]]
+    names = data.class_names
+    assert drawn[0]["labels"] == [f"{names[of_a]} 0.70", f"{names[of_b]} 0.60"]
+    assert drawn[0]["masks"].sum(axis=(1, 2)).tolist() == [200, 400]
 
 
 def test_resume_needs_no_second_training(tiny):

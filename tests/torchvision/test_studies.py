@@ -1,4 +1,7 @@
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ import torch
 from maskx.torchvision import quickstart, studies
 from maskx.torchvision.studies import (
     PAPER_SETTINGS,
+    WORDS,
     StudyOptions,
     format_study,
     mask_branch,
@@ -43,6 +47,46 @@ def test_names_are_decoded_word_by_word():
     assert mask_branch("e2e/baseline")["freeze_detector"] is False
 
 
+# Keys of a configuration and the arguments that they are here.
+ARGUMENTS = {
+    "MODEL.MASKX.FREEZE_DETECTOR": "freeze_detector",
+    "MODEL.MASKX.PREDICTOR": "predictor",
+    "MODEL.MASKX.MLP": "mlp",
+    "MODEL.MASKX.TRUNK": "trunk",
+    "MODEL.MASKX.GT_BOXES_ONLY": "gt_boxes_only",
+    "MODEL.MASKX.TRANSFER.INPUTS": "transfer_inputs",
+    "MODEL.MASKX.TRANSFER.LAYERS": "transfer_layers",
+    "MODEL.MASKX.TRANSFER.ACTIVATION": "transfer_activation",
+    "MODEL.MASKX.TRANSFER.STOP_GRADIENT": "stop_gradient",
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": "num_convs",
+}
+
+
+def test_words_set_what_they_set_in_the_configs():
+    page = Path(__file__).parents[2] / "configs" / "MaskX" / "README.md"
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|$", page.read_text("utf-8"), re.M)
+    cells = {word: re.findall("`([^`]+)`", cell) for word, cell in rows}
+
+    def arguments(word):
+        found = {}
+        for item in cells[word]:
+            key, _, value = item.partition(" ")
+            if not value:
+                found |= arguments(key)
+            elif key in ARGUMENTS:
+                found[ARGUMENTS[key]] = value
+        return found
+
+    def as_text(values):
+        return {key: str(value) for key, value in values.items()}
+
+    shared = WORDS.keys() & cells.keys()
+    assert WORDS.keys() - shared == {"bottleneck", "gtboxes", "residual", "hourglass"}
+    assert {word: arguments(word) for word in shared} == {w: as_text(WORDS[w]) for w in shared}
+    plus = as_text(mask_branch("sw/clsbox_2_layer_hourglass_gtboxes"))
+    assert plus == arguments("maskx_plus") | arguments("sw")
+
+
 def test_every_setting_of_the_paper_builds():
     for setting in PAPER_SETTINGS:
         studies.maskx_rcnn_small(5, min_size=64, **mask_branch(setting))
@@ -52,6 +96,36 @@ def test_every_setting_of_the_paper_builds():
 def test_an_unknown_setting_is_refused(setting):
     with pytest.raises(ValueError, match=rf"Setting '{setting}' is not known.*hourglass"):
         mask_branch(setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("sw/clsbox_cls_2_layer", "'cls' sets what an earlier word has set"),
+        ("sw/clsbox_2_layer_3_layer", "'3_layer' sets what an earlier word has set"),
+        ("e2e/2_layer_mlp", "does not say what predicts the masks. Add one of baseline, clsbox"),
+    ],
+)
+def test_a_setting_that_contradicts_itself_or_says_too_little_is_refused(setting, words):
+    with pytest.raises(ValueError, match=rf"Setting '{setting}'.*{words}"):
+        mask_branch(setting)
+
+
+def test_a_seed_that_stands_twice_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"A seed stands twice in \[0, 3, 0\]"):
+        run_study(StudyOptions(**tiny | {"seeds": (0, 3, 0)}), print)
+    assert not tiny["output"].exists()
+
+
+def test_without_matplotlib_only_the_picture_is_missing(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    lines = []
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        run_study(
+            StudyOptions(**tiny | {"settings": ("e2e/baseline",), "seeds": (0,)}), lines.append
+        )
+    assert "| `e2e/baseline` |" in lines[-1]
+    assert (tiny["output"] / "study.json").is_file()
 
 
 def test_a_study_runs_once_and_goes_on(tiny, monkeypatch):
