@@ -55,8 +55,15 @@ def draw_instances(
     return square
 
 
-def contact_sheet(tiles: Sequence[np.ndarray], *, columns: int = 4) -> np.ndarray:
+def contact_sheet(
+    tiles: Sequence[np.ndarray], *, columns: int = 4, row_titles: Sequence[str] = ()
+) -> np.ndarray:
     """Lay tiles of one size out in rows under a legend of the two box colours.
+
+    Args:
+        tiles: row by row.
+        columns: tiles in a row.
+        row_titles: text above each row; none without.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -65,6 +72,9 @@ def contact_sheet(tiles: Sequence[np.ndarray], *, columns: int = 4) -> np.ndarra
     filled = [*tiles, *[blank] * (-len(tiles) % columns)]
     rows = [np.hstack(filled[i : i + columns]) for i in range(0, len(filled), columns)]
     legend = np.full((_LEGEND_HEIGHT, rows[0].shape[1], 3), 255, np.uint8)
+    if row_titles:
+        titled = zip(row_titles, rows, strict=True)
+        rows = [part for title, row in titled for part in (_title(title, row.shape[1]), row)]
     x = 10
     for color, text in (
         (COLOR_WITH_MASKS, "masks and boxes in training (A)"),
@@ -74,6 +84,12 @@ def contact_sheet(tiles: Sequence[np.ndarray], *, columns: int = 4) -> np.ndarra
         cv2.putText(legend, text, (x + 26, 23), _FONT, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
         x += 60 + cv2.getTextSize(text, _FONT, 0.55, 1)[0][0]
     return np.vstack([legend, *rows])
+
+
+def _title(text: str, width: int) -> np.ndarray:
+    strip = np.full((_LEGEND_HEIGHT, width, 3), 255, np.uint8)
+    cv2.putText(strip, text, (10, 24), _FONT, 0.65, (0, 0, 0), 1, cv2.LINE_AA)
+    return strip
 
 
 def save_png(path: Path, image: np.ndarray) -> None:

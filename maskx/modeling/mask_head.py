@@ -316,6 +316,11 @@ class MaskXHead(nn.Module):
         """
         key = f"{prefix}architecture"
         found, own = state_dict.get(key), self.architecture
+        if found is not None and found.shape != own.shape:
+            raise ValueError(
+                "The checkpoint was made by another version of maskx, whose mask head is described "
+                f"by {len(found)} numbers instead of {len(own)}. Train again, or use that version."
+            )
         if found is not None and not self._fits(found.to(own.device)):
             raise ValueError(
                 "The checkpoint was made by another mask head.\n"

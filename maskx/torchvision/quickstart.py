@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from maskx.torchvision.training import TrainingSettings, select_device, train
 
 _TRAIN_SCENES, _VAL_SCENES = 3000, 200
 _SCENE_SIZE = 128
-_FIGURE_IMAGES, _FIGURE_SCORE = 8, 0.5
+_FIGURE_IMAGES, _FIGURE_COLUMNS, _FIGURE_SCORE = 8, 4, 0.5
 
 # Per image of a batch. 0.00125 is usual for ResNets, 0.02 for a batch of 16.
 _LEARNING_RATES = {"small": 0.00375}
@@ -85,6 +85,8 @@ class QuickstartOptions:
 def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) -> dict[str, Any]:
     """Run Mask^X R-CNN from data to ``metrics.json`` and ``predictions.png``.
 
+    To compare, ``comparison.png`` shows the same images with the masks of each method in a row.
+
     Args:
         options: what to do.
         report: receives the lines for the reader.
@@ -108,29 +110,24 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
     )
 
     metrics: dict[str, Any] = {"system": "maskx"}
-    names = ["maskx", "class_agnostic"] if options.compare else ["maskx"]
-    for name in names:
+    detections: dict[str, list[dict[str, Any]]] = {}
+    for name in ("maskx", "class_agnostic") if options.compare else ("maskx",):
         model, trained = _train_detector(name, options, train_data, split, device)
-        detections = detect(
+        detections[name] = detect(
             model, val_data.records, val_data.category_ids, description=f"{name}: evaluation"
         )
-        results = _evaluate(name, val_data, detections, split, report)
-        if name == "maskx":
-            metrics |= trained | results
-            picture = _draw_predictions(val_data, detections, split)
-            save_png(options.output / "predictions.png", picture)
-            boxes_found = detections
-        else:
-            metrics[name] = trained | results
+        results = trained | _evaluate(name, val_data, detections[name], split, report)
+        metrics |= results if name == "maskx" else {name: results}
     if options.compare:
-        detections = _with_grabcut_masks(val_data, boxes_found)
-        metrics["grabcut"] = _evaluate("grabcut", val_data, detections, split, report)
+        detections["grabcut"] = _with_grabcut_masks(val_data, detections["maskx"])
+        metrics["grabcut"] = _evaluate("grabcut", val_data, detections["grabcut"], split, report)
+    pictures = _save_pictures(options.output, val_data, detections, split)
 
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
     path = options.output / "metrics.json"
     write_json(path, nan_to_null(metrics))
-    report(f"\nWrote {path} and {options.output / 'predictions.png'}")
+    report(f"\nWrote {', '.join(map(str, [path, *pictures]))}")
     return metrics
 
 
@@ -277,27 +274,67 @@ def _with_grabcut_masks(
     return replaced
 
 
-def _draw_predictions(
-    data: CocoData, detections: Sequence[dict[str, Any]], split: CategorySplit
-) -> np.ndarray:
-    """Draw the surest images that show both A and B, and on each its confident detections."""
-    class_index = {category: index for index, category in enumerate(data.category_ids)}
-    in_a = set(split.indices_with_masks)
+def _save_pictures(
+    folder: Path,
+    data: CocoData,
+    detections: Mapping[str, Sequence[dict[str, Any]]],
+    split: CategorySplit,
+) -> list[Path]:
+    """Draw the images on which Mask^X is surest; with several methods, side by side as well."""
+    confident = {name: _confident(data, found) for name, found in detections.items()}
+    records = _interesting_records(data, confident["maskx"], split)
+    paths = [folder / "predictions.png"]
+    save_png(paths[0], contact_sheet(_draw_tiles(data, records, confident["maskx"], split)))
+    if len(confident) > 1:
+        rows = [
+            tile
+            for by_image in confident.values()
+            for tile in _draw_tiles(data, records[:_FIGURE_COLUMNS], by_image, split)
+        ]
+        paths.append(folder / "comparison.png")
+        columns = min(_FIGURE_COLUMNS, len(records))
+        save_png(paths[1], contact_sheet(rows, columns=columns, row_titles=list(confident)))
+    return paths
+
+
+def _confident(
+    data: CocoData, detections: Sequence[dict[str, Any]]
+) -> dict[Any, list[dict[str, Any]]]:
+    """Keep confident detections that no surer one covers, by image, the surest first."""
     by_image: dict[Any, list] = {record["image_id"]: [] for record in data.records}
     for detection in sorted(detections, key=lambda d: -d["score"]):
         others = by_image[detection["image_id"]]
         if detection["score"] >= _FIGURE_SCORE and not _is_repeated(detection, others):
             others.append(detection)
+    return by_image
+
+
+def _interesting_records(
+    data: CocoData, by_image: Mapping[Any, Sequence[dict[str, Any]]], split: CategorySplit
+) -> list[dict[str, Any]]:
+    """Choose the surest images that show both A and B."""
+    in_a = {data.category_ids[index] for index in split.indices_with_masks}
 
     def interest(record: dict) -> tuple[int, float]:
         found = by_image[record["image_id"]]
-        sides = [class_index[d["category_id"]] in in_a for d in found]
+        sides = [d["category_id"] in in_a for d in found]
         shown = min(2, sides.count(True)) + min(2, sides.count(False))
         return shown, sum(d["score"] for d in found) / max(1, len(found))
 
+    return sorted(data.records, key=interest, reverse=True)[:_FIGURE_IMAGES]
+
+
+def _draw_tiles(
+    data: CocoData,
+    records: Sequence[dict[str, Any]],
+    by_image: Mapping[Any, Sequence[dict[str, Any]]],
+    split: CategorySplit,
+) -> list[np.ndarray]:
+    class_index = {category: index for index, category in enumerate(data.category_ids)}
+    in_a = set(split.indices_with_masks)
     read_image = InstanceMapper(()).read_image
     tiles = []
-    for record in sorted(data.records, key=interest, reverse=True)[:_FIGURE_IMAGES]:
+    for record in records:
         found = by_image[record["image_id"]]
         indices = [class_index[d["category_id"]] for d in found]
         boxes = np.array([d["bbox"] for d in found], dtype=float).reshape(-1, 4)
@@ -315,7 +352,7 @@ def _draw_predictions(
             with_masks=[i in in_a for i in indices],
         )
         tiles.append(tile)
-    return contact_sheet(tiles)
+    return tiles
 
 
 def _is_repeated(detection: dict[str, Any], surer: Sequence[dict[str, Any]]) -> bool:

@@ -53,3 +53,16 @@ def test_sheet_fills_the_last_row(tmp_path):
     assert (sheet.shape[0] - 400) > 0
     save_png(tmp_path / "sheet.png", sheet)
     assert np.array_equal(cv2.imread(str(tmp_path / "sheet.png"))[:, :, ::-1], sheet)
+
+
+def test_rows_of_a_sheet_have_titles():
+    tiles = [make_tile(True, 200)] * 4
+    plain = contact_sheet(tiles, columns=2)
+    titled = contact_sheet(tiles, columns=2, row_titles=["one", "two"])
+    extra = (titled.shape[0] - plain.shape[0]) // 2
+    assert extra > 0
+    legend = plain.shape[0] - 400
+    strip = titled[legend : legend + extra]
+    assert (strip == 255).any()
+    assert (strip == 0).any()  # letters
+    assert np.array_equal(titled[legend + extra :][:200], plain[legend:][:200])

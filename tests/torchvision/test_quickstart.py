@@ -40,8 +40,8 @@ def test_generated_data_to_metrics_and_picture(tiny):
         assert results["losses"]["end"]["iteration"] == 1
     assert written["grabcut"]["bbox"] == written["bbox"]
     assert len(written["split"]["A"]) == len(written["split"]["B"]) == 20
-    picture = cv2.imread(str(tiny["output"] / "predictions.png"))
-    assert picture.shape[1] == 1600
+    for name in ("predictions.png", "comparison.png"):
+        assert cv2.imread(str(tiny["output"] / name)).shape[1] == 1600
     text = "\n".join(lines)
     assert "20 categories with masks (A), 20 with boxes only (B)" in text
     assert "class_agnostic, average precision" in text
@@ -104,13 +104,22 @@ def test_the_picture_shows_the_confident_detections_of_both_sides(tmp_path, monk
         return image
 
     monkeypatch.setattr(quickstart, "draw_instances", draw)
-    quickstart._draw_predictions(data, detections, split)
+    (path,) = quickstart._save_pictures(tmp_path, data, {"maskx": detections}, split)
+    assert path == tmp_path / "predictions.png"
     # First the image with both sides, last the one without anything.
     assert [tile["with_masks"] for tile in drawn] == [[True, False], [True], []]
     assert drawn[0]["boxes"].tolist() == [[40, 40, 50, 60], [5, 10, 25, 30]]
     names = data.class_names
     assert drawn[0]["labels"] == [f"{names[of_a]} 0.70", f"{names[of_b]} 0.60"]
     assert drawn[0]["masks"].sum(axis=(1, 2)).tolist() == [200, 400]
+
+    drawn.clear()
+    methods = {"maskx": detections, "grabcut": [d for d in detections if d["image_id"] == 2]}
+    paths = quickstart._save_pictures(tmp_path, data, methods, split)
+    assert paths == [tmp_path / "predictions.png", tmp_path / "comparison.png"]
+    # The same images in the order of Mask^X, a row per method.
+    rows = [[tile["with_masks"] for tile in drawn[start : start + 3]] for start in (3, 6)]
+    assert rows == [[[True, False], [True], []], [[True, False], [], []]]
 
 
 def test_resume_needs_no_second_training(tiny):
