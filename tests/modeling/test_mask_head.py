@@ -329,5 +329,5 @@ def test_export_with_a_dynamic_number_of_rois_equals_eager(trunk, size):
 def test_a_checkpoint_of_another_version_is_refused():
     head = MaskXHead(in_channels=4, num_classes=3, channels=4, predictor="class_agnostic")
     state = head.state_dict() | {"architecture": torch.zeros(8, dtype=torch.long)}
-    with pytest.raises(ValueError, match="another version of maskx, .* 8 numbers instead of 9"):
+    with pytest.raises(ValueError, match=r"another version of maskx, .* 8 numbers instead of 9"):
         head.load_state_dict(state)
