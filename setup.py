@@ -17,10 +17,12 @@ REQUIRES = [
     "fvcore>=0.1.5",
     "pycocotools>=2.0.7",
     "opencv-python>=4.8",
+    "pillow>=9",
     "tqdm>=4.60",
 ]
 PLOTS = ["matplotlib>=3.7"]
-TEST = [*PLOTS, "pytest>=8", "hypothesis>=6"]
+VOC = ["scipy>=1.8"]
+TEST = [*PLOTS, *VOC, "pytest>=8", "hypothesis>=6"]
 
 setup(
     # The distribution name `maskx` belongs to an unrelated project.
@@ -39,6 +41,7 @@ setup(
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6"],
         "plots": PLOTS,
+        "voc": VOC,
         "crf": ["pydensecrf2"],
     },
 )

@@ -104,11 +104,13 @@ def load_coco(
     - `image_labels`: sorted class indices known to be present, from the annotations (also those
       left out for their box: what they show is known, only not where) and from an optional key
       `image_labels` of the image, a list of category ids;
-    - `supervision`: the highest level in the record. "mask" or "box" if an annotation has it,
-      else "image" if image labels were given or remain. An image with neither is "box": it is an
-      exhaustively labelled image without objects;
+    - `supervision`: the highest level in the record. "mask" if there is a label map, "mask" or
+      "box" if an annotation has it, else "image" if image labels were given or remain. An image
+      with none of these is "box": it is an exhaustively labelled image without objects;
     - `sem_seg_file_name`, only if the image has the key `stuff_file_name`, which is joined to the
-      folder of the JSON file.
+      folder of the JSON file;
+    - `label_map_file_name`, only if the image has this key, joined in the same way: a label map
+      of the classes of the file, see `maskx.data.label_maps`.
 
     Args:
         json_file: Annotation file.
@@ -427,7 +429,7 @@ def _new_record(
     image_root: str | os.PathLike[str],
     json_file: Path,
 ) -> dict[str, Any]:
-    for key in ("file_name", "stuff_file_name"):
+    for key in ("file_name", "stuff_file_name", "label_map_file_name"):
         if not isinstance(image.get(key, ""), str):
             _fail(json_file, f"image {image['id']!r} has {key} {image[key]!r}", "Allowed: a path")
     record = {
@@ -440,6 +442,8 @@ def _new_record(
     }
     if "stuff_file_name" in image:
         record["sem_seg_file_name"] = os.path.join(json_file.parent, image["stuff_file_name"])
+    if "label_map_file_name" in image:
+        record["label_map_file_name"] = os.path.join(json_file.parent, image["label_map_file_name"])
     return record
 
 
@@ -481,7 +485,8 @@ def _read_annotation(
 
 
 def _supervision(record: dict[str, Any], *, tags_given: bool) -> str:
-    if any("segmentation" in annotation for annotation in record["annotations"]):
+    has_mask = any("segmentation" in annotation for annotation in record["annotations"])
+    if has_mask or "label_map_file_name" in record:
         return Supervision.MASK.value
     if not record["annotations"] and (tags_given or record["image_labels"]):
         return Supervision.IMAGE.value
@@ -560,14 +565,14 @@ def _check_files(records: list[dict[str, Any]], image_root: Path, json_file: Pat
             f"{image_root}: there is no such image folder, but {json_file} names "
             f"{len(records)} images in it. Check the path."
         )
-    keys = ("file_name", "sem_seg_file_name")
+    keys = ("file_name", "sem_seg_file_name", "label_map_file_name")
     files = [record[key] for record in records for key in keys if key in record]
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         raise FileNotFoundError(
             f"{json_file}: {len(missing)} of {len(files)} files named do not exist, the first is "
-            f"{missing[0]}. Check the image root {image_root}, or remove these images from the "
-            "annotation file."
+            f"{missing[0]}. Check the image root {image_root} or, for label maps, the folder of "
+            "the annotation file; or remove these images from the annotation file."
         )
 
 

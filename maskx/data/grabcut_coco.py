@@ -20,6 +20,7 @@ from tqdm import tqdm
 from maskx.data.coco import AnnotationProblem, read_box, read_coco_json
 from maskx.data.grabcut import GRABCUT_ITERATIONS, box_pixels, grabcut_mask
 from maskx.data.images import read_image
+from maskx.data.json_files import write_json
 from maskx.data.masks import encode_masks
 from maskx.supervision import resolve_split
 
@@ -133,9 +134,7 @@ def write_grabcut_json(
         if "stuff_file_name" in image:  # relative to the JSON file
             stuff = json_file.parent / image["stuff_file_name"]
             image["stuff_file_name"] = Path(os.path.relpath(stuff, output.parent)).as_posix()
-    written = output.with_name(f"{output.name}.partial")
-    written.write_text(json.dumps(dataset, separators=(",", ":")), encoding="utf-8")
-    os.replace(written, output)
+    write_json(output, dataset, compact=True)
     partial.unlink()
     return GrabCutSummary(len(masks), _count_whole_boxes(jobs, masks), len(left_out))
 

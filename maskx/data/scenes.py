@@ -34,6 +34,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from maskx.data.json_files import write_json
 from maskx.data.shapes import (
     TEXTURE_NAMES,
     Outline,
@@ -668,9 +669,7 @@ def generate_scenes(
         "images": images,
         "annotations": annotations,
     }
-    partial = json_path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(dataset, separators=(",", ":")), encoding="utf-8")
-    os.replace(partial, json_path)
+    write_json(json_path, dataset, compact=True)
     return json_path
 
 

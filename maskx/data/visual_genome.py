@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from maskx.data.coco import AnnotationProblem, read_box
+from maskx.data.json_files import write_json
 from maskx.data.vocabularies import COCO_THING_CLASSES
 
 __all__ = [
@@ -155,7 +156,7 @@ def prepare_visual_genome(
         name: _write_split(output / f"instances_vg3k_{name}.json", part, annotations, categories)
         for name, part in parts.items()
     }
-    (output / CATEGORIES_FILE).write_text(json.dumps(categories, indent=1), encoding="utf-8")
+    write_json(output / CATEGORIES_FILE, categories)
 
     frequent = {synset for synset, _ in counts.most_common(num_classes)}
     boxes = Counter(categories[a["category_id"] - 1]["name"] for a in annotations)
@@ -465,7 +466,7 @@ def _write_split(
     ids = {image["id"] for image in images}
     chosen = [annotation for annotation in annotations if annotation["image_id"] in ids]
     content = {"images": images, "annotations": chosen, "categories": categories}
-    path.write_text(json.dumps(content), encoding="utf-8")
+    write_json(path, content, compact=True)
     return len(images), len(chosen), len({annotation["category_id"] for annotation in chosen})
 
 

@@ -21,3 +21,20 @@ VOC_CLASSES_IN_COCO = (
     *("dining table", "tv"),
 )
 """The 20 classes of PASCAL VOC by their COCO names."""
+
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
+)
+"""The 20 classes of PASCAL VOC, ordered by their value in its masks, which is the index + 1."""
+
+VOC_TO_COCO = {name: name for name in VOC_CLASSES} | {
+    "aeroplane": "airplane",
+    "diningtable": "dining table",
+    "motorbike": "motorcycle",
+    "pottedplant": "potted plant",
+    "sofa": "couch",
+    "tvmonitor": "tv",
+}
+"""COCO names of the classes of PASCAL VOC, in the order of `VOC_CLASSES`."""

@@ -27,6 +27,7 @@ from maskx.detectron2.meta_arch import MaskXGrabCutRCNN, MaskXRCNN
 from maskx.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
 from maskx.detectron2.proposal_generator import MaskXRPN
 from maskx.detectron2.roi_heads import MaskXCascadeROIHeads, MaskXROIHeads, MaskXROIHeadsMixin
+from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "MaskXROIHeads",
     "MaskXROIHeadsMixin",
     "MaskXRPN",
+    "MaskXSemSegEvaluator",
     "MaskXTextOutputLayers",
     "PointLayers",
     "Trainer",

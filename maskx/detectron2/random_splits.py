@@ -14,6 +14,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog
 from tqdm import tqdm
 
+from maskx.data.json_files import write_json
 from maskx.detectron2.data import split_from_config
 from maskx.detectron2.stagewise import (
     Stage,
@@ -22,7 +23,6 @@ from maskx.detectron2.stagewise import (
     run_stage,
     stage_is_finished,
 )
-from maskx.evaluation.json_files import write_json
 from maskx.evaluation.plots import plot_relative_gains
 from maskx.supervision import split_names
 

@@ -22,6 +22,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import launch
 from detectron2.utils import comm
 
+from maskx.data.json_files import write_json
 from maskx.detectron2.config import get_cfg
 from maskx.detectron2.data import (
     register_all,
@@ -30,7 +31,6 @@ from maskx.detectron2.data import (
     training_class_names,
 )
 from maskx.detectron2.trainer import Trainer, check_config, setup
-from maskx.evaluation.json_files import write_json
 
 __all__ = [
     "Stage",

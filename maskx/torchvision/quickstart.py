@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from maskx.data.coco import CocoData, load_coco
 from maskx.data.grabcut import grabcut_masks
+from maskx.data.json_files import write_json
 from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.data.scenes import generate_scenes
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.figures import contact_sheet, draw_instances, save_png
-from maskx.evaluation.json_files import write_json
 from maskx.supervision import CategorySplit, resolve_split
 from maskx.torchvision.data import InstanceMapper, training_batches
 from maskx.torchvision.detection import SampleDetector, detect

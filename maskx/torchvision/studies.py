@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from maskx.data.json_files import write_json
 from maskx.evaluation.average_precision import evaluate_detections
-from maskx.evaluation.json_files import write_json
 from maskx.evaluation.plots import plot_settings
 from maskx.supervision import resolve_split
 from maskx.torchvision.data import InstanceMapper, training_batches

@@ -144,6 +144,23 @@ def test_stuff_file_is_passed_on_from_the_folder_of_the_json(load, tmp_path):
     assert "sem_seg_file_name" not in second
 
 
+def test_label_map_is_passed_on_and_is_the_supervision_of_a_mask(load, tmp_path):
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "1.png").touch()
+    images = [make_image(n, label_map_file_name="maps/1.png") for n in (1, 2)] + [make_image(3)]
+    images[1]["image_labels"] = [3]
+    first, second, third = load(make_dataset(images=images)).records
+    assert first["label_map_file_name"] == str(tmp_path / "maps" / "1.png")
+    assert "label_map_file_name" not in third
+    assert [r["supervision"] for r in (first, second, third)] == ["mask", "mask", "box"]
+    (tmp_path / "maps" / "1.png").unlink()
+    message = (
+        r"2 of 5 files named do not exist, .*maps.1\.png\. .*for label maps, the folder of the"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        load(make_dataset(images=images))
+
+
 def test_byte_order_mark_is_accepted(tmp_path):
     file = tmp_path / "bom.json"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(make_dataset()).encode())
@@ -362,6 +379,7 @@ def changed(path, value):
         (["images", 1, "image_labels"], 3, "image 2 has image_labels 3. Allowed: a list of ids"),
         (["images", 0, "file_name"], None, "lacks the key 'file_name'"),
         (["images", 0, "stuff_file_name"], 4, "image 1 has stuff_file_name 4. Allowed: a path"),
+        (["images", 0, "label_map_file_name"], 4, "image 1 has label_map_file_name 4. Allowed"),
         (["annotations", 0, "bbox"], None, r"annotations\[0\] \(id 1\) lacks the key 'bbox'"),
         (
             ["annotations", 0, "image_id"],

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import maskx.detectron2.stagewise
+from maskx.data.json_files import write_json
 from maskx.data.scenes import generate_scenes
 from maskx.detectron2 import Trainer
 from maskx.detectron2.stagewise import (
@@ -20,7 +21,6 @@ from maskx.detectron2.stagewise import (
     run_stage,
     stage_is_finished,
 )
-from maskx.evaluation.json_files import write_json
 
 ROOT = Path(__file__).parents[2]
 FIRST = "stage1/faster_rcnn_R_50_FPN_1x.yaml"

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from maskx.evaluation.json_files import write_json
+from maskx.data.json_files import write_json
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):

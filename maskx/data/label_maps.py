@@ -1,0 +1,252 @@
+"""Label maps: one label for each pixel, for data with objects on a background.
+
+A label map is an (H, W) array of integers. Label 0 is the background, c + 1 is class index c, and
+one more value marks pixels of which nothing is known: 255 for up to 254 classes, 65535 for more.
+So the label maps of PASCAL VOC are label maps as they are. Data in which every pixel belongs to a
+class simply have no pixel of label 0.
+
+Files are PNG, of 8 bits for up to 254 classes and of 16 bits for more.
+"""
+
+import io
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Of the libraries here only Pillow, which torchvision requires, reads the indices of a PNG with a
+# palette, as those of VOC are; OpenCV turns them into colours.
+from PIL import Image
+
+from maskx.data.masks import decode_segmentation
+
+__all__ = [
+    "ignore_label",
+    "label_map_of_instances",
+    "read_label_map",
+    "semantic_label_map",
+    "write_label_map",
+]
+
+_IGNORE_8_BIT, _IGNORE_16_BIT = 255, 65535
+_GREY, _PALETTE = 0, 3  # colour types of PNG
+
+
+def ignore_label(num_classes: int) -> int:
+    """Return the label of unknown pixels: 255 for up to 254 classes, else 65535.
+
+    Args:
+        num_classes: number of classes, without the background.
+
+    Raises:
+        ValueError: label maps cannot hold so many classes.
+    """
+    if not 1 <= num_classes < _IGNORE_16_BIT:
+        raise ValueError(
+            f"Label maps of {num_classes} classes cannot be stored. Allowed: 1 to "
+            f"{_IGNORE_16_BIT - 1} classes."
+        )
+    return _IGNORE_8_BIT if num_classes < _IGNORE_8_BIT else _IGNORE_16_BIT
+
+
+def read_label_map(
+    path: str | os.PathLike[str],
+    height: int,
+    width: int,
+    *,
+    num_classes: int,
+    image_id: int | str,
+) -> np.ndarray:
+    """Read a label map that is to have a certain size. A palette is not looked at.
+
+    Args:
+        path: PNG file, grey or with a palette.
+        height: of the image in pixels.
+        width: of the image in pixels.
+        num_classes: number of classes, without the background.
+        image_id: id of the image, for errors.
+
+    Returns:
+        (H, W) uint8 for up to 254 classes, else int32, as torch computes little with uint16.
+        Values are 0 to `num_classes` and `ignore_label(num_classes)`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no such label map.
+    """
+    where = f"Label map '{os.fspath(path)}' (image {image_id!r})"
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{where}: there is no such file. Check the folder of the label maps, or remove the "
+            "image's label_map_file_name from the annotation file."
+        ) from None
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.load()
+            values = np.asarray(image)
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
+        raise ValueError(
+            f"{where} cannot be read as PNG. Label maps are PNG files, as other formats may change "
+            "values. Is the file complete?"
+        ) from error
+    # Of the header itself: Pillow multiplies the values of grey images below 8 bits.
+    bits, color_type = content[24], content[25]
+    if num_classes < _IGNORE_8_BIT:
+        allowed, fits = "8 bits, grey or with a palette", color_type == _PALETTE
+        fits |= (bits, color_type) == (8, _GREY)
+    else:
+        allowed, fits = "16 bits, grey", (bits, color_type) == (16, _GREY)
+    if not fits:
+        kind = {_GREY: "grey", _PALETTE: "palette"}.get(color_type, "colour")
+        raise ValueError(
+            f"{where} is a {kind} image of {bits} bits. Allowed for {num_classes} classes: "
+            f"{allowed}. Write it with maskx.data.label_maps.write_label_map."
+        )
+    if values.shape != (height, width):
+        raise ValueError(
+            f"{where} is {values.shape[1]} x {values.shape[0]} pixels, its image is {width} x "
+            f"{height}. Restore the original, or make it anew; resize it with nearest neighbours "
+            "only."
+        )
+    _check_values(values, num_classes, where)
+    return values.astype(_memory_type(num_classes))
+
+
+def write_label_map(
+    path: str | os.PathLike[str], label_map: np.ndarray, *, num_classes: int
+) -> None:
+    """Write a label map as PNG, whole or not at all whenever the process is killed.
+
+    Up to 254 classes get the palette of VOC, so that people can look at the file.
+
+    Args:
+        path: file to write, in a folder that exists.
+        label_map: (H, W) integers, 0 to `num_classes` and `ignore_label(num_classes)`.
+        num_classes: number of classes, without the background.
+
+    Raises:
+        ValueError: the array is no such label map.
+    """
+    path = Path(path)
+    where = f"Label map for '{path}'"
+    label_map = np.asarray(label_map)
+    if label_map.ndim != 2 or label_map.dtype.kind not in "iu" or label_map.size == 0:
+        raise ValueError(
+            f"{where} has shape {label_map.shape} and dtype {label_map.dtype}. Allowed: (H, W) "
+            "integers."
+        )
+    _check_values(label_map, num_classes, where)
+    if num_classes < _IGNORE_8_BIT:
+        image = Image.fromarray(label_map.astype(np.uint8))
+        image.putpalette(_voc_palette().tobytes())
+    else:
+        image = Image.fromarray(label_map.astype(np.uint16))
+    scratch = path.with_name(f"{path.name}.tmp")
+    image.save(scratch, format="PNG")
+    os.replace(scratch, path)
+
+
+def label_map_of_instances(record: Mapping[str, Any], num_classes: int) -> np.ndarray:
+    """Draw the objects of a record into a label map.
+
+    The larger objects are drawn first, so that smaller ones stay visible on top of them. What is
+    not known is not made background: where nothing else is drawn,
+
+    - the box of an object without a mask is ignored, as the object is somewhere in it;
+    - so is a crowd region, as it covers what lies between its objects as well;
+    - if the record has an image label without any annotation, or its boxes are not complete
+      (`boxes_complete` False), an object may be anywhere: no pixel is background.
+
+    Args:
+        record: as `maskx.data.coco.load_coco` makes it.
+        num_classes: number of classes, without the background.
+
+    Returns:
+        (H, W), with types and values as of `read_label_map`.
+
+    Raises:
+        ValueError: a class index is not below `num_classes`.
+    """
+    height, width = record["height"], record["width"]
+    annotations = record["annotations"]
+    for annotation in annotations:
+        if not 0 <= annotation["class_index"] < num_classes:
+            raise ValueError(
+                f"Annotation {annotation.get('id')!r} of image {record['image_id']!r} has class "
+                f"index {annotation['class_index']}. Allowed: 0 to {num_classes - 1}."
+            )
+    ignore = ignore_label(num_classes)
+    found = {annotation["class_index"] for annotation in annotations}
+    is_complete = record.get("boxes_complete", True) and found.issuperset(record["image_labels"])
+    label_map = np.full((height, width), 0 if is_complete else ignore, _memory_type(num_classes))
+
+    objects = []
+    for annotation in annotations:
+        if "segmentation" not in annotation:
+            x1, y1, x2, y2 = annotation["bbox"]
+            x1, y1 = max(0, int(x1)), max(0, int(y1))
+            label_map[y1 : math.ceil(y2), x1 : math.ceil(x2)] = ignore
+            continue
+        mask = decode_segmentation(annotation["segmentation"], height, width)
+        if annotation["iscrowd"]:
+            label_map[mask] = ignore
+        else:
+            objects.append((mask, annotation["class_index"] + 1))
+    for mask, label in sorted(objects, key=lambda item: item[0].sum(), reverse=True):
+        label_map[mask] = label
+    return label_map
+
+
+def semantic_label_map(record: Mapping[str, Any], num_classes: int) -> np.ndarray:
+    """Read the label map of a record or, where it has no file, draw one from its objects.
+
+    Args:
+        record: as `maskx.data.coco.load_coco` makes it.
+        num_classes: number of classes, without the background.
+
+    Returns:
+        (H, W), with types and values as of `read_label_map`.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file or a class index does not fit `num_classes`.
+    """
+    if "label_map_file_name" not in record:
+        return label_map_of_instances(record, num_classes)
+    return read_label_map(
+        record["label_map_file_name"],
+        record["height"],
+        record["width"],
+        num_classes=num_classes,
+        image_id=record["image_id"],
+    )
+
+
+def _memory_type(num_classes: int) -> type[np.integer]:
+    return np.uint8 if ignore_label(num_classes) == _IGNORE_8_BIT else np.int32
+
+
+def _check_values(values: np.ndarray, num_classes: int, where: str) -> None:
+    ignore = ignore_label(num_classes)
+    is_bad = (values < 0) | ((values > num_classes) & (values != ignore))
+    if is_bad.any():
+        row, column = np.argwhere(is_bad)[0]
+        raise ValueError(
+            f"{where} has the value {values[row, column]} at row {row}, column {column} and in "
+            f"{is_bad.sum()} pixels a value that is not allowed. Allowed: 0 (background), 1 to "
+            f"{num_classes} (class index + 1), {ignore} (ignore)."
+        )
+
+
+def _voc_palette() -> np.ndarray:
+    """Colours by label, (256, 3) uint8: bits 0, 3, 6 of a label make red, from the highest bit."""
+    labels = np.arange(256)
+    palette = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        palette[:, bit % 3] |= ((labels >> bit & 1) << (7 - bit // 3)).astype(np.uint8)
+    return palette

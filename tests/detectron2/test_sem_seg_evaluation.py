@@ -1,0 +1,272 @@
+import json
+import logging
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import SemSegEvaluator, print_csv_format
+from detectron2.utils import comm
+
+from maskx.data.coco import load_coco
+from maskx.data.label_maps import label_map_of_instances, write_label_map
+from maskx.detectron2 import MaskXSemSegEvaluator, register_coco
+
+NAMES = ("cat", "dog", "owl", "yak")
+SIZE = (12, 16)
+
+
+def disturb(truth, random, share=0.4, num_classes=4):
+    """A prediction that is wrong in about a share of the pixels."""
+    guess = random.integers(0, num_classes + 1, truth.shape)
+    known = np.where(truth == 255, 0, truth).astype(np.int64)
+    return np.where(random.random(truth.shape) < share, guess, known)
+
+
+def to_scores(label_map, num_labels=5):
+    """Scores (K + 1, H, W) whose argmax is a label map."""
+    one_hot = torch.nn.functional.one_hot(torch.as_tensor(label_map), num_labels)
+    return one_hot.permute(2, 0, 1) + 0.1
+
+
+def brute_force(pairs, num_labels=5):
+    """IoU by label in percent, and pixel accuracy, from sets of pixels."""
+    predicted = np.concatenate([p.ravel()[t.ravel() != 255] for p, t in pairs])
+    truth = np.concatenate([t.ravel()[t.ravel() != 255] for p, t in pairs])
+    iou = []
+    for label in range(num_labels):
+        union = ((predicted == label) | (truth == label)).sum()
+        both = ((predicted == label) & (truth == label)).sum()
+        iou.append(100 * both / union if union else math.nan)
+    return iou, 100 * (predicted == truth).mean()
+
+
+def run(evaluator, image_ids, outputs):
+    evaluator.reset()
+    for image_id, output in zip(image_ids, outputs, strict=True):
+        evaluator.process([{"image_id": image_id}], [{"sem_seg": output}])
+    return evaluator.evaluate()
+
+
+@pytest.fixture
+def write_maps(tmp_path):
+    """Write and register a data set of label maps: ``write_maps(maps)`` with ids from 1."""
+
+    def write(maps, name="maps"):
+        images = []
+        for image_id, label_map in enumerate(maps, start=1):
+            write_label_map(tmp_path / f"{name}{image_id}.png", label_map, num_classes=4)
+            cv2.imwrite(str(tmp_path / f"{name}{image_id}.jpg"), np.zeros((*SIZE, 3), np.uint8))
+            height, width = label_map.shape
+            images.append(
+                {"id": image_id, "file_name": f"{name}{image_id}.jpg"}
+                | {"height": height, "width": width, "label_map_file_name": f"{name}{image_id}.png"}
+            )
+        categories = [{"id": 10 * c + 10, "name": name_} for c, name_ in enumerate(NAMES)]
+        content = {"images": images, "annotations": [], "categories": categories}
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(content))
+        register_coco(name, path, tmp_path)
+        return name
+
+    return write
+
+
+@pytest.fixture
+def maps():
+    """Three label maps with ignored pixels, and predictions of them."""
+    random = np.random.default_rng(0)
+    truths = random.integers(0, 5, (3, *SIZE))
+    truths[random.random(truths.shape) < 0.2] = 255
+    return truths, [disturb(truth, random) for truth in truths]
+
+
+def test_it_agrees_with_a_brute_force_count(maps, write_maps, tmp_path, caplog):
+    truths, predictions = maps
+    split = tmp_path / "split.txt"
+    split.write_text("owl\ncat\n")
+    evaluator = MaskXSemSegEvaluator(write_maps(truths), split=split)
+    with caplog.at_level(logging.INFO):
+        results = run(evaluator, [1, 2, 3], map(to_scores, predictions))
+    iou, accuracy = brute_force(list(zip(predictions, truths, strict=True)))
+    assert 20 < iou[0] < 80
+    assert list(results) == ["sem_seg"]
+    assert results["sem_seg"] == pytest.approx(
+        {
+            "mIoU": np.mean(iou),
+            "mIoU_A": (iou[1] + iou[3]) / 2,
+            "mIoU_B": (iou[2] + iou[4]) / 2,
+            "background": iou[0],
+            "pixel_accuracy": accuracy,
+            **{f"IoU-{name}": value for name, value in zip(NAMES, iou[1:], strict=True)},
+        }
+    )
+    assert f"mIoU all{np.mean(iou):>14.2f}" in caplog.text
+    with caplog.at_level(logging.INFO, logger="detectron2.evaluation.testing"):
+        print_csv_format(results)
+    assert "copypaste: mIoU,mIoU_A,mIoU_B,background,pixel_accuracy" in caplog.text
+
+
+def test_label_maps_are_scored_as_scores_are(maps, write_maps):
+    truths, predictions = maps
+    evaluator = MaskXSemSegEvaluator(write_maps(truths))
+    expected = run(evaluator, [1, 2, 3], map(to_scores, predictions))
+    found = run(evaluator, [1, 2, 3], map(torch.as_tensor, predictions))
+    np.testing.assert_equal(found, expected)
+    small = [torch.as_tensor(p, dtype=torch.uint8) for p in predictions]
+    np.testing.assert_equal(run(evaluator, [1, 2, 3], small), expected)
+
+
+def test_objects_are_drawn_where_there_is_no_label_map(tiny_train, scenes):
+    """The same from our reader, and from Detectron2's with its other kind of boxes."""
+    records = load_coco(*scenes).records
+    truths = [label_map_of_instances(record, 4) for record in records]
+    random = np.random.default_rng(0)
+    predictions = [disturb(truth, random) for truth in truths]
+    iou, _ = brute_force(list(zip(predictions, truths, strict=True)))
+    register_coco_instances("core", {}, *map(str, scenes))
+    for name in (tiny_train, "core"):
+        evaluator = MaskXSemSegEvaluator(name, split="scenes_half")
+        results = run(evaluator, [r["image_id"] for r in records], map(to_scores, predictions))
+        assert results["sem_seg"]["mIoU"] == pytest.approx(np.mean(iou))
+        assert results["sem_seg"]["background"] == pytest.approx(iou[0])
+
+
+def test_boxes_of_detectron2_are_ignored_in_their_own_form(write_coco):
+    """A box [x, y, width, height] without a mask is no background, whoever reads it."""
+    json_file, root = write_coco([{"category_id": 10, "bbox": [20, 10, 5, 6]}])
+    register_coco("ours", json_file, root)
+    register_coco_instances("core", {}, str(json_file), str(root))
+    predicted = torch.zeros(40, 60, dtype=torch.int64)
+    predicted[10:16, 20:25] = 2
+    for name in ("ours", "core"):
+        results = run(MaskXSemSegEvaluator(name), [7], [predicted])["sem_seg"]
+        assert results["background"] == results["mIoU"] == results["pixel_accuracy"] == 100
+        assert math.isnan(results["IoU-cat"])
+    predicted[16, 20] = 2
+    results = run(MaskXSemSegEvaluator("core"), [7], [predicted])["sem_seg"]
+    assert results["pixel_accuracy"] == pytest.approx(100 * (1 - 1 / (40 * 60 - 30)))
+
+
+def run_core(name, outputs):
+    """Detectron2's own evaluator on the label maps of a data set."""
+    records = [
+        {"file_name": record["file_name"], "sem_seg_file_name": record["label_map_file_name"]}
+        for record in DatasetCatalog.get(name)
+    ]
+    DatasetCatalog.register("core", lambda: records)
+    MetadataCatalog.get("core").set(stuff_classes=["background", *NAMES], ignore_label=255)
+    evaluator = SemSegEvaluator("core", distributed=False)
+    evaluator.reset()
+    for record, output in zip(records, outputs, strict=True):
+        evaluator.process([record], [{"sem_seg": output}])
+    return evaluator.evaluate()["sem_seg"]
+
+
+def test_it_agrees_with_detectron2_where_every_class_occurs(maps, write_maps):
+    truths, predictions = maps
+    name = write_maps(truths)
+    scores = [to_scores(prediction) for prediction in predictions]
+    found = run(MaskXSemSegEvaluator(name), [1, 2, 3], scores)["sem_seg"]
+    core = run_core(name, scores)
+    assert found["mIoU"] == pytest.approx(core["mIoU"])
+    assert found["background"] == pytest.approx(core["IoU-background"])
+    assert found["pixel_accuracy"] == pytest.approx(core["pACC"])
+    for name in NAMES:
+        assert found[f"IoU-{name}"] == pytest.approx(core[f"IoU-{name}"])
+
+
+def test_detectron2_leaves_out_a_class_that_is_only_predicted(maps, write_maps):
+    truths, predictions = maps
+    truths[truths >= 3] = 255  # owl is only predicted, yak neither
+    predictions = [np.where(prediction == 4, 0, prediction) for prediction in predictions]
+    name = write_maps(truths)
+    scores = [to_scores(prediction) for prediction in predictions]
+    found = run(MaskXSemSegEvaluator(name), [1, 2, 3], scores)["sem_seg"]
+    core = run_core(name, scores)
+    assert found["IoU-owl"] == 0
+    assert math.isnan(core["IoU-owl"])
+    assert math.isnan(found["IoU-yak"])
+    assert math.isnan(core["IoU-yak"])
+    assert found["mIoU"] == pytest.approx(core["mIoU"] * 3 / 4)
+    assert found["pixel_accuracy"] == pytest.approx(core["pACC"])
+
+
+def test_processes_are_gathered(maps, write_maps, monkeypatch):
+    truths, predictions = maps
+    name = write_maps(truths)
+    scores = [to_scores(prediction) for prediction in predictions]
+    expected = run(MaskXSemSegEvaluator(name), [1, 2, 3], scores)
+    other = MaskXSemSegEvaluator(name)
+    other.process([{"image_id": 3}], [{"sem_seg": scores[2]}])
+    sent = []
+
+    def gather(data, dst):
+        sent.append(data)
+        return [data, other._counts]
+
+    monkeypatch.setattr(comm, "gather", gather)
+    evaluator = MaskXSemSegEvaluator(name)
+    np.testing.assert_equal(run(evaluator, [1, 2], scores[:2]), expected)
+    np.testing.assert_equal(evaluator.evaluate(), expected)  # nothing is added twice
+    alone = MaskXSemSegEvaluator(name, distributed=False)
+    assert run(alone, [1, 2], scores[:2]) != expected
+    assert len(sent) == 2
+    monkeypatch.setattr(comm, "gather", lambda data, dst: [])
+    monkeypatch.setattr(comm, "is_main_process", lambda: False)
+    assert run(evaluator, [1, 2], scores[:2]) == {}
+
+
+def test_nothing_is_left_after_a_reset(maps, write_maps):
+    truths, predictions = maps
+    evaluator = MaskXSemSegEvaluator(write_maps(truths))
+    run(evaluator, [1], [to_scores(predictions[0])])
+    results = run(evaluator, [], [])["sem_seg"]
+    assert all(map(math.isnan, results.values()))
+
+
+@pytest.mark.parametrize(
+    ("sem_seg", "message"),
+    [
+        (torch.zeros(4, *SIZE), r"\(4, 12, 16\) and dtype torch\.float32\. Allowed: scores \(5, H"),
+        (torch.zeros(SIZE), r"\(12, 16\) and dtype torch\.float32"),
+        (torch.zeros(5, *SIZE, dtype=torch.int64), r"\(5, 12, 16\) and dtype torch\.int64"),
+    ],
+)
+def test_predictions_of_another_form_are_named(maps, write_maps, sem_seg, message):
+    evaluator = MaskXSemSegEvaluator(write_maps(maps[0]))
+    with pytest.raises(ValueError, match=rf"sem_seg of image 2 has shape {message}"):
+        evaluator.process([{"image_id": 2}], [{"sem_seg": sem_seg}])
+
+
+def test_predictions_that_do_not_fit_the_truth_are_named(maps, write_maps):
+    evaluator = MaskXSemSegEvaluator(write_maps(maps[0]))
+    with pytest.raises(ValueError, match=r"image 2 has shape \(6, 8\), its truth \(12, 16\)\. Res"):
+        evaluator.process([{"image_id": 2}], [{"sem_seg": torch.zeros(5, 6, 8)}])
+    with pytest.raises(ValueError, match=r"image 2 has the value 5\. Allowed"):
+        evaluator.process([{"image_id": 2}], [{"sem_seg": torch.full(SIZE, 5)}])
+    with pytest.raises(ValueError, match=r"Image 4 is not among the 3 of data set 'maps'\. Was"):
+        evaluator.process([{"image_id": 4}], [{"sem_seg": torch.zeros(SIZE)}])
+
+
+def test_bad_data_sets_are_named(maps, write_maps, scenes, tmp_path):
+    with pytest.raises(ValueError, match="There is no data set 'typo'"):
+        MaskXSemSegEvaluator("typo")
+    with pytest.raises(FileNotFoundError, match="neither a named category split nor a file"):
+        MaskXSemSegEvaluator(write_maps(maps[0]), split="none")
+    json_file = tmp_path / "maps.json"
+    for name, class_names in (("more", [*NAMES, "zebra"]), ("turned", NAMES[::-1])):
+        register_coco(name, json_file, tmp_path, class_names=class_names)
+        message = (
+            f"data set '{name}' has 4 categories, which are not its class list of "
+            rf"{len(class_names)}, or not in its order\. .*without class_names"
+        )
+        with pytest.raises(ValueError, match=message):
+            MaskXSemSegEvaluator(name)
+    DatasetCatalog.register("bare", lambda: [{"file_name": "a.jpg"}])
+    MetadataCatalog.get("bare").thing_classes = ["cat"]
+    with pytest.raises(ValueError, match="'bare' has records without image_id"):
+        MaskXSemSegEvaluator("bare")
