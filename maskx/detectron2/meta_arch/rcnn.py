@@ -49,6 +49,7 @@ class MaskXRCNN(GeneralizedRCNN):
                 )
             self.requires_grad_(False)
             self.roi_heads.mask_head.requires_grad_(True)
+            self.train()  # a new module is in training mode, with all that is in it
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

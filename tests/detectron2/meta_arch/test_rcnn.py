@@ -122,8 +122,11 @@ def test_it_predicts_as_the_unfrozen_model_does(make_model, make_sample):
     assert torch.equal(results[0].pred_masks, results[1].pred_masks)
 
 
-def test_training_mode_comes_and_goes(make_model):
-    model = make_model(*STAGE_2)
+@pytest.mark.parametrize("asked", [False, True])
+def test_training_mode_comes_and_goes(make_cfg, asked):
+    model = build_model(make_cfg(*STAGE_2))
+    if asked:
+        model.eval().train()
     training = {name for name, module in model.named_modules() if module.training}
     own = {name for name in training if name.startswith("roi_heads.mask_head")}
     assert training - own == {"", "roi_heads"}
