@@ -23,9 +23,19 @@ def parse_arguments() -> argparse.Namespace:
     add, default = parser.add_argument, QuickstartOptions
     add("--system", choices=sorted(SYSTEMS), default="maskx")
     add("--output", type=Path, help="folder for results (default: output/quickstart-SYSTEM)")
-    add("--seed", type=int, default=default.seed)
-    add("--iterations", type=int, default=default.iterations, help="training steps per model")
-    add("--batch-size", type=int, default=default.batch_size, help="images per step")
+    add("--seed", type=int, default=default.seed, help="of scenes, initial weights, data order")
+    add(
+        "--iterations",
+        type=int,
+        default=default.iterations,
+        help="training steps per model (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        default=default.batch_size,
+        help="images per step (default: %(default)s)",
+    )
     add(
         "--compare",
         action="store_true",
@@ -36,11 +46,19 @@ def parse_arguments() -> argparse.Namespace:
     pair = {"nargs": 2, "metavar": ("JSON", "IMAGES")}
     add("--coco-train", **pair, help="train on a COCO file instead of generated scenes")
     add("--coco-val", **pair, help="evaluate on a COCO file")
-    add("--masks-for", metavar="SPLIT", help="categories with masks: a named split or a file")
+    add(
+        "--masks-for",
+        metavar="SPLIT",
+        help="categories with masks: a named split or a file (default: scenes_half, for COCO all)",
+    )
     add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
     add("--backbone", default=default.backbone, help="small, or a torchvision ResNet: resnet50")
     add("--pretrained", action="store_true", help="download ImageNet weights for the ResNet")
-    add("--image-size", type=int, help="shorter side of the images in pixels")
+    add(
+        "--image-size",
+        type=int,
+        help="shorter side of the images in pixels (default: 128, or 256 for COCO)",
+    )
     add("--workers", type=int, default=default.workers, help="processes that read images")
     return parser.parse_args()
 

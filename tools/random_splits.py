@@ -3,8 +3,8 @@ r"""Compare weight transfer with the class-agnostic baseline on random category 
 
 Every run is a second stage on one trained detector (--stage1-weights, or --stage1 to train it).
 Runs that have a result in OUTPUT are not run again, an interrupted one goes on; at the end there
-are a table, random_splits.json and random_splits.png. Checkpoints of all runs stay in OUTPUT:
-SOLVER.CHECKPOINT_PERIOD says how many.
+are a table, random_splits.json and random_splits.png, which needs matplotlib (pip install -e
+'.[plots]'). Checkpoints of all runs stay in OUTPUT: SOLVER.CHECKPOINT_PERIOD says how many.
 
 Examples:
     python tools/random_splits.py --num-gpus 8 --output output/random_splits \

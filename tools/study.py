@@ -1,7 +1,8 @@
-"""Compare settings of Mask^X R-CNN on generated scenes, over several seeds, on one machine.
+"""Compare settings of Mask^X R-CNN on generated scenes, over several seeds.
 
 A run whose result lies in OUTPUT is not made again, an interrupted one goes on. The table is
-printed; numbers of all seeds go to study.json, a picture to study.png.
+printed; numbers of all seeds go to study.json, a picture to study.png (needs matplotlib:
+pip install -e '.[plots]').
 
 Examples:
     python tools/study.py
@@ -22,7 +23,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     add, default = parser.add_argument, StudyOptions
     add("--output", type=Path, default=Path("output/study"))
-    add("--settings", nargs="+", default=default.settings, metavar="TRAINING/METHOD")
+    settings_help = "default: the tables 3.1 to 3.4 of the paper, and gains of later papers"
+    settings = {"metavar": "TRAINING/METHOD", "help": settings_help}
+    add("--settings", nargs="+", default=default.settings, **settings)
     add("--seeds", type=int, nargs="+", default=default.seeds)
     add("--iterations", type=int, default=default.iterations, help="of detectors and end to end")
     add("--stage2-iterations", type=int, default=default.stage2_iterations)

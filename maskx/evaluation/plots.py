@@ -99,6 +99,15 @@ def plot_settings(
     figure.savefig(path, dpi=150)
 
 
+def check_matplotlib() -> None:
+    """Find out that matplotlib is missing before hours go into what is to be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    _figure(1, 1)
+
+
 def _figure(width: float, height: float) -> Any:
     """Make an empty figure of a size in inches, laid out without overlaps."""
     try:

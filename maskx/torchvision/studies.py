@@ -18,7 +18,7 @@ import torch
 
 from maskx.data.json_files import write_json
 from maskx.evaluation.average_precision import evaluate_detections
-from maskx.evaluation.plots import plot_settings
+from maskx.evaluation.plots import check_matplotlib, plot_settings
 from maskx.supervision import resolve_split
 from maskx.torchvision.data import InstanceMapper, training_batches
 from maskx.torchvision.detection import SampleDetector, detect
@@ -126,8 +126,9 @@ def run_study(options: StudyOptions, report: Callable[[str], None]) -> list[dict
     Raises:
         ValueError: a setting is not known, a seed stands twice, or a folder holds a run with other
             options.
-        ImportError: matplotlib is not installed, for the picture; all else is done then.
+        ImportError: matplotlib is not installed, which the picture needs.
     """
+    check_matplotlib()
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"A seed stands twice in {list(options.seeds)}. Name each once.")
     branches = {setting: mask_branch(setting) for setting in options.settings}
