@@ -1,7 +1,8 @@
 """Subsets of COCO that papers train on, as files of their own.
 
 COCO-60 is the source set of TransferNet (CVPR 2016): the images of COCO that contain none of the 20
-classes of PASCAL VOC, with the annotations of the other 60. The paper has 17443 images of it.
+classes of PASCAL VOC, with the annotations of the other 60. The paper has 17443 images of it and
+does not say from which release; the training set of its time was train2014.
 """
 
 import os
@@ -24,10 +25,9 @@ __all__ = [
 ]
 
 COCO60_IMAGES = 17443
-"""Images of COCO-60 in the TransferNet paper, taken from train2014."""
+"""Images of COCO-60 in the TransferNet paper."""
 
 _TRAIN2014_IMAGES = 82783
-_PATH_KEYS = ("stuff_file_name", "label_map_file_name")  # relative to the JSON file
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Coco60Summary:
         num_with_voc: Images left out because they contain a class of VOC.
         num_without_annotation: Images left out because nothing is annotated in them.
         num_images: Images written; the three add up to `num_read`.
-        annotations: Number of annotations written by class name, the most frequent first.
+        annotations: Number of annotations written by class name.
     """
 
     num_read: int
@@ -60,7 +60,7 @@ def write_coco60(
 
     Raises:
         FileNotFoundError: There is no such annotation file.
-        ValueError: It is no COCO file, lacks a class of VOC, is the output, or nothing is left.
+        ValueError: It is no COCO file, it is the output, or `select_coco60` refuses it.
     """
     json_file, output = Path(json_file), Path(output)
     if output.resolve() == json_file.resolve():
@@ -73,22 +73,16 @@ def write_coco60(
     except ValueError as error:
         raise ValueError(f"{json_file}: {error}") from None
     output.parent.mkdir(parents=True, exist_ok=True)
-    for image in chosen["images"]:
-        for key in _PATH_KEYS:
-            if key in image:
-                path = json_file.parent.resolve() / image[key]
-                image[key] = Path(os.path.relpath(path, output.parent.resolve())).as_posix()
     write_json(output, chosen, compact=True)
 
     num_annotated = len({annotation["image_id"] for annotation in dataset["annotations"]})
     names = {category["id"]: category["name"] for category in chosen["categories"]}
-    counts = Counter(names[annotation["category_id"]] for annotation in chosen["annotations"])
     return Coco60Summary(
         num_read=len(dataset["images"]),
         num_with_voc=num_annotated - len(chosen["images"]),
         num_without_annotation=len(dataset["images"]) - num_annotated,
         num_images=len(chosen["images"]),
-        annotations=Counter(dict(counts.most_common())),
+        annotations=Counter(names[a["category_id"]] for a in chosen["annotations"]),
     )
 
 
@@ -102,10 +96,11 @@ def select_coco60(dataset: Mapping[str, Any]) -> dict[str, Any]:
         dataset: COCO dict with the category names of COCO.
 
     Returns:
-        COCO dict with all other keys of `dataset`; images are copies, annotations are not.
+        COCO dict with all other keys of `dataset`; images and annotations are not copied.
 
     Raises:
-        ValueError: A class of VOC is not among the categories, or no image is left.
+        ValueError: A class of VOC is not among the categories, an image names a label map, or no
+            image is left.
     """
     names = {category["name"] for category in dataset["categories"]}
     missing = [name for name in VOC_CLASSES_IN_COCO if name not in names]
@@ -115,6 +110,13 @@ def select_coco60(dataset: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(missing)}. Images that contain them would be kept. Give an instances "
             "file of COCO, with its 80 categories."
         )
+    for image in dataset["images"]:
+        if "label_map_file_name" in image:
+            raise ValueError(
+                f"image {image['id']!r} has label_map_file_name, a map of the labels of all "
+                f"{len(names)} categories, which would be wrong for the others alone. Remove this "
+                "key from the images; the instances files of COCO do not have it."
+            )
     of_voc = {c["id"] for c in dataset["categories"] if c["name"] in VOC_CLASSES_IN_COCO}
     annotations = dataset["annotations"]
     with_voc = {a["image_id"] for a in annotations if a["category_id"] in of_voc}
@@ -126,7 +128,7 @@ def select_coco60(dataset: Mapping[str, Any]) -> dict[str, Any]:
         )
     return {
         **dataset,
-        "images": [dict(image) for image in dataset["images"] if image["id"] in kept],
+        "images": [image for image in dataset["images"] if image["id"] in kept],
         "annotations": [a for a in annotations if a["image_id"] in kept],
         "categories": [c for c in dataset["categories"] if c["id"] not in of_voc],
     }
@@ -134,10 +136,10 @@ def select_coco60(dataset: Mapping[str, Any]) -> dict[str, Any]:
 
 def format_coco60_summary(summary: Coco60Summary) -> str:
     """Lay out a summary for people, beside the number of the paper."""
-    expected = f"The TransferNet paper has {COCO60_IMAGES}, from train2014"
+    expected = f"The TransferNet paper has {COCO60_IMAGES}"
     if summary.num_read != _TRAIN2014_IMAGES:
-        verdict = f"{expected}; this file has {summary.num_read} images, train2014 has "
-        verdict += f"{_TRAIN2014_IMAGES}, so the numbers need not agree."
+        verdict = f"{expected}, probably from train2014; that has {_TRAIN2014_IMAGES} images, this "
+        verdict += f"file {summary.num_read}, so the numbers need not agree."
     elif summary.num_images == COCO60_IMAGES:
         verdict = f"{expected}, and so has this file."
     else:

@@ -11,7 +11,7 @@ Files are PNG, of 8 bits for up to 254 classes and of 16 bits for more.
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from PIL import Image
 from maskx.data.masks import decode_segmentation
 
 __all__ = [
+    "aligned_labels",
     "ignore_label",
     "label_map_of_instances",
     "read_label_map",
@@ -89,7 +90,7 @@ def read_label_map(
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             image.load()
             values = np.asarray(image)
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG files
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for files broken in other ways
         raise ValueError(
             f"{where} cannot be read as PNG. Label maps are PNG files, as other formats may change "
             "values. Is the file complete?"
@@ -151,6 +152,43 @@ def write_label_map(
     os.replace(scratch, path)
 
 
+def aligned_labels(names: Sequence[str], class_names: Sequence[str]) -> np.ndarray:
+    """Return the labels that label maps have in another class list, matched by name.
+
+    `aligned_labels(names, class_names)[label_map]` is the label map in that list. What was
+    background stays so only if `names` has every class of the list; an object of any other class
+    may lie there unmarked, so it becomes unknown.
+
+    Args:
+        names: names of the classes of the label maps, by class index, as they are called in
+            `class_names`; for VOC in COCO's words see `maskx.data.vocabularies.VOC_TO_COCO`.
+        class_names: the other class list.
+
+    Returns:
+        New labels by old label, up to `ignore_label(len(names))`; types as of `read_label_map`.
+
+    Raises:
+        ValueError: a name is not in the class list.
+    """
+    index_of = {name: index for index, name in enumerate(class_names)}
+    missing = [name for name in names if name not in index_of]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(names)} classes of the label maps are not among the "
+            f"{len(class_names)} of the class list: {', '.join(missing[:5])}"
+            f"{' and more' if len(missing) > 5 else ''}. Add them to it, or give the names they "
+            "have there."
+        )
+    num_classes = len(class_names)
+    labels = np.full(
+        ignore_label(len(names)) + 1, ignore_label(num_classes), _memory_type(num_classes)
+    )
+    labels[1 : len(names) + 1] = [index_of[name] + 1 for name in names]
+    if index_of.keys() <= set(names):
+        labels[0] = 0
+    return labels
+
+
 def label_map_of_instances(record: Mapping[str, Any], num_classes: int) -> np.ndarray:
     """Draw the objects of a record into a label map.
 
@@ -204,6 +242,8 @@ def label_map_of_instances(record: Mapping[str, Any], num_classes: int) -> np.nd
 
 def semantic_label_map(record: Mapping[str, Any], num_classes: int) -> np.ndarray:
     """Read the label map of a record or, where it has no file, draw one from its objects.
+
+    A file has the labels of its own classes; for another class list see `aligned_labels`.
 
     Args:
         record: as `maskx.data.coco.load_coco` makes it.

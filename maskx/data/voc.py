@@ -6,17 +6,15 @@
 - `trainaug` is VOC's train and every image of SBD that is not in VOC's val: 10582 images.
 - An image in VOC's train has VOC's mask, any other SBD's.
 
-The image labels are the classes of the mask, as papers on segmentation have it. VOC's boxes may say
-otherwise; in how many images they do is counted.
+The image labels are the classes of the mask, not those of VOC's boxes.
 """
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
@@ -73,26 +71,12 @@ class VocSummary:
         images_of: For "trainaug" and "val" the number of images, and by class.
         num_sbd_masks: How many images of trainaug have the mask of SBD.
         left_out: What is wrong with the files of each image that was left out, by its name.
-        num_compared: Images written whose boxes are there to compare with.
-        num_only_boxes: How many of these have a box of a class that is not in their mask.
-        num_only_mask: How many of these have a class in their mask of which there is no box.
     """
 
     listed: Mapping[str, int]
     images_of: Mapping[str, ClassCounts]
     num_sbd_masks: int
     left_out: Mapping[str, str]
-    num_compared: int
-    num_only_boxes: int
-    num_only_mask: int
-
-
-@dataclass(frozen=True)
-class _Item:
-    """An image of a JSON file, and the category ids of its boxes if they are known."""
-
-    entry: dict[str, Any]
-    boxes: frozenset[int] | None
 
 
 def prepare_voc(
@@ -119,8 +103,8 @@ def prepare_voc(
     Args:
         voc: `VOCdevkit/VOC2012`.
         sbd: `benchmark_RELEASE/dataset` of SBD (`cls/*.mat`, `train.txt`, `val.txt`; needs scipy),
-            or a folder of its masks as PNG, known as `SegmentationClassAug`. In such a folder every
-            file counts as an image of SBD.
+            or a folder of its masks as PNG, known as `SegmentationClassAug`. Every file in it
+            counts as of SBD; that it often has those of VOC's lists as well changes nothing.
         output: Folder to write to; it is created, files of an earlier run are replaced.
         allow_other_counts: Whether the lists may have other lengths than `VOC_COUNTS`.
         strict: Whether an image without usable files is an error. If False it is left out, counted.
@@ -158,35 +142,26 @@ def prepare_voc(
         for part in names.values()
         for name in part
     }
-    items, left_out = _read_images(masks, voc, output, progress)
+    entries, left_out = _read_images(masks, voc, output, progress)
     if left_out and strict:
         raise ValueError(
             f"{voc}: {len(left_out)} of {len(masks)} images cannot be used. Restore their files, "
             "or leave these images out, counted (strict=False, --skip-bad):"
             f"{_examples(left_out)}"
         )
-    images = {part: [items[n].entry for n in ns if n in items] for part, ns in names.items()}
-    empty = [part for part, entries in images.items() if not entries]
+    images = {part: [entries[n] for n in ns if n in entries] for part, ns in names.items()}
+    empty = [part for part, found in images.items() if not found]
     if empty:
         raise ValueError(
             f"{voc}: no image is left for {empty[0]}, of {listed[empty[0]]} listed. Restore their "
             f"files.{_examples(left_out)}"
         )
     _write_files(images, output)
-
-    compared = [
-        ({*item.entry["image_labels"]}, item.boxes)
-        for item in items.values()
-        if item.boxes is not None
-    ]
     return VocSummary(
         listed=listed,
-        images_of={part: _count_classes(entries) for part, entries in images.items()},
-        num_sbd_masks=len(items.keys() - own),
+        images_of={part: _count_classes(found) for part, found in images.items()},
+        num_sbd_masks=len(entries.keys() - own),
         left_out=left_out,
-        num_compared=len(compared),
-        num_only_boxes=sum(not boxes <= labels for labels, boxes in compared),
-        num_only_mask=sum(not labels <= boxes for labels, boxes in compared),
     )
 
 
@@ -217,7 +192,13 @@ def read_sbd_mask(path: str | os.PathLike[str]) -> np.ndarray:
         ImportError: scipy is not installed.
         ValueError: It is no such file.
     """
-    loadmat = _import_loadmat(path)
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: the .mat files of SBD need scipy. Install it with: pip install scipy (the "
+            "extra 'voc'), or give a folder of the masks as PNG, SegmentationClassAug."
+        ) from error
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"{path}: there is no such mask, but its image is listed. Unpack SBD again."
@@ -252,18 +233,8 @@ def format_voc_summary(summary: VocSummary) -> str:
         f"{'no class':<14}{trainaug.num_unlabeled:>10}{val.num_unlabeled:>10}",
         f"{'all images':<14}{trainaug.num_images:>10}{val.num_images:>10}",
         f"Masks of trainaug: {num_mask_of_voc} of VOC, {summary.num_sbd_masks} of SBD.",
+        f"Images left out: {len(summary.left_out) or 'none'}.{_examples(summary.left_out)}",
     ]
-    if summary.num_compared:
-        lines.append(
-            f"Image labels are the classes of the masks. Of {summary.num_compared} images with "
-            f"boxes {summary.num_only_boxes} have a box of a class that is not in the mask, and "
-            f"{summary.num_only_mask} a class in the mask of which there is no box."
-        )
-    else:
-        lines.append("Image labels are the classes of the masks; there are no boxes to compare.")
-    lines.append(
-        f"Images left out: {len(summary.left_out) or 'none'}.{_examples(summary.left_out)}"
-    )
     return "\n".join(lines)
 
 
@@ -298,7 +269,6 @@ def _check_name(name: str, source: Path) -> None:
 def _find_sbd_masks(sbd: Path) -> dict[str, Path]:
     """Return the files of all masks of SBD by the names of their images."""
     if (sbd / "cls").is_dir():
-        _import_loadmat(sbd / "cls")
         names = [name for part in _LISTS for name in _read_list(sbd / f"{part}.txt")]
         return {name: sbd / "cls" / f"{name}.mat" for name in names}
     files = sorted(sbd.glob("*.png"))
@@ -312,17 +282,6 @@ def _find_sbd_masks(sbd: Path) -> dict[str, Path]:
     return {file.stem: file for file in files}
 
 
-def _import_loadmat(path: str | os.PathLike[str]) -> Callable[..., dict[str, Any]]:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: the .mat files of SBD need scipy. Install it with: pip install scipy (the "
-            "extra 'voc'), or give a folder of the masks as PNG, SegmentationClassAug."
-        ) from error
-    return loadmat
-
-
 def _compare_counts(listed: Mapping[str, int]) -> str:
     """Say how long the lists are, and how long they should be."""
     train, val, trainaug = (f"{listed[part]} (known: {n})" for part, n in VOC_COUNTS.items())
@@ -330,25 +289,25 @@ def _compare_counts(listed: Mapping[str, int]) -> str:
     known = VOC_COUNTS["trainaug"] - VOC_COUNTS["train"]
     return (
         f"Images listed: train {train}, val {val}, trainaug {trainaug}: train and the {added} "
-        f"(known: {known}) of {listed['sbd']} images of SBD ({SBD_IMAGES} as published) that are "
-        "neither in train nor in val."
+        f"(known: {known}) of {listed['sbd']} masks given as SBD's ({SBD_IMAGES} as published) "
+        "that are neither in train nor in val."
     )
 
 
 def _read_images(
     masks: Mapping[str, Path], voc: Path, output: Path, progress: bool
-) -> tuple[dict[str, _Item], dict[str, str]]:
-    """Read all masks, convert those of SBD; also returns what is wrong, by name."""
-    items, problems = {}, {}
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return the entries of the JSON files, and what is wrong with the other images, by name."""
+    entries, problems = {}, {}
     for name, mask in tqdm(masks.items(), "masks", disable=not progress, unit="img"):
         try:
-            items[name] = _read_image(name, mask, voc, output)
+            entries[name] = _read_image(name, mask, voc, output)
         except (FileNotFoundError, ValueError) as error:
             problems[name] = str(error)
-    return items, problems
+    return entries, problems
 
 
-def _read_image(name: str, mask: Path, voc: Path, output: Path) -> _Item:
+def _read_image(name: str, mask: Path, voc: Path, output: Path) -> dict[str, Any]:
     height, width = _image_size(voc / "JPEGImages" / f"{name}.jpg")
     if mask.suffix == ".mat":
         mask = _convert_mask(mask, output / "label_maps" / f"{name}.png", height, width)
@@ -358,7 +317,7 @@ def _read_image(name: str, mask: Path, voc: Path, output: Path) -> _Item:
     is_present[0] = False  # background
     # Without symbolic links, through which ".." leads elsewhere.
     folder = os.path.relpath(mask.parent.resolve(), output.resolve())
-    entry = {
+    return {
         "id": int(name.replace("_", "")),
         "file_name": f"{name}.jpg",
         "height": height,
@@ -366,7 +325,6 @@ def _read_image(name: str, mask: Path, voc: Path, output: Path) -> _Item:
         "image_labels": np.flatnonzero(is_present).tolist(),
         "label_map_file_name": (Path(folder) / mask.name).as_posix(),
     }
-    return _Item(entry, _read_boxes(voc / "Annotations" / f"{name}.xml"))
 
 
 def _image_size(path: Path) -> tuple[int, int]:
@@ -397,24 +355,6 @@ def _convert_mask(mat: Path, png: Path, height: int, width: int) -> Path:
     except ValueError as error:
         raise ValueError(f"{mat}: {error}") from None
     return png
-
-
-def _read_boxes(path: Path) -> frozenset[int] | None:
-    """Category ids of the boxes of an image, or None if there is no such file."""
-    if not path.is_file():
-        return None
-    remedy = "Restore the file, or remove it: it is only compared with the mask."
-    try:
-        root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        raise ValueError(f"{path}: is not valid XML ({error}). {remedy}") from error
-    names = {item.findtext("name", "").strip() for item in root.iter("object")}
-    unknown = sorted(names - {*VOC_CLASSES})
-    if unknown:
-        raise ValueError(
-            f"{path}: has an object {unknown[0]!r}, which is no class of VOC. {remedy}"
-        )
-    return frozenset(VOC_CLASSES.index(name) + 1 for name in names)
 
 
 def _write_files(images: Mapping[str, Sequence[dict[str, Any]]], output: Path) -> None:

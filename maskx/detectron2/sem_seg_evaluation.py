@@ -47,6 +47,7 @@ class MaskXSemSegEvaluator(DatasetEvaluator):
         self._class_names = class_names_of(dataset_name)
         self._groups = resolve_split(split, self._class_names).groups()
         num_classes = len(self._class_names)
+        records = DatasetCatalog.get(dataset_name)  # Detectron2's reader sets the ids only now
         class_index = MetadataCatalog.get(dataset_name).get(
             "thing_dataset_id_to_contiguous_id", {id_: id_ for id_ in range(num_classes)}
         )
@@ -58,7 +59,6 @@ class MaskXSemSegEvaluator(DatasetEvaluator):
                 f"categories, which are not its class list of {num_classes}, or not in its order. "
                 "Mean IoU needs them equal: register the file without class_names."
             )
-        records = DatasetCatalog.get(dataset_name)
         if any("image_id" not in record for record in records):
             raise ValueError(
                 f"Data set '{dataset_name}' has records without image_id, which this evaluator "

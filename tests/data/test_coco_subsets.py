@@ -124,14 +124,13 @@ def test_a_crowd_of_a_voc_class_counts_as_containing_it():
     assert image_id not in [image["id"] for image in select_coco60(dataset)["images"]]
 
 
-def test_paths_relative_to_the_file_follow_it(write):
+def test_label_maps_are_refused_as_their_labels_would_be_of_other_classes(write):
     dataset = make_coco()
-    for image in dataset["images"]:
-        image["label_map_file_name"] = f"maps/{image['id']}.png"
+    dataset["images"][2]["label_map_file_name"] = "maps/7.png"
     path, output = write(dataset)
-    write_coco60(path, output)
-    for image in json.loads(output.read_text())["images"]:
-        assert image["label_map_file_name"] == f"../in/maps/{image['id']}.png"
+    with pytest.raises(ValueError, match=r"instances\.json: image 7 has label_map_.* Remove this"):
+        write_coco60(path, output)
+    assert not output.exists()
 
 
 def test_a_file_without_the_classes_of_voc_is_refused(write):
@@ -168,13 +167,13 @@ def test_the_summary_sets_the_number_of_the_paper_beside():
     summary = Coco60Summary(82783, 60000, 5340, COCO60_IMAGES, annotations)
     text = format_coco60_summary(summary)
     assert "17443 of 82783 images contain no class of VOC" in text
-    assert "The TransferNet paper has 17443, from train2014, and so has this file." in text
+    assert "The TransferNet paper has 17443, and so has this file." in text
     assert "Left out: 60000 images with a class of VOC, 5340 in which nothing" in text
     assert text.endswith("Most annotations: zebra (5), clock (2).")
     other = format_coco60_summary(replace(summary, num_images=17400))
     assert "this file, of as many images as train2014, has -43." in other
     part = format_coco60_summary(replace(summary, num_read=100, num_images=20))
-    assert "this file has 100 images, train2014 has 82783" in part
+    assert "probably from train2014; that has 82783 images, this file 100, so" in part
 
 
 def test_real_images(shared_data, tmp_path):

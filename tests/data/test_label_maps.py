@@ -10,6 +10,7 @@ from pycocotools.coco import COCO
 
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import (
+    aligned_labels,
     ignore_label,
     label_map_of_instances,
     read_label_map,
@@ -18,6 +19,7 @@ from maskx.data.label_maps import (
 )
 from maskx.data.masks import encode_masks
 from maskx.data.scenes import generate_scenes
+from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES, VOC_TO_COCO
 
 VOC_COLOURS = {  # of the devkit's label map
     0: (0, 0, 0),
@@ -146,6 +148,9 @@ def test_bad_files_are_named(tmp_path):
         path.write_bytes(content[:end])
         with pytest.raises(ValueError, match=rf"{start} cannot be read as PNG\. .*complete\?"):
             read(path, num_classes=3)
+    path.write_bytes(content[:11] + bytes([5]) + content[12:])  # Pillow: ValueError
+    with pytest.raises(ValueError, match=rf"{start} cannot be read as PNG"):
+        read(path, num_classes=3)
     path.write_bytes(cv2.imencode(".jpg", np.zeros((5, 7), np.uint8))[1].tobytes())
     with pytest.raises(ValueError, match="other formats may change values"):
         read(path, num_classes=3)
@@ -215,6 +220,39 @@ def test_the_number_of_classes_is_limited(num_classes):
         ignore_label(num_classes)
 
 
+# --- another class list
+
+
+def test_labels_are_aligned_by_name():
+    label_map = np.array([[0, 1, 2], [3, 255, 1]])
+    found = aligned_labels(("cat", "dog", "owl"), ("owl", "cat", "dog"))[label_map]
+    assert found.dtype == np.uint8
+    assert found.tolist() == [[0, 2, 3], [1, 255, 2]]
+    found = aligned_labels(("cat", "dog", "cat"), ("cat", "dog"))[label_map]
+    assert found.tolist() == [[0, 1, 2], [1, 255, 1]]
+
+
+def test_background_is_unknown_where_the_list_has_other_classes():
+    large = [*map(str, range(299)), "owl"]
+    labels = aligned_labels(("owl",), large)
+    assert labels.dtype == np.int32
+    assert labels[[0, 1, 255]].tolist() == [65535, 300, 65535]
+    labels = aligned_labels(large, large)
+    assert np.array_equal(labels[:301], np.arange(301))
+    assert labels[65535] == 65535
+
+
+def test_labels_of_voc_in_coco():
+    labels = aligned_labels([*VOC_TO_COCO.values()], COCO_THING_CLASSES)
+    assert labels[0] == labels[255] == 255
+    assert labels[VOC_CLASSES.index("person") + 1] == COCO_THING_CLASSES.index("person") + 1
+    assert labels[VOC_CLASSES.index("tvmonitor") + 1] == COCO_THING_CLASSES.index("tv") + 1
+    with pytest.raises(
+        ValueError, match=r"6 of the 20 .* 80 .*: aeroplane, diningtable, .* and more\. Add them"
+    ):
+        aligned_labels(VOC_CLASSES, COCO_THING_CLASSES)
+
+
 # --- drawing
 
 
@@ -243,7 +281,7 @@ def test_objects_without_a_mask_and_crowds_are_ignored_where_nothing_else_is_dra
 
 
 def test_every_pixel_that_a_box_touches_is_ignored():
-    record = make_record({"id": 1, "bbox": [1.9, 0.5, 4.1, 2.0], "class_index": 0, "iscrowd": 0})
+    record = make_record({"id": 1, "bbox": [1.9, 0.5, 4.1, 1.2], "class_index": 0, "iscrowd": 0})
     assert np.array_equal(label_map_of_instances(record, 1) == 255, rectangle(1, 0, 5, 2))
     record["annotations"][0]["bbox"] = [-3.0, -2.5, 12.0, 1.0]
     assert np.array_equal(label_map_of_instances(record, 1) == 255, rectangle(0, 0, 10, 1))

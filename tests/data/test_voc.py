@@ -2,7 +2,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,6 @@ from maskx.data.vocabularies import (
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_voc.py"
 HEIGHT, WIDTH = 12, 16
-XML = "<annotation><filename>{name}.jpg</filename>{objects}</annotation>"
-OBJECT = "<object><name>{}</name><part><name>head</name></part></object>"
 
 
 @dataclass
@@ -43,7 +41,6 @@ class Devkit:
     sbd: list = field(default_factory=list)
     own_masks: dict = field(default_factory=dict)
     sbd_masks: dict = field(default_factory=dict)
-    boxes: dict = field(default_factory=dict)
 
     @property
     def voc(self):
@@ -103,7 +100,7 @@ def devkit(tmp_path):
     """9 images of VOC (5 train, 4 val), 8 of SBD, of which 2 are in train and 2 in val."""
     kit = Devkit(tmp_path)
     random = np.random.default_rng(0)
-    folders = ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "Annotations")
+    folders = ("JPEGImages", "SegmentationClass", "SegmentationClassAug")
     for folder in (*(kit.voc / name for name in folders), kit.sbd_mat / "cls"):
         folder.mkdir(parents=True)
     (kit.voc / "ImageSets/Segmentation").mkdir(parents=True)
@@ -113,10 +110,6 @@ def devkit(tmp_path):
     for name in names:
         noise = random.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
         Image.fromarray(noise).save(kit.voc / f"JPEGImages/{name}.jpg")
-        objects = [str(o) for o in random.choice(VOC_CLASSES, random.integers(1, 3))]
-        kit.boxes[name] = set(objects)
-        xml = XML.format(name=name, objects="".join(map(OBJECT.format, objects)))
-        (kit.voc / f"Annotations/{name}.xml").write_text(xml)
     for name in kit.train + kit.val:
         kit.own_masks[name] = draw_mask(random, void=True)
         write_png(kit.voc / f"SegmentationClass/{name}.png", kit.own_masks[name])
@@ -174,10 +167,6 @@ def test_the_files_are_those_of_the_description(devkit, form):
     assert summary.num_sbd_masks == 4
     assert summary.left_out == {}
     assert sum(counts.num_unlabeled for counts in summary.images_of.values()) > 0
-    pairs = [(devkit.boxes[n], set(classes)) for p in expected.values() for n, _, classes in p]
-    assert summary.num_compared == 13
-    assert summary.num_only_boxes == sum(bool(boxes - classes) for boxes, classes in pairs)
-    assert summary.num_only_mask == sum(bool(classes - boxes) for boxes, classes in pairs)
     assert (devkit.output / "label_maps").is_dir() == (form == "mat")
     assert not list(devkit.output.rglob("*.partial")) + list(devkit.output.rglob("*.tmp"))
 
@@ -226,6 +215,7 @@ def test_the_known_numbers_fit_together():
 
 def test_names_agree_with_coco():
     assert len(set(VOC_CLASSES)) == 20
+    assert sorted(VOC_CLASSES) == [*VOC_CLASSES]
     assert tuple(VOC_TO_COCO) == VOC_CLASSES
     assert set(VOC_TO_COCO.values()) == set(VOC_CLASSES_IN_COCO) <= set(COCO_THING_CLASSES)
     assert sum(name != coco for name, coco in VOC_TO_COCO.items()) == 6
@@ -238,7 +228,7 @@ def test_other_counts_are_an_error_that_says_what_is_there(devkit):
         devkit.prepare(allow_other_counts=False)
     message = str(error.value)
     assert "train 5 (known: 1464), val 4 (known: 1449), trainaug 9 (known: 10582)" in message
-    assert "the 4 (known: 9118) of 8 images of SBD (11355 as published)" in message
+    assert "the 4 (known: 9118) of 8 masks given as SBD's (11355 as published)" in message
     assert not devkit.output.exists()
 
 
@@ -253,16 +243,18 @@ def test_the_summary_is_readable(devkit):
     assert "train 5 (known: 1464)" in text
     assert "Masks of trainaug: 5 of VOC, 4 of SBD." in text
     assert "all images             9         4" in text
-    assert "Of 13 images with boxes" in text
     assert text.endswith("Images left out: none.")
 
 
-def test_without_boxes_nothing_is_compared(devkit):
-    for file in (devkit.voc / "Annotations").iterdir():
-        file.unlink()
-    summary = devkit.prepare()
-    assert (summary.num_compared, summary.num_only_boxes, summary.num_only_mask) == (0, 0, 0)
-    assert "there are no boxes to compare" in format_voc_summary(summary)
+def test_masks_of_voc_among_those_of_sbd_change_nothing(devkit):
+    """As SegmentationClassAug is passed around: 10582 masks of trainaug and 1449 of val."""
+    before = devkit.prepare()
+    files = {part: devkit.read(part) for part in ("trainaug", "trainaug_tags", "val")}
+    for name in set(devkit.train + devkit.val) - set(devkit.sbd):
+        write_png(devkit.sbd_png / f"{name}.png", np.ones((HEIGHT, WIDTH), np.uint8))
+    after = devkit.prepare()
+    assert {part: devkit.read(part) for part in files} == files
+    assert after == replace(before, listed=before.listed | {"sbd": 13})
 
 
 def remove_image(kit, name):
@@ -290,15 +282,6 @@ def colours(kit, name):
     Image.fromarray(rgb).save(kit.voc / f"SegmentationClass/{name}.png")
 
 
-def break_xml(kit, name):
-    (kit.voc / f"Annotations/{name}.xml").write_text("<annotation>")
-
-
-def unknown_object(kit, name):
-    xml = XML.format(name=name, objects=OBJECT.format("zebra"))
-    (kit.voc / f"Annotations/{name}.xml").write_text(xml)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -308,8 +291,6 @@ def unknown_object(kit, name):
         (resize_mask, "{name}.png' (image '{name}') is 16 x 11 pixels, its image is 16 x 12"),
         (wrong_class, "{name}.png' (image '{name}') has the value 21"),
         (colours, "{name}.png' (image '{name}') is a colour image"),
-        (break_xml, "{name}.xml: is not valid XML"),
-        (unknown_object, "{name}.xml: has an object 'zebra', which is no class of VOC"),
     ],
 )
 def test_bad_files_of_an_image_are_named_or_left_out_counted(devkit, damage, message):
@@ -391,6 +372,14 @@ def test_bad_masks_of_sbd_are_named(devkit, damage, message):
     assert f"{path}: " in str(error.value)
     assert message in str(error.value)
     assert not list(devkit.output.glob("*.json"))
+
+
+def test_masks_of_sbd_are_integers(devkit):
+    path = devkit.sbd_mat / "cls" / f"{devkit.sbd[0]}.mat"
+    np.testing.assert_array_equal(read_sbd_mask(path), devkit.sbd_masks[devkit.sbd[0]])
+    fractions(devkit, path)
+    with pytest.raises(ValueError, match=r"GTcls\.Segmentation has shape \(12, 16\) and dtype fl"):
+        read_sbd_mask(path)
 
 
 def test_without_scipy_only_png_masks_can_be_read(devkit, monkeypatch):

@@ -6,13 +6,20 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+)
 from detectron2.data.datasets import register_coco_instances
-from detectron2.evaluation import SemSegEvaluator, print_csv_format
+from detectron2.evaluation import SemSegEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import label_map_of_instances, write_label_map
+from maskx.data.masks import encode_masks
+from maskx.data.voc import prepare_voc
 from maskx.detectron2 import MaskXSemSegEvaluator, register_coco
 
 NAMES = ("cat", "dog", "owl", "yak")
@@ -110,6 +117,42 @@ def test_it_agrees_with_a_brute_force_count(maps, write_maps, tmp_path, caplog):
     assert "copypaste: mIoU,mIoU_A,mIoU_B,background,pixel_accuracy" in caplog.text
 
 
+def test_prepared_voc_is_evaluated_from_its_files(tmp_path):
+    """From VOC's folders to mean IoU, by Detectron2's loader and its evaluation loop."""
+    voc, lists = tmp_path / "VOC2012", tmp_path / "VOC2012/ImageSets/Segmentation"
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
+        (voc / folder).mkdir(parents=True)
+    lists.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    truths = {}
+    for number, folder in enumerate(["Class", "Class", "Class", "ClassAug"], start=1):
+        truths[number] = random.integers(0, 21, SIZE, np.uint8)
+        truths[number][0] = 255
+        name = f"2007_{number:06d}"
+        cv2.imwrite(str(voc / f"Segmentation{folder}/{name}.png"), truths[number])
+        cv2.imwrite(str(voc / f"JPEGImages/{name}.jpg"), np.zeros((*SIZE, 3), np.uint8))
+    (lists / "train.txt").write_text("2007_000001\n")
+    (lists / "val.txt").write_text("2007_000002\n2007_000003\n")
+    sbd, output = voc / "SegmentationClassAug", tmp_path / "voc2012"
+    prepare_voc(voc, sbd, output, allow_other_counts=True)
+    for part, level in (("val", "mask"), ("trainaug", "mask"), ("trainaug_tags", "image")):
+        register_coco(part, output / f"voc2012_{part}.json", voc / "JPEGImages")
+        records = DatasetCatalog.get(part)
+        assert [record["supervision"] for record in records] == [level, level]
+    predictions = {n: disturb(truths[n], random, num_classes=20) for n in (2, 3)}
+
+    def model(inputs):
+        return [{"sem_seg": torch.as_tensor(predictions[i["image_id"] % 10])} for i in inputs]
+
+    mapper = DatasetMapper(is_train=False, augmentations=[], image_format="BGR")
+    loader = build_detection_test_loader(DatasetCatalog.get("val"), mapper=mapper)
+    results = inference_on_dataset(model, loader, MaskXSemSegEvaluator("val"))["sem_seg"]
+    iou, accuracy = brute_force([(predictions[n], truths[n]) for n in (2, 3)], num_labels=21)
+    assert results["mIoU"] == pytest.approx(np.mean(iou))
+    assert results["IoU-tvmonitor"] == pytest.approx(iou[20])
+    assert results["pixel_accuracy"] == pytest.approx(accuracy)
+
+
 def test_label_maps_are_scored_as_scores_are(maps, write_maps):
     truths, predictions = maps
     evaluator = MaskXSemSegEvaluator(write_maps(truths))
@@ -149,6 +192,19 @@ def test_boxes_of_detectron2_are_ignored_in_their_own_form(write_coco):
     predicted[16, 20] = 2
     results = run(MaskXSemSegEvaluator("core"), [7], [predicted])["sem_seg"]
     assert results["pixel_accuracy"] == pytest.approx(100 * (1 - 1 / (40 * 60 - 30)))
+
+
+def test_crowds_are_ignored(write_coco):
+    crowd = np.zeros((1, 40, 60), bool)
+    crowd[0, 10:16, 20:25] = True
+    (mask,) = encode_masks(crowd)
+    annotation = {"category_id": 10, "bbox": [20, 10, 5, 6], "iscrowd": 1, "segmentation": mask}
+    json_file, root = write_coco([annotation])
+    register_coco("ours", json_file, root)
+    register_coco_instances("core", {}, str(json_file), str(root))
+    for name in ("ours", "core"):
+        predicted = torch.as_tensor(crowd[0] * 3)
+        assert run(MaskXSemSegEvaluator(name), [7], [predicted])["sem_seg"]["mIoU"] == 100
 
 
 def run_core(name, outputs):
@@ -270,3 +326,14 @@ def test_bad_data_sets_are_named(maps, write_maps, scenes, tmp_path):
     MetadataCatalog.get("bare").thing_classes = ["cat"]
     with pytest.raises(ValueError, match="'bare' has records without image_id"):
         MaskXSemSegEvaluator("bare")
+
+
+def test_ids_that_are_known_only_after_reading_are_checked():
+    def read():
+        MetadataCatalog.get("late").thing_dataset_id_to_contiguous_id = {1: 1, 2: 0}
+        return []
+
+    DatasetCatalog.register("late", read)
+    MetadataCatalog.get("late").thing_classes = ["cat", "dog"]
+    with pytest.raises(ValueError, match=r"'late' has 2 categories, .* or not in its order"):
+        MaskXSemSegEvaluator("late")

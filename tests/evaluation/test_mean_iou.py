@@ -153,7 +153,7 @@ ZEROS = np.zeros((2, 3), int)
     [
         (ZEROS, ZEROS.T, r"prediction for image 7 has shape \(2, 3\), its truth \(3, 2\)\. Resize"),
         (ZEROS + 0.5, ZEROS, r"prediction for image 7 has shape \(2, 3\) and dtype float64\. Allo"),
-        (ZEROS[None], ZEROS, r"prediction for image 7 has shape \(1, 2, 3\)"),
+        (ZEROS[None], ZEROS, r"prediction for image 7 has shape \(1, 2, 3\) and dtype int64\. A"),
         (ZEROS, ZEROS > 0, r"truth for image 7 has shape \(2, 3\) and dtype bool"),
         (
             ZEROS + 5,
