@@ -313,9 +313,12 @@ def test_bad_data_sets_are_named(maps, write_maps, scenes, tmp_path):
         MaskXSemSegEvaluator("typo")
     with pytest.raises(FileNotFoundError, match="neither a named category split nor a file"):
         MaskXSemSegEvaluator(write_maps(maps[0]), split="none")
-    json_file = tmp_path / "maps.json"
-    for name, class_names in (("more", [*NAMES, "zebra"]), ("turned", NAMES[::-1])):
-        register_coco(name, json_file, tmp_path, class_names=class_names)
+    register_coco("files", tmp_path / "maps.json", tmp_path, class_names=[*NAMES, "zebra"])
+    with pytest.raises(ValueError, match=r"maps\.json: image \d has a label map, .* list of 5 cl"):
+        MaskXSemSegEvaluator("files")
+    names = [c["name"] for c in json.loads(scenes[0].read_text())["categories"]]
+    for name, class_names in (("more", [*names, "zebra"]), ("turned", names[::-1])):
+        register_coco(name, *scenes, class_names=class_names)
         message = (
             f"data set '{name}' has 4 categories, which are not its class list of "
             rf"{len(class_names)}, or not in its order\. .*without class_names"

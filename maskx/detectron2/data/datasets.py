@@ -293,6 +293,13 @@ def _load_records(
             f"{' and more' if len(differing) > 5 else ''}. If it is the right file, register it "
             "with register_coco under a name of its own."
         )
+    labelled = next((r for r in data.records if "label_map_file_name" in r), None)
+    if labelled is not None and list(data.class_names) != list(class_list):
+        raise ValueError(
+            f"{os.fspath(json_file)}: image {labelled['image_id']!r} has a label map, whose labels "
+            f"count the {len(data.class_names)} categories of the file, but the data set is "
+            f"registered with a list of {len(class_list)} classes. Register it without class_names."
+        )
     position = {name: index for index, name in enumerate(class_list)}
     # load_coco counts the categories of the file from 0.
     class_index = [position[name] for name in data.class_names]
