@@ -18,12 +18,13 @@ def pytest_report_header():
 
 
 @pytest.fixture(autouse=True)
-def maskx_logger():
-    """Undo what a test did to the logger: Detectron2's setup_logger stops it from propagating."""
-    logger = logging.getLogger("maskx")
-    state = logger.propagate, logger.level, list(logger.handlers)
+def restored_loggers():
+    """Undo what a test did to loggers: Detectron2's setup_logger stops them from propagating."""
+    loggers = [logging.getLogger(name) for name in ("maskx", "detectron2", "fvcore")]
+    states = [(logger.propagate, logger.level, list(logger.handlers)) for logger in loggers]
     yield
-    logger.propagate, logger.level, logger.handlers = state
+    for logger, state in zip(loggers, states, strict=True):
+        logger.propagate, logger.level, logger.handlers = state
 
 
 @pytest.fixture(scope="session")
