@@ -285,7 +285,7 @@ def test_every_experiment_has_a_command_and_every_command_can_be_given(monkeypat
         assert python == "python"
         arguments = parse(tool, words, monkeypatch)
         for path in re.findall(r"configs/\S+", " ".join(words)):
-            assert (ROOT / path).is_file(), path
+            assert [*ROOT.glob(path)], path
         if tool != "tools/train_net.py":
             continue
         name = arguments.config_file.removeprefix("configs/MaskX/")

@@ -196,7 +196,7 @@ def test_a_mask_that_is_cropped_away_leaves_its_box(make_record, form, caplog):
             assert instances.gt_boxes.tensor.tolist() == [[0, 5, 15, 25]]
             assert instances.gt_has_mask.tolist() == [False]
     assert mapper.lost_masks == {"left_image": 3}
-    (message,) = [r.getMessage() for r in caplog.records]
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("maskx.")]
     assert "Annotation 100 of image 7" in message
 
 
@@ -237,7 +237,7 @@ def test_a_bad_mask_leaves_its_box_and_is_counted(make_record, name, caplog):
             instances = mapper(record)["instances"]
             assert instances.gt_has_mask.tolist() == [False, True]
     assert mapper.lost_masks == {kind: 2}
-    assert len(caplog.records) == 1
+    assert len([r for r in caplog.records if r.name.startswith("maskx.")]) == 1
     assert "Annotation 100 of image 7" in caplog.text
     assert record["file_name"] in caplog.text
 
