@@ -1,6 +1,5 @@
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from maskx.data.coco import (
     read_mask,
 )
 
-COCO_MINI = Path(__file__).parents[2].parent / "shared" / "data" / "coco_mini"
 HEIGHT, WIDTH = 10, 20
 TRIANGLE = [2, 1, 8, 1, 2, 7]
 
@@ -459,11 +457,10 @@ def test_missing_images(tmp_path):
 # --- real data
 
 
-@pytest.mark.skipif(not COCO_MINI.is_dir(), reason="needs the shared check data, coco_mini")
 @pytest.mark.parametrize(("name", "count"), [("train2017", 2791), ("val2017", 1786)])
-def test_official_coco_is_read_without_loss(name, count):
-    json_file = COCO_MINI / "annotations" / f"instances_{name}.json"
-    data = load_coco(json_file, COCO_MINI / name)
+def test_official_coco_is_read_without_loss(shared_data, name, count):
+    json_file = shared_data / "coco_mini" / "annotations" / f"instances_{name}.json"
+    data = load_coco(json_file, shared_data / "coco_mini" / name)
     official = {entry["id"]: entry for entry in read_coco_json(json_file)["annotations"]}
     read = [annotation for record in data.records for annotation in record["annotations"]]
     assert len(read) == count == len(official)

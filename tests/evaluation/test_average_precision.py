@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from maskx.evaluation.average_precision import (
     split_average_precision,
 )
 
-COCO_MINI = Path(__file__).parents[2].parent / "shared" / "data" / "coco_mini"
 SIZE = 160
 CATEGORY_IDS = (11, 3, 7, 20, 5)  # not sorted, to tell class indices from positions of COCOeval
 GROUPS = {"all": range(5), "A": [0, 2], "B": [1, 3, 4], "one": [3]}
@@ -164,9 +162,8 @@ def test_categories_may_be_a_part_of_the_file():
         assert results[iou_type]["all"] == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
 
-@pytest.mark.skipif(not COCO_MINI.is_dir(), reason="needs the shared check data, coco_mini")
-def test_real_annotations():
-    file = COCO_MINI / "annotations" / "instances_val2017.json"
+def test_real_annotations(shared_data):
+    file = shared_data / "coco_mini" / "annotations" / "instances_val2017.json"
     ground_truth = json.loads(file.read_text())
     sizes = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
     ids = sorted(category["id"] for category in ground_truth["categories"])

@@ -199,8 +199,8 @@ def test_the_tool_refuses_bad_options(run_tool, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_tool_says_that_there_is_no_gpu(run_tool):
+def test_the_tool_says_that_there_is_no_gpu(run_tool, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--device cuda: PyTorch finds no GPU"):
         run_tool("--device", "cuda")
 
