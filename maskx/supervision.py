@@ -121,15 +121,14 @@ def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> Catego
     elif name == "vg3k_coco":
         with_masks = COCO_THING_CLASSES
     elif name == "scenes_half":
-        from maskx.data.scenes import THING_CATEGORIES, half_split_names  # loads OpenCV
+        from maskx.data.scenes import scene_half_of  # loads OpenCV
 
-        known = tuple(category.name for category in THING_CATEGORIES[: len(class_names)])
-        if class_names != known:
+        with_masks = scene_half_of(class_names)
+        if with_masks is None:
             raise ValueError(
                 "Category split 'scenes_half' is for generated scenes, but the data set has other "
                 f"categories: {_listed(class_names)}. Name another split."
             )
-        with_masks = half_split_names(len(class_names))
     elif name in _coco_random_draws():
         with_masks = tuple(COCO_THING_CLASSES[i] for i in _coco_random_draws()[name])
     else:

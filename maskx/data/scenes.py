@@ -13,7 +13,7 @@ Folder written by `generate_scenes`::
     stuff/000000.png    8-bit label map: 0 = covered by a thing, s = stuff category with id s
     annotations.json    COCO instances with the additions listed at `generate_scenes`
 
-Scene `index` of a seed is a function of (`seed`, `index`, `size`, `num_categories`) and of
+Scene `index` of a seed is a function of (`seed`, `index`, `size`, `num_categories`, `style`) and of
 nothing else: not of the number of scenes, the platform, or the versions of Python and numpy.
 Coordinates are pixels, x to the right and y downwards; pixel (row, column) has its centre at
 (column + 0.5, row + 0.5).
@@ -56,7 +56,7 @@ from maskx.data.shapes import (
 
 # Raise it with every change that alters a pixel or a JSON entry: folders of another version are
 # then refused instead of being mixed with new ones.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 
 _T = TypeVar("_T")
 
@@ -225,12 +225,39 @@ STUFF_CATEGORIES = (
 )
 
 _MIN_SIZE, _MAX_SIZE = 64, 4096  # tested up to 512
-_MIN_INSTANCES, _MAX_INSTANCES = 2, 5
-_MIN_SCALE, _MAX_SCALE = 0.2, 0.6  # object side over the shorter image side
 _MIN_VISIBLE_SHARE, _MIN_VISIBLE_PIXELS = 0.3, 30
 _POSES_PER_OBJECT = 8
-_CROWDING = 0.35  # share of objects placed on purpose where another one is
 _TYPICAL_TEXTURE_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class SceneStyle:
+    """How scenes are composed.
+
+    Attributes:
+        compounds: objects of two parts, whose categories always occur together, are among them.
+        min_instances: fewest in a scene.
+        max_instances: most in a scene.
+        min_scale: smallest side of an object over the shorter side of the image.
+        max_scale: largest such ratio.
+        crowding: share of the objects that are placed on purpose where another one is.
+    """
+
+    compounds: bool
+    min_instances: int
+    max_instances: int
+    min_scale: float
+    max_scale: float
+    crowding: float
+
+
+STYLES = {
+    "crowded": SceneStyle(True, 2, 5, 0.2, 0.6, 0.35),
+    "sparse": SceneStyle(False, 1, 2, 0.35, 0.8, 0.1),
+}
+"""What scenes are for: "crowded" for instances; "sparse" for image labels, from which no network
+could tell apart categories that always occur together, and in which half of the scenes have one
+category only."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +265,7 @@ class SceneInstance:
     """One object of a scene.
 
     Attributes:
-        class_index: index into `THING_CATEGORIES`.
+        class_index: index into the `scene_categories` of the scene.
         mask: (H, W) bool, the visible part; masks of one scene are disjoint.
         attributes: `color` (one of `COLORS`) and `texture` (one of `TEXTURE_NAMES`).
     """
@@ -293,18 +320,57 @@ class _Patch:
     areas: list[int]
 
 
-def half_split_names(num_categories: int) -> tuple[str, ...]:
+def scene_categories(num_categories: int, style: str = "crowded") -> tuple[ThingCategory, ...]:
+    """Return the categories of scenes by class index: the first of the table that the style has.
+
+    Raises:
+        ValueError: the style is not known; `num_categories` is no multiple of 4, or too large.
+    """
+    if style not in STYLES:
+        raise ValueError(f"style must be one of {', '.join(map(repr, STYLES))}, got {style!r}")
+    candidates = tuple(
+        category
+        for category in THING_CATEGORIES
+        if STYLES[style].compounds or category.family not in _COMPOUND_FAMILIES
+    )
+    _check_range("num_categories", num_categories, 4, len(candidates))
+    if num_categories % 4:
+        raise ValueError(
+            f"num_categories must be a multiple of 4 (a pair of shapes in two versions), got "
+            f"{num_categories}."
+        )
+    return candidates[:num_categories]
+
+
+def half_split_names(num_categories: int, style: str = "crowded") -> tuple[str, ...]:
     """Categories that keep their masks in the standard split: every second one of the table.
 
     Raises:
-        ValueError: `num_categories` is no multiple of 4, or out of range.
+        ValueError: as :func:`scene_categories`.
     """
-    _check_num_categories(num_categories)
-    return tuple(category.name for category in THING_CATEGORIES[:num_categories:2])
+    return tuple(category.name for category in scene_categories(num_categories, style)[::2])
+
+
+def scene_half_of(class_names: Sequence[str]) -> tuple[str, ...] | None:
+    """Return `half_split_names` for the class list of some style, None if it is of no style."""
+    count = len(class_names)
+    for style in STYLES:
+        try:
+            names = [category.name for category in scene_categories(count, style)]
+        except ValueError:
+            continue
+        if names == list(class_names):
+            return half_split_names(count, style)
+    return None
 
 
 def render_scene(
-    seed: int, index: int, *, size: int | tuple[int, int], num_categories: int
+    seed: int,
+    index: int,
+    *,
+    size: int | tuple[int, int],
+    num_categories: int,
+    style: str = "crowded",
 ) -> Scene:
     """Draws one scene.
 
@@ -312,18 +378,19 @@ def render_scene(
         seed: 0 to 2^32 - 1.
         index: number of the scene within the seed, 0 to 2^32 - 1.
         size: image side or (height, width) in pixels, at least 64.
-        num_categories: a multiple of 4; the first ones of `THING_CATEGORIES` are used.
+        num_categories: a multiple of 4; see `scene_categories`.
+        style: one of `STYLES`.
 
     Raises:
         ValueError: an argument is out of its range.
     """
     _check_range("seed", seed, 0, 2**32 - 1)
     _check_range("index", index, 0, 2**32 - 1)
-    _check_num_categories(num_categories)
+    categories = scene_categories(num_categories, style)
     shape = _height_width(size)
     random = np.random.RandomState([seed, index])
     image, stuff = _draw_background(shape, random)
-    owner, instances = _draw_things(image, num_categories, random)
+    owner, instances = _draw_things(image, categories, STYLES[style], random)
     stuff[owner > 0] = 0
     return Scene(
         image=_photograph(image, random),
@@ -425,7 +492,10 @@ def _stuff_pixels(
 
 
 def _draw_things(
-    image: np.ndarray, num_categories: int, random: np.random.RandomState
+    image: np.ndarray,
+    table: Sequence[ThingCategory],
+    style: SceneStyle,
+    random: np.random.RandomState,
 ) -> tuple[np.ndarray, list[tuple[int, dict[str, str]]]]:
     """Draws objects into `image`, later ones over earlier ones.
 
@@ -437,18 +507,18 @@ def _draw_things(
         instances: (class index, attributes) of the k-th instance at position k - 1.
     """
     shape = image.shape[:2]
-    objects = _objects(num_categories)
+    objects = _objects(table)
     owner = np.zeros(shape, np.int64)
     instances: list[tuple[int, dict[str, str]]] = []
     full_areas: list[int] = []
     poses: list[_Pose] = []
     # The last object may be a compound, which adds two instances.
-    wanted = _integer(random, _MIN_INSTANCES, _MAX_INSTANCES - 1)
+    wanted = _integer(random, style.min_instances, style.max_instances - int(style.compounds))
     while len(instances) < wanted:
         classes = _choice(random, objects)
-        categories = [THING_CATEGORIES[c] for c in classes]
+        categories = [table[c] for c in classes]
         for _ in range(_POSES_PER_OBJECT):
-            pose = _random_thing_pose(shape, categories[0].max_tilt, poses, random)
+            pose = _random_thing_pose(shape, categories[0].max_tilt, poses, style, random)
             patch = _patch(pose, [category.outline for category in categories], shape)
             candidate = owner.copy()
             covered = patch.label > 0
@@ -465,11 +535,11 @@ def _draw_things(
     return owner, instances
 
 
-def _objects(num_categories: int) -> list[tuple[int, ...]]:
+def _objects(table: Sequence[ThingCategory]) -> list[tuple[int, ...]]:
     """Class indices of each kind of object: a single category, or both parts of a compound."""
     objects: list[tuple[int, ...]] = []
-    for first in range(0, num_categories, 2):
-        if THING_CATEGORIES[first].family in _COMPOUND_FAMILIES:
+    for first in range(0, len(table), 2):
+        if table[first].family in _COMPOUND_FAMILIES:
             objects.append((first, first + 1))
         else:
             objects.extend([(first,), (first + 1,)])
@@ -488,14 +558,15 @@ def _random_thing_pose(
     shape: tuple[int, int],
     max_tilt: float,
     others: Sequence[_Pose],
+    style: SceneStyle,
     random: np.random.RandomState,
 ) -> _Pose:
     """Poses an object mostly inside the image, often in or over one of the `others`."""
-    half_side = 0.5 * min(shape) * _uniform(random, _MIN_SCALE, _MAX_SCALE)
+    half_side = 0.5 * min(shape) * _uniform(random, style.min_scale, style.max_scale)
     narrowing = _uniform(random, 0.75, 1)
     x_share, y_share = _choice(random, ((narrowing, 1), (1, narrowing)))
     x, y = _random_center(shape, 0.7 * half_side, random)
-    if others and random.random_sample() < _CROWDING:
+    if others and random.random_sample() < style.crowding:
         other = _choice(random, others)
         x = other.x + other.half_width * _uniform(random, -0.5, 0.5)
         y = other.y + other.half_height * _uniform(random, -0.5, 0.5)
@@ -592,6 +663,7 @@ def generate_scenes(
     count: int,
     size: int | tuple[int, int],
     num_categories: int = _ROUND,
+    style: str = "crowded",
     seed: int,
     progress: bool = False,
 ) -> Path:
@@ -616,7 +688,8 @@ def generate_scenes(
         root: folder to write to; it is created.
         count: number of scenes.
         size: image side or (height, width) in pixels, at least 64.
-        num_categories: a multiple of 4; the first ones of `THING_CATEGORIES` are used.
+        num_categories: a multiple of 4; see `scene_categories`.
+        style: one of `STYLES`.
         seed: 0 to 2^32 - 1.
         progress: show a progress bar.
 
@@ -628,7 +701,7 @@ def generate_scenes(
     """
     _check_range("count", count, 1, 10**6)
     _check_range("seed", seed, 0, 2**32 - 1)
-    _check_num_categories(num_categories)
+    categories = scene_categories(num_categories, style)
     shape = _height_width(size)
     info = {
         "description": "scenes generated by maskx.data.scenes",
@@ -636,6 +709,7 @@ def generate_scenes(
         "count": int(count),
         "size": list(shape),
         "num_categories": int(num_categories),
+        "style": style,
         "seed": int(seed),
     }
     root = Path(root)
@@ -647,7 +721,7 @@ def generate_scenes(
         (root / folder).mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for index in tqdm(range(count), desc="scenes", disable=not progress):
-        scene = render_scene(seed, index, size=shape, num_categories=num_categories)
+        scene = render_scene(seed, index, size=shape, num_categories=num_categories, style=style)
         image = _image_record(scene, index)
         _write_png(root / image["file_name"], scene.image[:, :, ::-1])
         _write_png(root / image["stuff_file_name"], scene.stuff)
@@ -660,7 +734,7 @@ def generate_scenes(
         "info": info,
         "categories": [
             {"id": i, "name": category.name, "supercategory": category.family}
-            for i, category in enumerate(THING_CATEGORIES[:num_categories], start=1)
+            for i, category in enumerate(categories, start=1)
         ],
         "stuff_categories": [
             {"id": i, "name": category.name, "supercategory": "stuff"}
@@ -749,15 +823,6 @@ def _check_same_parameters(json_path: Path, info: dict) -> None:
 def _check_range(name: str, value: int, low: int, high: int) -> None:
     if not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
-
-
-def _check_num_categories(num_categories: int) -> None:
-    _check_range("num_categories", num_categories, 4, len(THING_CATEGORIES))
-    if num_categories % 4:
-        raise ValueError(
-            f"num_categories must be a multiple of 4 (a pair of shapes in two versions), got "
-            f"{num_categories}."
-        )
 
 
 def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:

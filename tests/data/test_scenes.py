@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from maskx.data import scenes
+from maskx.data.coco import load_coco
 from maskx.data.scenes import (
     COLORS,
     STUFF_CATEGORIES,
@@ -19,6 +20,8 @@ from maskx.data.scenes import (
     generate_scenes,
     half_split_names,
     render_scene,
+    scene_categories,
+    scene_half_of,
 )
 from maskx.data.shapes import TEXTURE_NAMES, box, disc, minus, texture_depth, union
 
@@ -30,8 +33,8 @@ FAMILIES = {category.family for category in THING_CATEGORIES}
 
 # (generator version, SHA-256): one must not change without the other. The same values were found
 # with Python 3.10, 3.11 and 3.13 and numpy 2.2 to 2.5.
-GOLDEN_PIXELS = (1, "e9d0df55046597bb42562c773757a27dcfde05afc1d852defbaa45547865e401")
-GOLDEN_JSON = (1, "a2cc699696e973fea285fc386afd53fe7492b4990603a5b23b5d92ed361629fd")
+GOLDEN_PIXELS = (2, "e9d0df55046597bb42562c773757a27dcfde05afc1d852defbaa45547865e401")
+GOLDEN_JSON = (2, "6066facf635b0a4cc4a5a3ffeb1ac45f2b494a88e52dc0f84a50c7fb53b286bd")
 
 
 @pytest.fixture(scope="module")
@@ -342,8 +345,50 @@ def test_info_holds_the_parameters(coco):
         "count": COUNT,
         "size": [128, 128],
         "num_categories": DEFAULT,
+        "style": "crowded",
         "seed": 0,
     }
+
+
+# --- style "sparse" ------------------------------------------------------------------------------
+
+
+def test_sparse_scenes_have_one_or_two_large_objects_of_categories_that_occur_alone(tmp_path):
+    names = [category.name for category in scene_categories(12, "sparse")]
+    path = generate_scenes(tmp_path, count=150, size=128, num_categories=12, style="sparse", seed=0)
+    data = load_coco(path, tmp_path)
+    assert list(data.class_names) == names
+    assert {scenes.THING_CATEGORIES.index(c) >= 8 for c in scene_categories(12, "sparse")} == {True}
+    assert {len(record["annotations"]) for record in data.records} == {1, 2}
+    labels = [record["image_labels"] for record in data.records]
+    assert {index for found in labels for index in found} == set(range(12))
+    assert {found[0] for found in labels if len(found) == 1} == set(range(12))
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in _boxes(data.records)]
+    assert np.median(areas) > 0.15 * 128 * 128
+
+
+def test_the_style_is_in_the_files_and_the_pixels(tmp_path):
+    folders = {style: tmp_path / style for style in scenes.STYLES}
+    for style, folder in folders.items():
+        generate_scenes(folder, **GOOD, style=style)
+    images = [(folder / "images/000000.png").read_bytes() for folder in folders.values()]
+    assert images[0] != images[1]
+    with pytest.raises(ValueError, match="style: found 'sparse', asked for 'crowded'"):
+        generate_scenes(folders["sparse"], **GOOD)
+
+
+def test_the_standard_split_fits_both_styles():
+    for style in scenes.STYLES:
+        names = [category.name for category in scene_categories(16, style)]
+        assert scene_half_of(names) == tuple(names[::2]) == half_split_names(16, style)
+        shapes = [{name.split(" ", 1)[1] for name in names[side::2]} for side in (0, 1)]
+        assert shapes[0] == shapes[1]
+    assert scene_half_of(names[::-1]) is None
+    assert scene_half_of(["cat", "dog"]) is None
+
+
+def _boxes(records):
+    return [annotation["bbox"] for record in records for annotation in record["annotations"]]
 
 
 # --- categories and the split ---------------------------------------------------------------------
@@ -405,6 +450,7 @@ GOOD = {"count": 2, "size": 64, "num_categories": 4, "seed": 0}
         ({"num_categories": 0}, f"num_categories must be an integer from 4 to {ALL}, got 0"),
         ({"num_categories": ALL + 4}, f"num_categories must be .* got {ALL + 4}"),
         ({"num_categories": 5}, "num_categories must be a multiple of 4 .* got 5"),
+        ({"style": "sparce"}, "style must be one of 'crowded', 'sparse', got 'sparce'"),
         ({"seed": -1}, "seed must be an integer from 0 to 4294967295, got -1"),
     ],
 )
