@@ -144,7 +144,7 @@ def write_label_map(
     _check_values(label_map, num_classes, where)
     if num_classes < _IGNORE_8_BIT:
         image = Image.fromarray(label_map.astype(np.uint8))
-        image.putpalette(_voc_palette().tobytes())
+        image.putpalette(voc_palette().tobytes())
     else:
         image = Image.fromarray(label_map.astype(np.uint16))
     scratch = path.with_name(f"{path.name}.tmp")
@@ -283,7 +283,7 @@ def _check_values(values: np.ndarray, num_classes: int, where: str) -> None:
         )
 
 
-def _voc_palette() -> np.ndarray:
+def voc_palette() -> np.ndarray:
     """Colours by label, (256, 3) uint8: bits 0, 3, 6 of a label make red, from the highest bit."""
     labels = np.arange(256)
     palette = np.zeros((256, 3), np.uint8)

@@ -1,4 +1,8 @@
-"""Pictures of predictions: what was segmented, and which categories had masks in training."""
+"""Pictures of predictions: instances, label maps and maps of numbers, laid out in sheets.
+
+Label maps and maps of numbers are blended with the image as shades of grey, so that colours have
+one meaning.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,12 +10,23 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from maskx.data.label_maps import voc_palette, ignore_label
+
 # RGB. Green and red differ in brightness too, for readers who cannot tell them apart by hue.
 COLOR_WITH_MASKS = (60, 220, 60)
 COLOR_WITHOUT_MASKS = (230, 30, 30)
 
+SPLIT_LEGEND = (
+    (COLOR_WITH_MASKS, "masks and boxes in training (A)"),
+    (COLOR_WITHOUT_MASKS, "only boxes in training (B)"),
+)
+
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _LEGEND_HEIGHT = 34
+_OPACITY = 0.6  # of label maps and maps of numbers over their image
+_COLOR_UNKNOWN = (150, 150, 150)
+
+Color = tuple[int, int, int]
 
 
 def draw_instances(
@@ -36,9 +51,7 @@ def draw_instances(
     Returns:
         (side, side, 3) uint8 RGB.
     """
-    height, width = image.shape[:2]
-    scale = side / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    scale, size = _fitted(image, side)
     tile = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
     colors = [COLOR_WITH_MASKS if seen else COLOR_WITHOUT_MASKS for seen in with_masks]
     for mask, color in zip(masks, colors, strict=True):
@@ -50,40 +63,139 @@ def draw_instances(
         x0, y0, x1, y1 = (round(float(v) * scale) for v in box)
         cv2.rectangle(tile, (x0, y0), (x1, y1), color, 1)
         _draw_label(tile, label, (x0, y0), color)
-    square = np.full((side, side, 3), 255, np.uint8)
-    square[: size[1], : size[0]] = tile
-    return square
+    return _squared(tile, side)
+
+
+def draw_label_map(
+    image: np.ndarray,
+    label_map: np.ndarray,
+    *,
+    num_classes: int,
+    names: Sequence[str] | None = None,
+    side: int = 400,
+) -> np.ndarray:
+    """Draw a label map into a square tile, in the colours of VOC; unknown pixels are hatched.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        label_map: (H, W) integers, 0 to `num_classes` and `ignore_label(num_classes)`.
+        num_classes: number of classes, without the background. VOC has 255 colours; above that
+            many classes they repeat.
+        names: names by class index, written on the classes that are there; none without.
+        side: size of the tile in pixels; the image is fitted into it.
+
+    Returns:
+        (side, side, 3) uint8 RGB.
+
+    Raises:
+        ValueError: the label map has not the size of the image.
+    """
+    if label_map.shape != image.shape[:2]:
+        raise ValueError(
+            f"The label map has shape {label_map.shape}, its image {image.shape[:2]}. They must be "
+            "equal."
+        )
+    _, size = _fitted(image, side)
+    tile = _grey(image, size)
+    # INTER_NEAREST_EXACT keeps pixel centres where the image has them.
+    labels = cv2.resize(
+        label_map.astype(np.int32), size, interpolation=cv2.INTER_NEAREST_EXACT
+    ).astype(np.int64)
+    is_unknown = labels == ignore_label(num_classes)
+    is_object = (labels > 0) & ~is_unknown
+    tile[is_object] = _blend(tile[is_object], _class_color(labels[is_object]))
+    rows, columns = np.indices(labels.shape)
+    hatched = is_unknown & ((rows + columns) // 4 % 2 == 0)
+    tile[hatched] = _COLOR_UNKNOWN
+    if names is not None:
+        for label in np.unique(labels[is_object]).tolist():
+            x, y = _innermost(labels == label)
+            (width, height), _ = cv2.getTextSize(names[label - 1], _FONT, 0.4, 1)
+            corner = (x - width // 2, y + height // 2 + 3)
+            _draw_label(tile, names[label - 1], corner, tuple(_class_color(label).tolist()))
+    return _squared(tile, side)
+
+
+def draw_heat_map(
+    image: np.ndarray, values: np.ndarray, *, symmetric: bool, side: int = 400
+) -> np.ndarray:
+    """Draw a map of numbers over its image into a square tile. Positions of NaN are grey.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        values: (h, w) float of any resolution, up-sampled bilinearly.
+        symmetric: for numbers of both signs, such as projections on a class pattern: blue is
+            negative, white 0, red positive, up to the largest absolute value. Else, such as for
+            attention: from dark, 0 and below, to bright, the largest value.
+        side: size of the tile in pixels; the image is fitted into it.
+
+    Returns:
+        (side, side, 3) uint8 RGB.
+    """
+    _, size = _fitted(image, side)
+    tile = _grey(image, size)
+    is_known = np.isfinite(values)
+    filled = np.where(is_known, values, 0).astype(np.float32)  # NaN would spread to its neighbours
+    if not symmetric:
+        filled = np.maximum(filled, 0)
+    scaled = cv2.resize(filled / (np.abs(filled).max() or 1), size, interpolation=cv2.INTER_LINEAR)
+    inside = cv2.resize(is_known.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST_EXACT) > 0
+    colors = _diverging(scaled) if symmetric else _sequential(scaled)
+    tile = _blend(tile, colors)
+    tile[~inside] = _COLOR_UNKNOWN
+    return _squared(tile, side)
 
 
 def contact_sheet(
-    tiles: Sequence[np.ndarray], *, columns: int = 4, row_titles: Sequence[str] = ()
+    tiles: Sequence[np.ndarray],
+    *,
+    columns: int = 4,
+    row_titles: Sequence[str] = (),
+    column_titles: Sequence[str] = (),
+    legend: Sequence[tuple[Color, str]] = SPLIT_LEGEND,
 ) -> np.ndarray:
-    """Lay tiles of one size out in rows under a legend of the two box colours.
+    """Lay tiles of one size out in rows.
 
     Args:
         tiles: row by row.
         columns: tiles in a row.
         row_titles: text above each row; none without.
+        column_titles: text at the top of each column; none without.
+        legend: RGB colours and what they mean, above everything else; by default the two box
+            colours of :func:`draw_instances`. No strip without entries.
 
     Returns:
         (H, W, 3) uint8 RGB.
+
+    Raises:
+        ValueError: there are not as many titles as rows or columns.
     """
     blank = np.full_like(tiles[0], 255)
     filled = [*tiles, *[blank] * (-len(tiles) % columns)]
     rows = [np.hstack(filled[i : i + columns]) for i in range(0, len(filled), columns)]
-    legend = np.full((_LEGEND_HEIGHT, rows[0].shape[1], 3), 255, np.uint8)
-    if row_titles:
-        titled = zip(row_titles, rows, strict=True)
-        rows = [part for title, row in titled for part in (_title(title, row.shape[1]), row)]
-    x = 10
-    for color, text in (
-        (COLOR_WITH_MASKS, "masks and boxes in training (A)"),
-        (COLOR_WITHOUT_MASKS, "only boxes in training (B)"),
+    for kind, titles, count in (
+        ("row", row_titles, len(rows)),
+        ("column", column_titles, columns),
     ):
+        if titles and len(titles) != count:
+            raise ValueError(f"The sheet has {count} {kind}s, but {len(titles)} {kind} titles.")
+    width = rows[0].shape[1]
+    parts = [_legend(legend, width)] if legend else []
+    if column_titles:
+        parts.append(np.hstack([_title(title, blank.shape[1]) for title in column_titles]))
+    for index, row in enumerate(rows):
+        parts += [_title(row_titles[index], width), row] if row_titles else [row]
+    return np.vstack(parts)
+
+
+def _legend(entries: Sequence[tuple[Color, str]], width: int) -> np.ndarray:
+    legend = np.full((_LEGEND_HEIGHT, width, 3), 255, np.uint8)
+    x = 10
+    for color, text in entries:
         cv2.rectangle(legend, (x, 8), (x + 18, 26), color, -1)
         cv2.putText(legend, text, (x + 26, 23), _FONT, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
         x += 60 + cv2.getTextSize(text, _FONT, 0.55, 1)[0][0]
-    return np.vstack([legend, *rows])
+    return legend
 
 
 def _title(text: str, width: int) -> np.ndarray:
@@ -104,11 +216,58 @@ def save_png(path: Path, image: np.ndarray) -> None:
     path.write_bytes(content.tobytes())
 
 
-def _draw_label(
-    tile: np.ndarray, text: str, corner: tuple[int, int], color: tuple[int, int, int]
-) -> None:
+def _fitted(image: np.ndarray, side: int) -> tuple[float, tuple[int, int]]:
+    """Scale and (width, height) with which an image fits into a square."""
+    height, width = image.shape[:2]
+    scale = side / max(height, width)
+    return scale, (max(1, round(width * scale)), max(1, round(height * scale)))
+
+
+def _squared(tile: np.ndarray, side: int) -> np.ndarray:
+    square = np.full((side, side, 3), 255, np.uint8)
+    square[: tile.shape[0], : tile.shape[1]] = tile
+    return square
+
+
+def _grey(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)
+    resized = cv2.resize(grey, size, interpolation=cv2.INTER_LINEAR)
+    return np.repeat(resized[:, :, None], 3, axis=2)
+
+
+def _blend(pixels: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    return np.round((1 - _OPACITY) * pixels + _OPACITY * colors).astype(np.uint8)
+
+
+def _class_color(labels: np.ndarray | int) -> np.ndarray:
+    """VOC's colour of labels from 1 on; the 256th class has that of the first again."""
+    return voc_palette()[(np.asarray(labels) - 1) % 255 + 1]
+
+
+def _diverging(values: np.ndarray) -> np.ndarray:
+    """Blue, white, red for [-1, 1]."""
+    ends = np.where(values[..., None] < 0, (30, 60, 220), (220, 30, 30))
+    return 255 + np.abs(values)[..., None] * (ends - 255)
+
+
+def _sequential(values: np.ndarray) -> np.ndarray:
+    """Viridis for [0, 1]."""
+    levels = np.round(255 * np.clip(values, 0, 1)).astype(np.uint8)
+    return cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[:, :, ::-1]
+
+
+def _innermost(mask: np.ndarray) -> tuple[int, int]:
+    """The (x, y) of a pixel of a mask that is farthest from its edge."""
+    distance = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)
+    y, x = np.unravel_index(distance.argmax(), distance.shape)
+    return int(x) - 1, int(y) - 1
+
+
+def _draw_label(tile: np.ndarray, text: str, corner: tuple[int, int], color: Color) -> None:
     (width, height), _ = cv2.getTextSize(text, _FONT, 0.4, 1)
     x = int(np.clip(corner[0], 0, max(0, tile.shape[1] - width - 4)))
     y = int(np.clip(corner[1], height + 6, tile.shape[0]))
     cv2.rectangle(tile, (x, y - height - 6), (x + width + 4, y), color, -1)
-    cv2.putText(tile, text, (x + 2, y - 4), _FONT, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+    is_dark = np.dot(color, (0.299, 0.587, 0.114)) < 80
+    ink = (255, 255, 255) if is_dark else (0, 0, 0)
+    cv2.putText(tile, text, (x + 2, y - 4), _FONT, 0.4, ink, 1, cv2.LINE_AA)

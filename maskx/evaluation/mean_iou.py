@@ -48,13 +48,22 @@ class MeanIoU:
         counts = np.zeros((3, num_classes + 1), np.int64)
         self.intersections, self.predicted, self.true = counts
 
-    def update(self, predicted: ArrayLike, truth: ArrayLike, image_id: int | str) -> None:
+    def update(
+        self,
+        predicted: ArrayLike,
+        truth: ArrayLike,
+        image_id: int | str,
+        *,
+        allow_undecided: bool = False,
+    ) -> None:
         """Count the pixels of one image.
 
         Args:
             predicted: (H, W) integers from 0 to K.
             truth: (H, W) integers from 0 to K, and `ignore_label(K)` where it is not known.
             image_id: id of the image, for errors.
+            allow_undecided: whether the prediction may be `ignore_label(K)` too. Such a pixel is
+                FN of its true label and FP of none.
 
         Raises:
             ValueError: the arrays are of different shapes, or a value is none of the allowed.
@@ -71,12 +80,14 @@ class MeanIoU:
                 f"The prediction for image {image_id!r} has shape {predicted.shape}, its truth "
                 f"{truth.shape}. Resize the prediction (scores, before the argmax) to the image."
             )
-        self._check_range(predicted, f"The prediction for image {image_id!r}", "")
+        hint = f", {self._ignore} (ignore)"
+        decided = predicted[predicted != self._ignore] if allow_undecided else predicted
+        where = f"The prediction for image {image_id!r}"
+        self._check_range(decided, where, hint if allow_undecided else "")
         is_known = truth != self._ignore
         predicted, truth = predicted[is_known], truth[is_known]
-        hint = f", {self._ignore} (ignore)"
         self._check_range(truth, f"The truth of image {image_id!r}", hint)
-        self.predicted += self._count(predicted)
+        self.predicted += self._count(predicted[predicted != self._ignore])
         self.true += self._count(truth)
         self.intersections += self._count(truth[predicted == truth])
 

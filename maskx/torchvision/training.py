@@ -1,6 +1,7 @@
 """One training loop for every system on the embedded host: deterministic, resumable."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from maskx.torchvision.data import step_seed
 
 CHECKPOINT_NAME = "checkpoint.pth"
+OPTIMIZERS = ("sgd", "adam")
 
 # Reading a loss waits for the device, so losses are read only this often.
 _LOG_EVERY = 20
@@ -32,15 +34,21 @@ class TrainingSettings:
     Attributes:
         iterations: number of steps.
         batch_size: images per step.
-        learning_rate: peak of the schedule, for SGD with momentum 0.9.
-        weight_decay: for weights of convolutions and linear layers; not for biases and norms.
+        learning_rate: peak of the schedule.
+        weight_decay: for weights of convolutions and linear layers; not for biases and norms. Both
+            optimizers add it to the gradient.
         warmup_fraction: share of the steps in which the learning rate rises linearly; then it
             falls to 0 as a cosine.
         seed: of initial weights, data order and sampling.
         checkpoint_every: steps between checkpoints.
+        optimizer: "sgd", with momentum 0.9, or "adam", with betas 0.9 and 0.999.
+        lr_multipliers: factors of the learning rate by prefix of the parameter's name, such as
+            {"network.backbone.": 0.05}. Of several prefixes that fit a name the longest counts;
+            a parameter without one has factor 1.
 
     Raises:
-        ValueError: there is no step to make, or no image in a step.
+        ValueError: there is no step to make, no image in a step, no such optimizer, or a factor is
+            not a positive number.
     """
 
     iterations: int
@@ -50,11 +58,25 @@ class TrainingSettings:
     warmup_fraction: float = 0.05
     seed: int = 0
     checkpoint_every: int = 100
+    optimizer: str = "sgd"
+    # Without it in the hash, settings stay hashable; equal settings have equal hashes all the same.
+    lr_multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for key in ("iterations", "batch_size", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}."
+            )
+        object.__setattr__(self, "lr_multipliers", dict(self.lr_multipliers))
+        for prefix, factor in self.lr_multipliers.items():
+            if not (factor > 0 and math.isfinite(factor)):
+                raise ValueError(
+                    f"lr_multipliers[{prefix!r}] must be a positive number, got {factor}. To keep "
+                    "parameters as they are, set their requires_grad to False."
+                )
 
     def schedule(self) -> ParamScheduler:
         """Learning rate by the share of the run that is done, in [0, 1]."""
@@ -121,15 +143,15 @@ def train(
         The losses every 20 steps and at the last: ``iteration``, each loss and their ``total``.
 
     Raises:
-        ValueError: the checkpoint belongs to a run with other settings or to another model.
+        ValueError: the checkpoint belongs to a run with other settings or to another model, or a
+            prefix of `lr_multipliers` fits no parameter that is trained.
         FloatingPointError: a loss is not finite.
     """
     device = torch.device(device)
     description_of_run = dataclasses.asdict(settings) | dict(identity or {})
     model.to(device).train()
-    optimizer = torch.optim.SGD(
-        _parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, momentum=0.9
-    )
+    groups, lr_multipliers = _parameter_groups(model, settings)
+    optimizer = _make_optimizer(groups, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
     checkpoint = output_dir / CHECKPOINT_NAME
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -145,8 +167,9 @@ def train(
     with progress:
         for iteration, batch in enumerate(batches(start=start, stop=settings.iterations), start):
             torch.manual_seed(step_seed(settings.seed, iteration))
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(iteration / settings.iterations)
+            learning_rate = schedule(iteration / settings.iterations)
+            for group, factor in zip(optimizer.param_groups, lr_multipliers, strict=True):
+                group["lr"] = learning_rate * factor
             with torch.autocast(device.type, enabled=device.type == "cuda"):
                 losses = model(batch)
                 total = sum(losses.values())
@@ -184,12 +207,43 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
     _load_model(model, _read_checkpoint(checkpoint, "cpu")["model"], checkpoint)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    learned = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in learned if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def _make_optimizer(groups: list[dict], settings: TrainingSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=settings.learning_rate, betas=(0.9, 0.999))
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
+
+
+def _parameter_groups(
+    model: nn.Module, settings: TrainingSettings
+) -> tuple[list[dict], list[float]]:
+    """Group parameters by what the optimizer does with them; the factors are by group."""
+    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    factor_of = _lr_multipliers([name for name, _ in learned], settings.lr_multipliers)
+    groups, factors = [], []
+    for factor in sorted({1.0, *factor_of.values()}):
+        chosen = [p for name, p in learned if factor_of[name] == factor]
+        groups += [
+            {"params": [p for p in chosen if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in chosen if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        factors += [factor, factor]
+    return groups, factors
+
+
+def _lr_multipliers(names: list[str], factors: Mapping[str, float]) -> dict[str, float]:
+    for prefix in factors:
+        if not any(name.startswith(prefix) for name in names):
+            shown = ", ".join([*names[:3], *names[3:][-3:]])
+            raise ValueError(
+                f"lr_multipliers has the prefix {prefix!r}, which fits none of the {len(names)} "
+                f"parameters that are trained. Their names are such as: {shown}."
+            )
+
+    def factor_of(name: str) -> float:
+        fitting = [prefix for prefix in factors if name.startswith(prefix)]
+        return float(factors[max(fitting, key=len)]) if fitting else 1.0
+
+    return {name: factor_of(name) for name in names}
 
 
 def _read_losses(iteration: int, losses: dict, total: torch.Tensor) -> dict[str, float]:
@@ -224,8 +278,10 @@ def _load_checkpoint(
     path: Path, state: dict, description_of_run: dict, device: torch.device
 ) -> tuple[int, list]:
     content = _read_checkpoint(path, device)
+    # Checkpoints from before there was a choice lack these two.
+    run = {"optimizer": "sgd", "lr_multipliers": {}} | content["run"]
     for key, value in description_of_run.items():
-        found = content["run"].get(key)
+        found = run.get(key)
         # How often checkpoints are written does not change what is learned.
         if found != value and key != "checkpoint_every":
             raise ValueError(

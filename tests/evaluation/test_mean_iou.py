@@ -65,6 +65,24 @@ def test_hand_computed_values():
     assert result["pixel_accuracy"] == pytest.approx(500 / 7)
 
 
+def test_undecided_pixels_are_missed_and_predict_nothing():
+    predicted = np.where([[1, 0, 1, 0], [0, 0, 0, 1]], 255, PREDICTED)
+    counts = MeanIoU(4)
+    counts.update(predicted, TRUTH, 0, allow_undecided=True)
+    result = counts.evaluate()
+    # background: 1 of 3 pixels and one predicted elsewhere; class 0: 1 of 2 and one elsewhere;
+    # class 1: 1 of 2. The last undecided pixel is one that the truth ignores.
+    assert counts.predicted.tolist() == [2, 2, 1, 0, 0]
+    assert counts.true.tolist() == [3, 2, 2, 0, 0]
+    assert result["background"] == pytest.approx(100 / 4)
+    assert result["per_class"] == pytest.approx([100 / 3, 50, math.nan, math.nan], nan_ok=True)
+    assert result["pixel_accuracy"] == pytest.approx(300 / 7)
+    with pytest.raises(ValueError, match=r"prediction for image 0 has the value 255\. Allowed: .*"):
+        counts.update(predicted, TRUTH, 0)
+    with pytest.raises(ValueError, match=r"for image 0 has the value 5\. Allowed: .*255 .ignore"):
+        counts.update(np.where(predicted == 0, 5, predicted), TRUTH, 0, allow_undecided=True)
+
+
 def test_a_class_that_was_predicted_but_is_not_in_the_truth_has_iou_0():
     result = count([(np.array([[0, 2]]), np.array([[0, 0]]))], 2).evaluate()
     assert result["per_class"] == pytest.approx([math.nan, 0], nan_ok=True)

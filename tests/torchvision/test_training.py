@@ -196,3 +196,137 @@ def test_asking_for_a_missing_gpu_is_named(monkeypatch):
     assert select_device("auto") == select_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert select_device("auto") == torch.device("cuda")
+
+
+ADAM = dataclasses.replace(
+    SETTINGS,
+    learning_rate=1e-3,
+    optimizer="adam",
+    lr_multipliers={"detector.backbone.": 0.1, "detector.backbone.fpn.": 0.5},
+)
+
+
+@pytest.mark.parametrize("settings", [ADAM, dataclasses.replace(ADAM, optimizer="sgd")])
+@pytest.mark.parametrize("stop_before", [2, 3])
+def test_adam_and_multipliers_resume_to_the_same_weights(run, settings, stop_before):
+    expected, expected_history = run(settings, folder="whole")
+    with pytest.raises(Interrupted):
+        run(settings, stop_before=stop_before)
+    torch.manual_seed(99)
+    model, history = run(settings, resume=True)
+    assert_same_weights(model, expected)
+    assert history == expected_history
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optimizer": "sgd"}, "optimizer adam, but this run has optimizer sgd"),
+        (
+            {"lr_multipliers": {}},
+            r"lr_multipliers \{'detector.*but this run has lr_multipliers \{\}",
+        ),
+        ({"lr_multipliers": {"detector.backbone.": 0.1}}, "lr_multipliers"),
+    ],
+)
+def test_optimizer_and_multipliers_identify_a_run(run, change, words):
+    with pytest.raises(Interrupted):
+        run(ADAM, stop_before=3)
+    with pytest.raises(ValueError, match=f"was made with {words}"):
+        run(dataclasses.replace(ADAM, **change), resume=True)
+
+
+def test_checkpoints_from_before_there_was_a_choice_resume(run, tmp_path):
+    expected, _ = run(folder="whole")
+    with pytest.raises(Interrupted):
+        run(stop_before=3)
+    path = tmp_path / "run" / CHECKPOINT_NAME
+    content = torch.load(path, weights_only=True)
+    del content["run"]["optimizer"], content["run"]["lr_multipliers"]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="optimizer sgd, but this run has optimizer adam"):
+        run(dataclasses.replace(SETTINGS, optimizer="adam"), resume=True)
+    model, _ = run(resume=True)
+    assert_same_weights(model, expected)
+
+
+class Linear(nn.Module):
+    """A loss whose gradient is the same at every step: 1 for all weights but the frozen one."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Parameter(torch.zeros(2, 2))
+        self.backbone = nn.ParameterDict(
+            {name: torch.zeros(2, 2) for name in ("stem", "last_conv")} | {"bias": torch.zeros(2)}
+        )
+        self.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+
+    def forward(self, batch):
+        return {"loss_x": sum(p.sum() for p in self.parameters())}
+
+
+def moved_weights(tmp_path, **changes):
+    """Weights of :class:`Linear` after 3 steps, by name."""
+    model = Linear()
+    settings = TrainingSettings(
+        iterations=3, batch_size=1, learning_rate=0.1, weight_decay=0.0, **changes
+    )
+    train(model, lambda start, stop: [[{}]] * (stop - start), settings, output_dir=tmp_path)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_the_longest_prefix_sets_the_rate(tmp_path, optimizer):
+    plain = moved_weights(tmp_path / "plain", optimizer=optimizer)
+    factors = {"backbone.": 0.5, "backbone.last": 2.0, "backbone.b": 0.25}
+    moved = moved_weights(tmp_path / "factors", optimizer=optimizer, lr_multipliers=factors)
+    expected = {"head": 1, "backbone.stem": 0.5, "backbone.last_conv": 2, "backbone.bias": 0.25}
+    for name, factor in expected.items():
+        assert (plain[name] != 0).all(), name
+        assert torch.allclose(moved[name], factor * plain[name], rtol=1e-6), name
+    assert not moved["frozen"].any()
+
+
+def test_adam_moves_as_its_paper_says(tmp_path):
+    """Kingma & Ba, ICLR 2015, Algorithm 1, with the clipped gradient of the loop."""
+    settings = TrainingSettings(iterations=3, batch_size=1, learning_rate=0.1)
+    gradient = 1.0  # of 14 trained weights: a norm of 3.7, below the limit of 10
+    weight = first = second = 0.0
+    for step in range(1, 4):
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        root = (second / (1 - 0.999**step)) ** 0.5 + 1e-8
+        weight -= settings.schedule()((step - 1) / 3) * first / (1 - 0.9**step) / root
+    moved = moved_weights(tmp_path, optimizer="adam")
+    assert moved["head"][0, 0].item() == pytest.approx(weight, rel=1e-5)
+
+
+def test_a_prefix_of_no_trained_parameter_is_named(tmp_path):
+    words = "which fits none of the 4 parameters .* such as: head, backbone.bias, "
+    for prefix in ("body.", "frozen"):
+        with pytest.raises(ValueError, match=f"prefix '{prefix}', {words}"):
+            moved_weights(tmp_path, lr_multipliers={"backbone.": 0.5, prefix: 0.1})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optimizer": "Adam"}, "optimizer must be one of sgd, adam, got 'Adam'"),
+        ({"lr_multipliers": {"a": 0}}, r"lr_multipliers\['a'\] must be a positive number, got 0"),
+        ({"lr_multipliers": {"a": float("nan")}}, "must be a positive number, got nan"),
+        ({"lr_multipliers": {"a": float("inf")}}, "must be a positive number, got inf"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(SETTINGS, **change)
+
+
+def test_settings_compare_and_hash_and_do_not_change_with_the_mapping():
+    factors = {"a": 0.5}
+    settings = dataclasses.replace(SETTINGS, lr_multipliers=factors)
+    assert settings == dataclasses.replace(SETTINGS, lr_multipliers={"a": 0.5})
+    assert settings != SETTINGS
+    factors["a"] = 2.0
+    assert settings.lr_multipliers == {"a": 0.5}
+    assert len({settings, dataclasses.replace(settings)}) == 1

@@ -1,0 +1,346 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from maskx.data.label_maps import semantic_label_map
+from maskx.evaluation.image_labels import evaluate_image_labels
+from maskx.modeling.backbones import SmallResNet
+from maskx.modeling.deeplab import DeepLab
+from maskx.modeling.image_classifier import ImageClassifier
+from maskx.torchvision.data import training_batches
+from maskx.torchvision.images import ImageMapper
+from maskx.torchvision.semantic import (
+    SampleClassifier,
+    SampleSegmenter,
+    evaluate_label_maps,
+    predict_image_labels,
+    predict_label_maps,
+)
+from maskx.torchvision.training import TrainingSettings, train
+
+K, SIZE = 8, 32
+WIDTHS = (8, 8, 8, 8)
+
+
+def make_classifier(**changes):
+    torch.manual_seed(0)
+    backbone = SmallResNet(widths=WIDTHS)
+    network = ImageClassifier(backbone, in_feature="layer4", in_channels=8, num_classes=K)
+    return SampleClassifier(network, **{"size": SIZE} | changes)
+
+
+def make_segmenter(**changes):
+    torch.manual_seed(0)
+    network = DeepLab(
+        SmallResNet(widths=WIDTHS),
+        in_feature="layer4",
+        in_channels=8,
+        num_classes=K,
+        hidden_channels=8,
+        dilation=2,
+    )
+    return SampleSegmenter(network, **{"size": SIZE} | changes)
+
+
+MAKERS = {"loss_labels": make_classifier, "loss_pixels": make_segmenter}
+
+
+@pytest.fixture
+def samples(scenes):
+    mapper = ImageMapper(K, size=SIZE, label_maps=True)
+    return [mapper(record, np.random.RandomState(0)) for record in scenes.records[:3]]
+
+
+def assert_all_have_gradients(model):
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_images_are_normalised_with_the_numbers_of_imagenet():
+    model = make_classifier()
+    image = torch.tensor([255, 0, 51], dtype=torch.uint8).reshape(3, 1, 1).expand(3, 20, 30)
+    (batch,) = model.preprocess([{"image": image}])
+    assert batch.shape == (3, SIZE, SIZE)
+    expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
+    for channel, value in zip(batch, expected, strict=True):
+        assert torch.allclose(channel, torch.tensor(value), atol=1e-5)
+    assert model.preprocess([]).shape == (0, 3, SIZE, SIZE)
+    assert not {"mean", "std"} & set(model.state_dict())
+
+
+def test_inference_sees_an_image_as_training_did(scenes):
+    """But for whole numbers: along rows, then along columns, warped bytes are off by 1/2 each."""
+    record = scenes.records[0]
+    mapper = ImageMapper(K, size=SIZE, flip=False, label_maps=False)
+    model = make_classifier()
+    trained = model.preprocess([mapper(record, np.random.RandomState(0))])
+    inferred = model.preprocess([mapper.read_image(record)])
+    assert (trained - inferred).abs().max() <= 1.01 / 255 / 0.224
+
+
+def test_the_loss_of_labels_is_that_of_their_sigmoids(samples):
+    model = make_classifier().train()
+    losses = model(samples)
+    assert set(losses) == {"loss_labels"}
+    logits = model.classifier(model.preprocess(samples))
+    total = 0.0
+    for row, sample in zip(logits, samples, strict=True):
+        for index, logit in enumerate(row.tolist()):
+            prob = 1 / (1 + math.exp(-logit))
+            total -= math.log(prob if index in sample["image_labels"] else 1 - prob)
+    assert losses["loss_labels"].item() == pytest.approx(total / (3 * K), rel=1e-4)
+    losses["loss_labels"].backward()
+    assert_all_have_gradients(model)
+
+
+def test_the_loss_of_pixels_ignores_unknown_ones(samples):
+    model = make_segmenter().eval()  # without dropout
+    for sample in samples:
+        sample["label_map"][:4] = 255
+    logits = model.network(model.preprocess(samples))
+    logits = F.interpolate(logits, (SIZE, SIZE), mode="bilinear", align_corners=False)
+    truth = torch.stack([sample["label_map"] for sample in samples])
+    log_prob = logits.log_softmax(dim=1).permute(0, 2, 3, 1)[truth != 255]
+    expected = -log_prob.gather(1, truth[truth != 255][:, None]).mean()
+    model.training = True  # the wrapper alone: batch norm and dropout stay as they are
+    losses = model(samples)
+    assert set(losses) == {"loss_pixels"}
+    assert losses["loss_pixels"].item() == pytest.approx(expected.item(), rel=1e-5)
+    losses["loss_pixels"].backward()
+    assert_all_have_gradients(model)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_nothing_to_learn_from_is_a_zero_loss_with_a_graph(name, samples):
+    for sample in samples:
+        sample["label_map"][:] = 255
+    batches = [[], samples] if name == "loss_pixels" else [[]]
+    for batch in batches:
+        model = MAKERS[name]().train()
+        loss = model(batch)[name]
+        assert loss.item() == 0
+        loss.backward()
+        assert_all_have_gradients(model)
+
+
+def test_images_without_labels_teach_that_nothing_is_there(samples):
+    model = make_classifier().train()
+    for sample in samples:
+        sample["image_labels"] = []
+    model(samples)["loss_labels"].backward()
+    assert (model.classifier.classifier.bias.grad > 0).all()
+
+
+def test_labels_outside_the_class_list_are_refused(samples):
+    samples[1]["image_labels"] = [K]
+    with pytest.raises(ValueError, match=r"image_labels \[8\]"):
+        make_classifier().train()(samples)
+
+
+def test_label_maps_must_fit_the_model(samples, scenes):
+    model = make_segmenter().train()
+    other = ImageMapper(K, size=16, label_maps=True)(scenes.records[0], np.random.RandomState(0))
+    with pytest.raises(ValueError, match=r"came with \(16, 16\), .* of \(32, 32\).*size=32"):
+        model([samples[0], other])
+    del samples[0]["label_map"]
+    with pytest.raises(ValueError, match="came with no label map"):
+        model(samples)
+
+
+@pytest.mark.parametrize("make", MAKERS.values())
+def test_a_size_below_one_is_refused(make):
+    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
+        make(size=0)
+
+
+def test_outputs_have_the_names_and_shapes_of_both_hosts(scenes):
+    reader = ImageMapper(K, size=None, label_maps=False)
+    sample = reader.read_image(scenes.records[0])
+    sample["image"], sample["width"] = sample["image"][:, :, :50], 50
+    with torch.no_grad():
+        outputs = make_classifier().eval()([sample, reader.read_image(scenes.records[1])])
+        assert [output["logits"].shape for output in outputs] == [(K,), (K,)]
+        (output,) = make_segmenter().eval()([sample])
+    assert output["prob"].shape == (K + 1, 64, 50)
+    assert torch.allclose(output["prob"].sum(dim=0), torch.ones(64, 50), atol=1e-5)
+    assert make_classifier().eval()([]) == make_segmenter().eval()([]) == []
+
+
+def test_scores_of_several_sizes_are_averaged(scenes):
+    sample = ImageMapper(K, size=None, label_maps=False).read_image(scenes.records[0])
+    model = make_segmenter(test_sizes=(24, 40)).eval()
+    scores = []
+    with torch.no_grad():
+        for size in (24, 40):
+            model.size = size
+            logits = model.network(model.preprocess([sample]))
+            scores.append(F.interpolate(logits, (64, 64), mode="bilinear", align_corners=False)[0])
+        expected = ((scores[0] + scores[1]) / 2).softmax(dim=0)
+        assert torch.allclose(model([sample])[0]["prob"], expected, atol=1e-5)
+        single = make_segmenter().eval()([sample])[0]["prob"]
+        only = make_segmenter(test_sizes=(SIZE,)).eval()([sample])[0]["prob"]
+    assert torch.equal(single, only)
+
+
+def test_probabilities_of_labels_do_not_depend_on_the_batch(scenes):
+    model = make_classifier()
+    prob = predict_image_labels(model, scenes.records, batch_size=3)
+    assert prob.shape == (len(scenes.records), K)
+    assert prob.dtype == np.float32
+    assert not model.training
+    assert np.allclose(prob, predict_image_labels(model, scenes.records, batch_size=8), atol=1e-6)
+    sample = ImageMapper(K, size=None, label_maps=False).read_image(scenes.records[4])
+    with torch.no_grad():
+        expected = 1 / (1 + np.exp(-model([sample])[0]["logits"].double().numpy()))
+    assert np.allclose(prob[4], expected, atol=1e-6)
+    assert predict_image_labels(model, []).shape == (0, K)
+
+
+class Oracle(nn.Module):
+    """Stands in for a segmenter; the truth is the second best where `wrong` is the best."""
+
+    num_classes = K
+
+    def __init__(self, records, wrong=None):
+        super().__init__()
+        self.records = {record["image_id"]: record for record in records}
+        self.wrong = wrong
+
+    def forward(self, samples):
+        return [{"prob": self.answer(self.records[s["image_id"]])} for s in samples]
+
+    def answer(self, record):
+        truth = torch.from_numpy(semantic_label_map(record, K)).long()
+        truth[truth == 255] = 0
+        scores = 5 * F.one_hot(truth, K + 1).permute(2, 0, 1).float()
+        if self.wrong is not None:
+            scores[self.wrong] += 7
+        return scores.softmax(dim=0)
+
+
+def evaluate(model, records, **options):
+    predictions = predict_label_maps(model, records, **options)
+    return evaluate_label_maps(predictions, records, K, {"A": range(4)})
+
+
+def test_perfect_label_maps_score_100(scenes):
+    result = evaluate(Oracle(scenes.records), scenes.records)
+    assert result["mIoU"] == {"all": pytest.approx(100), "A": pytest.approx(100)}
+    image_id, label_map = next(predict_label_maps(Oracle(scenes.records), scenes.records))
+    assert image_id == scenes.records[0]["image_id"]
+    assert label_map.dtype == np.uint8
+
+
+def test_only_image_labels_are_predicted_where_asked_for(scenes):
+    record = next(r for r in scenes.records if 5 not in r["image_labels"])
+    model = Oracle([record], wrong=6)
+    ((_, anything),) = predict_label_maps(model, [record])
+    assert (anything == 6).all()
+    assert evaluate(model, [record], only_image_labels=True)["pixel_accuracy"] == 100
+    ((_, nothing),) = predict_label_maps(
+        model, [record | {"image_labels": []}], only_image_labels=True
+    )
+    assert not nothing.any()
+
+
+@pytest.mark.parametrize("only_image_labels", [False, True])
+def test_refinement_sees_the_image_and_the_rows_that_are_left(scenes, only_image_labels):
+    record = scenes.records[0]
+    seen = []
+
+    def refine(image, prob):
+        seen.append((image, prob))
+        return prob[::-1]
+
+    ((_, label_map),) = predict_label_maps(
+        Oracle([record]), [record], refine=refine, only_image_labels=only_image_labels
+    )
+    ((image, prob),) = seen
+    assert (image.shape, image.dtype) == ((64, 64, 3), np.uint8)
+    sample = ImageMapper(K, size=None, label_maps=False).read_image(record)
+    assert np.array_equal(image.transpose(2, 0, 1), sample["image"].numpy())
+    present = [0, *(index + 1 for index in record["image_labels"])]
+    labels = np.array(present if only_image_labels else range(K + 1))
+    assert prob.shape == (len(labels), 64, 64)
+    assert prob.dtype == np.float32
+    assert np.allclose(prob.sum(axis=0), 1, atol=1e-5)
+    truth = semantic_label_map(record, K)
+    known = truth != 255
+    position = np.zeros(256, int)
+    position[labels] = np.arange(len(labels))
+    assert np.array_equal(label_map[known], labels[::-1][position[truth[known]]])
+
+
+def test_a_refinement_of_another_shape_is_refused(scenes):
+    record = scenes.records[0]
+    with pytest.raises(ValueError, match=r"refine returned shape \(64, 64\) for .* \(9, 64, 64\)"):
+        list(predict_label_maps(Oracle([record]), [record], refine=lambda image, prob: prob[0]))
+
+
+def test_the_dense_crf_is_a_refinement(scenes):
+    pytest.importorskip("pydensecrf.densecrf")
+    from maskx.data.dense_crf import refine
+
+    # Its last image has one label alone, the background.
+    records = [*scenes.records[:2], scenes.records[2] | {"image_labels": []}]
+    for only_image_labels in (False, True):
+        predictions = predict_label_maps(
+            make_segmenter(), records, refine=refine, only_image_labels=only_image_labels
+        )
+        label_maps = [label_map for _, label_map in predictions]
+        assert [label_map.shape for label_map in label_maps] == [(64, 64)] * 3
+    assert not label_maps[-1].any()
+
+
+def test_inference_does_not_leak_into_the_callers_code(scenes):
+    for _ in predict_label_maps(make_segmenter(), scenes.records[:2]):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_every_record_is_predicted_once(scenes):
+    records = scenes.records[:3]
+    truth = [(r["image_id"], np.zeros((64, 64), np.uint8)) for r in records]
+    assert evaluate_label_maps(iter(truth[::-1]), records, K)["mIoU"]["all"] >= 0
+    with pytest.raises(ValueError, match="2 of 3 images have no prediction, the first is"):
+        evaluate_label_maps(truth[1:2], records, K)
+    with pytest.raises(ValueError, match="or was predicted before"):
+        evaluate_label_maps([*truth, truth[0]], records, K)
+    with pytest.raises(ValueError, match="Image 'stranger' was predicted, but is not among the 3"):
+        evaluate_label_maps([("stranger", truth[0][1])], records, K)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_training_loop_drives_both(name, scenes, tmp_path):
+    part = {"loss_labels": "classifier", "loss_pixels": "network"}[name]
+    settings = TrainingSettings(
+        iterations=25,
+        batch_size=8,
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        optimizer="adam",
+        lr_multipliers={f"{part}.backbone.": 0.5},
+    )
+    mapper = ImageMapper(K, size=SIZE, flip=False, label_maps=name == "loss_pixels")
+
+    def batches(start, stop):
+        return training_batches(
+            scenes.records, mapper, batch_size=8, seed=0, start=start, stop=stop
+        )
+
+    model = MAKERS[name]()
+    history = train(model, batches, settings, output_dir=tmp_path)
+    assert history[-1][name] < 0.8 * history[0][name]
+    if name == "loss_labels":
+        truth = np.zeros((len(scenes.records), K), bool)
+        for row, record in zip(truth, scenes.records, strict=True):
+            row[record["image_labels"]] = True
+        prob = predict_image_labels(model, scenes.records)
+        assert 0 <= evaluate_image_labels(prob, truth)["mAP"] <= 100
+    else:
+        assert 0 <= evaluate(model, scenes.records)["pixel_accuracy"] <= 100
