@@ -3,12 +3,8 @@
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +18,7 @@ from maskx.data.grabcut import GRABCUT_ITERATIONS, box_pixels, grabcut_mask
 from maskx.data.images import read_image
 from maskx.data.json_files import write_json
 from maskx.data.masks import encode_masks
+from maskx.data.processes import run_jobs
 from maskx.supervision import resolve_split
 
 __all__ = ["GrabCutSummary", "write_grabcut_json"]
@@ -116,7 +113,7 @@ def write_grabcut_json(
             unit="img",
             disable=not progress,
         ) as bar:
-            for found in _run(todo, workers):
+            for found in run_jobs(_cut_image, todo, workers):
                 file.write(json.dumps(found).encode("ascii") + b"\n")
                 file.flush()
                 masks |= found
@@ -217,34 +214,6 @@ def _open_partial(
         if not complete:
             file.write(json.dumps(header).encode("ascii") + b"\n")
         yield file, {key: entry for line in lines for key, entry in line.items()}
-
-
-def _run(jobs: list[_Job], workers: int) -> Iterator[dict[str, Any]]:
-    if workers == 1:
-        yield from map(_cut_image, jobs)
-        return
-    # Not fork, which may lock up after OpenCV has started threads.
-    with ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
-    ) as processes:
-        try:
-            # As they finish, so that a slow image holds back no others from being kept.
-            for future in as_completed([processes.submit(_cut_image, job) for job in jobs]):
-                yield future.result()
-        finally:
-            processes.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process ends them
-    # The processes of a pool outlive a main process that is killed.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _cut_image(job: _Job) -> dict[str, dict[str, Any]]:
