@@ -19,6 +19,7 @@ REQUIRES = [
     "opencv-python>=4.8",
     "pillow>=9",
     "tqdm>=4.60",
+    "safetensors>=0.4",
 ]
 PLOTS = ["matplotlib>=3.7"]
 VOC = ["scipy>=1.8"]

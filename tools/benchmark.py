@@ -1,4 +1,4 @@
-"""Measure what training steps cost in time and memory.
+"""Measure what the steps of a system cost in time and memory.
 
 All rows of a table are measured in one run, interleaved, so that only ratios need to be compared:
 to the first row, as the median over the rounds. Peak memory is that of what a step makes.
@@ -6,6 +6,7 @@ to the first row, as the median over the rounds. Peak memory is that of what a s
 Examples:
     python tools/benchmark.py mask_head --json mask_head.json
     python tools/benchmark.py mask_head --section predictor mlp --rois 32
+    python tools/benchmark.py class_patterns --depth 34
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 
 from maskx.evaluation.benchmark import describe_machine, format_table, measure
 from maskx.modeling.benchmark import Case, head_cases, mlp_cases, predictor_cases, trunk_cases
+from maskx.modeling.class_patterns_benchmark import discovery_cases
 
 CONFIG = Path(__file__).parents[1] / "configs" / "MaskX" / "Base-MaskX-RCNN-FPN.yaml"
 MASK_HEAD_SECTIONS = ("predictor", "head", "mlp", "trunk", "model")
@@ -55,6 +57,16 @@ def mask_head_tables(
             yield title, lambda c=cfg: model_cases(c, image_size=size)
 
 
+def class_patterns_tables(
+    arguments: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, Callable[[], Iterator[Case]]]]:
+    """Yield the title of the table and what makes its cases."""
+    depth, size, images = arguments.depth, arguments.image_size, arguments.images
+    sizes = {"depth": depth, "image_size": size, "num_images": images}
+    title = f"moments of all blocks of C4, ResNet-{depth}, {images} images of {size} pixels"
+    yield title, lambda: discovery_cases(**sizes, device=device)
+
+
 def positive(text: str) -> int:
     """Read a number of something."""
     if not text.isdecimal() or int(text) < 1:
@@ -70,16 +82,25 @@ def parse_arguments() -> argparse.Namespace:
     systems = parser.add_subparsers(dest="system", required=True)
     mask_head = systems.add_parser("mask_head", help="the mask head of Mask^X R-CNN")
     mask_head.set_defaults(tables=mask_head_tables)
-    add, number = mask_head.add_argument, {"type": positive}
-    add("--json", type=Path, metavar="FILE", help="write all rows to a file")
+    class_patterns = systems.add_parser("class_patterns", help="the pass that finds patterns")
+    class_patterns.set_defaults(tables=class_patterns_tables)
+    number = {"type": positive}
+    for system in (mask_head, class_patterns):
+        add = system.add_argument
+        add("--json", type=Path, metavar="FILE", help="write all rows to a file")
+        add("--repeats", **number, default=5, help="rounds after one that warms up")
+        add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add = class_patterns.add_argument
+    add("--depth", type=int, choices=(18, 34, 50, 101), default=18, help="of the ResNet")
+    add("--images", **number, default=2, help="per step")
+    add("--image-size", **number, default=328, help="pixels")
+    add = mask_head.add_argument
     add("--section", nargs="+", choices=MASK_HEAD_SECTIONS, help="default: all")
     add("--rois", **number, default=100, help="RoIs, but for the whole model")
     classes_help = "of predictor and head; K-channel only where its logits fit in 1 GiB"
     add("--classes", **number, nargs="+", default=[80, 3000, 21841], help=classes_help)
     add("--model-classes", **number, nargs="+", default=[80, 1203], help="of the whole model")
     add("--image-size", **number, default=320, help="pixels, for the whole model")
-    add("--repeats", **number, default=5, help="rounds after one that warms up")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
 
 
