@@ -35,7 +35,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["maskx", "maskx.*"]),
-    package_data={"maskx": ["py.typed"]},
+    package_data={"maskx": ["py.typed", "data/vocabulary_files/*"]},
     python_requires=">=3.10",
     install_requires=REQUIRES,
     extras_require={

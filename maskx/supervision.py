@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from maskx.data.large_vocabularies import LARVSEG_SPLITS, base_and_novel
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES_IN_COCO
 
 
@@ -90,7 +91,10 @@ class CategorySplit:
 
 def split_names() -> tuple[str, ...]:
     """Names that :func:`resolve_split` knows without a file."""
-    return ("all", "coco_voc", "coco_nonvoc", *_coco_random_draws(), "vg3k_coco", "scenes_half")
+    return (
+        *("all", "coco_voc", "coco_nonvoc", *_coco_random_draws(), "vg3k_coco", "scenes_half"),
+        *LARVSEG_SPLITS,
+    )
 
 
 def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> CategorySplit:
@@ -120,6 +124,8 @@ def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> Catego
         with_masks = tuple(c for c in COCO_THING_CLASSES if c not in VOC_CLASSES_IN_COCO)
     elif name == "vg3k_coco":
         with_masks = COCO_THING_CLASSES
+    elif name in LARVSEG_SPLITS:
+        with_masks, _ = base_and_novel(name)
     elif name == "scenes_half":
         from maskx.data.scenes import scene_half_of  # loads OpenCV
 
@@ -159,8 +165,9 @@ def _read_split(path: Path, class_names: tuple[str, ...]) -> CategorySplit:
         hint = f" Did you mean {_listed(close)}?" if close else ""
         raise FileNotFoundError(
             f"'{path}' is neither a named category split nor a file.{hint} Named splits: all, "
-            "coco_voc, coco_nonvoc, coco_random_{20,30,40,50,60}_{1..5}, vg3k_coco, scenes_half; "
-            "or give a text file with one category name per line, or a JSON list of names."
+            "coco_voc, coco_nonvoc, coco_random_{20,30,40,50,60}_{1..5}, vg3k_coco, scenes_half, "
+            f"{', '.join(LARVSEG_SPLITS)}; or give a text file with one category name per line, or "
+            "a JSON list of names."
         )
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maskx.data.large_vocabularies import ade20k_150_classes, ade20k_847_classes
 from maskx.data.scenes import half_split_names
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES_IN_COCO
 from maskx.supervision import CategorySplit, Supervision, resolve_split, split_names
@@ -41,7 +42,10 @@ def test_the_first_random_split_in_full():
     assert split.indices_with_masks == expected
 
 
-@pytest.mark.parametrize("name", [n for n in split_names() if n != "scenes_half"])
+COCO_SPLITS = [n for n in split_names() if n != "scenes_half" and not n.startswith("ade")]
+
+
+@pytest.mark.parametrize("name", COCO_SPLITS)
 def test_every_named_split_is_a_partition(name):
     split = resolve_split(name, COCO_THING_CLASSES)
     assert sorted(split.indices_with_masks + split.indices_without_masks) == list(range(80))
@@ -64,6 +68,25 @@ def test_the_split_of_visual_genome_gives_masks_to_the_classes_of_coco():
     assert split.without_masks == tuple(others)
     with pytest.raises(ValueError, match="'vg3k_coco' names 'bicycle', which is not among the 2"):
         resolve_split("vg3k_coco", ("person", "window.n.01"))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_base", "num_novel"),
+    [
+        ("ade150_raw", 58, 92),
+        ("ade150_renamed", 63, 87),
+        ("ade847_raw", 92, 755),
+        ("ade847_renamed", 94, 753),
+    ],
+)
+def test_the_splits_of_ade20k_have_the_numbers_of_larvseg(name, num_base, num_novel):
+    classes = ade20k_150_classes() if name.startswith("ade150") else ade20k_847_classes()
+    split = resolve_split(name, [entry.name for entry in classes])
+    assert (len(split.with_masks), len(split.without_masks)) == (num_base, num_novel)
+    assert {"wall", "person"} <= set(split.with_masks)
+    assert {"painting", "sofa"} <= set(split.without_masks)
+    with pytest.raises(ValueError, match=f"'{name}' names 'wall', which is not among the 80"):
+        resolve_split(name, COCO_THING_CLASSES)
 
 
 @given(st.permutations([f"c{i}" for i in range(6)]), st.integers(1, 5))
