@@ -13,21 +13,31 @@ if importlib.util.find_spec("detectron2") is None:
         "maskx works without it."
     )
 
+from maskx.detectron2.backbones import MaskXResNet, MaskXSmallResNet, MaskXVGG16
 from maskx.detectron2.box_predictor import MaskXTextOutputLayers
 from maskx.detectron2.config import add_maskx_config, get_cfg
 from maskx.detectron2.data import (
     MaskXDatasetMapper,
+    MaskXImageMapper,
     register_all,
     register_coco,
     register_from_config,
 )
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
+from maskx.detectron2.image_label_evaluation import MaskXImageLabelEvaluator
 from maskx.detectron2.mask_head import MaskHeadProtocol, MaskXMaskHead
-from maskx.detectron2.meta_arch import MaskXGrabCutRCNN, MaskXRCNN
+from maskx.detectron2.meta_arch import (
+    MaskXDeepLab,
+    MaskXGrabCutRCNN,
+    MaskXImageClassifier,
+    MaskXRCNN,
+)
 from maskx.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
 from maskx.detectron2.proposal_generator import MaskXRPN
 from maskx.detectron2.roi_heads import MaskXCascadeROIHeads, MaskXROIHeads, MaskXROIHeadsMixin
 from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
+from maskx.detectron2.solver import build_optimizer
+from maskx.detectron2.tasks import Task
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
 
 __all__ = [
@@ -35,18 +45,27 @@ __all__ = [
     "MaskXCOCOEvaluator",
     "MaskXCascadeROIHeads",
     "MaskXDatasetMapper",
+    "MaskXDeepLab",
     "MaskXGrabCutRCNN",
+    "MaskXImageClassifier",
+    "MaskXImageLabelEvaluator",
+    "MaskXImageMapper",
     "MaskXMaskHead",
     "MaskXPointRendMaskHead",
     "MaskXRCNN",
     "MaskXROIHeads",
     "MaskXROIHeadsMixin",
     "MaskXRPN",
+    "MaskXResNet",
     "MaskXSemSegEvaluator",
+    "MaskXSmallResNet",
     "MaskXTextOutputLayers",
+    "MaskXVGG16",
     "PointLayers",
+    "Task",
     "Trainer",
     "add_maskx_config",
+    "build_optimizer",
     "check_num_gpus",
     "evaluate",
     "get_cfg",

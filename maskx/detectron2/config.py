@@ -76,6 +76,33 @@ def _defaults() -> CN:
     # Multiplier of the cosine between features and vectors; 50 in Detic.
     keys.MODEL.MASKX.TEXT_CLASSIFIER.TEMPERATURE = 50.0
 
+    # Classes, without the background, of image classifiers and of semantic segmentation.
+    # Detectors have ROI_HEADS.NUM_CLASSES.
+    keys.MODEL.MASKX.NUM_CLASSES = 20
+    # Feature map of the backbone that these read; "": its last.
+    keys.MODEL.MASKX.IN_FEATURE = ""
+    # What MODEL.BACKBONE.NAME MaskXSmallResNet, MaskXResNet and MaskXVGG16 read. The depth of
+    # MaskXResNet is RESNETS.DEPTH.
+    keys.MODEL.MASKX.BACKBONE = CN()
+    # Stride of the last feature map in pixels: 4, 8 or 16 (MaskXSmallResNet), 8, 16 or 32
+    # (MaskXResNet), 8 or 16 (MaskXVGG16).
+    keys.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE = 8
+    # True: start from torchvision's ImageNet weights, which are downloaded; not where
+    # MODEL.WEIGHTS is set. Needs INPUT.FORMAT "RGB" and ImageNet's PIXEL_MEAN and PIXEL_STD.
+    keys.MODEL.MASKX.BACKBONE.PRETRAINED = False
+    # True: batch norm keeps its statistics and its weights (MaskXResNet).
+    keys.MODEL.MASKX.BACKBONE.FROZEN_NORM = False
+    # The head of MaskXDeepLab: channels of its hidden layers, and the dilation of the first.
+    keys.MODEL.MASKX.LARGE_FOV = CN()
+    keys.MODEL.MASKX.LARGE_FOV.CHANNELS = 1024
+    keys.MODEL.MASKX.LARGE_FOV.DILATION = 12
+
+    keys.INPUT = CN()
+    keys.INPUT.MASKX = CN()
+    # Side in pixels of the squares that image classifiers and semantic segmentation train on, and
+    # that image classifiers predict on; images are warped to them.
+    keys.INPUT.MASKX.SIZE = 328
+
     keys.DATASETS = CN()
     keys.DATASETS.MASKX = CN()
     # Which categories have masks (A); the masks of all others (B) are withheld in training. A
@@ -86,6 +113,21 @@ def _defaults() -> CN:
     # True: a bad box or mask in a data set of REGISTER is an error. False: it is left out and
     # counted; a bad mask leaves its box.
     keys.DATASETS.MASKX.STRICT = True
+
+    keys.SOLVER = CN()
+    keys.SOLVER.MASKX = CN()
+    # "sgd" (Detectron2's own) or "adam".
+    keys.SOLVER.MASKX.OPTIMIZER = "sgd"
+    # Multiplier of the learning rate of the backbone.
+    keys.SOLVER.MASKX.BACKBONE_LR_FACTOR = 1.0
+
+    keys.TEST = CN()
+    keys.TEST.MASKX = CN()
+    # Sides in pixels of the squares to which MaskXDeepLab warps an image to predict it. The scores
+    # of all sizes are averaged.
+    keys.TEST.MASKX.SIZES = (328,)
+    # True: a dense CRF refines what MaskXDeepLab predicts. Needs the extra "crf" of maskx.
+    keys.TEST.MASKX.CRF = False
     return keys
 
 

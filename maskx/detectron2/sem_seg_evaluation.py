@@ -2,16 +2,14 @@
 
 import logging
 import os
-from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
 from maskx.data.label_maps import semantic_label_map
-from maskx.detectron2.data.datasets import class_names_of
+from maskx.detectron2.data.datasets import class_names_of, plain_record
 from maskx.evaluation.mean_iou import MeanIoU, format_table
 from maskx.supervision import resolve_split
 
@@ -93,7 +91,7 @@ class MaskXSemSegEvaluator(DatasetEvaluator):
                 )
             predicted = self._label_map(output["sem_seg"], image_id)
             truth = semantic_label_map(
-                _plain_record(self._records[image_id]), len(self._class_names)
+                plain_record(self._records[image_id]), len(self._class_names)
             )
             self._counts.update(predicted.cpu().numpy(), truth, image_id)
 
@@ -142,17 +140,3 @@ class MaskXSemSegEvaluator(DatasetEvaluator):
             f"{sem_seg.dtype}. Allowed: scores ({num_labels}, H, W), background first, or a label "
             "map (H, W) of integers."
         )
-
-
-def _plain_record(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record in the form of :func:`maskx.data.coco.load_coco`."""
-    annotations = [
-        {
-            **annotation,
-            "class_index": annotation["category_id"],  # Detectron2 calls it so
-            "bbox": BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS),
-            "iscrowd": annotation.get("iscrowd", 0),
-        }
-        for annotation in record.get("annotations", [])
-    ]
-    return {"image_labels": [], **record, "annotations": annotations}

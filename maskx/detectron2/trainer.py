@@ -16,6 +16,7 @@ from detectron2.data import (
     build_detection_train_loader,
 )
 from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -25,23 +26,33 @@ from torch import nn
 from maskx.detectron2.config import get_cfg
 from maskx.detectron2.data import (
     MaskXDatasetMapper,
+    MaskXImageMapper,
     class_names_of,
     register_all,
     register_from_config,
     split_from_config,
+    training_records,
 )
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
+from maskx.detectron2.image_label_evaluation import (
+    MaskXImageLabelEvaluator,
+    check_all_classes_known,
+)
 from maskx.detectron2.meta_arch.grabcut import predicts_masks
 from maskx.detectron2.meta_arch.rcnn import check_can_freeze
 from maskx.detectron2.proposal_generator import MaskXRPN
 from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
+from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
+from maskx.detectron2.solver import build_optimizer, check_solver
+from maskx.detectron2.tasks import Task, num_classes_of, task_of
 
 __all__ = ["Trainer", "check_num_gpus", "evaluate", "setup"]
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's trainer with the mapper and the evaluator of maskx.
+    """Detectron2's trainer with the mappers, the evaluators and the optimisers of maskx.
 
+    What the meta-architecture learns decides on them; see :class:`maskx.detectron2.tasks.Task`.
     Registers the data sets of ``DATASETS.MASKX.REGISTER`` and checks that the configuration and
     the data sets fit together before anything is built.
 
@@ -77,22 +88,39 @@ class Trainer(DefaultTrainer):
             _check_detector_loaded(self.cfg.MODEL.WEIGHTS, missing)
 
     @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Make the optimiser; see :func:`maskx.detectron2.solver.build_optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Make the training loader, with :class:`MaskXDatasetMapper`."""
-        return build_detection_train_loader(cfg, mapper=MaskXDatasetMapper(cfg, is_train=True))
+        """Make the training loader."""
+        mapper = _build_mapper(cfg, is_train=True)
+        if task_of(cfg) is Task.INSTANCES:
+            return build_detection_train_loader(cfg, mapper=mapper)
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=training_records(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Make the loader of one test set, with :class:`MaskXDatasetMapper`."""
-        mapper = MaskXDatasetMapper(cfg, is_train=False)
+        """Make the loader of one test set."""
+        mapper = _build_mapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> MaskXCOCOEvaluator:
-        """Make the evaluator of one data set; it writes to ``OUTPUT_DIR/inference/<name>``."""
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Make the evaluator of one data set; that of instances writes its results.
+
+        They go to ``OUTPUT_DIR/inference/<name>``.
+        """
+        split = cfg.DATASETS.MASKX.SPLIT
+        task = task_of(cfg)
+        if task is Task.IMAGE_LABELS:
+            return MaskXImageLabelEvaluator(dataset_name, split=split)
+        if task is Task.PIXELS:
+            return MaskXSemSegEvaluator(dataset_name, split=split)
         return MaskXCOCOEvaluator(
             dataset_name,
-            split=cfg.DATASETS.MASKX.SPLIT,
+            split=split,
             iou_types=("bbox", "segm") if predicts_masks(cfg) else ("bbox",),
             output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
         )
@@ -134,7 +162,10 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: there are no weights, or they are not those of this model.
     """
-    model = Trainer.build_model(cfg).eval()
+    model_cfg = cfg.clone()
+    model_cfg.defrost()
+    model_cfg.MODEL.MASKX.BACKBONE.PRETRAINED = False  # all weights are loaded below
+    model = Trainer.build_model(model_cfg).eval()
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     source = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
@@ -186,19 +217,29 @@ def check_config(cfg: CfgNode) -> None:
     if weights and "://" not in weights and not PathManager.isfile(weights.partition("?")[0]):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}': there is no such file.")
     check_can_freeze(cfg)
+    check_solver(cfg)
     _check_text_classifier(cfg)
     register_from_config(cfg)
+    key, num_classes = num_classes_of(cfg)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        num_classes = len(class_names_of(name))
-        if num_classes != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+        found = len(class_names_of(name))
+        if found != num_classes:
             raise ValueError(
-                f"MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}, but data set "
-                f"'{name}' has {num_classes} classes. Set MODEL.ROI_HEADS.NUM_CLASSES "
-                f"{num_classes}, or choose another data set."
+                f"{key} is {num_classes}, but data set '{name}' has {found} classes. Set {key} "
+                f"{found}, or choose another data set."
             )
     split_from_config(cfg)
-    if not cfg.MODEL.MASKX.FREEZE_DETECTOR:
+    task = task_of(cfg)
+    if task is Task.IMAGE_LABELS:
+        for name in cfg.DATASETS.TRAIN:
+            check_all_classes_known(name)
+    if task is Task.INSTANCES and not cfg.MODEL.MASKX.FREEZE_DETECTOR:
         _check_incomplete_boxes(cfg)
+
+
+def _build_mapper(cfg: CfgNode, *, is_train: bool) -> MaskXDatasetMapper | MaskXImageMapper:
+    is_instances = task_of(cfg) is Task.INSTANCES
+    return (MaskXDatasetMapper if is_instances else MaskXImageMapper)(cfg, is_train=is_train)
 
 
 @contextlib.contextmanager

@@ -1,3 +1,4 @@
+import functools
 import json
 from pathlib import Path
 
@@ -30,6 +31,17 @@ TINY = (
     *("DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ("tiny_train",)),
     *("DATASETS.MASKX.SPLIT", "scenes_half", "DATALOADER.NUM_WORKERS", 0),
     *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 1e-3, "SOLVER.MAX_ITER", 2, "SEED", 1),
+)
+
+# The same for image classifiers and semantic segmentation, from the files of ClassPatterns.
+TINY_IMAGES = (
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", 18),
+    *("MODEL.MASKX.BACKBONE.PRETRAINED", False, "MODEL.MASKX.BACKBONE.FROZEN_NORM", False),
+    *("MODEL.MASKX.NUM_CLASSES", 4, "MODEL.MASKX.LARGE_FOV.CHANNELS", 8),
+    *("MODEL.MASKX.LARGE_FOV.DILATION", 2, "INPUT.MASKX.SIZE", 48),
+    *("TEST.MASKX.SIZES", (32, 48), "TEST.MASKX.CRF", False),
+    *("DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ("tiny_train",)),
+    *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SEED", 1),
 )
 
 
@@ -71,6 +83,31 @@ def make_cfg(tmp_path):
         return cfg
 
     return make
+
+
+@pytest.fixture
+def make_image_cfg(tmp_path):
+    """The same for image models: ``make_image_cfg(*opts, file=<under configs/ClassPatterns>)``."""
+
+    def make(*opts, file):
+        cfg = get_cfg()
+        cfg.merge_from_file(str(ROOT / "configs" / "ClassPatterns" / file))
+        cfg.merge_from_list([*TINY_IMAGES, "OUTPUT_DIR", str(tmp_path / "output"), *opts])
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def make_classifier_cfg(make_image_cfg):
+    """Make a tiny configuration of an image classifier: ``make_classifier_cfg(*opts)``."""
+    return functools.partial(make_image_cfg, file="quick_schedules/classifier_scenes_cpu.yaml")
+
+
+@pytest.fixture
+def make_deeplab_cfg(make_image_cfg):
+    """Make a tiny configuration of a segmentation network: ``make_deeplab_cfg(*opts)``."""
+    return functools.partial(make_image_cfg, file="quick_schedules/deeplab_scenes_cpu.yaml")
 
 
 @pytest.fixture

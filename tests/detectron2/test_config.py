@@ -1,6 +1,7 @@
 import functools
 import itertools
 import json
+import math
 import re
 import runpy
 import shlex
@@ -13,7 +14,7 @@ import yaml
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.engine import default_argument_parser
-from detectron2.modeling import build_model
+from detectron2.modeling import build_backbone, build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.events import EventStorage
 from omegaconf import ListConfig
@@ -22,11 +23,14 @@ import maskx
 from maskx.detectron2 import (
     MaskXCOCOEvaluator,
     MaskXDatasetMapper,
+    MaskXDeepLab,
+    Trainer,
     add_maskx_config,
     get_cfg,
 )
 from maskx.detectron2.data import split_from_config
 from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
+from maskx.modeling import backbones
 from maskx.modeling.mask_head import PREDICTORS
 from maskx.modeling.weight_transfer import ACTIVATIONS, TRANSFER_INPUTS
 from maskx.supervision import split_names
@@ -40,17 +44,22 @@ YAMLS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*
 MODELS = [name for name in YAMLS if name not in PARTS]
 EXPERIMENTS = [name for name in YAMLS if name.endswith("_1x.yaml")]
 FULL = "voc2nonvoc/e2e/clsbox_2_layer_mlp_R_50_FPN_1x.yaml"
+CLASS_PATTERNS = ROOT / "configs" / "ClassPatterns"
+IMAGE_YAMLS = sorted(
+    path.relative_to(CLASS_PATTERNS).as_posix() for path in CLASS_PATTERNS.rglob("*.yaml")
+)
+IMAGE_EXPERIMENTS = [name for name in IMAGE_YAMLS if name.endswith(("_voc.yaml", "_coco.yaml"))]
 LAZY = str(CONFIGS / "lazy" / "maskx_rcnn_R_50_FPN_1x.py")
 
 
-def load(name):
+def load(name, folder=CONFIGS):
     cfg = get_cfg()
-    cfg.merge_from_file(str(CONFIGS / name))
+    cfg.merge_from_file(str(folder / name))
     return cfg
 
 
 def without_maskx(cfg):
-    for node in (cfg.MODEL, cfg.DATASETS):
+    for node in (cfg.MODEL, cfg.INPUT, cfg.DATASETS, cfg.SOLVER, cfg.TEST):
         node.pop("MASKX", None)
     return cfg.dump()
 
@@ -96,9 +105,12 @@ def test_misspelt_keys_and_wrong_types_fail(key, value, error, words):
         get_cfg().merge_from_list([key, value])
 
 
-@pytest.mark.parametrize("name", YAMLS)
-def test_every_file_loads_dumps_and_reloads(name, tmp_path):
-    cfg = load(name)
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [*((CONFIGS, name) for name in YAMLS), *((CLASS_PATTERNS, name) for name in IMAGE_YAMLS)],
+)
+def test_every_file_loads_dumps_and_reloads(folder, name, tmp_path):
+    cfg = load(name, folder)
     dumped = tmp_path / "dumped.yaml"
     dumped.write_text(cfg.dump())
     again = get_cfg()
@@ -255,7 +267,7 @@ def test_every_config_that_the_texts_name_exists():
     named = {
         path
         for text in texts
-        for path in re.findall(r"configs/MaskX/[\w/.-]+\.(?:yaml|py)\b", text.read_text("utf-8"))
+        for path in re.findall(r"configs/\w+/[\w/.-]+\.(?:yaml|py)\b", text.read_text("utf-8"))
     }
     assert len(named) > 3
     assert sorted(path for path in named if not (ROOT / path).is_file()) == []
@@ -448,3 +460,67 @@ def test_the_lazy_config_makes_its_mapper_and_its_evaluator(lazy, tmp_path):
     assert mapper.classes_with_masks == set(split_from_config(load(FULL)).indices_with_masks)
     evaluator = instantiate(lazy.dataloader.evaluator)
     assert isinstance(evaluator, MaskXCOCOEvaluator)
+
+
+@pytest.mark.parametrize("name", IMAGE_YAMLS)
+def test_every_file_of_class_patterns_builds_trains_and_predicts(name, make_image_cfg, tiny_train):
+    cfg = make_image_cfg(file=name)
+    model = Trainer.build_model(cfg).train()
+    (loss,) = model(next(iter(Trainer.build_train_loader(cfg)))).values()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None for p in model.parameters())
+    Trainer.build_optimizer(cfg, model).step()
+    sample = next(iter(Trainer.build_test_loader(cfg, tiny_train)))
+    with torch.no_grad():
+        (result,) = model.eval()(sample)
+    if isinstance(model, MaskXDeepLab):
+        assert result["sem_seg"].shape == (5, 64, 64)
+    else:
+        assert result["image_labels_prob"].shape == (4,)
+
+
+@pytest.mark.parametrize("name", IMAGE_EXPERIMENTS)
+def test_experiments_of_class_patterns_have_the_papers_settings(name):
+    """Adam, 5e-6 and 1e-4, 16 images of 328 x 328, 20 epochs; scales and CRF of the test."""
+    cfg = load(name, CLASS_PATTERNS)
+    method, backbone, data = re.fullmatch(
+        r"(classifier|deeplab)_(R_101|VGG_16)_(voc|coco)\.yaml", name
+    ).groups()
+    num_images, num_classes = {"voc": (10582, 20), "coco": (118287, 80)}[data]
+    assert math.ceil(20 * num_images / 16) == cfg.SOLVER.MAX_ITER
+    assert cfg.SOLVER.IMS_PER_BATCH == 16
+    assert (cfg.SOLVER.MASKX.OPTIMIZER, cfg.SOLVER.WEIGHT_DECAY) == ("adam", 0)
+    assert cfg.SOLVER.BASE_LR == 1e-4
+    assert pytest.approx(5e-6) == cfg.SOLVER.MASKX.BACKBONE_LR_FACTOR * cfg.SOLVER.BASE_LR
+    assert (cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS) == ((), 0)
+    assert cfg.INPUT.MASKX.SIZE == 328
+    assert num_classes == cfg.MODEL.MASKX.NUM_CLASSES
+    assert cfg.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE == 8
+    assert cfg.MODEL.MASKX.BACKBONE.PRETRAINED
+    assert {"R_101": "MaskXResNet", "VGG_16": "MaskXVGG16"}[backbone] == cfg.MODEL.BACKBONE.NAME
+    assert cfg.MODEL.RESNETS.DEPTH == 101
+    assert f"output/ClassPatterns/{name.removesuffix('.yaml')}" == cfg.OUTPUT_DIR
+    (train,), (test,) = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+    assert test == {"voc": "maskx_voc_2012_val", "coco": "maskx_coco_2017_val"}[data]
+    if method == "deeplab":
+        assert cfg.MODEL.META_ARCHITECTURE == "MaskXDeepLab"
+        assert (cfg.TEST.MASKX.SIZES, cfg.TEST.MASKX.CRF) == ((241, 328, 401), True)
+        assert cfg.MODEL.MASKX.LARGE_FOV == {"CHANNELS": 1024, "DILATION": 12}
+        assert train == "maskx_proxy_train"
+    else:
+        assert cfg.MODEL.META_ARCHITECTURE == "MaskXImageClassifier"
+        tags = "maskx_voc_2012_trainaug_tags"
+        assert train == {"voc": tags, "coco": "maskx_coco_2017_train"}[data]
+
+
+@pytest.mark.parametrize("name", IMAGE_EXPERIMENTS)
+def test_imagenet_weights_fit_the_images_of_class_patterns(name, monkeypatch):
+    """Nothing is downloaded, and R-101 and VGG-16 are built without their memory."""
+    loaded = []
+    monkeypatch.setattr(
+        backbones, "_load_imagenet_weights", lambda _, name, *args, **kwargs: loaded.append(name)
+    )
+    with torch.device("meta"):
+        build_backbone(load(name, CLASS_PATTERNS))
+    assert loaded == ["vgg16" if "VGG" in name else "resnet101"]

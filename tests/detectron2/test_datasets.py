@@ -9,15 +9,22 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_tra
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import BoxMode
 
+from maskx.data.label_maps import write_label_map
 from maskx.data.visual_genome import COCO_SYNSETS, prepare_visual_genome
-from maskx.data.vocabularies import COCO_THING_CLASSES
+from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES
 from maskx.detectron2 import (
     MaskXDatasetMapper,
     register_all,
     register_coco,
     register_from_config,
 )
-from maskx.detectron2.data import class_names_of, datasets, split_from_config
+from maskx.detectron2.data import (
+    class_names_of,
+    datasets,
+    image_labels_of,
+    plain_record,
+    split_from_config,
+)
 
 BAD_POLYGON = {"category_id": 20, "bbox": [5, 5, 20, 20], "segmentation": [[1, 1, 2, 2]]}
 GOOD = {"category_id": 40, "bbox": [1, 2, 30, 20], "segmentation": [[1, 2, 31, 2, 31, 22]]}
@@ -83,6 +90,56 @@ def test_register_all_twice_reads_nothing(tmp_path):
     assert coco.json_file == str(tmp_path / "coco/annotations/instances_train2017.json")
     with pytest.raises(FileNotFoundError, match=r"instances_train2017\.json"):
         DatasetCatalog.get("maskx_coco_2017_train")
+
+
+def write_voc(root):
+    """Write the files of prepare_voc.py for one image, and the image."""
+    folder, images = root / "voc2012", root / "VOCdevkit/VOC2012/JPEGImages"
+    folder.mkdir(parents=True)
+    images.mkdir(parents=True)
+    cv2.imwrite(str(images / "2007_000032.jpg"), np.zeros((4, 6, 3), np.uint8))
+    write_label_map(folder / "32.png", np.full((4, 6), 20), num_classes=20)
+    image = {"id": 2007000032, "file_name": "2007_000032.jpg", "height": 4, "width": 6}
+    tags = image | {"image_labels": [20]}
+    categories = [{"id": i, "name": name} for i, name in enumerate(VOC_CLASSES, start=1)]
+    for part, entry in {
+        "trainaug": tags | {"label_map_file_name": "32.png"},
+        "trainaug_tags": tags,
+    }.items():
+        content = {"images": [entry], "annotations": [], "categories": categories}
+        (folder / f"voc2012_{part}.json").write_text(json.dumps(content))
+
+
+def test_voc_is_registered_where_it_was_prepared(tmp_path):
+    register_all(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"voc2012_trainaug\.json, which was not there"):
+        class_names_of("maskx_voc_2012_trainaug")
+    write_voc(tmp_path)
+    for _ in range(2):
+        register_all()
+    assert class_names_of("maskx_voc_2012_trainaug") == list(VOC_CLASSES)
+    (record,) = DatasetCatalog.get("maskx_voc_2012_trainaug")
+    (tags,) = DatasetCatalog.get("maskx_voc_2012_trainaug_tags")
+    assert record.pop("label_map_file_name") == str(tmp_path / "voc2012/32.png")
+    assert (record.pop("supervision"), tags.pop("supervision")) == ("mask", "image")
+    assert record == tags
+    assert tags["image_labels"] == [19]
+    assert tags["file_name"] == str(tmp_path / "VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg")
+    words = r"voc2012_val\.json, .*python datasets/prepare_voc\.py --root"
+    with pytest.raises(FileNotFoundError, match=words):
+        class_names_of("maskx_voc_2012_val")
+
+
+def test_records_are_told_their_labels(write_coco):
+    path, root = write_coco([GOOD, {"category_id": 10, "bbox": [0, 0, 9, 9], "iscrowd": 1}])
+    register_coco("farm", path, root)
+    (record,) = DatasetCatalog.get("farm")
+    assert image_labels_of(record) == image_labels_of(record | {"image_labels": []}) == [0, 3]
+    assert image_labels_of(record | {"image_labels": [2]}) == [0, 2, 3]
+    assert image_labels_of({"image_labels": [1]}) == [1]
+    plain = plain_record(record)
+    assert [a["class_index"] for a in plain["annotations"]] == [3, 0]
+    assert plain["annotations"][0].items() >= {"bbox": [1, 2, 31, 22], "iscrowd": 0}.items()
 
 
 def test_the_root_comes_from_the_environment(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from maskx.data.grabcut import grabcut_mask
 from maskx.detectron2 import MaskXCOCOEvaluator, Trainer
 from maskx.detectron2.meta_arch import MaskXGrabCutRCNN, predicts_masks
-from maskx.detectron2.meta_arch.grabcut import _resized_image
+from maskx.detectron2.meta_arch.grabcut import resized_image
 
 GRABCUT = (
     *("MODEL.META_ARCHITECTURE", "MaskXGrabCutRCNN", "MODEL.MASK_ON", False),
@@ -79,7 +79,7 @@ def test_masks_have_the_size_of_the_output(model, disc):
 
 def test_floats_are_rounded_and_kept_in_range():
     values = torch.tensor([-3.0, 0.4, 99.6, 258.0])
-    image = _resized_image(values.expand(3, 1, 4), 1, 4)
+    image = resized_image(values.expand(3, 1, 4), 1, 4)
     assert image.dtype == np.uint8
     assert image[0].tolist() == [[v] * 3 for v in (0, 0, 100, 255)]
 

@@ -48,7 +48,12 @@ def test_importing_registers_our_model_components_and_no_data():
         "print(json.dumps([sorted(names() - before), data() == data_before]))\n"
     )
     assert registered == [
+        ["BACKBONE_REGISTRY", "MaskXResNet"],
+        ["BACKBONE_REGISTRY", "MaskXSmallResNet"],
+        ["BACKBONE_REGISTRY", "MaskXVGG16"],
+        ["META_ARCH_REGISTRY", "MaskXDeepLab"],
         ["META_ARCH_REGISTRY", "MaskXGrabCutRCNN"],
+        ["META_ARCH_REGISTRY", "MaskXImageClassifier"],
         ["META_ARCH_REGISTRY", "MaskXRCNN"],
         ["PROPOSAL_GENERATOR_REGISTRY", "MaskXRPN"],
         ["ROI_HEADS_REGISTRY", "MaskXCascadeROIHeads"],

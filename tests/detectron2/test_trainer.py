@@ -315,7 +315,8 @@ def test_three_lines_plug_it_into_a_project(make_cfg, tiny_train, tmp_path):
     project = make_cfg()
     project.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
     project.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-    for node in (project.MODEL, project.DATASETS):
+    nodes = (project.MODEL, project.INPUT, project.DATASETS, project.SOLVER, project.TEST)
+    for node in nodes:
         node.pop("MASKX")
     (tmp_path / "project.yaml").write_text(project.dump())
 

@@ -16,11 +16,13 @@ from detectron2.structures import BoxMode
 from maskx.data.coco import load_coco, read_coco_json
 from maskx.data.scenes import THING_CATEGORIES, generate_scenes
 from maskx.data.visual_genome import CATEGORIES_FILE, SPLITS, read_class_names
-from maskx.data.vocabularies import COCO_THING_CLASSES
+from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES
 from maskx.supervision import CategorySplit, resolve_split
 
 __all__ = [
     "class_names_of",
+    "image_labels_of",
+    "plain_record",
     "register_all",
     "register_coco",
     "register_from_config",
@@ -38,6 +40,7 @@ _SCENES = {
 }
 
 _COCO_IN_VG = tuple(f"maskx_coco_2017_vg3k_{part}" for part in ("train", "val"))
+_VOC = {f"maskx_voc_2012_{part}": part for part in ("trainaug", "trainaug_tags", "val")}
 _VISUAL_GENOME = (*(f"maskx_vg3k_{part}" for part in SPLITS), *_COCO_IN_VG)
 
 
@@ -92,6 +95,12 @@ def register_all(root: str | os.PathLike | None = None) -> None:
     - ``maskx_scenes_train`` and ``_val``: 1000 and 200 generated scenes of 128 pixels with 40
       categories, written to ``root/maskx_scenes`` when first used (6 s on 1 core).
 
+    Where ``datasets/prepare_voc.py`` has written ``root/voc2012``, with the images in
+    ``root/VOCdevkit/VOC2012/JPEGImages``:
+
+    - ``maskx_voc_2012_trainaug`` and ``_val``: image labels and label maps;
+    - ``maskx_voc_2012_trainaug_tags``: the images of trainaug, image labels only.
+
     Where ``datasets/prepare_visual_genome.py`` has written ``root/visual_genome/annotations``:
 
     - ``maskx_vg3k_train``, ``_val`` and ``_test``: Visual Genome, boxes only;
@@ -114,6 +123,9 @@ def register_all(root: str | os.PathLike | None = None) -> None:
             categories=_scene_categories,
             prepare=functools.partial(_write_scenes, folder, parameters),
         )
+    for name in _VOC:
+        if _voc_file(root, name).is_file():
+            _register_voc(name, root)
     if _vg_categories_file(root).is_file():
         _register_visual_genome(root)
 
@@ -138,14 +150,17 @@ def class_names_of(dataset_name: str) -> list[str]:
     """Return the class list of a registered data set.
 
     Raises:
-        FileNotFoundError: it is one of Visual Genome, which was not prepared.
+        FileNotFoundError: it is one of VOC or Visual Genome, which was not prepared.
         ValueError: there is no such data set, or it has no class list.
     """
-    if dataset_name in _VISUAL_GENOME and dataset_name not in DatasetCatalog:
+    if dataset_name in (*_VOC, *_VISUAL_GENOME) and dataset_name not in DatasetCatalog:
+        root, is_voc = _known_root(), dataset_name in _VOC
+        file = _voc_file(root, dataset_name) if is_voc else _vg_categories_file(root)
+        script = "prepare_voc.py" if is_voc else "prepare_visual_genome.py"
         raise FileNotFoundError(
-            f"Data set '{dataset_name}' needs {_vg_categories_file(_known_root())}, which was not "
-            "there when the data sets were registered. Write it with `python "
-            "datasets/prepare_visual_genome.py --root <folder of the data sets>` (see "
+            f"Data set '{dataset_name}' needs {file}, which was "
+            "not there when the data sets were registered. Write it with `python "
+            f"datasets/{script} --root <folder of the data sets>` (see "
             "datasets/README.md), then call maskx.detectron2.register_all() or start again."
         )
     # Not MetadataCatalog.get: it makes an empty entry for a misspelt name.
@@ -187,6 +202,30 @@ def split_from_config(cfg: CfgNode) -> CategorySplit:
         ValueError: it does not fit the class list, or there is no class list.
     """
     return resolve_split(cfg.DATASETS.MASKX.SPLIT, training_class_names(cfg))
+
+
+def image_labels_of(record: Mapping[str, Any]) -> list[int]:
+    """Class indices known to be in the image of a record, given or of its annotations.
+
+    Args:
+        record: in Detectron2's form, where ``category_id`` is a class index.
+    """
+    found = {annotation["category_id"] for annotation in record.get("annotations", ())}
+    return sorted(found.union(record.get("image_labels", ())))
+
+
+def plain_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record of Detectron2 in the form of :func:`maskx.data.coco.load_coco`."""
+    annotations = [
+        {
+            **annotation,
+            "class_index": annotation["category_id"],  # Detectron2 calls it so
+            "bbox": BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS),
+            "iscrowd": annotation.get("iscrowd", 0),
+        }
+        for annotation in record.get("annotations", ())
+    ]
+    return {**record, "image_labels": image_labels_of(record), "annotations": annotations}
 
 
 def _register(
@@ -338,6 +377,20 @@ def _register_visual_genome(root: Path) -> None:
         )
     for name, part in zip(_COCO_IN_VG, ("train", "val"), strict=True):
         _register_coco_2017(name, root, part, class_names)
+
+
+def _register_voc(name: str, root: Path) -> None:
+    _register(
+        name,
+        _voc_file(root, name),
+        root / "VOCdevkit" / "VOC2012" / "JPEGImages",
+        strict=True,
+        categories=lambda: dict(enumerate(VOC_CLASSES, start=1)),
+    )
+
+
+def _voc_file(root: Path, name: str) -> Path:
+    return root / "voc2012" / f"voc2012_{_VOC[name]}.json"
 
 
 def _vg_categories_file(root: Path) -> Path:

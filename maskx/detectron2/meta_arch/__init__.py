@@ -1,6 +1,14 @@
 """Meta-architectures of maskx."""
 
+from maskx.detectron2.meta_arch.deeplab import MaskXDeepLab
 from maskx.detectron2.meta_arch.grabcut import MaskXGrabCutRCNN, predicts_masks
+from maskx.detectron2.meta_arch.image_classifier import MaskXImageClassifier
 from maskx.detectron2.meta_arch.rcnn import MaskXRCNN
 
-__all__ = ["MaskXGrabCutRCNN", "MaskXRCNN", "predicts_masks"]
+__all__ = [
+    "MaskXDeepLab",
+    "MaskXGrabCutRCNN",
+    "MaskXImageClassifier",
+    "MaskXRCNN",
+    "predicts_masks",
+]

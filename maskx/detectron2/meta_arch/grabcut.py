@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskx.data.grabcut import grabcut_masks
 
-__all__ = ["MaskXGrabCutRCNN", "predicts_masks"]
+__all__ = ["MaskXGrabCutRCNN", "predicts_masks", "resized_image"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -65,7 +65,7 @@ class MaskXGrabCutRCNN(GeneralizedRCNN):
         if do_postprocess:
             for sample, output in zip(batched_inputs, outputs, strict=True):
                 instances = output["instances"]
-                image = _resized_image(sample["image"], *instances.image_size)
+                image = resized_image(sample["image"], *instances.image_size)
                 boxes = instances.pred_boxes.tensor
                 # All processes of a machine cut at the same time.
                 workers = max(1, (os.cpu_count() or 1) // comm.get_local_size())
@@ -80,8 +80,8 @@ def predicts_masks(cfg: CfgNode) -> bool:
     return cfg.MODEL.MASK_ON or issubclass(architecture, MaskXGrabCutRCNN)
 
 
-def _resized_image(image: Tensor, height: int, width: int) -> np.ndarray:
-    """Make (height, width, 3) uint8 of (3, H, W) in [0, 255]."""
+def resized_image(image: Tensor, height: int, width: int) -> np.ndarray:
+    """Make an image (height, width, 3) uint8 of a sample's (3, H, W) in [0, 255]."""
     pixels = image.cpu().clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     if pixels.shape[:2] == (height, width):
         return pixels

@@ -1,0 +1,131 @@
+"""The plain backbones of maskx in Detectron2's registry, with the same names of parameters."""
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+
+from maskx.modeling.backbones import VGG16, DilatedResNet, SmallResNet
+
+__all__ = ["MaskXResNet", "MaskXSmallResNet", "MaskXVGG16"]
+
+# What torchvision's ImageNet weights expect, for pixels in [0, 255].
+_FORMAT = "RGB"
+_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+class _MaskXBackbone(Backbone):
+    """What Detectron2 asks of a backbone. Images of any size are taken: nothing is padded."""
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Return channels and stride by name of the feature map."""
+        return {
+            name: ShapeSpec(channels=shape.channels, stride=shape.stride)
+            for name, shape in self.feature_shapes.items()
+        }
+
+
+@BACKBONE_REGISTRY.register()
+class MaskXSmallResNet(SmallResNet, _MaskXBackbone):
+    """A network to train from scratch on a CPU: :class:`maskx.modeling.backbones.SmallResNet`.
+
+    Args:
+        **kwargs: arguments of ``SmallResNet``.
+    """
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Read the arguments from a configuration.
+
+        Raises:
+            ValueError: ``MODEL.MASKX.BACKBONE`` asks for what this network does not have.
+        """
+        _check_without(cfg, cls, "PRETRAINED", "there are no weights for it")
+        _check_without(cfg, cls, "FROZEN_NORM", "it is trained from scratch")
+        return {"output_stride": cfg.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE}
+
+
+@BACKBONE_REGISTRY.register()
+class MaskXResNet(DilatedResNet, _MaskXBackbone):
+    """torchvision's ResNet: :class:`maskx.modeling.backbones.DilatedResNet`.
+
+    ``MODEL.RESNETS.DEPTH`` is its depth. No other key of ``MODEL.RESNETS`` is read, and neither is
+    ``MODEL.BACKBONE.FREEZE_AT``.
+
+    Args:
+        **kwargs: arguments of ``DilatedResNet``.
+    """
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Read the arguments from a configuration.
+
+        Raises:
+            ValueError: the images would not be those that the ImageNet weights expect.
+        """
+        keys = cfg.MODEL.MASKX.BACKBONE
+        return {
+            "depth": cfg.MODEL.RESNETS.DEPTH,
+            "output_stride": keys.OUTPUT_STRIDE,
+            "frozen_norm": keys.FROZEN_NORM,
+            "weights": _imagenet_weights(cfg),
+        }
+
+
+@BACKBONE_REGISTRY.register()
+class MaskXVGG16(VGG16, _MaskXBackbone):
+    """torchvision's VGG-16, convolutions only: :class:`maskx.modeling.backbones.VGG16`.
+
+    Args:
+        **kwargs: arguments of ``VGG16``.
+    """
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Read the arguments from a configuration.
+
+        Raises:
+            ValueError: the images would not be those that the ImageNet weights expect, or
+                ``MODEL.MASKX.BACKBONE`` asks for what this network does not have.
+        """
+        _check_without(cfg, cls, "FROZEN_NORM", "it has no batch norm")
+        return {
+            "output_stride": cfg.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE,
+            "weights": _imagenet_weights(cfg),
+        }
+
+
+def _check_without(cfg: CfgNode, cls: type, key: str, reason: str) -> None:
+    if cfg.MODEL.MASKX.BACKBONE[key]:
+        raise ValueError(
+            f"MODEL.MASKX.BACKBONE.{key} is True, but MODEL.BACKBONE.NAME is {cls.__name__}: "
+            f"{reason}. Set {key} False, or NAME MaskXResNet."
+        )
+
+
+def _imagenet_weights(cfg: CfgNode) -> str | None:
+    """Name of torchvision's weights; None where ``MODEL.WEIGHTS`` replaces them anyway."""
+    if not cfg.MODEL.MASKX.BACKBONE.PRETRAINED or cfg.MODEL.WEIGHTS:
+        return None
+    found = (cfg.INPUT.FORMAT, *cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD)
+    if found != (_FORMAT, *_MEAN, *_STD):
+        raise ValueError(
+            f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, MODEL.PIXEL_MEAN {cfg.MODEL.PIXEL_MEAN} and "
+            f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}, but MODEL.MASKX.BACKBONE.PRETRAINED loads "
+            f"weights of torchvision, which expect {_FORMAT}, {list(_MEAN)} and {list(_STD)}. Set "
+            "all three so, or PRETRAINED False."
+        )
+    return "DEFAULT"

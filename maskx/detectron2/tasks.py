@@ -1,0 +1,36 @@
+"""What a meta-architecture learns: it decides on the mapper, the images and the evaluator."""
+
+from enum import Enum
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+
+__all__ = ["Task", "num_classes_of", "task_of"]
+
+
+class Task(Enum):
+    """What a meta-architecture learns and predicts.
+
+    One of maskx, or one that wants the data of maskx, says so by a class attribute ``maskx_task``,
+    a member or its value. Others are taken for instance segmentation.
+    """
+
+    INSTANCES = "instances"
+    """``instances``, as Detectron2's own; the classes are ``MODEL.ROI_HEADS.NUM_CLASSES``."""
+    IMAGE_LABELS = "image_labels"
+    """``image_labels_prob``, learned from ``image_labels``; ``MODEL.MASKX.NUM_CLASSES``."""
+    PIXELS = "pixels"
+    """``sem_seg``, learned from label maps; ``MODEL.MASKX.NUM_CLASSES``."""
+
+
+def task_of(cfg: CfgNode) -> Task:
+    """Return what the model of a configuration learns."""
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    return Task(getattr(architecture, "maskx_task", Task.INSTANCES))
+
+
+def num_classes_of(cfg: CfgNode) -> tuple[str, int]:
+    """Return the key that holds the number of classes of the model, and its value."""
+    if task_of(cfg) is Task.INSTANCES:
+        return "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    return "MODEL.MASKX.NUM_CLASSES", cfg.MODEL.MASKX.NUM_CLASSES

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+from detectron2.solver import build_optimizer as build_detectron2_optimizer
+
+from maskx.detectron2 import build_optimizer
+
+
+def settings(optimizer, model):
+    """Learning rate and weight decay of each parameter, by its name."""
+    of = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    return {name: of[id(p)] for name, p in model.named_parameters()}
+
+
+@pytest.fixture
+def recipe():
+    """Keys of SOLVER that treat biases and norms apart."""
+    return (
+        *("SOLVER.BASE_LR", 0.1, "SOLVER.WEIGHT_DECAY", 0.01, "SOLVER.WEIGHT_DECAY_NORM", 0.02),
+        *("SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.03),
+        *("SOLVER.MASKX.BACKBONE_LR_FACTOR", 1.0),
+    )
+
+
+def test_sgd_is_detectron2s_own(make_classifier_cfg, recipe):
+    cfg = make_classifier_cfg(*recipe, "SOLVER.MASKX.OPTIMIZER", "sgd")
+    model = build_model(cfg)
+    optimizer, own = build_optimizer(cfg, model), build_detectron2_optimizer(cfg, model)
+    assert type(optimizer) is type(own)
+    assert optimizer.defaults == own.defaults
+    assert settings(optimizer, model) == settings(own, model)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])
+def test_the_backbone_has_its_own_learning_rate(make_classifier_cfg, recipe, name, kind):
+    opts = ("SOLVER.MASKX.OPTIMIZER", name, "SOLVER.MASKX.BACKBONE_LR_FACTOR", 0.05)
+    cfg = make_classifier_cfg(*recipe, *opts)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    assert isinstance(optimizer, kind)
+    own = settings(build_detectron2_optimizer(cfg, model), model)
+    found = settings(optimizer, model)
+    assert found["classifier.backbone.bn1.bias"] == pytest.approx((0.01, 0.03))
+    for name, (lr, decay) in found.items():
+        factor = 0.05 if "backbone" in name else 1
+        assert (lr, decay) == pytest.approx((own[name][0] * factor, own[name][1])), name
+    if kind is torch.optim.SGD:
+        assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, False)
+
+
+def test_the_papers_learning_rates_stay_constant(make_image_cfg):
+    """5e-6 for the backbone and 1e-4 for the rest, from the first iteration to the last."""
+    for file in ("classifier_R_101_voc.yaml", "deeplab_R_101_voc.yaml"):
+        cfg = make_image_cfg("SOLVER.MAX_ITER", 100, file=file)
+        model = build_model(cfg)
+        optimizer = build_optimizer(cfg, model)
+        scheduler = build_lr_scheduler(cfg, optimizer)
+        for _ in range(3):
+            for name, (lr, decay) in settings(optimizer, model).items():
+                assert lr == pytest.approx(5e-6 if "backbone" in name else 1e-4), name
+                assert decay == 0
+            optimizer.step()
+            scheduler.step()
+
+
+def test_gradients_are_clipped(make_classifier_cfg):
+    clip = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-3)
+    cfg = make_classifier_cfg("SOLVER.MASKX.OPTIMIZER", "adam", *clip)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all((p.grad == 1e-3).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (("SOLVER.MASKX.OPTIMIZER", "adamw"), r"OPTIMIZER is 'adamw'\. Allowed: sgd, adam\."),
+        (("SOLVER.MASKX.BACKBONE_LR_FACTOR", -0.1), r"BACKBONE_LR_FACTOR is -0\.1\. Allowed: 0 or"),
+        (
+            ("SOLVER.MASKX.BACKBONE_LR_FACTOR", 0.5),
+            r"BACKBONE_LR_FACTOR is 0\.5, but Linear has no module named backbone\. Set it to 1",
+        ),
+    ],
+)
+def test_bad_values_are_named(make_classifier_cfg, opts, words):
+    with pytest.raises(ValueError, match=words):
+        build_optimizer(make_classifier_cfg(*opts), torch.nn.Linear(2, 2))

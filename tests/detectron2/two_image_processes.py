@@ -1,0 +1,88 @@
+"""One of two CPU processes that train together; on rank 1 nothing is known of any pixel.
+
+test_image_training.py calls ``run`` for rank 0 and runs ``two_image_processes.py 1 <port>`` beside
+it.
+"""
+
+import sys
+import warnings
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.events import EventStorage
+from torch.nn.parallel import DistributedDataParallel
+
+from maskx.detectron2 import (
+    MaskXDeepLab,
+    MaskXImageClassifier,
+    MaskXImageLabelEvaluator,
+    MaskXSmallResNet,
+)
+
+NAMES = ["cat", "dog", "owl", "yak"]
+
+
+def run(rank, port):
+    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
+    try:
+        for cls in (MaskXImageClassifier, MaskXDeepLab):
+            take_steps(cls, rank)
+        evaluate(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_batch(rank):
+    label_maps = torch.randint(5, (2, 32, 32)) if rank == 0 else torch.full((2, 32, 32), 255)
+    return [
+        {"image": torch.rand(3, 32, 32) * 255, "image_labels": [rank], "sem_seg": label_map}
+        for label_map in label_maps
+    ]
+
+
+def take_steps(cls, rank):
+    torch.manual_seed(0)
+    backbone = MaskXSmallResNet(widths=(4, 4, 4, 8))
+    model = cls(backbone=backbone, num_classes=4, pixel_mean=[128.0] * 3, pixel_std=[58.0] * 3)
+    # As Detectron2 wraps it: without find_unused_parameters a missing gradient is a hang.
+    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    torch.manual_seed(rank)
+    with EventStorage():
+        for _ in range(2):
+            (loss,) = parallel(make_batch(rank)).values()
+            assert (loss > 0) == (rank == 0 or cls is MaskXImageClassifier)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            own = torch.cat([p.detach().flatten() for p in model.parameters()])
+            others = [torch.empty_like(own) for _ in range(2)]
+            dist.all_gather(others, own)
+            assert torch.isfinite(own).all()
+            assert torch.equal(*others)
+
+
+def evaluate(rank):
+    """Each process has two of four images; rank 0 scores all of them."""
+    name = f"two_processes_{rank}"
+    records = [{"file_name": "", "image_id": i, "image_labels": [i]} for i in range(4)]
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).thing_classes = NAMES
+    evaluator = MaskXImageLabelEvaluator(name)
+    for image_id in range(rank, 4, 2):
+        prob = torch.eye(4)[image_id] if image_id else torch.ones(4)
+        evaluator.process([{"image_id": image_id}], [{"image_labels_prob": prob}])
+    result = evaluator.evaluate()
+    if rank:
+        assert result == {}
+    else:  # image 0 shares the first rank of cat alone, of the others with their own image
+        found = {key: v for key, v in result["image_labels"].items() if key.startswith("AP-")}
+        assert found == {"AP-cat": 100, "AP-dog": 50, "AP-owl": 50, "AP-yak": 50}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    run(int(sys.argv[1]), int(sys.argv[2]))
