@@ -44,6 +44,8 @@ def test_a_room_imports_only_what_it_may(path):
         "data": (*HOSTS, "maskx.modeling", "maskx.evaluation"),
         "evaluation": (*HOSTS, "maskx.modeling"),
         "supervision.py": HOSTS,
+        # Science of several rooms, for both hosts.
+        "class_patterns.py": HOSTS,
         # The lazy add_maskx_config is the one door from here into a host.
         "__init__.py": ("detectron2", "torchvision", "maskx.torchvision"),
     }[room(path)]
@@ -55,6 +57,7 @@ def test_every_room_is_known():
     assert rooms == {
         "__init__.py",
         "supervision.py",
+        "class_patterns.py",
         "modeling",
         "data",
         "evaluation",
@@ -78,7 +81,12 @@ def test_importing_maskx_loads_neither_torch_nor_a_host():
 
 @pytest.mark.parametrize(
     "module",
-    ["maskx.modeling.mask_head", "maskx.data.scenes", "maskx.evaluation.average_precision"],
+    [
+        "maskx.modeling.mask_head",
+        "maskx.data.scenes",
+        "maskx.evaluation.average_precision",
+        "maskx.class_patterns",
+    ],
 )
 def test_plain_rooms_work_without_detectron2(module):
     loaded = run_python(

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from maskx.data.label_maps import voc_palette, ignore_label
+from maskx.data.label_maps import ignore_label, voc_palette
 
 # RGB. Green and red differ in brightness too, for readers who cannot tell them apart by hue.
 COLOR_WITH_MASKS = (60, 220, 60)

@@ -51,7 +51,8 @@ def discovery_cases(
 
     for count in labels:
         moments: dict[str, PatternMoments] = {}
-        samples = [{"image_id": i, "labels_used": range(count)} for i in range(num_images)]
+        chosen = {"image_labels": range(count), "labels_used": range(count)}
+        samples = [{"image_id": i, **chosen} for i in range(num_images)]
         step = _discovery_step(model, images, samples, layers, moments)
         step()  # takes the memory of the classes, so that what is held is known
         held = sum(m.num_bytes for m in moments.values())

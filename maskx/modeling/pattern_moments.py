@@ -19,18 +19,26 @@ _SAMPLE_SIZE = 4096
 # 41 x 41 pixels that takes 0.66 of the time of the full product, at any block size below 128 too.
 _BLOCK = 128
 
-_DENSE = ("num_images", "num_pixels", "mean", "cross", "map_mean", "map_scatter")
+_MAP_DENSE = ("map_pixels", "map_features", "map_mean", "map_scatter", "cross")
+_DENSE = ("num_images", "num_pixels", "mean", *_MAP_DENSE)
 
 
 class _Part(NamedTuple):
-    """Moments of some pixels; the last three are of the class activation map, zero without one."""
+    """Moments of some pixels."""
 
     num_pixels: int
     mean: Tensor
     scatter: Tensor
-    cross: Tensor | float = 0.0
-    map_mean: Tensor | float = 0.0
-    map_scatter: Tensor | float = 0.0
+
+
+class _MapPart(NamedTuple):
+    """Moments of features and class activation map over some pixels."""
+
+    map_pixels: int
+    map_features: Tensor
+    map_mean: Tensor
+    map_scatter: Tensor
+    cross: Tensor
 
 
 class PatternMoments:
@@ -40,9 +48,10 @@ class PatternMoments:
     and are merged into those of its classes by the rule of Chan et al., so nothing is ever the
     difference of two large sums; the matrix of an image is computed once for all of its classes.
     In the same pass the covariance of the features with the class activation map of the
-    classifier is kept, which later fixes the sign of the pattern. Without maps a sample of 4096
-    feature vectors per class is kept instead, uniform over the pixels and drawn by a hash of the
-    image's id, so it depends neither on the order of the images nor on how they are shared out.
+    classifier is kept, at the pixels at which it counts; it later fixes the sign of the pattern.
+    Without maps a sample of 4096 feature vectors per class is kept instead, uniform over the pixels
+    and drawn by a hash of the image's id, so it depends neither on the order of the images nor on
+    how they are shared out.
 
     Memory is taken when a class occurs first: ``8 * d * d`` bytes, whatever the number of images.
     That is 2 MB per class at d = 512 and 34 MB at d = 2048, so 2.7 GB per layer for 80 classes.
@@ -55,9 +64,11 @@ class PatternMoments:
         mean: (K, d).
         scatter: (d, d) sum of the products about the mean, by class; the lower triangle holds,
             see :meth:`covariance`.
-        cross: (K, d) sum of the products of features and class activation map about their means.
-        map_mean: (K,) mean of the class activation map.
+        map_pixels: (K,) pixels at which the class activation map counted, on the CPU.
+        map_features: (K, d) mean of the features at these.
+        map_mean: (K,) mean of the class activation map at these.
         map_scatter: (K,) its sum of squares about the mean.
+        cross: (K, d) sum of the products of features and class activation map about their means.
         sample: keys (S,) and feature vectors (S, d) float32 by class, only without maps.
         uses_maps: whether the images came with maps; None before the first.
 
@@ -82,9 +93,11 @@ class PatternMoments:
         self.num_images = torch.zeros(num_classes, dtype=torch.int64)
         self.num_pixels = torch.zeros(num_classes, dtype=torch.int64)
         self.mean = torch.zeros(num_classes, channels, **exact)
-        self.cross = torch.zeros(num_classes, channels, **exact)
+        self.map_pixels = torch.zeros(num_classes, dtype=torch.int64)
+        self.map_features = torch.zeros(num_classes, channels, **exact)
         self.map_mean = torch.zeros(num_classes, **exact)
         self.map_scatter = torch.zeros(num_classes, **exact)
+        self.cross = torch.zeros(num_classes, channels, **exact)
         self.scatter: dict[int, Tensor] = {}
         self.sample: dict[int, tuple[Tensor, Tensor]] = {}
         self.uses_maps: bool | None = None
@@ -101,6 +114,7 @@ class PatternMoments:
         activation_maps: Tensor | None,
         labels: Sequence[int],
         *,
+        map_counts: Tensor | None = None,
         image_id: object = None,
     ) -> None:
         """Add one image.
@@ -111,6 +125,7 @@ class PatternMoments:
                 of another size than the features they are resized bilinearly. None: the
                 classifier has none; then no image may have them.
             labels: L class indices, each once.
+            map_counts: bool of the shape of the maps, the pixels at which they count; None: all.
             image_id: what an error message calls the image; without maps also what the sample
                 is drawn by.
 
@@ -124,19 +139,15 @@ class PatternMoments:
         pixels = features.to(self.device, torch.float64, copy=True).flatten(1)
         mean = pixels.mean(dim=1)
         centred = pixels.sub_(mean[:, None])
+        parts = None
         # One value that is not finite makes the mean so too, and the sum of float32 values in
         # float64 cannot overflow.
         values = [mean]
         if activation_maps is not None:
-            maps = activation_maps.to(self.device, torch.float64)
-            if maps.shape[1:] != features.shape[1:]:
-                maps = F.interpolate(maps[None], features.shape[1:], mode="bilinear")[0]
-            maps = maps.flatten(1)
-            map_means = maps.mean(dim=1)
-            maps = maps - map_means[:, None]
-            crosses = maps @ centred.T
-            map_scatters = maps.square().sum(dim=1)
-            values.append(map_means)
+            parts, map_values = self._map_parts(
+                activation_maps, map_counts, mean, centred, features.shape[1:]
+            )
+            values.append(map_values)
         if not torch.cat(values).isfinite().all():
             raise ValueError(
                 f"Features or class activation maps of image {image_id!r} hold NaN or infinite "
@@ -144,14 +155,12 @@ class PatternMoments:
                 "for an overflow; leave the image out or repair it."
             )
 
-        self.uses_maps = activation_maps is not None
+        self.uses_maps = parts is not None
         part = _Part(centred.shape[1], mean, _scatter_matrix(centred))
         keys = None if self.uses_maps else self._sample_keys(part.num_pixels, image_id)
         for row, label in enumerate(labels):
             if self.uses_maps:
-                part = part._replace(
-                    cross=crosses[row], map_mean=map_means[row], map_scatter=map_scatters[row]
-                )
+                self._merge_map(label, parts[row])
             else:
                 self._add_to_sample(label, keys, features.flatten(1).T)
             self._merge_class(label, part)
@@ -175,10 +184,10 @@ class PatternMoments:
             self._check_maps(other.uses_maps, "the other moments")
             self.uses_maps = other.uses_maps
         for label, scatter in other.scatter.items():
-            values = (other.mean[label], scatter, other.cross[label])
-            values += (other.map_mean[label], other.map_scatter[label])
-            values = (value.to(self.device) for value in values)
+            values = (value.to(self.device) for value in (other.mean[label], scatter))
             self._merge_class(label, _Part(int(other.num_pixels[label]), *values))
+            values = (getattr(other, name)[label].to(self.device) for name in _MAP_DENSE[1:])
+            self._merge_map(label, _MapPart(int(other.map_pixels[label]), *values))
             self.num_images[label] += other.num_images[label]
         for label, (keys, vectors) in other.sample.items():
             self._add_to_sample(label, keys, vectors)
@@ -263,14 +272,61 @@ class PatternMoments:
         total = before + part.num_pixels
         share, weight = part.num_pixels / total, before * part.num_pixels / total
         shift = part.mean - self.mean[label]
-        map_shift = part.map_mean - self.map_mean[label]
 
         self.scatter[label].add_(part.scatter).addr_(shift, shift, alpha=weight)
+        self.mean[label] += share * shift
+        self.num_pixels[label] = total
+
+    def _map_parts(
+        self,
+        maps: Tensor,
+        counts: Tensor | None,
+        mean: Tensor,
+        centred: Tensor,
+        size: tuple[int, int],
+    ) -> tuple[list[_MapPart], Tensor]:
+        """Return the moments of the maps of one image, and values to check for infinite ones.
+
+        Args:
+            maps: (L, ., .).
+            counts: (L, ., .) bool or None.
+            mean: (d,) of the features.
+            centred: (d, n) features about it.
+            size: (h, w) of the layer.
+        """
+        maps = maps.to(self.device, torch.float64)
+        if counts is None:
+            counts = torch.ones_like(maps)
+        counts = counts.to(self.device, torch.float64)
+        if maps.shape[1:] != size:
+            maps = F.interpolate(maps[None], size, mode="bilinear")[0]
+            counts = F.interpolate(counts[None], size, mode="nearest-exact")[0]
+        maps, counts = maps.flatten(1), counts.flatten(1)
+        totals = counts.sum(dim=1)
+        shares = counts / totals.clamp(min=1)[:, None]
+        map_means = (shares * maps).sum(dim=1)
+        shifts = shares @ centred.T  # means of the pixels that count, about the mean of all
+        deviations = counts * (maps - map_means[:, None])
+        scatters = deviations.square().sum(dim=1)
+        crosses = deviations @ centred.T  # as the deviations sum to 0, any centre will do
+        numbers = totals.long().tolist()
+        parts = zip(numbers, shifts + mean, map_means, scatters, crosses, strict=True)
+        return [_MapPart(*part) for part in parts], maps.mean(dim=1)
+
+    def _merge_map(self, label: int, part: _MapPart) -> None:
+        if not part.map_pixels:
+            return
+        before = int(self.map_pixels[label])
+        total = before + part.map_pixels
+        share, weight = part.map_pixels / total, before * part.map_pixels / total
+        shift = part.map_features - self.map_features[label]
+        map_shift = part.map_mean - self.map_mean[label]
+
         self.cross[label] += part.cross + weight * map_shift * shift
         self.map_scatter[label] += part.map_scatter + weight * map_shift**2
-        self.mean[label] += share * shift
+        self.map_features[label] += share * shift
         self.map_mean[label] += share * map_shift
-        self.num_pixels[label] = total
+        self.map_pixels[label] = total
 
     def _sample_keys(self, num_pixels: int, image_id: object) -> Tensor:
         name = f"{self.seed}/{image_id}/{int(self.num_images.sum()) if image_id is None else ''}"

@@ -70,7 +70,7 @@ class ScoreMapClassifier(nn.Module):
 
         It is written out, so that it works where gradients are switched off.
         """
-        by_hidden = self.score.weight[pair_labels][:, :, None, None] / hidden[0, 0].numel()
+        by_hidden = self.score.weight[pair_labels][:, :, None, None] / hidden.shape[2:].numel()
         by_hidden = by_hidden * (hidden > 0)[pair_images]
         return F.conv_transpose2d(by_hidden, self.hidden.weight, padding=1)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from maskx.modeling import class_patterns
 from maskx.modeling.backbones import SmallResNet
 from maskx.modeling.class_patterns import (
     ClassPatterns,
@@ -281,6 +282,7 @@ def make_samples(count=10):
     return [
         {
             "image_id": index,
+            "image_labels": [index % 3] if index % 2 else [0, 2],
             "labels_used": [index % 3] if index % 2 else [0, 2],
             "image": torch.randn(3, 40, 48, generator=generator),
         }
@@ -342,9 +344,14 @@ def test_the_pass_streams_every_layer_and_the_map_of_each_label(classifier):
             features = classifier.backbone(images)["layer4"]
         weight = classifier.classifier.weight.detach()
         for row, sample in enumerate(batch):
-            maps = torch.einsum("kc,chw->khw", weight, features[row])[sample["labels_used"]]
+            labels = sample["labels_used"]
+            maps = torch.einsum("kc,chw->khw", weight, features[row])[labels].relu()
+            counts = torch.ones_like(maps, dtype=torch.bool)
+            if len(labels) == 2:  # where the other has more of its own, a map does not count
+                counts = torch.stack([maps[0] >= maps[1], maps[1] >= maps[0]])
             for layer in LAYERS:
-                expected[layer].update(taps.features[layer][row], maps, sample["labels_used"])
+                features_of_image = taps.features[layer][row]
+                expected[layer].update(features_of_image, maps, labels, map_counts=counts)
     for layer in LAYERS:
         for name, tensor in expected[layer].state_dict().items():
             torch.testing.assert_close(
@@ -443,7 +450,7 @@ def test_the_pass_refuses_wrong_images_and_arguments(classifier):
         discover(classifier, samples, ["C41", "C41"])
     with pytest.raises(ValueError, match="no layer 'C49'"):
         discover(classifier, samples, ["C49"])
-    wrong = [samples[0], samples[1] | {"labels_used": [0, 3]}]
+    wrong = [samples[0], samples[1] | {"image_labels": [0, 3]}]
     with pytest.raises(ValueError, match=r"Label 3 of image 1 is outside .* 0 to 2"):
         discover(classifier, wrong)
     wrong = [samples[0], samples[1] | {"image": torch.full((3, 40, 48), math.nan)}]
@@ -471,8 +478,29 @@ def test_patterns_of_a_classifier_that_sees_the_object_lie_on_the_object():
     with torch.no_grad():
         model.classifier.weight.copy_(-torch.linspace(-1, 1, D))
     samples = [
-        {"image_id": i, "labels_used": [0], "image": image[0]} for i, image in enumerate(images)
+        {"image_id": i, "image_labels": [0], "labels_used": [0], "image": image[0]}
+        for i, image in enumerate(images)
     ]
     patterns = find_patterns(discover(model, samples, ["conv"])["conv"])
     assert on_objects(patterns, images) == 1
     assert patterns.sign_margin[0] > 0.9
+
+
+def test_the_object_of_another_label_does_not_turn_the_sign(classifier, monkeypatch):
+    """The map of a label is far below zero on the other's object, the pattern is above there."""
+    image = torch.zeros(2, 8, 8)  # channel 0: any object; channel 1: which one
+    image[0, :7] = 5.0
+    image[1, 0], image[1, 1:7] = 4.0, -4.0
+    weight = torch.tensor([[1.0, 4.0], [1.0, -4.0]])
+    plain = torch.einsum("kc,chw->khw", weight, image)
+    moments = PatternMoments(2, 2)
+    moments.update(image, plain, [0, 1])
+    assert moments.cross[0, 0] < 0  # what must not fix the sign
+
+    monkeypatch.setattr(classifier, "activation_maps", lambda features, labels: plain[None, labels])
+    maps, counts = class_patterns._sign_maps(classifier, image, [0], [0, 1])
+    assert maps.min() == 0
+    assert counts[0].any(dim=1).tolist() == [True, *[False] * 6, True]
+    moments = PatternMoments(2, 2)
+    moments.update(image, maps, [0], map_counts=counts)
+    assert moments.cross[0, 0] > 0

@@ -73,6 +73,48 @@ def test_moments_are_those_of_numpy_in_one_stream_and_merged(seed, count, cut):
     assert_exact(merged, images)
 
 
+def test_the_map_moments_are_those_of_the_pixels_that_count():
+    images = make_images(11, 8, offset=3.0)
+    generator = torch.Generator().manual_seed(2)
+    counts = [torch.rand(maps.shape, generator=generator) < 0.5 for _, maps, _ in images]
+    parts = []
+    for start, stop in ((0, 3), (3, 8)):
+        moments = PatternMoments(K, D)
+        for (features, maps, labels), mask in zip(
+            images[start:stop], counts[start:stop], strict=True
+        ):
+            moments.update(features, maps, labels, map_counts=mask)
+        parts.append(moments)
+    moments = parts[0]
+    moments.merge(parts[1])
+    for label in range(K):
+        rows = []
+        for (features, maps, labels), mask in zip(images, counts, strict=True):
+            if label in labels:
+                row = labels.index(label)
+                both = torch.cat([features, maps[row : row + 1]])
+                rows.append(both[:, mask[row]].T.double())
+        joined = torch.cat(rows).numpy()
+        assert moments.map_pixels[label] == len(joined)
+        assert_close(moments.map_features[label], joined.mean(axis=0)[:-1])
+        assert_close(moments.map_mean[label], joined.mean(axis=0)[-1])
+        scatter = np.cov(joined.T, bias=True) * len(joined)
+        assert_close(moments.cross[label], scatter[-1, :-1])
+        assert_close(moments.map_scatter[label], scatter[-1, -1])
+        vectors, _ = pixels_of(images, label)
+        assert_close(moments.mean[label], vectors.mean(axis=0))  # of all pixels
+
+
+def test_an_image_in_which_no_pixel_counts_leaves_the_map_moments():
+    images = make_images(12, 4)
+    moments = stream(images)
+    before = {name: getattr(moments, name).clone() for name in pattern_moments._MAP_DENSE}
+    maps = torch.rand(1, 3, 3)
+    nowhere = torch.zeros_like(maps, dtype=torch.bool)
+    moments.update(torch.rand(D, 3, 3), maps, [1], map_counts=nowhere)
+    assert all(torch.equal(before[name], getattr(moments, name)) for name in before)
+
+
 def test_a_mean_far_from_zero_costs_no_precision():
     generator = torch.Generator().manual_seed(0)
     features = 4096 + torch.rand(40, D, 3, 3, generator=generator)

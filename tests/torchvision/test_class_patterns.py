@@ -1,0 +1,263 @@
+import json
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+from maskx.data.coco import load_coco
+from maskx.data.proxy_masks import ProxyMaskSettings
+from maskx.data.scenes import generate_scenes
+from maskx.torchvision import class_patterns
+from maskx.torchvision.class_patterns import (
+    TagSettings,
+    learn_from_tags,
+    open_classifier,
+    open_tagged_images,
+)
+from maskx.torchvision.images import ImageMapper
+from maskx.torchvision.semantic import predict_image_labels
+
+TINY = {"image_size": 64, "iterations": 2, "segmenter_iterations": 2, "batch_size": 2}
+LAYERS = ("C41", "C42", "C43")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp(name) for name in ("train", "val")]
+    for seed, folder in enumerate(folders):
+        generate_scenes(folder, count=6, size=64, num_categories=4, style="sparse", seed=seed)
+    return folders
+
+
+def learn(scenes, output, *, resume=False, train_json="annotations.json", lines=None, **changes):
+    train_data = load_coco(scenes[0] / train_json, scenes[0])
+    return learn_from_tags(
+        train_data,
+        load_coco(scenes[1] / "annotations.json", scenes[1]),
+        TagSettings(**(TINY | changes)),
+        image_root=scenes[0],
+        output=output,
+        resume=resume,
+        device=torch.device("cpu"),
+        report=(lines if lines is not None else []).append,
+    )
+
+
+def write_changed(path, scenes, change):
+    content = json.loads((scenes[0] / "annotations.json").read_text())
+    for image in content["images"]:
+        del image["stuff_file_name"]  # relative to the file
+    change(content)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def without_seconds(metrics):
+    return {key: value for key, value in metrics.items() if key != "step_seconds"}
+
+
+def weights_of(output, name):
+    return torch.load(output / name / "checkpoint.pth", weights_only=True)["model"]
+
+
+def assert_same_weights(first, second, names=("classifier", "segmenter", "retrained")):
+    for name in names:
+        found = weights_of(second, name)
+        for key, value in weights_of(first, name).items():
+            assert torch.equal(value, found[key]), (name, key)
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished")
+    lines = []
+    return output, learn(scenes, output, lines=lines), lines
+
+
+def test_from_tags_to_measures_and_picture(finished):
+    output, metrics, lines = finished
+    assert set(metrics["mIoU"]) == {"proxy", "trained", "retrained"}
+    for key in ("proxy_decided_only", "proxy_undecided", "proxy_paper"):
+        assert tuple(metrics[key]) == tuple(metrics["mIoU"]["proxy"]) == LAYERS
+    # Both settings leave different pixels; with conflicts resolved none is left.
+    assert metrics["proxy_undecided"] == dict.fromkeys(LAYERS, 0.0)
+    assert metrics["proxy_decided_only"] == metrics["mIoU"]["proxy"]
+    assert 0 < metrics["tag_mAP"] <= 100
+    steps = ["classifier", "patterns", "projections", "proxy masks", "segmenter", "predictions"]
+    assert list(metrics["step_seconds"])[:7] == [*steps, "retrained"]
+    picture = cv2.imread(str(output / "predictions.png"))
+    assert picture.shape[1] == 5 * 256
+    table = lines[-1]
+    assert f"| proxy masks of C41 | {metrics['mIoU']['proxy']['C41']:.1f} |" in table
+    assert f"| network, retrained | {metrics['mIoU']['retrained']:.1f} |" in table
+
+
+def test_the_networks_start_from_the_classifier_and_end_apart(finished):
+    output, _, _ = finished
+    first, second = weights_of(output, "segmenter"), weights_of(output, "retrained")
+    assert any(not torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_predictions_to_retrain_on_hold_only_the_tags(scenes, finished):
+    output, _, _ = finished
+    retraining = load_coco(output / "retraining" / "annotations.json", scenes[0])
+    mapper = ImageMapper(4, size=None, flip=False, label_maps=True)
+    for record in retraining.records:
+        found = set(mapper(record, None)["label_map"].unique().tolist())
+        assert found <= {0, *(label + 1 for label in record["image_labels"])}
+
+
+def test_a_finished_run_is_only_measured_again(scenes, finished, monkeypatch):
+    output, metrics, _ = finished
+
+    def read_nothing(self, record, random_state):
+        raise AssertionError("a training image was read")
+
+    monkeypatch.setattr(ImageMapper, "__call__", read_nothing)
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*.p*") if "predictions" not in p.name}
+    assert any(p.suffix == ".pth" for p in before)
+    again = learn(scenes, output, resume=True)
+    assert without_seconds(again) == without_seconds(metrics)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+@pytest.mark.parametrize("step", ["discover", "project", "make_masks", "write_label_map"])
+def test_an_interrupted_run_goes_on(scenes, finished, tmp_path, monkeypatch, step):
+    whole, metrics, _ = finished
+    function, calls = getattr(class_patterns, step), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(step)
+        if len(calls) == (3 if step == "write_label_map" else 1):
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(class_patterns, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learn(scenes, tmp_path)
+    resumed = learn(scenes, tmp_path, resume=True)
+    assert without_seconds(resumed) == without_seconds(metrics)
+    assert_same_weights(whole, tmp_path)
+
+
+def test_a_new_run_keeps_the_old_one_apart(scenes, finished, tmp_path):
+    whole, metrics, _ = finished
+    learn(scenes, tmp_path, seed=5)
+    old = weights_of(tmp_path, "classifier")
+    assert without_seconds(learn(scenes, tmp_path)) == without_seconds(metrics)
+    assert_same_weights(whole, tmp_path)
+    kept = weights_of(tmp_path / "previous_run", "classifier")
+    assert all(torch.equal(value, kept[name]) for name, value in old.items())
+
+
+def test_the_truth_of_training_images_changes_nothing_that_is_learned(scenes, finished, tmp_path):
+    whole, metrics, _ = finished
+
+    def spoil(content):
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = [[0, 0, 9, 0, 9, 9, 0, 9]]
+            annotation["bbox"] = [0, 0, 9, 9]
+
+    # Of the same name, as a run is known by it.
+    write_changed(scenes[0] / "spoilt" / "annotations.json", scenes, spoil)
+    blind = learn(scenes, tmp_path, train_json="spoilt/annotations.json")
+    assert blind["mIoU"]["proxy"] != metrics["mIoU"]["proxy"]
+    for key in ("trained", "retrained"):
+        assert blind["mIoU"][key] == metrics["mIoU"][key]
+    assert_same_weights(whole, tmp_path)
+
+
+def test_tags_without_any_annotation_are_enough(scenes, finished, tmp_path):
+    whole, metrics, _ = finished
+    write_changed(
+        scenes[0] / "tags" / "annotations.json",
+        scenes,
+        lambda content: content["annotations"].clear(),
+    )
+    tags = learn(scenes, tmp_path, train_json="tags/annotations.json")
+    assert set(tags["mIoU"]) == {"trained", "retrained"}
+    assert "proxy_paper" not in tags
+    assert tags["mIoU"]["retrained"] == metrics["mIoU"]["retrained"]
+    assert_same_weights(whole, tmp_path)
+
+
+def test_resuming_with_other_settings_is_refused(scenes, finished):
+    output, _, _ = finished
+    with pytest.raises(ValueError, match="made with batch_size 2, but this run has batch_size 3"):
+        learn(scenes, output, resume=True, batch_size=3)
+    with pytest.raises(ValueError, match="made with proxy masks C41-otsu-standardised, but"):
+        learn(scenes, output, resume=True, masks=ProxyMaskSettings(crf=False))
+
+
+def test_the_papers_masks_are_not_made_twice(scenes, tmp_path):
+    metrics = learn(scenes, tmp_path, masks=ProxyMaskSettings(crf=False))
+    assert metrics["proxy_paper"] == metrics["mIoU"]["proxy"]
+    assert len(list((tmp_path / "proxy" / "masks").iterdir())) == 3
+
+
+def test_the_crf_refines_masks_and_predictions(scenes, tmp_path):
+    pytest.importorskip("pydensecrf")
+    lines = []
+    learn(scenes, tmp_path, masks=ProxyMaskSettings(crf=True), lines=lines)
+    records = load_coco(scenes[0] / "annotations.json", scenes[0]).records
+    single = sum(len(record["image_labels"]) == 1 for record in records)
+    assert single > 0
+    assert f"6 images, {single} of them refined by the CRF" in "\n".join(lines)
+    header = json.loads((tmp_path / "retraining/label_maps/predictions.json").read_text())
+    assert header["crf"] is True
+
+
+def test_a_classifier_is_opened_as_it_was_trained(scenes, finished):
+    output, _, _ = finished
+    source, records, class_names = open_tagged_images(
+        output / "classifier", scenes[1] / "annotations.json", scenes[1]
+    )
+    assert source.settings == {"image_size": 64}
+    assert len(class_names) == 4
+    state = weights_of(output, "classifier")
+    for name, value in source.classifier.state_dict().items():
+        assert torch.equal(value, state[f"classifier.{name}"])
+    model = class_patterns._build_classifier(
+        json.loads((output / "classifier/model.json").read_text()), pretrained=False
+    )
+    model.load_state_dict(state)
+    expected = predict_image_labels(model, records)
+    samples = [source.read_image(record) for record in records]
+    with torch.no_grad():
+        prob = source.classifier(source.preprocess(samples)).sigmoid()
+    torch.testing.assert_close(prob, torch.from_numpy(expected))
+
+
+def test_classifiers_that_cannot_be_opened_are_named(scenes, finished, tmp_path):
+    output, _, _ = finished
+    with pytest.raises(FileNotFoundError, match=r"no file '.*model.json', which says what network"):
+        open_classifier(tmp_path)
+    (tmp_path / "model.json").write_text('{"backbone": "small"}')
+    with pytest.raises(ValueError, match=r"model.json' is damaged \(KeyError"):
+        open_classifier(tmp_path)
+    content = json.loads((output / "classifier" / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        open_classifier(tmp_path)
+    write_changed(
+        tmp_path / "other.json",
+        scenes,
+        lambda content: content["categories"][0].update(name="teapot"),
+    )
+    with pytest.raises(ValueError, match=r"4 classes of the classifier .* them: \['teapot'\]"):
+        open_tagged_images(output / "classifier", tmp_path / "other.json", scenes[0])
+
+
+def test_backbones_out_of_the_list_are_named(scenes, tmp_path):
+    with pytest.raises(ValueError, match=r"one of small, resnet18, .*; got 'vgg'"):
+        learn(scenes, tmp_path, backbone="vgg")
+    with pytest.raises(ValueError, match="no pretrained weights of the backbone 'small'"):
+        learn(scenes, tmp_path, pretrained=True)
+    assert not Path(tmp_path / "classifier" / "checkpoint.pth").exists()
+
+
+def test_a_resnet_goes_the_whole_way(scenes, tmp_path):
+    changes = {"backbone": "resnet18", "iterations": 1, "segmenter_iterations": 1}
+    metrics = learn(scenes, tmp_path, **changes)
+    assert set(metrics["mIoU"]["proxy"]) == {"C41", "C42"}

@@ -1,0 +1,134 @@
+import json
+
+import cv2
+import pytest
+
+from maskx.data.scenes import generate_scenes, scene_categories
+from maskx.torchvision import quickstart, transfernet
+from maskx.torchvision.quickstart import QuickstartOptions
+from maskx.torchvision.transfernet import quickstart_transfernet
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(transfernet, "_SCENES", 24)
+    monkeypatch.setattr(quickstart, "_VAL_SCENES", 6)
+    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    return {"output": tmp_path / "out", "iterations": 2, "batch_size": 4, "image_size": 64}
+
+
+def run(options, report=print, **changes):
+    return quickstart_transfernet(QuickstartOptions(**options | changes), report)
+
+
+def test_generated_data_to_metrics_and_picture(tiny):
+    lines = []
+    run(tiny, lines.append)
+    written = json.loads((tiny["output"] / "metrics.json").read_text())
+    assert written["system"] == "transfernet"
+    for group in ("target", "source", "all"):
+        assert set(written["mIoU"][group]) == {"transfernet", "transfernet_gt", "baseline"}
+        assert set(written["mIoU_gt_labels"][group]) == {"transfernet", "baseline"}
+        truth = written["mIoU_gt_labels"][group]["transfernet"]
+        assert written["mIoU"][group]["transfernet_gt"] == truth
+    names = [category.name for category in scene_categories(12, "sparse")]
+    for of_method in written["IoU"].values():
+        assert list(of_method) == names
+    assert set(written["split"]["A"]) == set(names[::2])
+    assert set(written["split"]["B"]) == set(names[1::2])
+    assert 0 < written["attention_entropy"] <= 1
+    assert set(written["tag_mAP"]) == {"target", "source", "all"}
+    assert sum(written["num_images"].values()) == 24
+    steps = {"classifier", "attention", "transfernet", "baseline", "evaluation"}
+    assert set(written["step_seconds"]) == steps
+    picture = cv2.imread(str(tiny["output"] / "predictions.png"))
+    assert picture.shape[1] == 5 * 256
+    text = "\n".join(lines)
+    assert "6 source categories with masks, 6 target categories with tags" in text
+    assert "| TransferNet, true labels |" in text
+    assert "| BaselineNet, predicted labels |" in text
+
+
+def test_a_resumed_run_ends_with_the_same_numbers(tiny):
+    first = run(tiny, compare=True)
+    assert set(first["mIoU"]["target"]) == {
+        "transfernet",
+        "transfernet_gt",
+        "baseline",
+        "decoupled",
+    }
+    again = run(tiny, compare=True, resume=True)
+    for key in ("mIoU", "IoU", "tag_mAP", "attention_entropy"):
+        assert str(first[key]) == str(again[key])
+
+
+def make_coco(folder, **changes):
+    json_file = generate_scenes(folder, count=16, size=64, num_categories=8, seed=1, style="sparse")
+    content = json.loads(json_file.read_text()) | changes
+    json_file.write_text(json.dumps(content))
+    return str(json_file), str(folder)
+
+
+def test_own_data_with_masks_for_named_categories(tmp_path, tiny, caplog):
+    data = make_coco(tmp_path / "data")
+    content = json.loads((tmp_path / "data" / "annotations.json").read_text())
+    # An image without a label, and a file that says which categories have masks.
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 3]
+    content["images"][3].pop("image_labels", None)
+    (tmp_path / "data" / "annotations.json").write_text(json.dumps(content))
+    names = [category["name"] for category in content["categories"]]
+    (tmp_path / "source.txt").write_text("\n".join(names[::2]))
+    files = {"coco_train": data, "coco_val": data}
+    found = run(tiny, **files, masks_for=str(tmp_path / "source.txt"))
+    assert found["split"]["A"] == tuple(names[::2])
+    assert found["num_images"]["unlabelled"] == 1
+    assert "1 of 16 images have no label" in caplog.text
+    with pytest.raises(ValueError, match="'all' leaves no target category: all 8 have masks"):
+        run(tiny, **files, masks_for="all")
+    (tmp_path / "source.txt").write_text("\n".join(names[1::2]))
+    with pytest.raises(ValueError, match="source categories"):
+        run(tiny, **files, masks_for=str(tmp_path / "source.txt"), resume=True)
+
+
+def test_source_and_target_that_overlap_are_named(tmp_path, tiny):
+    data = make_coco(tmp_path / "data")
+    names = [category.name for category in scene_categories(8, "sparse")]
+    (tmp_path / "both.json").write_text(
+        json.dumps({"with_masks": names[:5], "without_masks": names[4:]})
+    )
+    with pytest.raises(ValueError, match=f"'{names[4]}' stand on both sides"):
+        run(tiny, coco_train=data, coco_val=data, masks_for=str(tmp_path / "both.json"))
+
+
+def test_real_photographs(shared_data, tiny, tmp_path):
+    """The whole way on COCO images: 60 categories with masks, those of VOC with tags."""
+    coco = shared_data / "coco_mini"
+    files = {}
+    for part, count in (("train", 40), ("val", 10)):
+        name = f"instances_{part}2017.json"
+        content = json.loads((coco / "annotations" / name).read_text())
+        content["images"] = content["images"][:count]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        (tmp_path / name).write_text(json.dumps(content))
+        files[f"coco_{part}"] = (str(tmp_path / name), str(coco / f"{part}2017"))
+    found = run(tiny, **files, masks_for="coco_nonvoc")
+    assert len(found["split"]["A"]) == 60
+    assert sum(found["num_images"].values()) == 40
+    assert all(0 <= value <= 100 for value in found["mIoU"]["all"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "gpu"}, "Device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
+        ({"backbone": "resnet5"}, r"backbone must be one of small, vgg16.*got 'resnet5'"),
+        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+        ({"batch_size": 3}, r"batch size is 3\. Allowed: even"),
+        ({"masks_for": "coco_voc"}, "names 'person', which is not among the 12"),
+        ({"threshold": "zero"}, "threshold has no meaning for the system transfernet"),
+    ],
+)
+def test_options_out_of_range_are_named(tiny, options, words):
+    with pytest.raises(ValueError, match=words):
+        run(tiny, **options)
