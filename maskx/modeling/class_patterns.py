@@ -119,8 +119,8 @@ def find_patterns(moments: PatternMoments) -> LayerPatterns:
 
     The sign is that of the covariance of the projection and the class activation map, at the pixels
     at which that counts; its margin is that covariance over the standard deviations of both, at
-    most 1. Where there were no maps, the larger extreme of the projections of the kept sample is positive, for
-    the pixels of an object are fewer and farther out than those around it.
+    most 1. Where there were no maps, the larger extreme of the projections of the kept sample is
+    positive, for the pixels of an object are fewer and farther out than those around it.
 
     Args:
         moments: of one layer. The eigenvectors are computed where they lie.
