@@ -7,6 +7,7 @@ Examples:
     python tools/benchmark.py mask_head --json mask_head.json
     python tools/benchmark.py mask_head --section predictor mlp --rois 32
     python tools/benchmark.py class_patterns --depth 34
+    OMP_NUM_THREADS=1 python tools/benchmark.py large_vocabulary --section inference
 """
 
 import argparse
@@ -21,9 +22,11 @@ import torch
 from maskx.evaluation.benchmark import describe_machine, format_table, measure
 from maskx.modeling.benchmark import Case, head_cases, mlp_cases, predictor_cases, trunk_cases
 from maskx.modeling.class_patterns_benchmark import discovery_cases
+from maskx.modeling.large_vocabulary_benchmark import inference_cases, training_cases
 
 CONFIG = Path(__file__).parents[1] / "configs" / "MaskX" / "Base-MaskX-RCNN-FPN.yaml"
 MASK_HEAD_SECTIONS = ("predictor", "head", "mlp", "trunk", "model")
+LARGE_VOCABULARY_SECTIONS = ("inference", "training")
 
 
 def mask_head_tables(
@@ -67,6 +70,21 @@ def class_patterns_tables(
     yield title, lambda: discovery_cases(**sizes, device=device)
 
 
+def large_vocabulary_tables(
+    arguments: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, Callable[[], Iterator[Case]]]]:
+    """Yield the title of each table and what makes its cases, which take memory."""
+    sections = arguments.section or LARGE_VOCABULARY_SECTIONS
+    classes, size, images = arguments.classes, arguments.image_size, arguments.images
+    sizes = {"num_classes": classes, "channels": arguments.channels, "image_size": size}
+    if "inference" in sections:
+        title = f"label map of {size} x {size} pixels, K = {classes}"
+        yield title, lambda: inference_cases(**sizes, device=device)
+    if "training" in sections:
+        title = f"training step without a backbone, {images} images of {size} pixels, K = {classes}"
+        yield title, lambda: training_cases(**sizes, num_images=images, device=device)
+
+
 def positive(text: str) -> int:
     """Read a number of something."""
     if not text.isdecimal() or int(text) < 1:
@@ -84,8 +102,10 @@ def parse_arguments() -> argparse.Namespace:
     mask_head.set_defaults(tables=mask_head_tables)
     class_patterns = systems.add_parser("class_patterns", help="the pass that finds patterns")
     class_patterns.set_defaults(tables=class_patterns_tables)
+    large_vocabulary = systems.add_parser("large_vocabulary", help="LarvSeg with all its classes")
+    large_vocabulary.set_defaults(tables=large_vocabulary_tables)
     number = {"type": positive}
-    for system in (mask_head, class_patterns):
+    for system in (mask_head, class_patterns, large_vocabulary):
         add = system.add_argument
         add("--json", type=Path, metavar="FILE", help="write all rows to a file")
         add("--repeats", **number, default=5, help="rounds after one that warms up")
@@ -94,6 +114,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--depth", type=int, choices=(18, 34, 50, 101), default=18, help="of the ResNet")
     add("--images", **number, default=2, help="per step")
     add("--image-size", **number, default=328, help="pixels")
+    add = large_vocabulary.add_argument
+    add("--section", nargs="+", choices=LARGE_VOCABULARY_SECTIONS, help="default: all")
+    add("--classes", **number, default=21841, help="of the vocabulary")
+    add("--channels", **number, default=768, help="of the features")
+    add("--images", **number, default=2, help="per training step")
+    add("--image-size", **number, default=512, help="pixels")
     add = mask_head.add_argument
     add("--section", nargs="+", choices=MASK_HEAD_SECTIONS, help="default: all")
     add("--rois", **number, default=100, help="RoIs, but for the whole model")
