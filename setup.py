@@ -18,6 +18,7 @@ REQUIRES = [
     "pycocotools>=2.0.7",
     "opencv-python>=4.8",
     "pillow>=9",
+    "filelock>=3.12",
     "tqdm>=4.60",
     "safetensors>=0.4",
 ]

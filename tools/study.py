@@ -1,19 +1,23 @@
-"""Compare settings of Mask^X R-CNN on generated scenes, over several seeds.
+"""Compare settings of a system on generated scenes, over several seeds.
 
-A run whose result lies in OUTPUT is not made again, an interrupted one goes on. The table is
-printed; numbers of all seeds go to study.json, a picture to study.png (needs matplotlib:
+A run whose result lies in OUTPUT is not made again, an interrupted one goes on. Several such
+commands may run on one OUTPUT at a time, with the same or with other settings and seeds; the last
+one then prints the table. It is printed with the orderings of the paper and whether they hold;
+numbers of all seeds go to study.json, a picture to study.png (needs matplotlib:
 pip install -e '.[plots]').
 
 Examples:
     python tools/study.py
     python tools/study.py --settings sw/baseline sw/clsbox_2_layer --seeds 0 1 --iterations 600
+    python tools/study.py --system transfernet --settings transfernet baseline
+    python tools/study.py --system class_patterns --seeds 0
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from maskx.torchvision.studies import StudyOptions, run_study
+from maskx.torchvision.studies import SYSTEMS, StudyOptions, run_study
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -22,16 +26,20 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, default = parser.add_argument, StudyOptions
-    add("--output", type=Path, default=Path("output/study"))
-    settings_help = "default: the tables 3.1 to 3.4 of the paper, and gains of later papers"
-    settings = {"metavar": "TRAINING/METHOD", "help": settings_help}
-    add("--settings", nargs="+", default=default.settings, **settings)
+    add("--system", choices=SYSTEMS, default=default.system)
+    add("--output", type=Path, help="default: output/study, of other systems output/study_SYSTEM")
+    settings_help = "default: those of the paper's tables; an unknown one lists what is allowed"
+    add("--settings", nargs="+", metavar="SETTING", help=settings_help)
     add("--seeds", type=int, nargs="+", default=default.seeds)
-    add("--iterations", type=int, default=default.iterations, help="of detectors and end to end")
-    add("--stage2-iterations", type=int, default=default.stage2_iterations)
-    add("--batch-size", type=int, default=default.batch_size, help="images per step")
+    add("--iterations", type=int, help="of detectors and end to end, or of the image classifier")
+    add("--stage2-iterations", type=int, help="of what is trained on it")
+    add("--batch-size", type=int, help="images per step")
     add("--device", default=default.device, help="auto, cpu or cuda")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.output is None:
+        suffix = "" if arguments.system == default.system else f"_{arguments.system}"
+        arguments.output = Path(f"output/study{suffix}")
+    return arguments
 
 
 def main() -> None:

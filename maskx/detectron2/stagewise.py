@@ -11,16 +11,17 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import launch
 from detectron2.utils import comm
+from torch import nn
 
 from maskx.data.json_files import write_json
 from maskx.detectron2.config import get_cfg
@@ -33,11 +34,16 @@ from maskx.detectron2.data import (
 from maskx.detectron2.trainer import Trainer, check_config, setup
 
 __all__ = [
+    "MadeData",
     "Stage",
+    "build_on_cpu",
     "check_stages",
     "config_difference",
+    "config_values",
+    "read_config",
     "read_record",
     "run_stage",
+    "sha256_of",
     "stage_is_finished",
 ]
 
@@ -60,6 +66,28 @@ _DETECTOR_KEYS = (
 )
 
 
+# Measures of the evaluation among what is logged: AP of boxes and masks, and those of whole images.
+_MEASURES = ("/AP", "image_labels/", "sem_seg/")
+
+
+class MadeData(NamedTuple):
+    """A data set that an earlier run makes, to train on.
+
+    What its files hold decides on what is learned, not where they are.
+
+    Attributes:
+        name: what it is registered as.
+        json_file: annotation file.
+        image_root: folder of the images.
+        header: JSON file that says what it was made with.
+    """
+
+    name: str
+    json_file: Path
+    image_root: Path
+    header: Path
+
+
 @dataclass(frozen=True)
 class Stage:
     """One training run.
@@ -69,18 +97,27 @@ class Stage:
         output: folder of the run; takes the place of ``OUTPUT_DIR``.
         opts: KEY VALUE pairs over the file, as on a command line.
         weights: initial weights, in place of ``MODEL.WEIGHTS``; None for those of the file.
+        data: takes the place of ``DATASETS.TRAIN``; None for that of the file. It need not exist
+            before the run.
     """
 
     config_file: Path
     output: Path
     opts: tuple[Any, ...] = ()
     weights: Path | None = None
+    data: MadeData | None = None
 
     @property
     def all_opts(self) -> list[Any]:
-        """KEY VALUE pairs with those of ``output`` and ``weights``."""
+        """KEY VALUE pairs with those of ``output``, ``weights`` and ``data``."""
         weights = () if self.weights is None else ("MODEL.WEIGHTS", str(self.weights.resolve()))
-        return [*self.opts, *weights, "OUTPUT_DIR", str(self.output.resolve())]
+        data: tuple[Any, ...] = ()
+        if self.data is not None:
+            register = read_config(self.config_file, self.opts).DATASETS.MASKX.REGISTER
+            paths = (str(path.resolve()) for path in (self.data.json_file, self.data.image_root))
+            register = [*_without(register, self.data.name), [self.data.name, *paths]]
+            data = ("DATASETS.TRAIN", (self.data.name,), "DATASETS.MASKX.REGISTER", register)
+        return [*self.opts, *weights, *data, "OUTPUT_DIR", str(self.output.resolve())]
 
     @property
     def final_weights(self) -> Path:
@@ -96,21 +133,37 @@ class Stage:
             ValueError: a key does not exist or has a value of the wrong type, or one is set that
                 the tool sets itself.
         """
-        if not self.config_file.is_file():
-            raise FileNotFoundError(f"'{self.config_file}': there is no such config file.")
         if "OUTPUT_DIR" in self.opts[::2]:
             raise ValueError("OUTPUT_DIR is made of --output for each run. Use --output instead.")
-        cfg = get_cfg()
-        try:
-            cfg.merge_from_file(str(self.config_file))
-            cfg.merge_from_list(self.all_opts)
-        except (AssertionError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{self.config_file} with KEY VALUE pairs {list(self.opts)}: {error.args[0]}. "
-                "Correct the key or its value."
-            ) from error
+        read_config(self.config_file, self.opts)  # so that errors name the user's pairs alone
+        cfg = read_config(self.config_file, self.all_opts)
         cfg.freeze()
         return cfg
+
+
+def read_config(config_file: Path, opts: Sequence[Any] = ()) -> CfgNode:
+    """Read a configuration.
+
+    Args:
+        config_file: YAML file.
+        opts: KEY VALUE pairs over the file, as on a command line.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key does not exist or has a value of the wrong type.
+    """
+    if not config_file.is_file():
+        raise FileNotFoundError(f"'{config_file}': there is no such config file.")
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(str(config_file))
+        cfg.merge_from_list(list(opts))
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{config_file} with KEY VALUE pairs {list(opts)}: {error.args[0]}. "
+            "Correct the key or its value."
+        ) from error
+    return cfg
 
 
 def check_stages(first: Stage | Path, second: Stage) -> None:
@@ -150,13 +203,14 @@ def check_stages(first: Stage | Path, second: Stage) -> None:
             )
     if isinstance(first, Stage):
         _check_same_classes(first, second)
-    _build_on_cpu(second.cfg)
+    build_on_cpu(second.cfg)
 
 
 def stage_is_finished(stage: Stage) -> bool:
     """Whether a stage was trained and evaluated.
 
     Raises:
+        FileNotFoundError: the data that an earlier run made for it are gone.
         ValueError: its folder holds another run, which must not be mixed with it or lost.
     """
     record = read_record(stage.output)
@@ -169,6 +223,13 @@ def stage_is_finished(stage: Stage) -> bool:
         return False
     if not _is_started(stage.output, record):
         return False
+    made = () if stage.data is None else (stage.data.json_file, stage.data.header)
+    for file in made:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"The run in '{stage.output}' trained on '{file}', which is gone. Restore it, or "
+                "remove that folder to train on data that are made again."
+            )
     now = _make_record(stage)
     remedy = "Undo the change, choose another --output, or remove that folder"
     difference = config_difference(record["config"], now["config"])
@@ -181,8 +242,9 @@ def stage_is_finished(stage: Stage) -> bool:
     for part, key in (
         ("classes_with_masks", "DATASETS.MASKX.SPLIT"),
         ("weights", "MODEL.WEIGHTS"),
+        ("made_data", "DATASETS.TRAIN"),
     ):
-        if record[part] != now[part]:
+        if record.get(part) != now[part]:  # older records are of runs without made data
             value = functools.reduce(getattr, key.split("."), stage.cfg)
             raise ValueError(
                 f"{key} '{value}' does not stand for what it did when the run in "
@@ -228,9 +290,10 @@ def read_record(output: Path) -> dict[str, Any] | None:
     Returns:
         None without a run. Otherwise ``config`` (all keys), ``classes_with_masks`` (names),
         ``weights`` (SHA-256 of the initial weights, or their name if they are no local file),
-        ``seconds`` (training and evaluation, of all sessions that were not killed) and
-        ``results``, metrics by "task/metric" as in "segm_B/AP" with None for NaN; None until the
-        run is finished.
+        ``made_data`` (SHA-256 of the annotation file and of the header of :class:`MadeData`, or
+        None without), ``seconds`` (training and evaluation, of all sessions that were not killed)
+        and ``results``, metrics by "task/metric" as in "segm_B/AP" or "sem_seg/mIoU" with None for
+        NaN; None until the run is finished.
     """
     path = output / RECORD
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -265,7 +328,7 @@ def _train(stage: Stage, record: dict[str, Any]) -> None:
         results = {
             name: None if math.isnan(value) else value
             for name, (value, _) in trainer.storage.latest().items()
-            if "/AP" in name
+            if any(measure in name for measure in _MEASURES)
         }
     finally:
         if comm.is_main_process():
@@ -276,18 +339,26 @@ def _train(stage: Stage, record: dict[str, Any]) -> None:
 def _make_record(stage: Stage) -> dict[str, Any]:
     register_all()
     register_from_config(stage.cfg)
-    weights = Path(stage.cfg.MODEL.WEIGHTS)
+    weights, data = Path(stage.cfg.MODEL.WEIGHTS), stage.data
+    config = _as_dict(stage.cfg)
+    if data is not None:  # its files may move; their content is below
+        keys = config["DATASETS"]["MASKX"]
+        keys["REGISTER"] = _without(keys["REGISTER"], data.name)
     return {
-        "config": _as_dict(stage.cfg),
+        "config": config,
         "classes_with_masks": list(split_from_config(stage.cfg).with_masks),
-        "weights": (
-            _sha256(weights, weights.stat().st_mtime_ns)
-            if weights.is_file()
-            else stage.cfg.MODEL.WEIGHTS
+        "weights": sha256_of(weights) if weights.is_file() else stage.cfg.MODEL.WEIGHTS,
+        "made_data": (
+            None if data is None else [sha256_of(file) for file in (data.json_file, data.header)]
         ),
         "seconds": 0.0,
         "results": None,
     }
+
+
+def sha256_of(path: Path) -> str:
+    """Digest of what a file holds."""
+    return _sha256(path, path.stat().st_mtime_ns)
 
 
 @functools.cache
@@ -345,12 +416,23 @@ def _check_same_classes(first: Stage, second: Stage) -> None:
             )
 
 
-def _build_on_cpu(cfg: CfgNode) -> None:
-    """Build a model and forget it, since its modules check the keys that they read."""
+def build_on_cpu(cfg: CfgNode) -> nn.Module:
+    """Build a model without its weights, since its modules check the keys that they read."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    Trainer.build_model(cfg)
+    return Trainer.build_model(cfg)
+
+
+def config_values(cfg: CfgNode, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Values by dotted key of some keys and of all those below them."""
+    values = _flatten(_as_dict(cfg))
+    return {key: value for key, value in values.items() if _is_below(key, keys)}
+
+
+def _without(register: Sequence[Sequence[str]], name: str) -> list[Sequence[str]]:
+    """Entries of ``DATASETS.MASKX.REGISTER`` but for those of a data set."""
+    return [e for e in register if not isinstance(e, list | tuple) or list(e[:1]) != [name]]
 
 
 def _as_dict(cfg: CfgNode) -> dict[str, Any]:

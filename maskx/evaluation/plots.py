@@ -82,15 +82,17 @@ def plot_settings(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = _figure(6.4, 1 + 0.28 * len(values))
+    # Long names widen the figure, not narrow the axes.
+    width = max(6.4, 4 + 0.075 * max(map(len, values)))
+    figure = _figure(width, 1 + 0.28 * len(values))
     axes = figure.subplots()
     for row, seeds in enumerate(values.values()):
         mean = sum(seeds) / len(seeds)
         axes.plot([mean, mean], [row - 0.32, row + 0.32], color=_STYLES[5][0], linewidth=2)
         axes.scatter(seeds, [row] * len(seeds), color=_STYLES[1][0], s=26, alpha=0.8, zorder=3)
     axes.set_yticks(range(len(values)), list(values))
-    axes.invert_yaxis()
-    axes.set_xlabel(f"{label}; dots: seeds, line: mean")
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.set_xlabel(f"{label}; dots: seeds, line: mean", loc="right")
     axes.grid(axis="x", color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):

@@ -1,170 +1,40 @@
-import json
-import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from maskx.torchvision import quickstart, studies
-from maskx.torchvision.studies import (
-    PAPER_SETTINGS,
-    WORDS,
-    StudyOptions,
-    format_study,
-    mask_branch,
-    run_study,
-)
+from maskx.torchvision.studies import SYSTEMS, StudyOptions, run_study
+
+TOOL = Path(__file__).parents[2] / "tools" / "study.py"
 
 
-@pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart, "_TRAIN_SCENES", 6)
-    monkeypatch.setattr(quickstart, "_VAL_SCENES", 4)
-    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
-    return {
-        "output": tmp_path / "study",
-        "settings": ("sw/baseline", "sw/cls_2_layer", "e2e/clsbox_2_layer"),
-        "seeds": (0, 3),
-        "iterations": 2,
-        "stage2_iterations": 1,
-        "batch_size": 2,
-        "device": "cpu",
-    }
+def test_an_unknown_system_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no study of the system 'maskrcnn'\. Allowed: maskx, "):
+        run_study(StudyOptions(tmp_path / "study", system="maskrcnn"), print)
 
 
-def test_names_are_decoded_word_by_word():
-    assert mask_branch("sw/clsbox_3_layer_relu_mlp") == {
-        "freeze_detector": True,
-        "predictor": "transfer",
-        "transfer_inputs": "cls+box",
-        "transfer_layers": 3,
-        "transfer_activation": "relu",
-        "mlp": "single_fc",
-    }
-    assert mask_branch("e2e/cls_2_layer_nostopgrad")["stop_gradient"] is False
-    assert mask_branch("sw/box_1_layer")["transfer_inputs"] == "box"
-    assert mask_branch("e2e/baseline")["freeze_detector"] is False
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_knows_its_settings_and_orders_what_it_measures(system):
+    study, options = SYSTEMS[system], StudyOptions(Path("unused"), system=system)
+    for setting in study.settings:
+        if not setting.endswith("_crf"):  # which may not be installed
+            assert study.describe(options, setting)["batch_size"] > 0
+    assert set(study.plotted) <= set(study.measures)
+    for _, better, worse in study.orderings:
+        for side in (better, worse):
+            if not isinstance(side, float):
+                assert side[0] in study.settings
+                assert side[1] in study.measures
+    names = [ordering.name for ordering in study.orderings]
+    assert len(set(names)) == len(names)
 
 
-# Keys of a configuration and the arguments that they are here.
-ARGUMENTS = {
-    "MODEL.MASKX.FREEZE_DETECTOR": "freeze_detector",
-    "MODEL.MASKX.PREDICTOR": "predictor",
-    "MODEL.MASKX.MLP": "mlp",
-    "MODEL.MASKX.TRUNK": "trunk",
-    "MODEL.MASKX.GT_BOXES_ONLY": "gt_boxes_only",
-    "MODEL.MASKX.TRANSFER.INPUTS": "transfer_inputs",
-    "MODEL.MASKX.TRANSFER.LAYERS": "transfer_layers",
-    "MODEL.MASKX.TRANSFER.ACTIVATION": "transfer_activation",
-    "MODEL.MASKX.TRANSFER.STOP_GRADIENT": "stop_gradient",
-    "MODEL.ROI_MASK_HEAD.NUM_CONV": "num_convs",
-}
-
-
-def test_words_set_what_they_set_in_the_configs():
-    page = Path(__file__).parents[2] / "configs" / "MaskX" / "README.md"
-    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|$", page.read_text("utf-8"), re.M)
-    cells = {word: re.findall("`([^`]+)`", cell) for word, cell in rows}
-
-    def arguments(word):
-        found = {}
-        for item in cells[word]:
-            key, _, value = item.partition(" ")
-            if not value:
-                found |= arguments(key)
-            elif key in ARGUMENTS:
-                found[ARGUMENTS[key]] = value
-        return found
-
-    def as_text(values):
-        return {key: str(value) for key, value in values.items()}
-
-    shared = WORDS.keys() & cells.keys()
-    assert WORDS.keys() - shared == {"bottleneck", "gtboxes", "residual", "hourglass"}
-    assert {word: arguments(word) for word in shared} == {w: as_text(WORDS[w]) for w in shared}
-    plus = as_text(mask_branch("sw/clsbox_2_layer_hourglass_gtboxes"))
-    assert plus == arguments("maskx_plus") | arguments("sw")
-
-
-def test_every_setting_of_the_paper_builds():
-    for setting in PAPER_SETTINGS:
-        studies.maskx_rcnn_small(5, min_size=64, **mask_branch(setting))
-
-
-@pytest.mark.parametrize("setting", ["clsbox", "sw/clsbox2", "sw/", "sw/clsbox_", "both/baseline"])
-def test_an_unknown_setting_is_refused(setting):
-    with pytest.raises(ValueError, match=rf"Setting '{setting}' is not known.*hourglass"):
-        mask_branch(setting)
-
-
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [
-        ("sw/clsbox_cls_2_layer", "'cls' sets what an earlier word has set"),
-        ("sw/clsbox_2_layer_3_layer", "'3_layer' sets what an earlier word has set"),
-        ("e2e/2_layer_mlp", "does not say what predicts the masks. Add one of baseline, clsbox"),
-    ],
-)
-def test_a_setting_that_contradicts_itself_or_says_too_little_is_refused(setting, words):
-    with pytest.raises(ValueError, match=rf"Setting '{setting}'.*{words}"):
-        mask_branch(setting)
-
-
-def test_a_seed_that_stands_twice_is_refused(tiny):
-    with pytest.raises(ValueError, match=r"A seed stands twice in \[0, 3, 0\]"):
-        run_study(StudyOptions(**tiny | {"seeds": (0, 3, 0)}), print)
-    assert not tiny["output"].exists()
-
-
-def test_without_matplotlib_nothing_is_begun(tiny, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
-        run_study(StudyOptions(**tiny), print)
-    assert not tiny["output"].exists()
-
-
-def test_a_study_runs_once_and_goes_on(tiny, monkeypatch):
-    lines = []
-    rows = run_study(StudyOptions(**tiny), lines.append)
-    assert [row["setting"] for row in rows] == list(tiny["settings"])
-    assert all(len(row[f"{n}_AP_{g}"]) == 2 for row in rows for n in ("mask", "box") for g in "AB")
-    assert "| `sw/cls_2_layer` |" in lines[-1]
-    assert json.loads((tiny["output"] / "study.json").read_text())["rows"] == rows
-    assert (tiny["output"] / "study.png").stat().st_size > 5000
-
-    result = tiny["output"] / "seed_3" / "sw" / "baseline" / "result.json"
-    result.unlink()
-    trained = []
-    original = studies.train
-
-    def train(*args, **kwargs):
-        trained.append(kwargs["description"])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(studies, "train", train)
-    assert run_study(StudyOptions(**tiny), lines.append) == rows
-    assert trained == ["seed 3 stage1", "seed 3 sw/baseline"]
-
-    with pytest.raises(ValueError, match=r"result.json' was made with .*'iterations': 1,"):
-        run_study(StudyOptions(**tiny | {"stage2_iterations": 2}), lines.append)
-
-
-def test_second_stages_share_the_detector_of_the_first(tiny):
-    run_study(StudyOptions(**tiny | {"seeds": (0,)}), lambda line: None)
-    folder = tiny["output"] / "seed_0"
-    states = [
-        torch.load(folder / name / "checkpoint.pth", weights_only=True)["model"]
-        for name in ("stage1", "sw/baseline", "sw/cls_2_layer", "e2e/clsbox_2_layer")
-    ]
-    detector, *second_stages, end_to_end = states
-    for state in second_stages:
-        assert all(torch.equal(tensor, state[name]) for name, tensor in detector.items())
-    assert any(not torch.equal(tensor, end_to_end[name]) for name, tensor in detector.items())
-
-
-def test_the_table_shows_means_and_the_range():
-    row = {"setting": "sw/baseline", "mask_AP_B": [10.0, 14.0]}
-    row |= {"mask_AP_A": [30.0, 31.0], "box_AP_B": [50.0, 50.0], "box_AP_A": [51.0, 53.0]}
-    last = format_study([row]).splitlines()[-1]
-    assert last == "| `sw/baseline` | 12.0 | 10.0 to 14.0 | 30.5 | 50.0 | 52.0 |"
+def test_a_user_error_ends_with_its_message(tmp_path):
+    command = [sys.executable, str(TOOL), "--system", "larvseg", "--settings", "nonsense"]
+    finished = subprocess.run(
+        [*command, "--output", str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: Setting 'nonsense' is not known. Allowed: ")
+    assert not (tmp_path / "out").exists()

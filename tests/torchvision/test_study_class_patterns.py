@@ -1,0 +1,140 @@
+import sys
+
+import pytest
+import torch
+
+from maskx.torchvision import quickstart, study_class_patterns
+from maskx.torchvision.studies import StudyOptions, run_study
+from maskx.torchvision.study_class_patterns import CLASS_PATTERNS
+
+LAYERS = ("C41", "C42", "C43")
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart, "_TAG_SCENES", 6)
+    monkeypatch.setattr(quickstart, "_VAL_SCENES", 4)
+    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    style = {"style": "sparse", "num_categories": 4}
+    monkeypatch.setattr(quickstart, "_TAG_SCENE_STYLE", style)
+    monkeypatch.setattr(study_class_patterns, "_FEW_IMAGES", 1)
+    monkeypatch.setattr(study_class_patterns, "_MANY_IMAGES", 4)
+    monkeypatch.setattr(study_class_patterns, "_MORE_SCENES", 14)
+    return {
+        "output": tmp_path / "study",
+        "system": "class_patterns",
+        "seeds": (0,),
+        "iterations": 2,
+        "stage2_iterations": 1,
+        "batch_size": 2,
+        "device": "cpu",
+    }
+
+
+def test_every_kind_of_setting_is_measured_and_a_seed_shares_its_classifier(tiny, monkeypatch):
+    settings = (
+        *("proxy/zero_ignore", "proxy/otsu_ignore", "train/C43_zero_ignore"),
+        *("train/C41_otsu_standardised", "cosine"),
+    )
+    trained = []
+    original = study_class_patterns._Run._train
+
+    def train(self, model, name, *args):
+        trained.append(name)
+        return original(self, model, name, *args)
+
+    monkeypatch.setattr(study_class_patterns._Run, "_train", train)
+    lines = []
+    rows = run_study(StudyOptions(**tiny, settings=settings), lines.append)
+    by_setting = {row["setting"]: row for row in rows}
+    proxy = {f"{name}_{layer}" for name in ("proxy", "decided", "undecided") for layer in LAYERS}
+    for setting in settings[:2]:
+        assert by_setting[setting].keys() == {"setting", *proxy}
+    for setting in settings[2:4]:
+        assert by_setting[setting].keys() == {"setting", "trained", "retrained"}
+    assert trained == ["classifier", *["segmenter", "retrained"] * 2]
+
+    cosines = {f"{name}_{layer}" for name in ("cosine", "lowest_cosine") for layer in LAYERS}
+    assert by_setting["cosine"].keys() == {"setting", *cosines}
+    for layer in LAYERS:
+        found = by_setting["cosine"]
+        mean, lowest = found[f"cosine_{layer}"][0], found[f"lowest_cosine_{layer}"][0]
+        assert 0 <= lowest <= mean < 0.9999  # other images, other patterns
+    text = "\n".join(lines)
+    assert "| `proxy/otsu_ignore` |" in text
+    assert "| proxy masks of C41, ignore: otsu above zero |" in text
+    assert "CRF" not in "".join(line for line in lines if "ordering" in line)
+
+    before = len(lines)
+    assert run_study(StudyOptions(**tiny, settings=settings), lines.append) == rows
+    assert len(trained) == 5
+    assert len(lines) == before + 2  # the tables
+
+
+def test_networks_learn_from_the_masks_that_the_setting_names(tiny):
+    settings = ("train/C43_zero_ignore", "train/C41_zero_ignore")
+    run_study(StudyOptions(**tiny, settings=settings), print)
+    for setting in settings:
+        folder = tiny["output"] / "seed_0" / setting
+        for name in ("segmenter", "retrained"):
+            run = torch.load(folder / name / "checkpoint.pth", weights_only=True)["run"]
+            assert run["iterations"] == 1
+            assert run["proxy masks"] == f"{setting[6:9]}-zero-ignore"
+    with pytest.raises(ValueError, match=r"was made with .*'segmenter_iterations': 1\}"):
+        run_study(StudyOptions(**tiny | {"stage2_iterations": 2}, settings=settings), print)
+
+
+def test_an_interrupted_training_goes_on_with_the_same_classifier(tiny, monkeypatch):
+    tiny["settings"] = ("train/C41_zero_ignore",)
+    whole = run_study(StudyOptions(**tiny), print)
+    again = StudyOptions(**tiny | {"output": tiny["output"].parent / "again"})
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(study_class_patterns._Run, "predict_training_images", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(again, print)
+    assert run_study(again, print) == whole
+
+
+def test_too_few_images_of_a_class_are_refused(tiny, monkeypatch):
+    monkeypatch.setattr(study_class_patterns, "_MANY_IMAGES", 19)
+    match = r"Only \d+ of the 20 scenes of seed 0 show '.*', but patterns from 19 images"
+    with pytest.raises(ValueError, match=match):
+        run_study(StudyOptions(**tiny, settings=("cosine",)), print)
+
+
+@pytest.mark.parametrize(
+    "setting", ["proxy/otsu", "train/otsu_ignore", "train/C40_otsu_ignore", "cosine_crf", "proxy"]
+)
+def test_an_unknown_setting_is_refused(tiny, setting):
+    with pytest.raises(ValueError, match=rf"Setting '{setting}' is not known.*LAYER C41, C42"):
+        run_study(StudyOptions(**tiny, settings=(setting,)), print)
+
+
+def test_without_the_crf_its_settings_are_left_out_or_refused(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    with pytest.raises(ImportError, match=r"maskx\[crf\]|\.\[crf\]"):
+        run_study(StudyOptions(**tiny, settings=("proxy/zero_ignore_crf",)), print)
+    assert not tiny["output"].exists()
+    monkeypatch.setattr(
+        study_class_patterns._SeedRuns, "run", lambda self, setting: {"trained": 1.0}
+    )
+    lines = []
+    rows = run_study(StudyOptions(**tiny), lines.append)
+    left_out = [setting for setting in CLASS_PATTERNS.settings if setting.endswith("_crf")]
+    assert len(left_out) == 4
+    assert lines[0].startswith(f"Left out: {', '.join(left_out)}. ")
+    kept = [setting for setting in CLASS_PATTERNS.settings if setting not in left_out]
+    assert [row["setting"] for row in rows] == kept
+
+
+def test_the_crf_refines_the_masks_of_images_with_one_label(tiny):
+    pytest.importorskip("pydensecrf")
+    lines = []
+    settings = ("proxy/otsu_ignore", "proxy/otsu_ignore_crf")
+    rows = run_study(StudyOptions(**tiny, settings=settings), lines.append)
+    assert rows[0]["proxy_C41"] != rows[1]["proxy_C41"]
+    assert "proxy masks of C41, otsu_ignore: CRF above none" in lines[-1]

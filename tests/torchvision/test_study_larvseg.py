@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from maskx.torchvision import larvseg, quickstart
+from maskx.torchvision.studies import StudyOptions, run_study
+from maskx.torchvision.study_larvseg import METHODS
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(larvseg, "_SCENES", 24)
+    monkeypatch.setattr(quickstart, "_VAL_SCENES", 4)
+    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    return {
+        "output": tmp_path / "study",
+        "system": "larvseg",
+        "settings": tuple(METHODS),
+        "seeds": (0,),
+        "iterations": 2,
+        "stage2_iterations": 2,
+        "batch_size": 2,
+        "device": "cpu",
+    }
+
+
+def test_all_methods_start_from_one_backbone_and_only_supervised_sees_novel_masks(
+    tiny, monkeypatch
+):
+    trained, classes = [], {}
+    original = larvseg.train
+
+    def train(model, batches, *args, **kwargs):
+        folder = kwargs["output_dir"]
+        trained.append(f"{folder.parent.name}/{folder.name}")
+        classes[trained[-1]] = len(kwargs["identity"]["scored"]["masks"])
+        return original(model, batches, *args, **kwargs)
+
+    monkeypatch.setattr(larvseg, "train", train)
+    lines = []
+    rows = run_study(StudyOptions(**tiny), lines.append)
+    assert [row["setting"] for row in rows] == list(METHODS)
+    assert all(row.keys() == {"setting", "novel", "base", "all"} for row in rows)
+    shared = [f"shared/{name}" for name in METHODS if name != "supervised"]
+    assert trained == ["shared/start", *shared, "supervised/baseline"]
+    # The ground is five classes of its own; half of the twelve others have masks.
+    assert [classes[name] for name in (*shared, "supervised/baseline")] == [11, 11, 11, 11, 17]
+    folder = tiny["output"] / "seed_0"
+    starts = {
+        torch.load(folder / name / "checkpoint.pth", weights_only=True)["run"]["start"]
+        for name in trained[1:]
+    }
+    assert len(starts) == 1
+    assert "| cross-image above single-image attention |" in lines[-1]
+    assert run_study(StudyOptions(**tiny), lines.append) == rows
+    assert len(trained) == 6
+
+
+def test_an_unknown_setting_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"Setting 'deeplab' is not known.*larvseg_single_image"):
+        run_study(StudyOptions(**tiny | {"settings": ("deeplab",)}), print)

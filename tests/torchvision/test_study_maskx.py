@@ -1,0 +1,182 @@
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskx.torchvision import quickstart, study_maskx
+from maskx.torchvision.studies import StudyOptions, run_study
+from maskx.torchvision.study_maskx import MASKX, PAPER_SETTINGS, WORDS, mask_branch
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart, "_TRAIN_SCENES", 6)
+    monkeypatch.setattr(quickstart, "_VAL_SCENES", 4)
+    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    return {
+        "output": tmp_path / "study",
+        "settings": ("sw/baseline", "sw/cls_2_layer", "e2e/clsbox_2_layer"),
+        "seeds": (0, 3),
+        "iterations": 2,
+        "stage2_iterations": 1,
+        "batch_size": 2,
+        "device": "cpu",
+    }
+
+
+def test_names_are_decoded_word_by_word():
+    assert mask_branch("sw/clsbox_3_layer_relu_mlp") == {
+        "freeze_detector": True,
+        "predictor": "transfer",
+        "transfer_inputs": "cls+box",
+        "transfer_layers": 3,
+        "transfer_activation": "relu",
+        "mlp": "single_fc",
+    }
+    assert mask_branch("e2e/cls_2_layer_nostopgrad")["stop_gradient"] is False
+    assert mask_branch("sw/box_1_layer")["transfer_inputs"] == "box"
+    assert mask_branch("e2e/baseline")["freeze_detector"] is False
+
+
+# Keys of a configuration and the arguments that they are here.
+ARGUMENTS = {
+    "MODEL.MASKX.FREEZE_DETECTOR": "freeze_detector",
+    "MODEL.MASKX.PREDICTOR": "predictor",
+    "MODEL.MASKX.MLP": "mlp",
+    "MODEL.MASKX.TRUNK": "trunk",
+    "MODEL.MASKX.GT_BOXES_ONLY": "gt_boxes_only",
+    "MODEL.MASKX.TRANSFER.INPUTS": "transfer_inputs",
+    "MODEL.MASKX.TRANSFER.LAYERS": "transfer_layers",
+    "MODEL.MASKX.TRANSFER.ACTIVATION": "transfer_activation",
+    "MODEL.MASKX.TRANSFER.STOP_GRADIENT": "stop_gradient",
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": "num_convs",
+}
+
+
+def test_words_set_what_they_set_in_the_configs():
+    page = Path(__file__).parents[2] / "configs" / "MaskX" / "README.md"
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|$", page.read_text("utf-8"), re.M)
+    cells = {word: re.findall("`([^`]+)`", cell) for word, cell in rows}
+
+    def arguments(word):
+        found = {}
+        for item in cells[word]:
+            key, _, value = item.partition(" ")
+            if not value:
+                found |= arguments(key)
+            elif key in ARGUMENTS:
+                found[ARGUMENTS[key]] = value
+        return found
+
+    def as_text(values):
+        return {key: str(value) for key, value in values.items()}
+
+    shared = WORDS.keys() & cells.keys()
+    assert WORDS.keys() - shared == {"bottleneck", "gtboxes", "residual", "hourglass"}
+    assert {word: arguments(word) for word in shared} == {w: as_text(WORDS[w]) for w in shared}
+    plus = as_text(mask_branch("sw/clsbox_2_layer_hourglass_gtboxes"))
+    assert plus == arguments("maskx_plus") | arguments("sw")
+
+
+def test_every_setting_of_the_paper_builds():
+    for setting in PAPER_SETTINGS:
+        study_maskx.maskx_rcnn_small(5, min_size=64, **mask_branch(setting))
+
+
+@pytest.mark.parametrize("setting", ["clsbox", "sw/clsbox2", "sw/", "sw/clsbox_", "both/baseline"])
+def test_an_unknown_setting_is_refused(setting):
+    with pytest.raises(ValueError, match=rf"Setting '{setting}' is not known.*hourglass"):
+        mask_branch(setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("sw/clsbox_cls_2_layer", "'cls' sets what an earlier word has set"),
+        ("sw/clsbox_2_layer_3_layer", "'3_layer' sets what an earlier word has set"),
+        ("e2e/2_layer_mlp", "does not say what predicts the masks. Add one of baseline, clsbox"),
+    ],
+)
+def test_a_setting_that_contradicts_itself_or_says_too_little_is_refused(setting, words):
+    with pytest.raises(ValueError, match=rf"Setting '{setting}'.*{words}"):
+        mask_branch(setting)
+
+
+def test_without_matplotlib_nothing_is_begun(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        run_study(StudyOptions(**tiny), print)
+    assert not tiny["output"].exists()
+
+
+def test_a_study_runs_once_and_goes_on(tiny, monkeypatch):
+    lines = []
+    rows = run_study(StudyOptions(**tiny), lines.append)
+    assert [row["setting"] for row in rows] == list(tiny["settings"])
+    assert all(len(row[f"{n}_AP_{g}"]) == 2 for row in rows for n in ("mask", "box") for g in "AB")
+    assert "| `sw/cls_2_layer` |" in lines[-2]
+    assert lines[-1].splitlines()[3].startswith("| 3.1: cls above class-agnostic |")
+    study = json.loads((tiny["output"] / "study.json").read_text())
+    assert (study["system"], study["seeds"], study["rows"]) == ("maskx", [0, 3], rows)
+    assert (tiny["output"] / "study.png").stat().st_size > 5000
+
+    result = tiny["output"] / "seed_3" / "sw" / "baseline" / "result.json"
+    result.unlink()
+    trained = []
+    original = study_maskx.train
+
+    def train(*args, **kwargs):
+        trained.append(kwargs["description"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(study_maskx, "train", train)
+    assert run_study(StudyOptions(**tiny), lines.append) == rows
+    assert trained == ["seed 3 stage1", "seed 3 sw/baseline"]
+
+    with pytest.raises(ValueError, match=r"result.json' was made with .*'iterations': 1,"):
+        run_study(StudyOptions(**tiny | {"stage2_iterations": 2}), lines.append)
+
+
+def test_second_stages_share_the_detector_of_the_first(tiny):
+    run_study(StudyOptions(**tiny | {"seeds": (0,)}), lambda line: None)
+    folder = tiny["output"] / "seed_0"
+    states = [
+        torch.load(folder / name / "checkpoint.pth", weights_only=True)["model"]
+        for name in ("stage1", "sw/baseline", "sw/cls_2_layer", "e2e/clsbox_2_layer")
+    ]
+    detector, *second_stages, end_to_end = states
+    for state in second_stages:
+        assert all(torch.equal(tensor, state[name]) for name, tensor in detector.items())
+    assert any(not torch.equal(tensor, end_to_end[name]) for name, tensor in detector.items())
+
+
+def test_a_study_from_before_there_were_other_systems_is_read(tiny):
+    options = tiny | {"settings": ("sw/baseline", "e2e/baseline"), "seeds": (0, 1)}
+    options |= {"iterations": None, "stage2_iterations": None, "batch_size": None}
+    runs = {
+        "sw/baseline": {"iterations": 600, "batch_size": 8, "detector_iterations": 1200},
+        "e2e/baseline": {"iterations": 1200, "batch_size": 8},
+    }
+    for seed in (0, 1):
+        for setting, run in runs.items():
+            result = {"mask_AP_A": 30.0, "mask_AP_B": 15.0 + seed}
+            result |= {"box_AP_A": 50.0, "box_AP_B": 51.0}
+            path = tiny["output"] / f"seed_{seed}" / setting / "result.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps({"run": run, "result": result}))
+    (tiny["output"] / "study.json").write_text(json.dumps({"seeds": [0], "rows": []}))
+    lines = []
+    rows = run_study(StudyOptions(**options), lines.append)
+    assert [row["mask_AP_B"] for row in rows] == [[15.0, 16.0]] * 2
+    assert lines[-1].splitlines()[-1] == (
+        "| `e2e/baseline` | 15.5 | 15.0 to 16.0 | 30.0 | 51.0 | 50.0 |"
+    )
+    assert not (tiny["output"] / "seed_0" / "scenes").exists()
+
+
+def test_the_orderings_are_of_settings_that_exist():
+    for _, (better, _), (worse, _) in MASKX.orderings:
+        assert {better, worse} <= set(PAPER_SETTINGS)

@@ -1,0 +1,139 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from maskx.torchvision import quickstart, transfernet
+from maskx.torchvision.studies import StudyOptions, run_study
+from maskx.torchvision.study_transfernet import METHODS
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(transfernet, "_SCENES", 24)
+    monkeypatch.setattr(quickstart, "_VAL_SCENES", 6)
+    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    return {
+        "output": tmp_path / "study",
+        "system": "transfernet",
+        "settings": tuple(METHODS),
+        "seeds": (0,),
+        "iterations": 2,
+        "stage2_iterations": 2,
+        "batch_size": 4,
+        "device": "cpu",
+    }
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    names = []
+    original = transfernet.train
+
+    def train(*args, **kwargs):
+        names.append(kwargs["output_dir"].name)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(transfernet, "train", train)
+    return names
+
+
+def test_all_methods_share_encoder_and_first_stage_of_a_seed(tiny, trained):
+    lines = []
+    rows = run_study(StudyOptions(**tiny), lines.append)
+    assert [row["setting"] for row in rows] == list(METHODS)
+    assert trained == ["classifier", "attention", *METHODS]
+    groups = {f"{group}{suffix}" for group in ("target", "source", "all") for suffix in ("", "_gt")}
+    for row in rows:
+        assert row.keys() - {"setting", "attention_entropy"} == groups
+        has_attention = row["setting"].startswith("transfernet")
+        assert ("attention_entropy" in row) == has_attention
+    assert "| `transfernet_source_0.01` |" in lines[-2]
+    assert "| 5% above 1% of the source, true labels |" in lines[-1]
+
+    (tiny["output"] / "seed_0" / "baseline" / "result.json").unlink()
+    assert run_study(StudyOptions(**tiny), lines.append) == rows
+    assert trained[-2:] == ["classifier", "baseline"]
+
+
+def test_the_settings_are_what_their_names_say(tiny, monkeypatch):
+    sizes = {}
+    original = transfernet.alternating_batches
+
+    def alternating_batches(source, target, **options):
+        sizes[len(sizes)] = len(source)
+        return original(source, target, **options)
+
+    monkeypatch.setattr(transfernet, "alternating_batches", alternating_batches)
+    names = ("transfernet", "transfernet_frozen_attention", "transfernet_source_0.01")
+    run_study(StudyOptions(**tiny | {"settings": names}), print)
+    of_first_stage, *of_masks = sizes.values()
+    assert of_masks == [of_first_stage, of_first_stage, 1]
+    assert METHODS["transfernet_attention_input"].decoder_input == "attention"
+    weights = {
+        name: torch.load(tiny["output"] / "seed_0" / name / "checkpoint.pth", weights_only=True)
+        for name in ("attention", *names)
+    }
+    of_attention = [name for name in weights["attention"]["model"] if ".attention." in name]
+    assert of_attention
+
+    def moved(name):
+        first, second = (weights[n]["model"] for n in ("attention", name))
+        return any(not torch.equal(first[key], second[key]) for key in of_attention)
+
+    assert moved("transfernet")
+    assert not moved("transfernet_frozen_attention")
+    assert [weights[n]["run"]["iterations"] for n in ("attention", "transfernet")] == [1, 2]
+
+
+def test_other_options_are_refused(tiny):
+    tiny["settings"] = ("baseline",)
+    run_study(StudyOptions(**tiny), print)
+    with pytest.raises(ValueError, match=r"result.json' was made with .*'iterations': 2"):
+        run_study(StudyOptions(**tiny | {"iterations": 3}), print)
+
+
+def test_an_unknown_setting_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"Setting 'source_50' is not known.*transfernet_source"):
+        run_study(StudyOptions(**tiny | {"settings": ("source_50",)}), print)
+
+
+TINY_STUDY = """
+import json, sys
+from pathlib import Path
+from maskx.torchvision import quickstart, transfernet
+from maskx.torchvision.studies import StudyOptions, run_study
+transfernet._SCENES, quickstart._VAL_SCENES, quickstart._SCENE_SIZE = 24, 6, 64
+options = json.loads(sys.argv[1])
+run_study(StudyOptions(**options | {"output": Path(options["output"])}), print)
+"""
+
+
+def test_processes_that_share_a_study_make_each_part_once(tiny):
+    tiny["settings"] = ("transfernet", "baseline")
+    alone = run_study(StudyOptions(**tiny), print)
+    together = tiny | {"output": str(tiny["output"].parent / "together")}
+    parts = [
+        together | {"settings": settings}
+        for settings in (["transfernet"], ["baseline", "transfernet"])
+    ]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TINY_STUDY, json.dumps(part)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in parts
+    ]
+    printed = ""
+    for process in processes:
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+        printed += out
+    for setting in tiny["settings"]:
+        assert printed.count(f"seed 0: {setting} done") == 1
+    output = tiny["output"].parent / "together"
+    assert run_study(StudyOptions(**together | {"output": output}), print) == alone
