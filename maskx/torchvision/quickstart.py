@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,24 @@ from maskx.data.coco import CocoData, load_coco
 from maskx.data.grabcut import grabcut_masks
 from maskx.data.json_files import write_json
 from maskx.data.masks import decode_segmentation, encode_masks
+from maskx.data.proxy_masks import ProxyMaskSettings
 from maskx.data.scenes import generate_scenes
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.figures import contact_sheet, draw_instances, save_png
 from maskx.supervision import CategorySplit, resolve_split
+from maskx.torchvision.class_patterns import TagSettings, learn_from_tags
 from maskx.torchvision.data import InstanceMapper, training_batches
 from maskx.torchvision.detection import SampleDetector, detect
+from maskx.torchvision.larvseg import quickstart_larvseg
 from maskx.torchvision.models import maskx_rcnn_resnet_fpn, maskx_rcnn_small
 from maskx.torchvision.training import TrainingSettings, select_device, train
+from maskx.torchvision.transfernet import quickstart_transfernet
 
 _TRAIN_SCENES, _VAL_SCENES = 3000, 200
 _SCENE_SIZE = 128
+_MASKX_ITERATIONS, _MASKX_BATCH_SIZE = 1200, 8
+# Few classes on quiet ground, for learning from image labels alone.
+_TAG_SCENES, _TAG_SCENE_STYLE = 1500, {"style": "sparse", "num_categories": 12}
 _FIGURE_IMAGES, _FIGURE_COLUMNS, _FIGURE_SCORE = 8, 4, 0.5
 
 # Per image of a batch. 0.00125 is usual for ResNets, 0.02 for a batch of 16.
@@ -48,8 +55,9 @@ class QuickstartOptions:
     Attributes:
         output: folder of the generated data, checkpoints, ``metrics.json`` and pictures.
         seed: of the scenes, the initial weights and the order of the data.
-        iterations: training steps of each model.
-        batch_size: images per step.
+        iterations: training steps of each model; None is 1200 for ``maskx``; for
+            ``class_patterns`` 500 of the classifier and 300 of each segmentation network.
+        batch_size: images per step; None is 8 for ``maskx``, 16 for ``class_patterns``.
         compare: train the class-agnostic baseline in the same way as well, and evaluate GrabCut
             in the boxes that Mask^X finds.
         resume: go on with an interrupted run.
@@ -61,14 +69,19 @@ class QuickstartOptions:
         skip_bad: leave bad annotations out, counted, instead of stopping at them.
         backbone: ``small`` or the name of a torchvision ResNet.
         pretrained: start a ResNet from ImageNet weights, which torchvision downloads.
-        image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else.
+        image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else. The
+            models of ``class_patterns`` warp images to squares of this side.
         workers: processes that read images; 0 reads them in the process that trains.
+        threshold: of ``class_patterns``, see :class:`maskx.data.proxy_masks.ProxyMaskSettings`;
+            None is "otsu", the paper has "zero".
+        resolve: the same; None is "standardised", the paper has "ignore".
+        crf: refine proxy masks of images with one label, and predictions, by a dense CRF.
     """
 
     output: Path
     seed: int = 0
-    iterations: int = 1200
-    batch_size: int = 8
+    iterations: int | None = None
+    batch_size: int | None = None
     compare: bool = False
     resume: bool = False
     device: str = "auto"
@@ -80,6 +93,19 @@ class QuickstartOptions:
     pretrained: bool = False
     image_size: int | None = None
     workers: int = 0
+    threshold: str | None = None
+    resolve: str | None = None
+    crf: bool = False
+
+
+# Options that have no meaning for all systems, and those that they have one for.
+_OWN_OPTIONS = {
+    "compare": ("maskx", "transfernet"),
+    "masks_for": ("maskx", "transfernet", "larvseg"),
+    "threshold": ("class_patterns",),
+    "resolve": ("class_patterns",),
+    "crf": ("class_patterns", "transfernet"),
+}
 
 
 def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) -> dict[str, Any]:
@@ -98,6 +124,7 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
         ValueError: an option, an annotation or a checkpoint cannot be used; the message says why.
     """
     started = time.perf_counter()
+    _refuse_options_of_others("maskx", options)
     device = select_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
     train_data, val_data = load_data(options)
@@ -131,12 +158,100 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
     return metrics
 
 
-SYSTEMS = {"maskx": quickstart_maskx}
+def quickstart_class_patterns(
+    options: QuickstartOptions, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Learn from image labels alone, from data to ``metrics.json`` and ``predictions.png``.
+
+    The true masks of the training images are read to say how good proxy masks are and for the
+    picture, for nothing else. See :func:`maskx.torchvision.class_patterns.learn_from_tags`.
+
+    Args:
+        options: what to do.
+        report: receives the lines for the reader.
+
+    Returns:
+        The content of ``metrics.json``.
+
+    Raises:
+        ImportError: the CRF is asked for, but not installed.
+        ValueError: an option, an annotation or a result of another run cannot be used.
+    """
+    started = time.perf_counter()
+    _refuse_options_of_others("class_patterns", options)
+    device = select_device(options.device)
+    chosen = {
+        "iterations": options.iterations,
+        "segmenter_iterations": options.iterations,
+        "batch_size": options.batch_size,
+    }
+    settings = TagSettings(
+        backbone=options.backbone,
+        pretrained=options.pretrained,
+        image_size=_image_size(options),
+        seed=options.seed,
+        masks=ProxyMaskSettings(
+            threshold=options.threshold or "otsu",
+            resolve=options.resolve or "standardised",
+            crf=options.crf,
+        ),
+        workers=options.workers,
+        **{key: value for key, value in chosen.items() if value is not None},
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    train_data, val_data = load_data(options, _TAG_SCENES, **_TAG_SCENE_STYLE)
+    report(
+        f"{len(train_data.records)} training images with nothing but image labels, "
+        f"{len(val_data.records)} validation images, {len(train_data.class_names)} classes, on "
+        f"{device}. True masks of training images, where there are any, are only measured with."
+    )
+    root = options.coco_train[1] if options.coco_train else train_data.json_file.parent
+    metrics = {"system": "class_patterns"}
+    metrics |= learn_from_tags(
+        train_data,
+        val_data,
+        settings,
+        image_root=Path(root),
+        output=options.output,
+        resume=options.resume,
+        device=device,
+        report=report,
+    )
+    metrics["seconds"] = round(time.perf_counter() - started, 1)
+    path = options.output / "metrics.json"
+    write_json(path, nan_to_null(metrics))
+    report(f"\nWrote {path}, {options.output / 'predictions.png'}")
+    return metrics
+
+
+SYSTEMS = {
+    "maskx": quickstart_maskx,
+    "class_patterns": quickstart_class_patterns,
+    "transfernet": quickstart_transfernet,
+    "larvseg": quickstart_larvseg,
+}
 """Quick starts by the name of the system."""
 
 
-def load_data(options: QuickstartOptions) -> tuple[CocoData, CocoData]:
+def _refuse_options_of_others(system: str, options: QuickstartOptions) -> None:
+    default = {field.name: field.default for field in fields(QuickstartOptions)}
+    for name, owners in _OWN_OPTIONS.items():
+        if system not in owners and getattr(options, name) != default[name]:
+            raise ValueError(
+                f"{name} has no meaning for the system {system}, only for {' and '.join(owners)}. "
+                "Leave it out, or choose another system."
+            )
+
+
+def load_data(
+    options: QuickstartOptions, num_scenes: int | None = None, **scenes: Any
+) -> tuple[CocoData, CocoData]:
     """Read the training and the validation data, or generate the scenes of the seed.
+
+    Args:
+        options: what to read.
+        num_scenes: training scenes; None is 3000.
+        scenes: more arguments of :func:`maskx.data.scenes.generate_scenes`.
 
     Raises:
         ValueError: a file cannot be used, or the two do not fit together.
@@ -146,12 +261,12 @@ def load_data(options: QuickstartOptions) -> tuple[CocoData, CocoData]:
     if options.coco_train is None:
         sources = []
         for name, count, seed in (
-            ("train", _TRAIN_SCENES, 2 * options.seed),
+            ("train", num_scenes or _TRAIN_SCENES, 2 * options.seed),
             ("val", _VAL_SCENES, 2 * options.seed + 1),
         ):
             folder = options.output / "scenes" / name
             json_file = generate_scenes(
-                folder, count=count, size=_SCENE_SIZE, seed=seed, progress=True
+                folder, count=count, size=_SCENE_SIZE, seed=seed, progress=True, **scenes
             )
             sources.append((json_file, folder))
     else:
@@ -178,12 +293,14 @@ def _train_detector(
     split: CategorySplit,
     device: torch.device,
 ) -> tuple[SampleDetector, dict[str, Any]]:
+    iterations = _MASKX_ITERATIONS if options.iterations is None else options.iterations
+    batch_size = _MASKX_BATCH_SIZE if options.batch_size is None else options.batch_size
     settings = TrainingSettings(
-        iterations=options.iterations,
-        batch_size=options.batch_size,
-        learning_rate=_LEARNING_RATES.get(options.backbone, 0.00125) * options.batch_size,
+        iterations=iterations,
+        batch_size=batch_size,
+        learning_rate=_LEARNING_RATES.get(options.backbone, 0.00125) * batch_size,
         seed=options.seed,
-        checkpoint_every=max(100, options.iterations // 50),
+        checkpoint_every=max(100, iterations // 50),
     )
     torch.manual_seed(options.seed)
     model = SampleDetector(_build_detector(name, options, len(data.class_names) + 1))

@@ -14,6 +14,7 @@ from fvcore.common.param_scheduler import (
     CosineParamScheduler,
     LinearParamScheduler,
     ParamScheduler,
+    PolynomialDecayParamScheduler,
 )
 from torch import nn
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from maskx.torchvision.data import step_seed
 
 CHECKPOINT_NAME = "checkpoint.pth"
 OPTIMIZERS = ("sgd", "adam")
+DECAYS = ("cosine", "poly")
 
 # Reading a loss waits for the device, so losses are read only this often.
 _LOG_EVERY = 20
@@ -38,17 +40,18 @@ class TrainingSettings:
         weight_decay: for weights of convolutions and linear layers; not for biases and norms. Both
             optimizers add it to the gradient.
         warmup_fraction: share of the steps in which the learning rate rises linearly; then it
-            falls to 0 as a cosine.
+            falls to 0.
         seed: of initial weights, data order and sampling.
         checkpoint_every: steps between checkpoints.
         optimizer: "sgd", with momentum 0.9, or "adam", with betas 0.9 and 0.999.
         lr_multipliers: factors of the learning rate by prefix of the parameter's name, such as
             {"network.backbone.": 0.05}. Of several prefixes that fit a name the longest counts;
             a parameter without one has factor 1.
+        decay: how the learning rate falls: "cosine", or "poly", as (1 - share of the rest)^0.9.
 
     Raises:
-        ValueError: there is no step to make, no image in a step, no such optimizer, or a factor is
-            not a positive number.
+        ValueError: there is no step to make, no image in a step, no such optimizer or decay, or a
+            factor is not a positive number.
     """
 
     iterations: int
@@ -61,6 +64,7 @@ class TrainingSettings:
     optimizer: str = "sgd"
     # Without it in the hash, settings stay hashable; equal settings have equal hashes all the same.
     lr_multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    decay: str = "cosine"
 
     def __post_init__(self) -> None:
         for key in ("iterations", "batch_size", "checkpoint_every"):
@@ -70,6 +74,8 @@ class TrainingSettings:
             raise ValueError(
                 f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}."
             )
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}.")
         object.__setattr__(self, "lr_multipliers", dict(self.lr_multipliers))
         for prefix, factor in self.lr_multipliers.items():
             if not (factor > 0 and math.isfinite(factor)):
@@ -80,11 +86,12 @@ class TrainingSettings:
 
     def schedule(self) -> ParamScheduler:
         """Learning rate by the share of the run that is done, in [0, 1]."""
+        if self.decay == "poly":
+            falling = PolynomialDecayParamScheduler(self.learning_rate, 0.9)
+        else:
+            falling = CosineParamScheduler(self.learning_rate, 0.0)
         return CompositeParamScheduler(
-            [
-                LinearParamScheduler(0.01 * self.learning_rate, self.learning_rate),
-                CosineParamScheduler(self.learning_rate, 0.0),
-            ],
+            [LinearParamScheduler(0.01 * self.learning_rate, self.learning_rate), falling],
             lengths=[self.warmup_fraction, 1 - self.warmup_fraction],
             interval_scaling=["rescaled", "rescaled"],
         )
@@ -278,8 +285,8 @@ def _load_checkpoint(
     path: Path, state: dict, description_of_run: dict, device: torch.device
 ) -> tuple[int, list]:
     content = _read_checkpoint(path, device)
-    # Checkpoints from before there was a choice lack these two.
-    run = {"optimizer": "sgd", "lr_multipliers": {}} | content["run"]
+    # Checkpoints from before there was a choice lack these.
+    run = {"optimizer": "sgd", "lr_multipliers": {}, "decay": "cosine"} | content["run"]
     for key, value in description_of_run.items():
         found = run.get(key)
         # How often checkpoints are written does not change what is learned.

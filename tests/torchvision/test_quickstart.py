@@ -13,7 +13,11 @@ from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.data.scenes import generate_scenes
 from maskx.supervision import resolve_split
 from maskx.torchvision import quickstart
-from maskx.torchvision.quickstart import QuickstartOptions, quickstart_maskx
+from maskx.torchvision.quickstart import (
+    QuickstartOptions,
+    quickstart_class_patterns,
+    quickstart_maskx,
+)
 
 TOOL = Path(__file__).parents[2] / "tools" / "quickstart.py"
 
@@ -23,6 +27,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart, "_TRAIN_SCENES", 6)
     monkeypatch.setattr(quickstart, "_VAL_SCENES", 4)
     monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    monkeypatch.setattr(quickstart, "_TAG_SCENES", 6)
     return {"output": tmp_path / "out", "iterations": 2, "batch_size": 2}
 
 
@@ -249,3 +254,58 @@ def test_options_that_contradict_are_named(tmp_path, tiny):
     Path(other[0]).write_text(json.dumps(content))
     with pytest.raises(ValueError, match="must have the same categories"):
         quickstart_maskx(QuickstartOptions(**tiny, coco_train=data, coco_val=other), print)
+
+
+def test_image_labels_to_metrics_and_picture(tiny):
+    lines = []
+    metrics = quickstart_class_patterns(QuickstartOptions(**tiny), lines.append)
+    written = json.loads((tiny["output"] / "metrics.json").read_text())
+    assert written["system"] == "class_patterns"
+    assert written["seconds"] == metrics["seconds"] > 0
+    assert set(written["mIoU"]) == {"proxy", "trained", "retrained"}
+    assert set(written["mIoU"]["proxy"]) == {"C41", "C42", "C43"}
+    assert cv2.imread(str(tiny["output"] / "predictions.png")).shape[1] == 1280
+    assert "6 training images with nothing but image labels, 4 validation images" in lines[0]
+    info = json.loads((tiny["output"] / "scenes/train/annotations.json").read_text())["info"]
+    assert (info["style"], info["num_categories"]) == ("sparse", 12)
+    again = quickstart_class_patterns(QuickstartOptions(**tiny, resume=True), print)
+    assert again["mIoU"] == metrics["mIoU"]
+
+
+def test_the_papers_settings_of_proxy_masks(tiny):
+    options = QuickstartOptions(**tiny, threshold="zero", resolve="ignore")
+    metrics = quickstart_class_patterns(options, print)
+    assert metrics["proxy_paper"] == metrics["mIoU"]["proxy"]
+
+
+@pytest.mark.parametrize(
+    ("system", "options", "words"),
+    [
+        ("class_patterns", {"compare": True}, "compare has no meaning for the system class_patt"),
+        ("class_patterns", {"masks_for": "all"}, "masks_for has no meaning for the system class"),
+        ("maskx", {"crf": True}, "crf has no meaning for the system maskx, only for class_patt"),
+        ("maskx", {"threshold": "otsu"}, "threshold has no meaning for the system maskx"),
+        ("maskx", {"resolve": "ignore"}, "resolve has no meaning for the system maskx"),
+        ("class_patterns", {"threshold": "mean"}, "threshold is 'mean'. Allowed: 'zero', 'otsu'"),
+        ("class_patterns", {"iterations": 0}, "iterations must be at least 1, got 0"),
+        ("class_patterns", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ("class_patterns", {"backbone": "resnet5"}, "one of small, resnet18.*got 'resnet5'"),
+    ],
+)
+def test_options_without_meaning_for_a_system_are_refused(tiny, system, options, words):
+    with pytest.raises(ValueError, match=words):
+        quickstart.SYSTEMS[system](QuickstartOptions(**(tiny | options)), print)
+
+
+def test_tagged_photographs_of_ones_own(shared_data, tmp_path, tiny):
+    coco = shared_data / "coco_mini"
+    content = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
+    content["images"] = content["images"][:5]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    (tmp_path / "five.json").write_text(json.dumps(content))
+    source = (str(tmp_path / "five.json"), str(coco / "val2017"))
+    options = QuickstartOptions(**tiny, coco_train=source, coco_val=source, image_size=32)
+    metrics = quickstart_class_patterns(options, print)
+    assert metrics["mIoU"]["proxy"]["C41"] > 0
+    assert (tiny["output"] / "predictions.png").is_file()

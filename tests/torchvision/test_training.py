@@ -111,6 +111,19 @@ def test_the_schedule_rises_then_falls():
     assert rates[99] < 0.001
 
 
+def test_the_poly_schedule_falls_as_a_power():
+    settings = TrainingSettings(
+        iterations=100, batch_size=1, learning_rate=0.5, warmup_fraction=0.2, decay="poly"
+    )
+    schedule = settings.schedule()
+    for share in (0.2, 0.5, 0.9):
+        done = (share - 0.2) / 0.8
+        assert schedule(share) == pytest.approx(0.5 * (1 - done) ** 0.9, rel=1e-4)
+    assert schedule(0.1) == pytest.approx(0.5 * 0.505, rel=1e-4)
+    without = dataclasses.replace(settings, warmup_fraction=0.0).schedule()
+    assert without(0.0) == pytest.approx(0.5)
+
+
 def test_resuming_with_other_settings_is_refused(run):
     with pytest.raises(Interrupted):
         run(stop_before=3)
@@ -242,7 +255,8 @@ def test_checkpoints_from_before_there_was_a_choice_resume(run, tmp_path):
         run(stop_before=3)
     path = tmp_path / "run" / CHECKPOINT_NAME
     content = torch.load(path, weights_only=True)
-    del content["run"]["optimizer"], content["run"]["lr_multipliers"]
+    for name in ("optimizer", "lr_multipliers", "decay"):
+        del content["run"][name]
     torch.save(content, path)
     with pytest.raises(ValueError, match="optimizer sgd, but this run has optimizer adam"):
         run(dataclasses.replace(SETTINGS, optimizer="adam"), resume=True)
@@ -312,6 +326,7 @@ def test_a_prefix_of_no_trained_parameter_is_named(tmp_path):
     ("change", "words"),
     [
         ({"optimizer": "Adam"}, "optimizer must be one of sgd, adam, got 'Adam'"),
+        ({"decay": "step"}, "decay must be one of cosine, poly, got 'step'"),
         ({"lr_multipliers": {"a": 0}}, r"lr_multipliers\['a'\] must be a positive number, got 0"),
         ({"lr_multipliers": {"a": float("nan")}}, "must be a positive number, got nan"),
         ({"lr_multipliers": {"a": float("inf")}}, "must be a positive number, got inf"),

@@ -1,0 +1,65 @@
+r"""Measure how well the features of a trained LarvSeg model group the pixels of a class.
+
+One random true pixel of each class in an image is given; every pixel takes the class of the most
+similar of them (Eq. 2 of the paper). No class is learned for it, so base and novel classes are
+measured alike.
+
+Examples:
+    python tools/pixel_grouping.py --model output/quickstart-larvseg/larvseg \
+        --masks-for scenes_half --coco output/quickstart-larvseg/scenes/val/annotations.json \
+        output/quickstart-larvseg/scenes/val
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from maskx.data.json_files import write_json
+from maskx.evaluation.mean_iou import format_table
+from maskx.torchvision.larvseg import evaluate_grouping, open_with_images
+from maskx.torchvision.quickstart import nan_to_null
+from maskx.torchvision.training import select_device
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", metavar="FOLDER", required=True, help="folder 'larvseg' or 'baseline' of a run")
+    pair = {"nargs": 2, "metavar": ("JSON", "IMAGES")}
+    add("--coco", **pair, required=True, help="images with true masks")
+    add("--masks-for", metavar="SPLIT", help="measure its base and novel classes apart")
+    add("--features", default="tokens", help="tokens (default), or backbone: before the classifier")
+    add("--seed", type=int, default=0, help="of the random pixels")
+    add("--output", type=Path, help="JSON file for the results")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the measures; user errors end with their message instead of a traceback."""
+    arguments = parse_arguments()
+    try:
+        model, images, groups = open_with_images(
+            arguments.model,
+            *arguments.coco,
+            masks_for=arguments.masks_for,
+            device=select_device(arguments.device),
+            strict=not arguments.skip_bad,
+        )
+        found = evaluate_grouping(
+            model, images, groups, seed=arguments.seed, features=arguments.features
+        )
+        if arguments.output:
+            per_class = dict(zip(model.class_names, found["per_class"], strict=True))
+            write_json(arguments.output, nan_to_null(found | {"per_class": per_class}))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(format_table(found))
+
+
+if __name__ == "__main__":
+    main()
