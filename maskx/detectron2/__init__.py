@@ -19,6 +19,7 @@ from maskx.detectron2.config import add_maskx_config, get_cfg
 from maskx.detectron2.data import (
     MaskXDatasetMapper,
     MaskXImageMapper,
+    MaskXTransferMapper,
     register_all,
     register_coco,
     register_from_config,
@@ -31,6 +32,8 @@ from maskx.detectron2.meta_arch import (
     MaskXGrabCutRCNN,
     MaskXImageClassifier,
     MaskXRCNN,
+    MaskXTransferClassifier,
+    MaskXTransferNet,
 )
 from maskx.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
 from maskx.detectron2.proposal_generator import MaskXRPN
@@ -39,6 +42,10 @@ from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
 from maskx.detectron2.solver import build_optimizer
 from maskx.detectron2.tasks import Task
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
+from maskx.detectron2.transfer_evaluation import (
+    MaskXTransferLabelEvaluator,
+    MaskXTransferSemSegEvaluator,
+)
 
 __all__ = [
     "MaskHeadProtocol",
@@ -60,6 +67,11 @@ __all__ = [
     "MaskXSemSegEvaluator",
     "MaskXSmallResNet",
     "MaskXTextOutputLayers",
+    "MaskXTransferClassifier",
+    "MaskXTransferLabelEvaluator",
+    "MaskXTransferMapper",
+    "MaskXTransferNet",
+    "MaskXTransferSemSegEvaluator",
     "MaskXVGG16",
     "PointLayers",
     "Task",

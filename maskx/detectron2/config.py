@@ -97,17 +97,61 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.LARGE_FOV.CHANNELS = 1024
     keys.MODEL.MASKX.LARGE_FOV.DILATION = 12
 
+    # What MaskXTransferNet reads; its classes are those of source and target together, NUM_CLASSES.
+    keys.MODEL.MASKX.TRANSFERNET = CN()
+    # "transfernet", or a baseline without attention: "baseline" (BaselineNet), "decoupled".
+    keys.MODEL.MASKX.TRANSFERNET.METHOD = "transfernet"
+    # "attention" trains attention and classifier (Eq. 6), "joint" also the decoder (Eq. 9). The
+    # baselines have one stage, "joint".
+    keys.MODEL.MASKX.TRANSFERNET.STAGE = "joint"
+    # "factored" (1x1 factors, any input size) or "fc" (Eq. 4 as published, for one input size).
+    # BaselineNet has the same two forms of the layer before its decoder.
+    keys.MODEL.MASKX.TRANSFERNET.ATTENTION = "factored"
+    # d, factors of the attention.
+    keys.MODEL.MASKX.TRANSFERNET.NUM_FACTORS = 1024
+    # Hidden channels of the classifier that is trained with the masks.
+    keys.MODEL.MASKX.TRANSFERNET.HIDDEN_CHANNELS = 512
+    # "transposed" (any backbone, any size) or "unpooling" (the paper's: BACKBONE.NAME MaskXVGG16
+    # with OUTPUT_STRIDE 16, sizes that 16 divides).
+    keys.MODEL.MASKX.TRANSFERNET.DECODER = "transposed"
+    # "densified" (Eq. 7) or "attention" (Eq. 3).
+    keys.MODEL.MASKX.TRANSFERNET.DECODER_INPUT = "densified"
+    # True: features are multiplied by 0.004, as the reference does for Caffe's VGG-16. False: the
+    # decoder's input is normalised, whatever the scale of the features.
+    keys.MODEL.MASKX.TRANSFERNET.REFERENCE_SCALE = False
+    # True: the encoder stays as it was loaded, as in the paper.
+    keys.MODEL.MASKX.TRANSFERNET.FREEZE_ENCODER = True
+    # True: in the stage "joint" the attention stays as it was loaded.
+    keys.MODEL.MASKX.TRANSFERNET.FREEZE_ATTENTION = False
+    # lambda of Eq. 9.
+    keys.MODEL.MASKX.TRANSFERNET.MASK_WEIGHT = 2.0
+    # Checkpoint of a MaskXTransferClassifier (or MaskXImageClassifier) with the same backbone: its
+    # backbone becomes the encoder, and it chooses the labels of an image at inference. Not read
+    # where MODEL.WEIGHTS is set, since checkpoints of MaskXTransferNet hold both.
+    keys.MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS = ""
+    # IN_FEATURE of that classifier; "": the last.
+    keys.MODEL.MASKX.TRANSFERNET.CLASSIFIER_FEATURE = ""
+
     keys.INPUT = CN()
     keys.INPUT.MASKX = CN()
     # Side in pixels of the squares that image classifiers and semantic segmentation train on, and
-    # that image classifiers predict on; images are warped to them.
+    # that image classifiers predict on; images are warped to them. MaskXTransferNet predicts on
+    # such squares too, but pads images to squares first instead of warping them.
     keys.INPUT.MASKX.SIZE = 328
 
     keys.DATASETS = CN()
     keys.DATASETS.MASKX = CN()
     # Which categories have masks (A); the masks of all others (B) are withheld in training. A
     # name of maskx.supervision.split_names(), or a file; see maskx.supervision.resolve_split.
+    # MaskXTransferNet takes A as its source and B as its target categories; with two data sets in
+    # DATASETS.TRAIN, the source and the target, it needs "all".
     keys.DATASETS.MASKX.SPLIT = "all"
+    # Share of the source images that MaskXTransferNet learns from, in (0, 1], and the seed by which
+    # they are drawn; a smaller share is part of a larger one of the same seed.
+    keys.DATASETS.MASKX.SOURCE_FRACTION = 1.0
+    keys.DATASETS.MASKX.SOURCE_SUBSET = 0
+    # True: masks of target images are used where there are some. False: they are not read.
+    keys.DATASETS.MASKX.USE_TARGET_MASKS = False
     # COCO-format data sets to register before training: [[name, json_file, image_root], ...].
     keys.DATASETS.MASKX.REGISTER = []
     # True: a bad box or mask in a data set of REGISTER is an error. False: it is left out and
@@ -126,8 +170,12 @@ def _defaults() -> CN:
     # Sides in pixels of the squares to which MaskXDeepLab warps an image to predict it. The scores
     # of all sizes are averaged.
     keys.TEST.MASKX.SIZES = (328,)
-    # True: a dense CRF refines what MaskXDeepLab predicts. Needs the extra "crf" of maskx.
+    # True: a dense CRF refines what MaskXDeepLab and MaskXTransferNet predict. Needs the extra
+    # "crf" of maskx.
     keys.TEST.MASKX.CRF = False
+    # True: MaskXTransferNet segments the true image labels of a sample that has them, instead of
+    # predicted ones (TransferNet-GT).
+    keys.TEST.MASKX.GT_LABELS = False
     return keys
 
 

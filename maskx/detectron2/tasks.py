@@ -5,7 +5,7 @@ from enum import Enum
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
-__all__ = ["Task", "num_classes_of", "task_of"]
+__all__ = ["Task", "is_transfer", "num_classes_of", "task_of"]
 
 
 class Task(Enum):
@@ -27,6 +27,15 @@ def task_of(cfg: CfgNode) -> Task:
     """Return what the model of a configuration learns."""
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     return Task(getattr(architecture, "maskx_task", Task.INSTANCES))
+
+
+def is_transfer(cfg: CfgNode) -> bool:
+    """Whether the model learns from source images with masks and target images with tags.
+
+    Its meta-architecture says so by a class attribute ``maskx_transfer``, beside ``maskx_task``;
+    see :mod:`maskx.detectron2.data.transfer_data`.
+    """
+    return getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "maskx_transfer", False)
 
 
 def num_classes_of(cfg: CfgNode) -> tuple[str, int]:

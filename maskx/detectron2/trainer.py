@@ -2,9 +2,10 @@
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +28,15 @@ from maskx.detectron2.config import get_cfg
 from maskx.detectron2.data import (
     MaskXDatasetMapper,
     MaskXImageMapper,
+    MaskXTransferMapper,
+    build_transfer_loader,
+    check_transfer_data,
     class_names_of,
     register_all,
     register_from_config,
     split_from_config,
     training_records,
+    transfer_split,
 )
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.image_label_evaluation import (
@@ -40,11 +45,20 @@ from maskx.detectron2.image_label_evaluation import (
 )
 from maskx.detectron2.meta_arch.grabcut import predicts_masks
 from maskx.detectron2.meta_arch.rcnn import check_can_freeze
+from maskx.detectron2.meta_arch.transfernet import (
+    MaskXTransferNet,
+    check_loaded,
+    check_transfernet,
+)
 from maskx.detectron2.proposal_generator import MaskXRPN
 from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
 from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
 from maskx.detectron2.solver import build_optimizer, check_solver
-from maskx.detectron2.tasks import Task, num_classes_of, task_of
+from maskx.detectron2.tasks import Task, is_transfer, num_classes_of, task_of
+from maskx.detectron2.transfer_evaluation import (
+    MaskXTransferLabelEvaluator,
+    MaskXTransferSemSegEvaluator,
+)
 
 __all__ = ["Trainer", "check_num_gpus", "evaluate", "setup"]
 
@@ -68,6 +82,7 @@ class Trainer(DefaultTrainer):
             setup_logger(name="maskx")
         check_config(cfg)
         super().__init__(cfg)
+        _keep_class_names(cfg, self.checkpointer)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint of the output folder, or else ``MODEL.WEIGHTS``.
@@ -76,7 +91,8 @@ class Trainer(DefaultTrainer):
         number of classes in eval mode, whereas for fine-tuning they take what fits.
 
         Raises:
-            ValueError: the detector is to stay frozen, but not all of its weights were loaded.
+            ValueError: the detector, or the encoder or attention of TransferNet, is to stay frozen,
+                but not all of its weights were loaded.
         """
         resume = resume and self.checkpointer.has_checkpoint()
         if resume:
@@ -86,6 +102,9 @@ class Trainer(DefaultTrainer):
         self.model.train()
         if self.cfg.MODEL.MASKX.FREEZE_DETECTOR and not resume:
             _check_detector_loaded(self.cfg.MODEL.WEIGHTS, missing)
+        model = self.checkpointer.model
+        if isinstance(model, MaskXTransferNet) and not resume:
+            check_loaded(self.cfg, model, missing)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -95,6 +114,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Make the training loader."""
+        if is_transfer(cfg):
+            return build_transfer_loader(cfg)
         mapper = _build_mapper(cfg, is_train=True)
         if task_of(cfg) is Task.INSTANCES:
             return build_detection_train_loader(cfg, mapper=mapper)
@@ -103,7 +124,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Make the loader of one test set."""
-        mapper = _build_mapper(cfg, is_train=False)
+        if is_transfer(cfg):
+            mapper = MaskXTransferMapper(cfg, is_train=False, dataset_name=dataset_name)
+        else:
+            mapper = _build_mapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
@@ -114,6 +138,10 @@ class Trainer(DefaultTrainer):
         """
         split = cfg.DATASETS.MASKX.SPLIT
         task = task_of(cfg)
+        if is_transfer(cfg):
+            of_labels = task is Task.IMAGE_LABELS
+            cls = MaskXTransferLabelEvaluator if of_labels else MaskXTransferSemSegEvaluator
+            return cls(dataset_name, split=transfer_split(cfg))
         if task is Task.IMAGE_LABELS:
             return MaskXImageLabelEvaluator(dataset_name, split=split)
         if task is Task.PIXELS:
@@ -164,9 +192,12 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     """
     model_cfg = cfg.clone()
     model_cfg.defrost()
-    model_cfg.MODEL.MASKX.BACKBONE.PRETRAINED = False  # all weights are loaded below
+    # All weights are loaded below.
+    model_cfg.MODEL.MASKX.BACKBONE.PRETRAINED = False
+    model_cfg.MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS = ""
     model = Trainer.build_model(model_cfg).eval()
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    _keep_class_names(cfg, checkpointer)
     source = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         source = checkpointer.get_checkpoint_file()
@@ -213,22 +244,25 @@ def check_config(cfg: CfgNode) -> None:
             "cpu, or check the driver and that PyTorch was built for it."
         )
     weights = cfg.MODEL.WEIGHTS
+    classifier = cfg.MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS
+    if classifier and not weights and not PathManager.isfile(classifier):
+        raise FileNotFoundError(
+            f"MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS '{classifier}': there is no such file. "
+            "Train the classifier of stage 0 first, or all stages with tools/train_transfernet.py."
+        )
     # As in Detectron2, "?matching_heuristics=True" may follow the path.
     if weights and "://" not in weights and not PathManager.isfile(weights.partition("?")[0]):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}': there is no such file.")
     check_can_freeze(cfg)
     check_solver(cfg)
     _check_text_classifier(cfg)
+    check_transfernet(cfg)
     register_from_config(cfg)
-    key, num_classes = num_classes_of(cfg)
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        found = len(class_names_of(name))
-        if found != num_classes:
-            raise ValueError(
-                f"{key} is {num_classes}, but data set '{name}' has {found} classes. Set {key} "
-                f"{found}, or choose another data set."
-            )
-    split_from_config(cfg)
+    if is_transfer(cfg):
+        check_transfer_data(cfg)
+    else:
+        _check_classes(cfg)
+        split_from_config(cfg)
     task = task_of(cfg)
     if task is Task.IMAGE_LABELS:
         for name in cfg.DATASETS.TRAIN:
@@ -237,9 +271,49 @@ def check_config(cfg: CfgNode) -> None:
         _check_incomplete_boxes(cfg)
 
 
+def _check_classes(cfg: CfgNode) -> None:
+    key, num_classes = num_classes_of(cfg)
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        found = len(class_names_of(name))
+        if found != num_classes:
+            raise ValueError(
+                f"{key} is {num_classes}, but data set '{name}' has {found} classes. Set {key} "
+                f"{found}, or choose another data set."
+            )
+
+
 def _build_mapper(cfg: CfgNode, *, is_train: bool) -> MaskXDatasetMapper | MaskXImageMapper:
     is_instances = task_of(cfg) is Task.INSTANCES
     return (MaskXDatasetMapper if is_instances else MaskXImageMapper)(cfg, is_train=is_train)
+
+
+class _ClassNames:
+    """The class list of a model as a part of its checkpoints: its union is in no data set's file.
+
+    Args:
+        class_names: by class index of the model.
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.class_names = list(class_names)
+
+    def state_dict(self) -> dict[str, list[str]]:
+        return {"class_names": self.class_names}
+
+    def load_state_dict(self, state: dict[str, list[str]]) -> None:
+        pairs = itertools.zip_longest(state["class_names"], self.class_names)
+        for index, (in_checkpoint, here) in enumerate(pairs):
+            if in_checkpoint != here:
+                raise ValueError(
+                    f"Class {index} is {in_checkpoint!r} in the checkpoint, but {here!r} by "
+                    "DATASETS.TRAIN and DATASETS.MASKX.SPLIT. Set them as the model was trained."
+                )
+
+
+def _keep_class_names(cfg: CfgNode, checkpointer: DetectionCheckpointer) -> None:
+    if is_transfer(cfg):
+        names = _ClassNames(transfer_split(cfg).class_names)
+        checkpointer.add_checkpointable("class_list", names)
 
 
 @contextlib.contextmanager

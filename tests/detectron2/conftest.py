@@ -44,6 +44,18 @@ TINY_IMAGES = (
     *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SEED", 1),
 )
 
+# And for TransferNet, from the files of TransferNet. The feature map is the last of any backbone.
+TINY_TRANSFER = (
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", 18),
+    *("MODEL.MASKX.BACKBONE.PRETRAINED", False, "MODEL.MASKX.BACKBONE.FROZEN_NORM", False),
+    *("MODEL.MASKX.NUM_CLASSES", 4, "MODEL.MASKX.IN_FEATURE", ""),
+    *("MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS", "", "INPUT.MASKX.SIZE", 32),
+    *("MODEL.MASKX.TRANSFERNET.NUM_FACTORS", 8, "MODEL.MASKX.TRANSFERNET.HIDDEN_CHANNELS", 8),
+    *("DATASETS.TRAIN", ("tiny_sparse",), "DATASETS.TEST", ("tiny_sparse",)),
+    *("DATASETS.MASKX.SPLIT", "scenes_half", "TEST.MASKX.CRF", False),
+    *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 2, "SEED", 1),
+)
+
 
 @pytest.fixture(autouse=True)
 def clean_state():
@@ -108,6 +120,34 @@ def make_classifier_cfg(make_image_cfg):
 def make_deeplab_cfg(make_image_cfg):
     """Make a tiny configuration of a segmentation network: ``make_deeplab_cfg(*opts)``."""
     return functools.partial(make_image_cfg, file="quick_schedules/deeplab_scenes_cpu.yaml")
+
+
+@pytest.fixture(scope="session")
+def sparse_scenes(tmp_path_factory):
+    """Annotation file and image root of 12 images of one or two objects with 4 classes, 2 in A."""
+    root = tmp_path_factory.mktemp("sparse_scenes")
+    scenes = generate_scenes(root, count=12, size=64, num_categories=4, seed=0, style="sparse")
+    return scenes, root
+
+
+@pytest.fixture
+def tiny_sparse(sparse_scenes):
+    """These scenes, registered as the data set of the tiny configurations of TransferNet."""
+    register_coco("tiny_sparse", *sparse_scenes)
+    return "tiny_sparse"
+
+
+@pytest.fixture
+def make_transfer_cfg(tmp_path):
+    """The same for TransferNet: ``make_transfer_cfg(*opts, file=<under configs/TransferNet>)``."""
+
+    def make(*opts, file="quick_schedules/stage2_joint_scenes_cpu.yaml"):
+        cfg = get_cfg()
+        cfg.merge_from_file(str(ROOT / "configs" / "TransferNet" / file))
+        cfg.merge_from_list([*TINY_TRANSFER, "OUTPUT_DIR", str(tmp_path / "output"), *opts])
+        return cfg
+
+    return make
 
 
 @pytest.fixture

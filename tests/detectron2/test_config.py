@@ -20,10 +20,12 @@ from detectron2.utils.events import EventStorage
 from omegaconf import ListConfig
 
 import maskx
+from maskx.data.vocabularies import VOC_CLASSES
 from maskx.detectron2 import (
     MaskXCOCOEvaluator,
     MaskXDatasetMapper,
     MaskXDeepLab,
+    MaskXTransferNet,
     Trainer,
     add_maskx_config,
     get_cfg,
@@ -49,6 +51,11 @@ IMAGE_YAMLS = sorted(
     path.relative_to(CLASS_PATTERNS).as_posix() for path in CLASS_PATTERNS.rglob("*.yaml")
 )
 IMAGE_EXPERIMENTS = [name for name in IMAGE_YAMLS if name.endswith(("_voc.yaml", "_coco.yaml"))]
+TRANSFERNET = ROOT / "configs" / "TransferNet"
+TRANSFER_YAMLS = sorted(
+    path.relative_to(TRANSFERNET).as_posix() for path in TRANSFERNET.rglob("*.yaml")
+)
+TRANSFER_EXPERIMENTS = [name for name in TRANSFER_YAMLS if "scenes" not in name]
 LAZY = str(CONFIGS / "lazy" / "maskx_rcnn_R_50_FPN_1x.py")
 
 
@@ -107,7 +114,11 @@ def test_misspelt_keys_and_wrong_types_fail(key, value, error, words):
 
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [*((CONFIGS, name) for name in YAMLS), *((CLASS_PATTERNS, name) for name in IMAGE_YAMLS)],
+    [
+        *((CONFIGS, name) for name in YAMLS),
+        *((CLASS_PATTERNS, name) for name in IMAGE_YAMLS),
+        *((TRANSFERNET, name) for name in TRANSFER_YAMLS),
+    ],
 )
 def test_every_file_loads_dumps_and_reloads(folder, name, tmp_path):
     cfg = load(name, folder)
@@ -524,3 +535,102 @@ def test_imagenet_weights_fit_the_images_of_class_patterns(name, monkeypatch):
     with torch.device("meta"):
         build_backbone(load(name, CLASS_PATTERNS))
     assert loaded == ["vgg16" if "VGG" in name else "resnet101"]
+
+
+@pytest.mark.parametrize("name", TRANSFER_YAMLS)
+def test_every_file_of_transfernet_builds_trains_and_predicts(name, make_transfer_cfg, tiny_sparse):
+    cfg = make_transfer_cfg(file=name)
+    model = Trainer.build_model(cfg).train()
+    with EventStorage():
+        losses = model(next(iter(Trainer.build_train_loader(cfg))))
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    Trainer.build_optimizer(cfg, model).step()
+    sample = next(iter(Trainer.build_test_loader(cfg, tiny_sparse)))
+    is_network = isinstance(model, MaskXTransferNet)
+    assert is_network == ("classifier" not in name)
+    if is_network:
+        model.has_classifier.fill_(True)
+    with torch.no_grad():
+        (result,) = model.eval()(sample)
+    assert result["image_labels_prob"].shape == (4,)
+    stage = cfg.MODEL.MASKX.TRANSFERNET.STAGE
+    assert ("attention" in name) == (is_network and stage == "attention")
+    if is_network and stage == "joint":
+        assert result["sem_seg"].shape == (64, 64)
+        assert "loss_masks" in losses
+
+
+@pytest.mark.parametrize("name", TRANSFER_EXPERIMENTS)
+def test_experiments_of_transfernet_have_the_papers_settings(name):
+    """Input 320, Adam with 0.001 and then 0.0005, 15,000 iterations of 64 images, lambda 2."""
+    cfg = load(name, TRANSFERNET)
+    keys, solver = cfg.MODEL.MASKX.TRANSFERNET, cfg.SOLVER
+    assert cfg.INPUT.MASKX.SIZE == 320
+    assert cfg.DATASETS.TRAIN == ("maskx_coco60_train2014", "maskx_voc_2012_trainaug_tags")
+    assert (solver.MASKX.OPTIMIZER, solver.WEIGHT_DECAY, solver.STEPS) == ("adam", 0, ())
+    assert 60 + len(VOC_CLASSES) == cfg.MODEL.MASKX.NUM_CLASSES
+    assert (keys.MASK_WEIGHT, keys.NUM_FACTORS, keys.FREEZE_ENCODER) == (2.0, 1024, True)
+    is_vgg = cfg.MODEL.BACKBONE.NAME == "MaskXVGG16"
+    assert is_vgg == ("R_101" not in name)
+    assert "stage0" in name or (keys.DECODER == "unpooling") == is_vgg
+    assert (keys.ATTENTION == "fc") == ("_fc_" in name)
+    assert ("_fc_" in name and keys.METHOD == "transfernet") == keys.REFERENCE_SCALE
+    if name.startswith("Base-"):
+        return
+    assert f"output/TransferNet/{name.removesuffix('.yaml')}" == cfg.OUTPUT_DIR
+    fraction = re.search(r"fraction_(\d+)", name)
+    expected = int(fraction[1]) / 100 if fraction else 1
+    assert expected == cfg.DATASETS.MASKX.SOURCE_FRACTION
+    if name.startswith("stage0"):
+        assert math.ceil(20 * (17443 + 10582) / 16) == solver.MAX_ITER
+        assert cfg.MODEL.MASKX.BACKBONE.PRETRAINED
+        return
+    assert solver.IMS_PER_BATCH == 64
+    assert (0.001 if name.startswith("stage1") else 0.0005) == solver.BASE_LR
+    assert (30000 if name[:4] in ("base", "deco") else 15000) == solver.MAX_ITER
+    assert (() if name.startswith("stage1") else ("maskx_voc_2012_val",)) == cfg.DATASETS.TEST
+
+
+def test_stages_of_transfernet_start_from_one_another():
+    written = {
+        f"{load(name, TRANSFERNET).OUTPUT_DIR}/model_final.pth": name
+        for name in TRANSFER_YAMLS
+        if not name.startswith("Base-")
+    }
+    for name in written.values():
+        cfg = load(name, TRANSFERNET)
+        keys = cfg.MODEL.MASKX.TRANSFERNET
+        if "stage0" in name:
+            assert (cfg.MODEL.WEIGHTS, keys.CLASSIFIER_WEIGHTS) == ("", "")
+            continue
+        first = load(written[keys.CLASSIFIER_WEIGHTS], TRANSFERNET)
+        assert first.MODEL.META_ARCHITECTURE == "MaskXTransferClassifier"
+        before = [first]
+        assert bool(cfg.MODEL.WEIGHTS) == ("stage2" in name)
+        if cfg.MODEL.WEIGHTS:
+            before.append(load(written[cfg.MODEL.WEIGHTS], TRANSFERNET))
+            for key in ("ATTENTION", "REFERENCE_SCALE", "NUM_FACTORS", "DECODER"):
+                assert before[1].MODEL.MASKX.TRANSFERNET[key] == keys[key]
+        for other in before:
+            for key in ("BACKBONE", "RESNETS", "PIXEL_MEAN", "PIXEL_STD"):
+                assert other.MODEL[key] == cfg.MODEL[key]
+            assert other.INPUT.MASKX.SIZE == cfg.INPUT.MASKX.SIZE
+            assert other.DATASETS.TRAIN == cfg.DATASETS.TRAIN
+
+
+def test_full_transfernet_has_the_papers_layers():
+    """VGG-16, attention of 211 M weights for 20 x 20 positions, decoder of 7.7 M."""
+    cfg = load("stage2_joint_fc_VGG_16.yaml", TRANSFERNET)
+    cfg.MODEL.DEVICE = "meta"
+    cfg.MODEL.WEIGHTS = "stage1.pth"  # not read here
+    cfg.TEST.MASKX.CRF = False
+    with torch.device("meta"):
+        network = build_model(cfg).network
+    sizes = {name: sum(p.numel() for p in m.parameters()) for name, m in network.named_children()}
+    assert network.attention.feature_embed.weight.shape == (1024, 512 * 20 * 20)
+    assert network.attention.attend.weight.shape == (400, 1024)
+    assert sizes["classifier"] == 512 * 512 + 512 + 512 * 80 + 80
+    assert 7.6e6 < sizes["decoder"] < 7.8e6
+    assert sizes["encoder"] == 14_714_688

@@ -148,17 +148,22 @@ def test_the_root_comes_from_the_environment(tmp_path, monkeypatch):
     assert MetadataCatalog.get("maskx_scenes_val").image_root == str(tmp_path / "maskx_scenes/val")
 
 
-def test_scenes_are_generated_when_first_used(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        datasets._SCENES, "val", {"count": 2, "size": 64, "num_categories": 40, "seed": 1}
-    )
+@pytest.mark.parametrize(("folder", "num_categories"), [("scenes", 40), ("scenes_sparse", 12)])
+def test_scenes_are_generated_when_first_used(tmp_path, monkeypatch, folder, num_categories):
+    name = f"maskx_{folder}_val"
+    place, parameters = datasets._SCENES[name]
+    assert place == f"maskx_{folder}/val"
+    few = (place, parameters | {"count": 2, "size": 64})
+    monkeypatch.setitem(datasets._SCENES, name, few)
     register_all(tmp_path)
-    records = DatasetCatalog.get("maskx_scenes_val")
-    assert [p.name for p in (tmp_path / "maskx_scenes").iterdir()] == ["val"]
+    assert not (tmp_path / f"maskx_{folder}").exists()
+    records = DatasetCatalog.get(name)
+    assert [p.name for p in (tmp_path / f"maskx_{folder}").iterdir()] == ["val"]
     assert len(records) == 2
-    written = json.loads(Path(MetadataCatalog.get("maskx_scenes_val").json_file).read_text())
-    assert [c["name"] for c in written["categories"]] == class_names_of("maskx_scenes_val")
-    assert DatasetCatalog.get("maskx_scenes_val") == records
+    written = json.loads(Path(MetadataCatalog.get(name).json_file).read_text())
+    assert [c["name"] for c in written["categories"]] == class_names_of(name)
+    assert len(class_names_of(name)) == num_categories
+    assert DatasetCatalog.get(name) == records
 
 
 def test_scenes_may_be_generated_by_several_processes_at_once(tmp_path):

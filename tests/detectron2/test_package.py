@@ -55,6 +55,8 @@ def test_importing_registers_our_model_components_and_no_data():
         ["META_ARCH_REGISTRY", "MaskXGrabCutRCNN"],
         ["META_ARCH_REGISTRY", "MaskXImageClassifier"],
         ["META_ARCH_REGISTRY", "MaskXRCNN"],
+        ["META_ARCH_REGISTRY", "MaskXTransferClassifier"],
+        ["META_ARCH_REGISTRY", "MaskXTransferNet"],
         ["PROPOSAL_GENERATOR_REGISTRY", "MaskXRPN"],
         ["ROI_HEADS_REGISTRY", "MaskXCascadeROIHeads"],
         ["ROI_HEADS_REGISTRY", "MaskXROIHeads"],

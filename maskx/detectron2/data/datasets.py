@@ -14,9 +14,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from maskx.data.coco import load_coco, read_coco_json
-from maskx.data.scenes import THING_CATEGORIES, generate_scenes
+from maskx.data.scenes import generate_scenes, scene_categories
 from maskx.data.visual_genome import CATEGORIES_FILE, SPLITS, read_class_names
-from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES
+from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES, VOC_CLASSES_IN_COCO
 from maskx.supervision import CategorySplit, resolve_split
 
 __all__ = [
@@ -33,13 +33,21 @@ __all__ = [
 # The other ids from 1 to 90 are those of the official files, in the order of the class list.
 _UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
-_NUM_SCENE_CATEGORIES = 40
+_CROWDED = {"size": 128, "num_categories": 40, "style": "crowded"}
+_SPARSE = {"size": 128, "num_categories": 12, "style": "sparse"}
+# Folder of the scenes, with the parameters of their generator, by the name of the data set.
 _SCENES = {
-    "train": {"count": 1000, "size": 128, "num_categories": _NUM_SCENE_CATEGORIES, "seed": 0},
-    "val": {"count": 200, "size": 128, "num_categories": _NUM_SCENE_CATEGORIES, "seed": 1},
+    "maskx_scenes_train": ("maskx_scenes/train", _CROWDED | {"count": 1000, "seed": 0}),
+    "maskx_scenes_val": ("maskx_scenes/val", _CROWDED | {"count": 200, "seed": 1}),
+    "maskx_scenes_sparse_train": (
+        "maskx_scenes_sparse/train",
+        _SPARSE | {"count": 1500, "seed": 0},
+    ),
+    "maskx_scenes_sparse_val": ("maskx_scenes_sparse/val", _SPARSE | {"count": 200, "seed": 1}),
 }
 
 _COCO_IN_VG = tuple(f"maskx_coco_2017_vg3k_{part}" for part in ("train", "val"))
+_COCO60 = "maskx_coco60_train2014"
 _VOC = {f"maskx_voc_2012_{part}": part for part in ("trainaug", "trainaug_tags", "val")}
 _VISUAL_GENOME = (*(f"maskx_vg3k_{part}" for part in SPLITS), *_COCO_IN_VG)
 
@@ -93,13 +101,21 @@ def register_all(root: str | os.PathLike | None = None) -> None:
 
     - ``maskx_coco_2017_train`` and ``_val``: COCO in ``root/coco``, laid out as for Detectron2;
     - ``maskx_scenes_train`` and ``_val``: 1000 and 200 generated scenes of 128 pixels with 40
-      categories, written to ``root/maskx_scenes`` when first used (6 s on 1 core).
+      categories, written to ``root/maskx_scenes`` when first used (6 s on 1 core);
+    - ``maskx_scenes_sparse_train`` and ``_val``: 1500 and 200 scenes of one or two objects with 12
+      categories, in ``root/maskx_scenes_sparse``, from whose image labels much can be learned.
 
     Where ``datasets/prepare_voc.py`` has written ``root/voc2012``, with the images in
     ``root/VOCdevkit/VOC2012/JPEGImages``:
 
     - ``maskx_voc_2012_trainaug`` and ``_val``: image labels and label maps;
     - ``maskx_voc_2012_trainaug_tags``: the images of trainaug, image labels only.
+
+    Where ``datasets/prepare_coco60.py`` has written
+    ``root/coco/annotations/instances_coco60_train2014.json``:
+
+    - ``maskx_coco60_train2014``: the images of COCO without any class of VOC, with the 60 other
+      classes; their images in ``root/coco/train2014``.
 
     Where ``datasets/prepare_visual_genome.py`` has written ``root/visual_genome/annotations``:
 
@@ -112,20 +128,23 @@ def register_all(root: str | os.PathLike | None = None) -> None:
             or, where that is not set, ``datasets``; after a first call None keeps its folder.
     """
     root = _known_root() if root is None else Path(root).expanduser()
-    for part, parameters in _SCENES.items():
+    for part in ("train", "val"):
         _register_coco_2017(f"maskx_coco_2017_{part}", root, part)
-        folder = root / "maskx_scenes" / part
+    for name, (place, parameters) in _SCENES.items():
+        folder = root / place
         _register(
-            f"maskx_scenes_{part}",
+            name,
             folder / "annotations.json",
             folder,
             strict=True,
-            categories=_scene_categories,
+            categories=functools.partial(_scene_categories, parameters),
             prepare=functools.partial(_write_scenes, folder, parameters),
         )
     for name in _VOC:
         if _voc_file(root, name).is_file():
             _register_voc(name, root)
+    if _coco60_file(root).is_file():
+        _register_coco60(root)
     if _vg_categories_file(root).is_file():
         _register_visual_genome(root)
 
@@ -150,13 +169,17 @@ def class_names_of(dataset_name: str) -> list[str]:
     """Return the class list of a registered data set.
 
     Raises:
-        FileNotFoundError: it is one of VOC or Visual Genome, which was not prepared.
+        FileNotFoundError: it is one of VOC, COCO-60 or Visual Genome, which was not prepared.
         ValueError: there is no such data set, or it has no class list.
     """
-    if dataset_name in (*_VOC, *_VISUAL_GENOME) and dataset_name not in DatasetCatalog:
-        root, is_voc = _known_root(), dataset_name in _VOC
-        file = _voc_file(root, dataset_name) if is_voc else _vg_categories_file(root)
-        script = "prepare_voc.py" if is_voc else "prepare_visual_genome.py"
+    if dataset_name in (*_VOC, _COCO60, *_VISUAL_GENOME) and dataset_name not in DatasetCatalog:
+        root = _known_root()
+        if dataset_name in _VOC:
+            file, script = _voc_file(root, dataset_name), "prepare_voc.py"
+        elif dataset_name == _COCO60:
+            file, script = _coco60_file(root), "prepare_coco60.py"
+        else:
+            file, script = _vg_categories_file(root), "prepare_visual_genome.py"
         raise FileNotFoundError(
             f"Data set '{dataset_name}' needs {file}, which was "
             "not there when the data sets were registered. Write it with `python "
@@ -389,6 +412,21 @@ def _register_voc(name: str, root: Path) -> None:
     )
 
 
+def _register_coco60(root: Path) -> None:
+    categories = {i: n for i, n in _coco_categories().items() if n not in VOC_CLASSES_IN_COCO}
+    _register(
+        _COCO60,
+        _coco60_file(root),
+        root / "coco" / "train2014",
+        strict=False,  # as COCO itself
+        categories=lambda: categories,
+    )
+
+
+def _coco60_file(root: Path) -> Path:
+    return root / "coco" / "annotations" / "instances_coco60_train2014.json"
+
+
 def _voc_file(root: Path, name: str) -> Path:
     return root / "voc2012" / f"voc2012_{_VOC[name]}.json"
 
@@ -414,12 +452,12 @@ def _coco_categories() -> dict[int, str]:
     return dict(zip(ids, COCO_THING_CLASSES, strict=True))
 
 
-def _scene_categories() -> dict[int, str]:
-    categories = THING_CATEGORIES[:_NUM_SCENE_CATEGORIES]
+def _scene_categories(parameters: Mapping[str, Any]) -> dict[int, str]:
+    categories = scene_categories(parameters["num_categories"], parameters["style"])
     return {index: category.name for index, category in enumerate(categories, start=1)}
 
 
-def _write_scenes(folder: Path, parameters: dict[str, int]) -> None:
+def _write_scenes(folder: Path, parameters: Mapping[str, Any]) -> None:
     """Generate scenes unless they are there; several processes may do so at the same time."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+r"""Train TransferNet in its stages: classifier of image labels, attention, attention and decoder.
+
+They go to OUTPUT/stage0, OUTPUT/stage1 and OUTPUT/stage2. A stage that is finished is not run
+again, and stages of another run may be given instead. Without --stage1, stage 2 is a baseline
+without attention. KEY VALUE pairs of the configuration at the end go to all stages.
+
+Examples:
+    python tools/train_transfernet.py --num-gpus 8 --output output/transfernet \
+        --stage0 configs/TransferNet/stage0_classifier_VGG_16.yaml \
+        --stage1 configs/TransferNet/stage1_attention_VGG_16.yaml \
+        --stage2 configs/TransferNet/stage2_joint_VGG_16.yaml
+    python tools/train_transfernet.py --num-gpus 8 --output output/transfernet_baseline \
+        --stage0-weights output/transfernet/stage0/model_final.pth \
+        --stage2 configs/TransferNet/baseline_VGG_16.yaml
+    python tools/train_transfernet.py --output output/transfernet_scenes \
+        --stage0 configs/TransferNet/quick_schedules/stage0_classifier_scenes_cpu.yaml \
+        --stage1 configs/TransferNet/quick_schedules/stage1_attention_scenes_cpu.yaml \
+        --stage2 configs/TransferNet/quick_schedules/stage2_joint_scenes_cpu.yaml
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from maskx.detectron2 import check_num_gpus  # says what is missing
+
+# isort: split
+from maskx.detectron2.stagewise import run_stage
+from maskx.detectron2.transfer_stages import check_transfer_stages, transfer_stages
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    first = parser.add_mutually_exclusive_group(required=True)
+    first.add_argument("--stage0", type=Path, metavar="CONFIG", help="config of the classifier")
+    first.add_argument(
+        "--stage0-weights", type=Path, metavar="FILE", help="trained classifier, instead"
+    )
+    second = parser.add_mutually_exclusive_group()
+    second.add_argument("--stage1", type=Path, metavar="CONFIG", help="config of the attention")
+    second.add_argument(
+        "--stage1-weights", type=Path, metavar="FILE", help="trained attention, instead"
+    )
+    add("--stage2", type=Path, metavar="CONFIG", required=True, help="config of the masks")
+    add("--output", type=Path, default=Path("output/transfernet"), help="folder of the stages")
+    add("--num-gpus", type=int, default=1, help="processes, one per GPU; 1 on a CPU")
+    add("--resume", action="store_true", help="go on with an interrupted stage")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="pairs for all stages")
+    return parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check everything, then run what is not finished."""
+    check_num_gpus(arguments.num_gpus)
+    stages = transfer_stages(
+        arguments.stage0 or arguments.stage0_weights,
+        arguments.stage1 or arguments.stage1_weights,
+        arguments.stage2,
+        output=arguments.output,
+        opts=tuple(arguments.opts),
+    )
+    for stage, done in zip(stages, check_transfer_stages(stages), strict=True):
+        if done:
+            print(f"{stage.output}: finished before, not run again")
+        else:
+            run_stage(stage, num_gpus=arguments.num_gpus, resume=arguments.resume)
+
+
+def main() -> None:
+    """Run the stages; user errors end with their message instead of a traceback."""
+    arguments = parse_arguments()
+    try:
+        run(arguments)
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()
