@@ -156,6 +156,7 @@ def discover(
     _check_classes(source, records, class_names)
     with LayerTaps(source.classifier.backbone, layers):  # refuses layers that are not there
         pass
+    _check_batch_size(batch_size)
     index, count = shard or (0, workers)
     if not 0 <= index < count:
         raise ValueError(
@@ -220,8 +221,10 @@ def discover(
     save_patterns(path, patterns)
     for part in parts:  # large, and of no use any more
         part.unlink()
-    report(f"{len(used)} of {len(records)} images were used, at most {max_images_per_class} of a")
-    report("class.\n" + "\n".join(report_patterns(patterns)))
+    report(
+        f"{len(used)} of {len(records)} images were used, at most {max_images_per_class} of a "
+        "class.\n" + "\n".join(report_patterns(patterns))
+    )
     return patterns
 
 
@@ -322,6 +325,7 @@ def project(
     """
     class_names = patterns.class_names
     _check_classes(source, records, class_names)
+    _check_batch_size(batch_size)
     network = network_hash(source.classifier)
     if patterns.network != network:
         raise ValueError(
@@ -421,8 +425,9 @@ def make_masks(
 ) -> dict[str, LayerMasks]:
     """Make the proxy masks of all images from the projections of :func:`project`.
 
-    Masks that are there and readable are kept, others made. True masks of the records, where they
-    have them, are read by the evaluation alone, after all masks are made.
+    Masks that are there, complete and not older than their projections are kept, others made. True
+    masks of the records, where they have them, are read by the evaluation alone, after all masks
+    are made.
 
     Args:
         records: as of :func:`maskx.data.coco.load_coco`.
@@ -524,7 +529,9 @@ def format_masks(made: Mapping[str, LayerMasks]) -> str:
         if number:
             lines.append(f"{layer}: {number} images have a label without a pattern: no background")
         if masks.summary.num_redone:
-            lines.append(f"{layer}: {masks.summary.num_redone} damaged masks were made again")
+            lines.append(
+                f"{layer}: {masks.summary.num_redone} damaged or outdated masks were made again"
+            )
     return "\n".join(lines)
 
 
@@ -542,6 +549,11 @@ def _check_classes(
         )
     for record in records:
         check_labels(record["image_labels"], num_classes, f"image {record['image_id']!r}")
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 image, got {batch_size}.")
 
 
 def _device(source: ClassifierSource) -> torch.device:

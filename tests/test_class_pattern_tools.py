@@ -1,3 +1,4 @@
+import argparse
 import json
 import runpy
 import subprocess
@@ -102,6 +103,7 @@ def test_shards_then_merge(run_folder, run_tool, tmp_path):
         (("--shard", "2/2"), "error: Shard 2 of 2 does not exist"),
         (("--max-images-per-class", "0"), "error: max_images_per_class must be at least 1"),
         (("--merge",), "holds shards of no runs"),
+        (("--batch-size", "0"), "error: batch_size must be at least 1 image, got 0"),
     ],
 )
 def test_what_cannot_be_found_is_said_in_a_line(run_folder, run_tool, tmp_path, arguments, words):
@@ -161,6 +163,14 @@ def test_arguments_that_belong_together(run_folder, run_tool, tmp_path, capsys):
     ):
         _, ended = run_tool("discover_class_patterns", *arguments, "--output", tmp_path)
         assert ended == 2
+
+
+@pytest.mark.parametrize("text", ["1", "1/", "a/2", "-1/2"])
+def test_shards_that_are_none_are_said(text):
+    read_shard = runpy.run_path(str(TOOLS / "discover_class_patterns.py"))["_read_shard"]
+    assert read_shard("1/4") == (1, 4)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not I/N, such as 0/4"):
+        read_shard(text)
 
 
 def test_the_commands_run_as_they_are_typed():

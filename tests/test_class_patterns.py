@@ -208,6 +208,9 @@ def test_the_image_with_features_that_are_not_finite_is_named(data, found, tmp_p
 
 def test_projections_follow_equation_3(data, found):
     source, patterns, folder = found
+    for layer in LAYERS:
+        header = json.loads((projections_folder(folder, layer) / "projections.json").read_text())
+        assert (header["layer"], header["image_size"]) == (layer, 64)
     for record in data.records:
         for layer in LAYERS:
             labels, q = read_projections(projections_folder(folder, layer), record["image_id"])
@@ -236,6 +239,17 @@ def test_projections_are_made_once_and_damaged_ones_again(data, found):
     assert calls == [2]
     assert path.read_bytes() == content
     assert "2 written (1 of them were there, but damaged), 8 kept" in lines[0]
+
+
+def test_batches_of_no_image_are_refused(data, found, tmp_path):
+    source, patterns, _ = found
+    for size in (0, -2):
+        match = f"batch_size must be at least 1 image, got {size}"
+        with pytest.raises(ValueError, match=match):
+            run_discovery(source, data, tmp_path / "new", batch_size=size)
+        with pytest.raises(ValueError, match=match):
+            project(source, data.records, patterns, LAYERS, tmp_path / "new", batch_size=size)
+    assert not (tmp_path / "new").exists()
 
 
 def test_patterns_of_another_network_layer_or_size_are_refused(data, found, tmp_path):
@@ -306,7 +320,30 @@ def test_a_half_written_mask_is_made_again(data, found):
     assert path.read_bytes() == content
     assert again["C41"].summary.num_redone == 1
     assert again["layer3"].summary.num_kept == 10
-    assert "C41: 1 damaged masks were made again" in lines[0]
+    assert "C41: 1 damaged or outdated masks were made again" in lines[0]
+
+
+def test_other_tags_of_an_image_make_its_projections_and_mask_again(data, found):
+    source, patterns, folder = found
+    first = make(data, found)
+    records = [dict(record) for record in data.records]
+    labels = records[3]["image_labels"]
+    records[3]["image_labels"] = [next(c for c in range(4) if c not in labels)]
+    lines = []
+    project(source, records, patterns, LAYERS, folder, report=lines.append)
+    assert lines[0].startswith("Projections of 10 images: 1 written (0 of them")
+    again = make_masks(
+        *(records, patterns, LAYERS, folder),
+        image_root=data.json_file.parent,
+        settings=PLAIN,
+        report=lines.append,
+    )
+    for layer in LAYERS:
+        assert (again[layer].summary.num_redone, again[layer].summary.num_kept) == (1, 9)
+        path = mask_path(folder / "masks" / f"{layer}-zero-ignore", records[3]["image_id"])
+        mask = read_label_map(path, 64, 64, num_classes=4, image_id=0)
+        assert set(np.unique(mask)) == {0, records[3]["image_labels"][0] + 1}
+    assert first["C41"].summary.num_redone == 0
 
 
 def test_settings_lie_side_by_side(data, found):

@@ -59,6 +59,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def _read_shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 0/4")
     return int(index), int(count)
 
 

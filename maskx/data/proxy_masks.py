@@ -162,7 +162,8 @@ class ProxyMaskSummary:
     Attributes:
         num_images: all records.
         num_kept: their masks were there already.
-        num_redone: their masks were there, but not readable, and were made again.
+        num_redone: their masks were there, but not readable or of other image labels, and were made
+            again.
         num_refined: they have one label, with a pattern, so their masks are refined by the CRF.
         num_without_labels: their masks are all background.
         num_without_pattern: a label of theirs has no pattern, so no pixel is background.
@@ -235,7 +236,8 @@ def make_proxy_masks(
     projections. The CRF gets p = sigmoid(q / std - threshold) for the class of an image with one
     label and 1 - p for the background, so that without it the same pixels are positive.
 
-    The same call goes on after an interruption: masks that are there and complete are kept. The
+    The same call goes on after an interruption: masks that are there, complete and not older than
+    the projections of their image are kept. The
     folder's `proxy_masks.json` says what they were made with; other settings, patterns or, with
     Otsu's method, other images (thus thresholds) need another folder.
 
@@ -369,28 +371,36 @@ def _make_mask(job: _Job) -> _Made:
     lacks_pattern = not has_pattern(projections).all()
     is_refined = job.settings.crf and len(job.labels) == 1 and not lacks_pattern
 
-    existing, is_broken = None, False
-    if job.mask.exists():
-        try:
-            existing = read_label_map(
-                *(job.mask, job.height, job.width),
-                num_classes=job.num_classes,
-                image_id=job.image_id,
-            )
-        except ValueError:
-            is_broken = True
+    existing = _read_existing(job)
+    is_redone = existing is None and job.mask.exists()
     label_map = existing
     if label_map is None:
         label_map = _refined_map(job, projections) if is_refined else _plain_map(job, projections)
         write_label_map(job.mask, label_map, num_classes=job.num_classes)
     return _Made(
         is_kept=existing is not None,
-        is_redone=is_broken,
+        is_redone=is_redone,
         is_refined=is_refined,
         lacks_pattern=lacks_pattern,
         background_pixels=int(np.count_nonzero(label_map == 0)),
         undecided_pixels=int(np.count_nonzero(label_map == ignore_label(job.num_classes))),
     )
+
+
+def _read_existing(job: _Job) -> np.ndarray | None:
+    """Read the mask of an earlier run; None if there is none of these image labels."""
+    try:
+        label_map = read_label_map(
+            *(job.mask, job.height, job.width), num_classes=job.num_classes, image_id=job.image_id
+        )
+    except (FileNotFoundError, ValueError):
+        return None
+    if not job.labels:
+        return None if label_map.any() else label_map
+    # Projections are written again when the labels of their image have changed.
+    projections = projections_path(job.projections_folder, job.image_id)
+    is_outdated = job.mask.stat().st_mtime_ns < projections.stat().st_mtime_ns
+    return None if is_outdated else label_map
 
 
 def _plain_map(job: _Job, projections: np.ndarray) -> np.ndarray:

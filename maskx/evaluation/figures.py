@@ -25,6 +25,9 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _LEGEND_HEIGHT = 34
 _OPACITY = 0.6  # of label maps and maps of numbers over their image
 _COLOR_UNKNOWN = (150, 150, 150)
+# Largest less smallest of red, green and blue. Colours of VOC below it, such as that of its seventh
+# class, (128, 128, 128), are too grey to be seen on grey.
+_MIN_CHROMA = 64
 
 Color = tuple[int, int, int]
 
@@ -66,6 +69,12 @@ def draw_instances(
     return _squared(tile, side)
 
 
+def plain_tile(image: np.ndarray, side: int = 400) -> np.ndarray:
+    """Fit an (H, W, 3) uint8 RGB image into a square tile, as the other tiles have it."""
+    _, size = _fitted(image, side)
+    return _squared(cv2.resize(image, size, interpolation=cv2.INTER_LINEAR), side)
+
+
 def draw_label_map(
     image: np.ndarray,
     label_map: np.ndarray,
@@ -74,12 +83,15 @@ def draw_label_map(
     names: Sequence[str] | None = None,
     side: int = 400,
 ) -> np.ndarray:
-    """Draw a label map into a square tile, in the colours of VOC; unknown pixels are hatched.
+    """Draw a label map into a square tile; unknown pixels are hatched.
+
+    Classes have the colours of VOC without the greyish ones: those of its label maps up to the
+    sixth class.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         label_map: (H, W) integers, 0 to `num_classes` and `ignore_label(num_classes)`.
-        num_classes: number of classes, without the background. VOC has 255 colours; above that
+        num_classes: number of classes, without the background. There are 231 colours; above that
             many classes they repeat.
         names: names by class index, written on the classes that are there; none without.
         side: size of the tile in pixels; the image is fitted into it.
@@ -240,8 +252,10 @@ def _blend(pixels: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 
 def _class_color(labels: np.ndarray | int) -> np.ndarray:
-    """VOC's colour of labels from 1 on; the 256th class has that of the first again."""
-    return voc_palette()[(np.asarray(labels) - 1) % 255 + 1]
+    """Colours of labels from 1 on."""
+    colors = voc_palette()[1:]
+    colors = colors[np.ptp(colors, axis=1) >= _MIN_CHROMA]
+    return colors[(np.asarray(labels) - 1) % len(colors)]
 
 
 def _diverging(values: np.ndarray) -> np.ndarray:

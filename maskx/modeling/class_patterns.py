@@ -67,8 +67,9 @@ class LayerPatterns:
         explained: (K,) share of the variance along the direction; NaN without a pattern.
         explained_second: (K,) share of the second component; where it equals ``explained``, the
             direction is not unique. NaN without a pattern.
-        sign_margin: (K,) magnitude of the correlation of projection and class activation map, in
-            [0, 1]: how sure the sign is. NaN without a pattern or without maps.
+        sign_margin: (K,) how sure the sign is, in [0, 1], see :func:`find_patterns`: where the
+            class activation map counts everywhere, the magnitude of its correlation with the
+            projection. NaN without a pattern or without maps.
         num_images: (K,) int64 images used.
         num_pixels: (K,) int64 feature vectors used.
         valid: (K,) bool whether the class has a pattern: it has not with fewer than two pixels or
@@ -118,9 +119,10 @@ def find_patterns(moments: PatternMoments) -> LayerPatterns:
     """Find the signed first principal component of each class (Eq. 2).
 
     The sign is that of the covariance of the projection and the class activation map, at the pixels
-    at which that counts; its margin is that covariance over the standard deviations of both, at
-    most 1. Where there were no maps, the larger extreme of the projections of the kept sample is
-    positive, for the pixels of an object are fewer and farther out than those around it.
+    at which that counts. Its margin is the magnitude of that covariance over the standard
+    deviations of the map, at the same pixels, and of the projection, over all pixels; at most 1.
+    Where there were no maps, the larger extreme of the projections of the kept sample is positive,
+    for the pixels of an object are fewer and farther out than those around it.
 
     Args:
         moments: of one layer. The eigenvectors are computed where they lie.
@@ -276,6 +278,10 @@ def accumulate_moments(
             ``labels_used`` of them, see :func:`choose_images`.
         layers: names of :class:`~maskx.modeling.image_classifier.LayerTaps`.
         moments: by layer; those that are not there yet are made.
+
+    Raises:
+        ValueError: a label is out of range or used without being one of the image, or the features
+            or class activation maps of an image are not finite.
     """
     with LayerTaps(model.backbone, layers) as taps:
         features = model.backbone(images)[model.in_feature]
@@ -287,6 +293,14 @@ def accumulate_moments(
         image_id, labels = sample["image_id"], list(sample["labels_used"])
         image_labels = list(sample["image_labels"])
         check_labels(image_labels, model.num_classes, f"image {image_id!r}")
+        absent = sorted(set(labels) - set(image_labels))
+        if absent:
+            raise ValueError(
+                f"labels_used of image {image_id!r} holds {absent[0]}, but its image_labels are "
+                f"{image_labels}. Allowed: some of these."
+            )
+        if not labels:
+            continue
         maps, counts = _sign_maps(model, features[index], labels, image_labels)
         for layer in layers:
             moments[layer].update(
@@ -299,15 +313,23 @@ def _sign_maps(
 ) -> tuple[Tensor, Tensor]:
     """Return the maps that fix the signs of labels, and where they count.
 
-    What speaks for the label counts, as in ICD (Fan et al., CVPR 2020), and pixels at which another
-    label of the image has more of it do not. On the objects of other labels the map of a label is
-    far below zero, while the pattern often takes them for foreground: with the plain maps, 4 of 12
-    signs of C41 came out wrong on generated scenes, with these none.
+    Of a map only what speaks for its label is looked at, as in ICD (Fan et al., CVPR 2020), and not
+    at pixels at which that of another label of the image is larger. There the map of the label is
+    often far below zero, while the pattern takes the other object for foreground: with the plain
+    maps, 4 of 12 signs of C41 came out wrong on generated scenes, with these none.
+
+    Args:
+        model: the classifier.
+        features: (C, h, w) that it classifies, of one image.
+        labels: the L labels of it that are used.
+        image_labels: all its labels.
 
     Returns:
         (L, h, w) maps, none below 0, and (L, h, w) bool.
     """
-    maps = model.activation_maps(features[None], image_labels)[0].clamp(min=0)
+    maps = model.activation_maps(features[None], image_labels)[0]
+    # Else it would be clamped to a number, and not be found.
+    maps = maps.masked_fill(maps.isneginf(), float("nan")).clamp(min=0)
     rows = [image_labels.index(label) for label in labels]
     return maps[rows], maps[rows] >= maps.amax(dim=0)
 

@@ -38,8 +38,8 @@ from maskx.data.proxy_masks import ProxyMaskSettings, mask_path
 from maskx.evaluation.figures import (
     contact_sheet,
     draw_heat_map,
-    draw_instances,
     draw_label_map,
+    plain_tile,
     save_png,
 )
 from maskx.evaluation.image_labels import evaluate_image_labels
@@ -58,7 +58,7 @@ from maskx.torchvision.semantic import (
 )
 from maskx.torchvision.training import CHECKPOINT_NAME, TrainingSettings, load_weights, train
 
-__all__ = ["TagSettings", "learn_from_tags", "open_classifier", "open_tagged_images"]
+__all__ = ["TagRun", "TagSettings", "learn_from_tags", "open_classifier", "open_tagged_images"]
 
 _MODEL_NAME = "model.json"
 _STEPS = ("classifier", "patterns", "proxy", "segmenter", "retraining", "retrained")
@@ -159,7 +159,7 @@ def learn_from_tags(
     if not resume:
         _set_aside(output)
     seconds: dict[str, float] = {}
-    run = _Run(train_data, val_data, settings, image_root, output, device, seconds, report)
+    run = TagRun(train_data, val_data, settings, image_root, output, device, seconds, report)
 
     classifier = run.train_classifier()
     patterns, masks = run.make_proxy_masks(classifier)
@@ -195,8 +195,19 @@ def learn_from_tags(
 
 
 @dataclass
-class _Run:
-    """What the steps share."""
+class TagRun:
+    """What the steps of :func:`learn_from_tags` share, and the steps themselves.
+
+    Attributes:
+        train_data: see :func:`learn_from_tags`, as for the others.
+        val_data: images to evaluate on.
+        settings: what to do.
+        image_root: folder of the training images.
+        output: folder of the results.
+        device: where to compute.
+        seconds: taken so far, by step.
+        report: receives the lines for the reader.
+    """
 
     train_data: CocoData
     val_data: CocoData
@@ -209,21 +220,25 @@ class _Run:
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
+        """Add the seconds of what runs inside to those of a step."""
         started = time.perf_counter()
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
 
     @property
     def num_classes(self) -> int:
+        """K."""
         return len(self.train_data.class_names)
 
     def identity(self) -> dict[str, Any]:
+        """Say what all trainings of the run are defined by, as plain values."""
         shared = ("backbone", "pretrained", "image_size")
         chosen = {key: getattr(self.settings, key) for key in shared}
         data = {"annotation file": self.train_data.json_file.name}
         return data | {"number of images": len(self.train_data.records)} | chosen
 
     def train_classifier(self) -> SampleClassifier:
+        """Train the classifier of the image labels, or read it if it is there."""
         settings = self.settings
         folder = self.output / "classifier"
         content = {
@@ -234,6 +249,12 @@ class _Run:
         }
         torch.manual_seed(settings.seed)
         model = _build_classifier(content, pretrained=settings.pretrained)
+        layers = tuple(model.classifier.backbone.layer_aliases)
+        if settings.layer not in layers:
+            raise ValueError(
+                f"layer must be a block of the last stage of {settings.backbone}, one of "
+                f"{', '.join(layers)}; got {settings.layer!r}."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         mapper = ImageMapper(self.num_classes, size=settings.image_size, label_maps=False)
         with self.timed("classifier"):
@@ -244,6 +265,7 @@ class _Run:
     def make_proxy_masks(
         self, model: SampleClassifier
     ) -> tuple[ClassPatterns, dict[str, LayerMasks]]:
+        """Find the class patterns of all blocks of the last stage; make masks of each."""
         records, folder = self.train_data.records, self.output / "proxy"
         source = _source(model, str(self.output / "classifier"))
         layers = tuple(model.classifier.backbone.layer_aliases)
@@ -294,6 +316,14 @@ class _Run:
     def train_segmenter(
         self, name: str, start: SampleClassifier, json_file: Path, identity: Mapping[str, Any]
     ) -> SampleSegmenter:
+        """Train a segmentation network, from the classifier's backbone on.
+
+        Args:
+            name: of the step and its folder.
+            start: the classifier.
+            json_file: training images and their label maps.
+            identity: what this training is defined by beside :meth:`identity`.
+        """
         settings = self.settings
         # Records of the masks' own file: the true masks are not within reach.
         data = load_coco(json_file, self.image_root)
@@ -330,6 +360,7 @@ class _Run:
         return json_file
 
     def evaluate(self, model: SampleSegmenter, name: str) -> float:
+        """Mean IoU on the validation images, in percent."""
         records = self.val_data.records
         predictions = predict_label_maps(
             model, records, refine=self._refine(), description=f"{name}: evaluation"
@@ -339,6 +370,7 @@ class _Run:
         return results["mIoU"]["all"]
 
     def evaluate_tags(self, model: SampleClassifier) -> float:
+        """Mean average precision of the image labels of the validation images, in percent."""
         records = self.val_data.records
         with self.timed("evaluation"):
             prob = predict_image_labels(model, records, description="tags: evaluation")
@@ -551,7 +583,7 @@ def format_steps(metrics: Mapping[str, Any]) -> str:
 
 
 def draw_steps(
-    run: _Run, patterns: ClassPatterns, masks: LayerMasks, model: SampleSegmenter
+    run: TagRun, patterns: ClassPatterns, masks: LayerMasks, model: SampleSegmenter
 ) -> None:
     """Draw training images from the image to the prediction into ``predictions.png``."""
     layer, data = run.settings.layer, run.train_data
@@ -579,7 +611,7 @@ def draw_steps(
         )
         truth = semantic_label_map(record, run.num_classes)
         tiles += [
-            _plain_tile(image),
+            plain_tile(image, _TILE_SIDE),
             draw_heat_map(image, scores, symmetric=True, side=_TILE_SIDE),
             *(draw_label_map(image, m, **names) for m in (proxy, predicted[image_id], truth)),
         ]
@@ -595,11 +627,6 @@ def draw_steps(
         tiles, columns=len(columns), row_titles=titles, column_titles=columns, legend=legend
     )
     save_png(run.output / "predictions.png", sheet)
-
-
-def _plain_tile(image: np.ndarray) -> np.ndarray:
-    nothing = {"boxes": np.zeros((0, 4)), "masks": np.zeros((0, *image.shape[:2]), bool)}
-    return draw_instances(image, **nothing, labels=(), with_masks=(), side=_TILE_SIDE)
 
 
 def _varied(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

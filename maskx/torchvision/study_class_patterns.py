@@ -21,7 +21,7 @@ from maskx.data.proxy_masks import ProxyMaskSettings
 from maskx.data.scenes import generate_scenes
 from maskx.modeling.class_patterns import ClassPatterns, network_hash
 from maskx.torchvision import quickstart
-from maskx.torchvision.class_patterns import TagSettings, _Run, open_classifier
+from maskx.torchvision.class_patterns import TagRun, TagSettings, open_classifier
 from maskx.torchvision.quickstart import QuickstartOptions, load_data
 from maskx.torchvision.semantic import SampleClassifier
 from maskx.torchvision.study_core import (
@@ -90,9 +90,7 @@ class _SeedRuns:
         self.device = select_device(options.device)
         with process_lock(self.folder):
             self.train_data, self.val_data = load_data(
-                QuickstartOptions(output=self.folder, seed=seed),
-                quickstart._TAG_SCENES,
-                **quickstart._TAG_SCENE_STYLE,
+                QuickstartOptions(output=self.folder, seed=seed), sparse=True
             )
         self.image_root = self.train_data.json_file.parent
 
@@ -179,10 +177,10 @@ class _SeedRuns:
         json_file = generate_scenes(
             folder / "scenes",
             count=_MORE_SCENES,
-            size=quickstart._SCENE_SIZE,
+            size=quickstart.SCENE_SIZE,
             seed=_MORE_SCENES_SEED + self.seed,
             progress=True,
-            **quickstart._TAG_SCENE_STYLE,
+            **quickstart.SPARSE_STYLE,
         )
         more = load_coco(json_file, json_file.parent).records
         records = [
@@ -219,8 +217,8 @@ class _SeedRuns:
             result[f"lowest_cosine_{layer}"] = float(cosines.min())
         return result
 
-    def _tag_run(self, settings: TagSettings, name: str) -> _Run:
-        return _Run(
+    def _tag_run(self, settings: TagSettings, name: str) -> TagRun:
+        return TagRun(
             self.train_data,
             self.val_data,
             settings,

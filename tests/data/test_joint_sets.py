@@ -236,6 +236,10 @@ def test_withheld_masks_are_out_of_reach_of_every_reader():
     assert annotations[1]["segmentation"] == "secret"  # the record given is as it was
     # The box of the object without a mask is unknown, the rest background.
     assert sets.label_map(kept).tolist() == [[0, 0, 1, -1, -1, 1]] * 2 + [[1] * 6] * 2
+    # Nor is it a label, or a class that masks alone could teach.
+    assert [sets.table.names[i] for i in sets.scored["masks"]] == ["cat", "ground"]
+    assert sets.image_labels(kept) == [0, 1]
+    assert sets.trained == sets.scored["masks"]
 
 
 @pytest.mark.parametrize(
@@ -313,6 +317,21 @@ def test_pixels_of_withheld_things_are_unknown(scenes):
         scored = [sets.table.names[index] for index in sets.scored["masks"]]
         found = {scored[position] for position in np.unique(known) if position >= 0}
         assert found == {names[v - 1] for v in np.unique(truth) if v != label}
+
+
+def test_a_pixel_of_neither_a_thing_nor_stuff_is_unknown(tmp_path):
+    write_label_map(tmp_path / "stuff.png", np.array([[0, 1, 0, 255]]), num_classes=2)
+    thing = {"id": 1, "class_index": 0, "bbox": [0, 0, 1, 1], "iscrowd": 0}
+    record = tagged(1, [0, 4]) | {
+        "height": 1,
+        "width": 4,
+        "annotations": [thing | {"segmentation": [[0, 0, 1, 0, 1, 1, 0, 1]]}],
+        "sem_seg_file_name": str(tmp_path / "stuff.png"),
+        "num_things": 4,
+        "supervision": "mask",
+    }
+    unknown = ignore_label(6)
+    assert things_and_stuff_label_map(record, 6).tolist() == [[1, 5, unknown, unknown]]
 
 
 def test_a_plain_record_has_its_own_label_map(tmp_path):

@@ -264,6 +264,25 @@ def test_the_crf_refines_masks_of_images_with_one_label_that_has_a_pattern(
         assert set(np.unique(mask)) == {0, label + 1}
 
 
+def test_the_crf_gets_the_sigmoid_of_the_standardised_projection(
+    data_folder, records, make, monkeypatch
+):
+    given = []
+
+    def refine(image, prob, settings):
+        given.append(prob)
+        return prob
+
+    monkeypatch.setattr(proxy_masks, "check_crf", lambda: None)
+    monkeypatch.setattr(proxy_masks, "refine", refine)
+    summary = make(records[:2], settings=ProxyMaskSettings(threshold="otsu"))
+    for prob, image_id in zip(given, ("a/1", "a/2"), strict=True):
+        (label,) = LABELS[image_id]
+        score = cv2.resize(read_npz(data_folder, image_id)[label], SIZE[::-1]) / STDS[label]
+        expected = 1 / (1 + np.exp(-(score - summary.thresholds[label])))
+        np.testing.assert_allclose(prob, [1 - expected, expected], atol=1e-6)
+
+
 def test_a_crf_without_pairs_changes_no_mask(data_folder, make, tmp_path):
     """That is, p = 0.5 where a projection is at its threshold, of Otsu too."""
     pytest.importorskip("pydensecrf", reason="the extra `crf` is not installed")
@@ -338,6 +357,16 @@ def test_complete_masks_are_kept_and_broken_ones_are_made_again(make, tmp_path, 
         assert (tmp_path / "masks" / path.name).read_bytes() == path.read_bytes()
     counts = ("background_pixels", "undecided_pixels", "num_without_pattern", "num_images")
     assert [getattr(resumed, k) for k in counts] == [getattr(at_once, k) for k in counts]
+
+
+def test_masks_of_other_image_labels_are_made_again(make, records, tmp_path):
+    make()
+    changed = [dict(record) for record in records]
+    changed[0]["image_labels"] = []
+    made = make(changed)
+    assert (made.num_kept, made.num_redone) == (5, 1)
+    assert not read_mask(tmp_path / "masks", "a/1").any()
+    assert make(changed).num_kept == 6
 
 
 def test_masks_of_other_settings_are_not_mixed(make, records, data_folder, tmp_path):

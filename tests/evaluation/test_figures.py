@@ -10,6 +10,7 @@ from maskx.evaluation.figures import (
     draw_heat_map,
     draw_instances,
     draw_label_map,
+    plain_tile,
     save_png,
 )
 
@@ -49,6 +50,7 @@ def test_an_image_is_fitted_and_an_image_without_instances_stays():
     assert (tile[:40] == 77).all()
     assert (tile[40:] == 255).all()
     assert (image == 77).all()
+    assert np.array_equal(plain_tile(image, 80), tile)
 
 
 def test_sheet_fills_the_last_row(tmp_path):
@@ -145,11 +147,23 @@ def test_names_are_written_on_their_classes_only():
 
 def test_many_classes_repeat_the_colors():
     label_map = np.full((20, 20), 65535, np.int32)
-    label_map[:, :10] = 256
+    label_map[:, :10] = 232
     tile = draw_label_map(grey_image(20, 20), label_map, num_classes=1000, side=20)
     first = draw_label_map(grey_image(20, 20), np.ones((20, 20), int), num_classes=2, side=20)
     assert np.array_equal(tile[:, :10], first[:, :10])
     assert (tile[:, 10:] == 150).all(axis=2).any()
+
+
+def test_every_class_is_seen_on_a_grey_image():
+    for label in (7, 56, 63, 71, 231):
+        label_map = np.full((20, 20), label, np.uint8)
+        tile = draw_label_map(grey_image(20, 20, 128), label_map, num_classes=250, side=20)
+        assert np.ptp(tile[10, 10].astype(int)) >= 0.6 * 64 - 1, label
+    first, repeated = (
+        draw_label_map(grey_image(20, 20), np.full((20, 20), n), num_classes=250, side=20)
+        for n in (1, 231)
+    )
+    assert not np.array_equal(first, repeated)
 
 
 def test_a_label_map_of_another_size_is_refused():

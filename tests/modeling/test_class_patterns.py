@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -126,6 +127,36 @@ def test_the_maps_decide_the_sign():
     assert torch.equal(one.sign_margin, other.sign_margin)
 
 
+def test_the_margin_is_of_the_pixels_that_count():
+    images, moments = two_clusters(), PatternMoments(1, D)
+    generator = torch.Generator().manual_seed(3)
+    counts = [torch.rand(1, 6, 6, generator=generator) < 0.3 for _ in images]
+    for (features, maps, _), where in zip(images, counts, strict=True):
+        moments.update(features, maps, [0], map_counts=where)
+    patterns = find_patterns(moments)
+    everywhere = torch.cat([project(f, patterns, [0]).flatten() for f, _, _ in images]).double()
+    both = [
+        torch.stack([project(f, patterns, [0])[where], m[where]])
+        for (f, m, _), where in zip(images, counts, strict=True)
+    ]
+    q, values = torch.cat(both, dim=1).double()
+    expected = torch.cov(torch.stack([q, values]), correction=0)[0, 1]
+    expected /= values.std(correction=0) * everywhere.std(correction=0)
+    assert expected > 0.3
+    assert float(patterns.sign_margin[0]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_class_whose_map_counts_nowhere_has_no_margin():
+    moments = PatternMoments(1, D)
+    for features, maps, _ in two_clusters():
+        moments.update(features, maps, [0], map_counts=torch.zeros_like(maps, dtype=torch.bool))
+    patterns = find_patterns(moments)
+    assert patterns.valid.tolist() == [True]
+    assert patterns.sign_margin.tolist() == [0]
+    lines = report_patterns(ClassPatterns({"C41": patterns}, ("dog",), ""))
+    assert lines[2].endswith("sign uncertain, margin below 0.1 |")
+
+
 def test_a_map_without_information_leaves_no_margin_but_a_fixed_sign(monkeypatch):
     images = [(f, torch.ones_like(m), mask) for f, m, mask in two_clusters()]
     moments = stream(images)
@@ -168,6 +199,15 @@ def test_classes_without_a_pattern_are_marked_and_nothing_fails():
     projections = project(torch.rand(D, 3, 4), patterns, [3, 0, 1, 4])
     assert projections.shape == (4, 3, 4)
     assert projections.isnan().all(dim=(1, 2)).tolist() == [True, False, True, False]
+
+
+def test_the_rounding_of_features_is_no_variance():
+    moments = PatternMoments(1, D)
+    features = torch.full((D, 4, 4), 1000.0)
+    features[:, ::2] = torch.nextafter(features[:, ::2], torch.tensor(2000.0))
+    moments.update(features, torch.rand(1, 4, 4), [0])
+    assert moments.covariance(0).trace() > 0
+    assert find_patterns(moments).valid.tolist() == [False]
 
 
 def test_one_channel_has_no_second_component():
@@ -247,6 +287,9 @@ def test_images_are_chosen_at_random_up_to_the_limit():
     assert counts == [5, 5, 3, 0]
     assert used == choose_images(image_labels, 4, 5, seed=3)
     assert used != choose_images(image_labels, 4, 5, seed=4)
+
+    alike = choose_images([[0, 1]] * 40, 2, 20, seed=3)
+    assert any(len(labels) == 1 for labels in alike), "classes are drawn for independently"
 
     everything = choose_images(image_labels, 4, 1000, seed=3)
     assert everything == [sorted(set(labels)) for labels in image_labels]
@@ -370,6 +413,8 @@ def test_a_resumed_pass_equals_one_that_was_not_interrupted(classifier, tmp_path
     starts = []
     resumed = discover(classifier, samples, batches=batches_of(samples, starts=starts), **options)
     assert starts == [4]
+    discover(classifier, samples, checkpoint=tmp_path / "whole")
+    assert load_moments(path)[1]["images"] == load_moments(tmp_path / "whole")[1]["images"]
     assert_equal_moments(resumed, whole)
 
     # A finished pass is read from its file.
@@ -426,6 +471,11 @@ def test_shards_that_do_not_belong_together_are_refused(classifier, tmp_path):
         merge_moments([tmp_path / "0", tmp_path / "same"])
     with pytest.raises(ValueError, match=r"layers' was made with layers \['C41'\], but '.*0' has"):
         merge_moments([tmp_path / "0", tmp_path / "layers"])
+    weights = copy.deepcopy(classifier)
+    torch.nn.init.zeros_(weights.classifier.bias)
+    discover(weights, samples[4:], checkpoint=tmp_path / "network")
+    with pytest.raises(ValueError, match=r"network' was made with network .*, but '.*0' has"):
+        merge_moments([tmp_path / "0", tmp_path / "network"])
     with pytest.raises(Interrupted):
         discover(
             classifier,
@@ -453,6 +503,9 @@ def test_the_pass_refuses_wrong_images_and_arguments(classifier):
     wrong = [samples[0], samples[1] | {"image_labels": [0, 3]}]
     with pytest.raises(ValueError, match=r"Label 3 of image 1 is outside .* 0 to 2"):
         discover(classifier, wrong)
+    wrong = [samples[0], samples[1] | {"image_labels": [2], "labels_used": [0, 2]}]
+    with pytest.raises(ValueError, match=r"labels_used of image 1 holds 0, but .* are \[2\]"):
+        discover(classifier, wrong)
     wrong = [samples[0], samples[1] | {"image": torch.full((3, 40, 48), math.nan)}]
     with pytest.raises(ValueError, match="image 1 hold NaN"):
         discover(classifier, wrong)
@@ -461,6 +514,7 @@ def test_the_pass_refuses_wrong_images_and_arguments(classifier):
 def test_images_of_no_class_are_passed_over(classifier):
     samples = make_samples(4)
     with_empty = [*samples, *({**sample, "labels_used": []} for sample in samples)]
+    with_empty += [{**sample, "labels_used": [], "image_labels": []} for sample in samples]
     assert_equal_moments(discover(classifier, with_empty), discover(classifier, samples))
 
 
@@ -504,3 +558,13 @@ def test_the_object_of_another_label_does_not_turn_the_sign(classifier, monkeypa
     moments = PatternMoments(2, 2)
     moments.update(image, maps, [0], map_counts=counts)
     assert moments.cross[0, 0] > 0
+    # Of the labels that are used, in their order.
+    both, counts_of_both = class_patterns._sign_maps(classifier, image, [1, 0], [0, 1])
+    assert torch.equal(both[1], maps[0])
+    assert torch.equal(counts_of_both[1], counts[0])
+    assert counts_of_both[0].any(dim=1).tolist() == [False, *[True] * 7]
+
+    plain[0, 3, 3] = -math.inf
+    maps, _ = class_patterns._sign_maps(classifier, image, [0], [0, 1])
+    with pytest.raises(ValueError, match="image 8 hold NaN"):
+        moments.update(image, maps, [0], image_id=8)

@@ -170,6 +170,19 @@ def test_maps_of_another_size_are_resized_bilinearly():
         torch.testing.assert_close(one, other)
 
 
+def test_where_small_maps_count_is_resized_to_nearest_centres():
+    features, maps = torch.rand(D, 5, 5), torch.rand(1, 2, 2)
+    counts = torch.tensor([[[True, False], [False, True]]])
+    small, large = PatternMoments(K, D), PatternMoments(K, D)
+    small.update(features, maps, [1], map_counts=counts)
+    # The third of 5 pixels has its centre at that of the image, and goes to the second of 2.
+    nearest = torch.tensor([0, 0, 1, 1, 1])
+    maps = torch.nn.functional.interpolate(maps[None].double(), (5, 5), mode="bilinear")[0]
+    large.update(features, maps, [1], map_counts=counts[:, nearest][:, :, nearest])
+    assert small.map_pixels.tolist() == [0, 4 + 9, 0]
+    assert state_equal(small, large)
+
+
 def test_features_keep_their_values_and_may_require_a_gradient():
     features = torch.rand(D, 2, 2, dtype=torch.float64, requires_grad=True)
     before = features.detach().clone()

@@ -97,6 +97,13 @@ def test_the_networks_start_from_the_classifier_and_end_apart(finished):
     output, _, _ = finished
     first, second = weights_of(output, "segmenter"), weights_of(output, "retrained")
     assert any(not torch.equal(value, second[name]) for name, value in first.items())
+    # Steps of Adam are about as long as its rate: 2 of 2e-4 here, 2 of 2e-3 in the classifier.
+    start = weights_of(output, "classifier")
+    for network in (first, second):
+        for name, value in network.items():
+            if name.startswith("network.backbone.") and value.ndim == 4:
+                moved = value - start[name.replace("network", "classifier", 1)]
+                assert moved.abs().max() < 6e-4, name
 
 
 def test_predictions_to_retrain_on_hold_only_the_tags(scenes, finished):
@@ -254,6 +261,8 @@ def test_backbones_out_of_the_list_are_named(scenes, tmp_path):
         learn(scenes, tmp_path, backbone="vgg")
     with pytest.raises(ValueError, match="no pretrained weights of the backbone 'small'"):
         learn(scenes, tmp_path, pretrained=True)
+    with pytest.raises(ValueError, match="of small, one of C41, C42, C43; got 'C44'"):
+        learn(scenes, tmp_path, layer="C44")
     assert not Path(tmp_path / "classifier" / "checkpoint.pth").exists()
 
 

@@ -12,11 +12,11 @@ LAYERS = ("C41", "C42", "C43")
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart, "_TAG_SCENES", 6)
-    monkeypatch.setattr(quickstart, "_VAL_SCENES", 4)
-    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    monkeypatch.setattr(quickstart, "SPARSE_SCENES", 6)
+    monkeypatch.setattr(quickstart, "VAL_SCENES", 4)
+    monkeypatch.setattr(quickstart, "SCENE_SIZE", 64)
     style = {"style": "sparse", "num_categories": 4}
-    monkeypatch.setattr(quickstart, "_TAG_SCENE_STYLE", style)
+    monkeypatch.setattr(quickstart, "SPARSE_STYLE", style)
     monkeypatch.setattr(study_class_patterns, "_FEW_IMAGES", 1)
     monkeypatch.setattr(study_class_patterns, "_MANY_IMAGES", 4)
     monkeypatch.setattr(study_class_patterns, "_MORE_SCENES", 14)
@@ -37,13 +37,13 @@ def test_every_kind_of_setting_is_measured_and_a_seed_shares_its_classifier(tiny
         *("train/C41_otsu_standardised", "cosine"),
     )
     trained = []
-    original = study_class_patterns._Run._train
+    original = study_class_patterns.TagRun._train
 
     def train(self, model, name, *args):
         trained.append(name)
         return original(self, model, name, *args)
 
-    monkeypatch.setattr(study_class_patterns._Run, "_train", train)
+    monkeypatch.setattr(study_class_patterns.TagRun, "_train", train)
     lines = []
     rows = run_study(StudyOptions(**tiny, settings=settings), lines.append)
     by_setting = {row["setting"]: row for row in rows}
@@ -93,7 +93,7 @@ def test_an_interrupted_training_goes_on_with_the_same_classifier(tiny, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(study_class_patterns._Run, "predict_training_images", stop)
+        patched.setattr(study_class_patterns.TagRun, "predict_training_images", stop)
         with pytest.raises(KeyboardInterrupt):
             run_study(again, print)
     assert run_study(again, print) == whole
