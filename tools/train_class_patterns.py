@@ -5,7 +5,8 @@ Trains an image classifier, makes proxy masks of its training images by class pa
 segmentation network on them, predicts the training images by it, restricted to their labels, and
 trains the network once more on these predictions. Each step has its folder in OUTPUT; a step that
 is finished is not run again. Trainings use all GPUs, the steps between them one process. To try
-other masks on the same classifier, copy OUTPUT/classifier into another folder.
+other masks on the same classifier, copy OUTPUT/classifier into another folder. A segmentation
+network whose config names no weights starts from the backbone of the classifier, both times.
 KEY VALUE pairs of the configuration at the end go to both networks.
 
 Examples:

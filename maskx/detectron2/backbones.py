@@ -25,6 +25,18 @@ class _MaskXBackbone(Backbone):
             for name, shape in self.feature_shapes.items()
         }
 
+    def drop_layers_after(self, feature: str) -> None:
+        """Take away what comes after a feature map, so that nothing is left without a gradient."""
+        names = list(self.feature_shapes)
+        for name in names[names.index(feature) + 1 :]:
+            del self.feature_shapes[name]
+            self._drop_stage(name)
+        modules = dict(self.named_modules())
+        self.layer_aliases = {a: m for a, m in self.layer_aliases.items() if m in modules}
+
+    def _drop_stage(self, name: str) -> None:
+        delattr(self, name)
+
 
 @BACKBONE_REGISTRY.register()
 class MaskXSmallResNet(SmallResNet, _MaskXBackbone):
@@ -106,6 +118,10 @@ class MaskXVGG16(VGG16, _MaskXBackbone):
             "output_stride": cfg.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE,
             "weights": _imagenet_weights(cfg),
         }
+
+    def _drop_stage(self, name: str) -> None:
+        last_kept = next(reversed(self.feature_shapes))
+        del self.features[int(self.layer_aliases[last_kept].rpartition(".")[2]) + 1 :]
 
 
 def _check_without(cfg: CfgNode, cls: type, key: str, reason: str) -> None:

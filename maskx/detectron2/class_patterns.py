@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 from tqdm import tqdm
 
@@ -44,7 +43,7 @@ from maskx.detectron2.data import (
     register_all,
     training_class_names,
 )
-from maskx.detectron2.meta_arch.deeplab import MaskXDeepLab
+from maskx.detectron2.meta_arch.deeplab import MaskXDeepLab, check_same_backbone
 from maskx.detectron2.meta_arch.image_classifier import MaskXImageClassifier
 from maskx.detectron2.stagewise import (
     MadeData,
@@ -56,7 +55,7 @@ from maskx.detectron2.stagewise import (
     sha256_of,
     stage_is_finished,
 )
-from maskx.detectron2.trainer import check_config
+from maskx.detectron2.trainer import check_config, load_trained
 from maskx.modeling.image_classifier import LayerTaps
 
 __all__ = ["TagChain", "format_results", "open_classifier"]
@@ -67,8 +66,9 @@ _MADE_WITH, _RESULT = "made_with.json", "result.json"
 _DATA = ("maskx_tag_chain_proxy", "maskx_tag_chain_predicted")
 
 # What changes the features of a network beside its weights; a key stands for those below it.
+_INPUT_KEYS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
 _FEATURE_KEYS = (
-    *("INPUT.FORMAT", "INPUT.MASKX.SIZE", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"),
+    *(*_INPUT_KEYS, "INPUT.MASKX.SIZE"),
     *("MODEL.BACKBONE.NAME", "MODEL.RESNETS", "MODEL.FPN", "MODEL.MASKX.BACKBONE.OUTPUT_STRIDE"),
 )
 
@@ -127,23 +127,7 @@ def _load_trained(cfg: CfgNode, weights: Path) -> nn.Module:
     cfg.defrost()
     cfg.MODEL.WEIGHTS = str(weights)  # in place of those that the training starts from
     check_config(cfg)
-    model = build_model(cfg).eval()
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)["model"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"'{weights}' cannot be read ({type(error).__name__}). Give the model_final.pth of a "
-            "training by Detectron2."
-        ) from error
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"The weights in '{weights}' are not those of the configured "
-            f"{cfg.MODEL.META_ARCHITECTURE}: {error!s:.500}. Use the configuration that it was "
-            "trained with."
-        ) from error
-    return model
+    return load_trained(cfg, exact=True)
 
 
 def _read_image(cfg: CfgNode) -> Callable[[Record], dict[str, Any]]:
@@ -211,8 +195,9 @@ class TagChain:
         classifier_config: YAML file of the image classifier; the training images are those of the
             first data set of its ``DATASETS.TRAIN``.
         segmenter_config: YAML file of the segmentation network, whose ``DATASETS.TRAIN`` gives way
-            to what is made here. Both trainings start from its ``MODEL.WEIGHTS`` or, without, as
-            ``MODEL.MASKX.BACKBONE.PRETRAINED`` says; its ``TEST.MASKX`` says how to predict.
+            to what is made here. Both trainings start from its ``MODEL.WEIGHTS`` or, with
+            ``MODEL.MASKX.BACKBONE.PRETRAINED``, from ImageNet weights; without both, from the
+            backbone of the trained classifier. Its ``TEST.MASKX`` says how to predict.
         output: folder of the steps.
         layer: of the classifier's backbone whose patterns are used, see
             :class:`maskx.modeling.image_classifier.LayerTaps`.
@@ -303,6 +288,7 @@ class TagChain:
             self._segmenter_config,
             self.output / folder,
             self._segmenter_opts,
+            weights=self.classifier.final_weights if self._starts_from_classifier else None,
             data=MadeData(data_name, json_file, self._image_root, header),
         )
 
@@ -398,9 +384,22 @@ class TagChain:
                         "the segmentation network (DATASETS.TEST). Use data of the same classes "
                         "in one order."
                     )
-        with LayerTaps(build_on_cpu(first).classifier.backbone, [self._layer]):
+        classifier, segmenter = build_on_cpu(first), build_on_cpu(second)
+        with LayerTaps(classifier.classifier.backbone, [self._layer]):
             pass  # refuses a layer that is not there
-        build_on_cpu(second)
+        has_weights = second.MODEL.WEIGHTS or second.MODEL.MASKX.BACKBONE.PRETRAINED
+        self._starts_from_classifier = not has_weights
+        if self._starts_from_classifier:
+            check_same_backbone(segmenter, classifier.state_dict())
+            found = config_values(second, _INPUT_KEYS)
+            for key, value in config_values(first, _INPUT_KEYS).items():
+                if found[key] != value:
+                    raise ValueError(
+                        f"{key} is {found[key]!r} in {self._segmenter_config}, but {value!r} in "
+                        f"{self.classifier.config_file}, whose backbone it starts from. Set it "
+                        "alike in both, or start from other weights: MODEL.WEIGHTS, or "
+                        "MODEL.MASKX.BACKBONE.PRETRAINED True."
+                    )
         self._class_names = tuple(names)
         self._records = _tagged_records(first)
         self._image_root = _common_folder(self._records)

@@ -79,7 +79,7 @@ def _defaults() -> CN:
     # Classes, without the background, of image classifiers and of semantic segmentation.
     # Detectors have ROI_HEADS.NUM_CLASSES.
     keys.MODEL.MASKX.NUM_CLASSES = 20
-    # Feature map of the backbone that these read; "": its last.
+    # Feature map of the backbone that these read; "": its last. What comes after it is left out.
     keys.MODEL.MASKX.IN_FEATURE = ""
     # What MODEL.BACKBONE.NAME MaskXSmallResNet, MaskXResNet and MaskXVGG16 read. The depth of
     # MaskXResNet is RESNETS.DEPTH.

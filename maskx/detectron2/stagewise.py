@@ -50,10 +50,10 @@ __all__ = [
 RECORD = "stage.json"
 
 # What may differ between a run and its continuation: it does not change what is learned, or, the
-# last two, what it stands for is in the record, so that folders and files may be moved.
+# last three, what it stands for is in the record, so that folders and files may be moved.
 _FREE_KEYS = (
     *("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD"),
-    *("MODEL.WEIGHTS", "DATASETS.MASKX.SPLIT"),
+    *("MODEL.WEIGHTS", "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS", "DATASETS.MASKX.SPLIT"),
 )
 
 # What makes a detector compute what it was trained to compute; a key stands for those below it.
@@ -242,9 +242,10 @@ def stage_is_finished(stage: Stage) -> bool:
     for part, key in (
         ("classes_with_masks", "DATASETS.MASKX.SPLIT"),
         ("weights", "MODEL.WEIGHTS"),
+        ("classifier_weights", "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS"),
         ("made_data", "DATASETS.TRAIN"),
     ):
-        if record.get(part) != now[part]:  # older records are of runs without made data
+        if record.get(part) != now[part]:  # older records lack what their runs did not have
             value = functools.reduce(getattr, key.split("."), stage.cfg)
             raise ValueError(
                 f"{key} '{value}' does not stand for what it did when the run in "
@@ -290,6 +291,8 @@ def read_record(output: Path) -> dict[str, Any] | None:
     Returns:
         None without a run. Otherwise ``config`` (all keys), ``classes_with_masks`` (names),
         ``weights`` (SHA-256 of the initial weights, or their name if they are no local file),
+        ``classifier_weights`` (the same for the classifier of TransferNet; None where none is
+        read),
         ``made_data`` (SHA-256 of the annotation file and of the header of :class:`MadeData`, or
         None without), ``seconds`` (training and evaluation, of all sessions that were not killed)
         and ``results``, metrics by "task/metric" as in "segm_B/AP" or "sem_seg/mIoU" with None for
@@ -339,7 +342,8 @@ def _train(stage: Stage, record: dict[str, Any]) -> None:
 def _make_record(stage: Stage) -> dict[str, Any]:
     register_all()
     register_from_config(stage.cfg)
-    weights, data = Path(stage.cfg.MODEL.WEIGHTS), stage.data
+    weights, data = stage.cfg.MODEL.WEIGHTS, stage.data
+    classifier = "" if weights else stage.cfg.MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS
     config = _as_dict(stage.cfg)
     if data is not None:  # its files may move; their content is below
         keys = config["DATASETS"]["MASKX"]
@@ -347,13 +351,18 @@ def _make_record(stage: Stage) -> dict[str, Any]:
     return {
         "config": config,
         "classes_with_masks": list(split_from_config(stage.cfg).with_masks),
-        "weights": sha256_of(weights) if weights.is_file() else stage.cfg.MODEL.WEIGHTS,
+        "weights": _content_or_name(weights),
+        "classifier_weights": _content_or_name(classifier) or None,
         "made_data": (
             None if data is None else [sha256_of(file) for file in (data.json_file, data.header)]
         ),
         "seconds": 0.0,
         "results": None,
     }
+
+
+def _content_or_name(file: str) -> str:
+    return sha256_of(Path(file)) if Path(file).is_file() else file
 
 
 def sha256_of(path: Path) -> str:

@@ -5,7 +5,7 @@ from enum import Enum
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
-__all__ = ["Task", "is_transfer", "num_classes_of", "task_of"]
+__all__ = ["Task", "architecture_of", "is_transfer", "num_classes_of", "task_of"]
 
 
 class Task(Enum):
@@ -23,10 +23,25 @@ class Task(Enum):
     """``sem_seg``, learned from label maps; ``MODEL.MASKX.NUM_CLASSES``."""
 
 
+def architecture_of(cfg: CfgNode) -> type:
+    """Return the meta-architecture of a configuration.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name not in META_ARCH_REGISTRY:
+        known = ", ".join(sorted(known for known, _ in META_ARCH_REGISTRY))
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE is '{name}', which is not registered. Allowed: {known}. One "
+            "of another project is there once that is imported."
+        )
+    return META_ARCH_REGISTRY.get(name)
+
+
 def task_of(cfg: CfgNode) -> Task:
     """Return what the model of a configuration learns."""
-    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    return Task(getattr(architecture, "maskx_task", Task.INSTANCES))
+    return Task(getattr(architecture_of(cfg), "maskx_task", Task.INSTANCES))
 
 
 def is_transfer(cfg: CfgNode) -> bool:
@@ -35,7 +50,7 @@ def is_transfer(cfg: CfgNode) -> bool:
     Its meta-architecture says so by a class attribute ``maskx_transfer``, beside ``maskx_task``;
     see :mod:`maskx.detectron2.data.transfer_data`.
     """
-    return getattr(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), "maskx_transfer", False)
+    return getattr(architecture_of(cfg), "maskx_transfer", False)
 
 
 def num_classes_of(cfg: CfgNode) -> tuple[str, int]:

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import logging
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,11 @@ from detectron2.data import (
 )
 from detectron2.engine import DefaultTrainer, default_setup
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+)
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
@@ -54,13 +59,19 @@ from maskx.detectron2.proposal_generator import MaskXRPN
 from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
 from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
 from maskx.detectron2.solver import build_optimizer, check_solver
-from maskx.detectron2.tasks import Task, is_transfer, num_classes_of, task_of
+from maskx.detectron2.tasks import (
+    Task,
+    architecture_of,
+    is_transfer,
+    num_classes_of,
+    task_of,
+)
 from maskx.detectron2.transfer_evaluation import (
     MaskXTransferLabelEvaluator,
     MaskXTransferSemSegEvaluator,
 )
 
-__all__ = ["Trainer", "check_num_gpus", "evaluate", "setup"]
+__all__ = ["Trainer", "check_num_gpus", "evaluate", "load_trained", "setup"]
 
 
 class Trainer(DefaultTrainer):
@@ -97,7 +108,7 @@ class Trainer(DefaultTrainer):
         resume = resume and self.checkpointer.has_checkpoint()
         if resume:
             self.model.eval()
-        with _missing_weights(self.checkpointer.model) as missing:
+        with _load_report(self.checkpointer.model) as (missing, _):
             super().resume_or_load(resume)
         self.model.train()
         if self.cfg.MODEL.MASKX.FREEZE_DETECTOR and not resume:
@@ -190,6 +201,21 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: there are no weights, or they are not those of this model.
     """
+    return Trainer.test(cfg, load_trained(cfg, resume=resume))
+
+
+def load_trained(cfg: CfgNode, *, resume: bool = False, exact: bool = False) -> nn.Module:
+    """Build a trained model in evaluation mode.
+
+    Args:
+        cfg: the configuration that it was trained with.
+        resume: load the last checkpoint of the output folder, if there is one, instead of
+            ``MODEL.WEIGHTS``.
+        exact: refuse weights that the model does not have.
+
+    Raises:
+        ValueError: there are no weights, or they are not those of this model.
+    """
     model_cfg = cfg.clone()
     model_cfg.defrost()
     # All weights are loaded below.
@@ -206,15 +232,27 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
             "MODEL.WEIGHTS is empty: there is nothing to evaluate. Add MODEL.WEIGHTS <file>, or "
             "--resume for the last checkpoint of OUTPUT_DIR."
         )
-    with _missing_weights(model) as missing:
-        checkpointer.load(source)
+    try:
+        with _load_report(model) as (missing, unknown):
+            checkpointer.load(source)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"'{source}' cannot be read ({type(error).__name__}). Give the model_final.pth of a "
+            "training."
+        ) from error
     if missing:
         raise ValueError(
             f"'{source}' lacks {len(missing)} of the model's weights, or holds them in another "
-            f"shape, so random ones would be evaluated: {_first(missing)}. Use the configuration "
+            f"shape, so random ones would be used: {_first(missing)}. Use the configuration "
             "that it was trained with, or another checkpoint."
         )
-    return Trainer.test(cfg, model)
+    if unknown and exact:
+        raise ValueError(
+            f"'{source}' holds {len(unknown)} weights that the configured "
+            f"{cfg.MODEL.META_ARCHITECTURE} does not have: {_first(unknown)}. Use the "
+            "configuration that it was trained with, or another checkpoint."
+        )
+    return model
 
 
 def check_num_gpus(num_gpus: int) -> None:
@@ -253,6 +291,14 @@ def check_config(cfg: CfgNode) -> None:
     # As in Detectron2, "?matching_heuristics=True" may follow the path.
     if weights and "://" not in weights and not PathManager.isfile(weights.partition("?")[0]):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}': there is no such file.")
+    backbone = cfg.MODEL.BACKBONE.NAME
+    if backbone not in BACKBONE_REGISTRY:
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME is '{backbone}', which is not registered. Allowed: "
+            f"{', '.join(sorted(name for name, _ in BACKBONE_REGISTRY))}. One of another project "
+            "is there once that is imported."
+        )
+    architecture_of(cfg)
     check_can_freeze(cfg)
     check_solver(cfg)
     _check_text_classifier(cfg)
@@ -317,17 +363,21 @@ def _keep_class_names(cfg: CfgNode, checkpointer: DetectionCheckpointer) -> None
 
 
 @contextlib.contextmanager
-def _missing_weights(model: nn.Module) -> Iterator[list[str]]:
-    """Collect the names of the weights that are not loaded.
+def _load_report(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
+    """Collect the names of the weights that are not loaded, and of those that the model lacks.
 
-    Weights of another shape are left out before loading, so they are missing as well.
+    Weights of another shape are left out before loading, so they are missing.
     """
     missing: list[str] = []
-    hook = model.register_load_state_dict_post_hook(
-        lambda module, incompatible: missing.extend(incompatible.missing_keys)
-    )
+    unknown: list[str] = []
+
+    def collect(module: nn.Module, incompatible: Any) -> None:
+        missing.extend(incompatible.missing_keys)
+        unknown.extend(incompatible.unexpected_keys)
+
+    hook = model.register_load_state_dict_post_hook(collect)
     try:
-        yield missing
+        yield missing, unknown
     finally:
         hook.remove()
 

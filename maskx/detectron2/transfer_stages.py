@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.modeling import META_ARCH_REGISTRY
-
 from maskx.detectron2.data import register_all
 from maskx.detectron2.meta_arch import MaskXTransferClassifier, MaskXTransferNet
 from maskx.detectron2.stagewise import Stage, build_on_cpu, config_values, stage_is_finished
+from maskx.detectron2.tasks import architecture_of
 from maskx.detectron2.trainer import check_config
 
 __all__ = ["check_transfer_stages", "transfer_stages"]
@@ -98,6 +97,8 @@ def check_transfer_stages(stages: Sequence[Stage]) -> list[bool]:
         keys = _SHARED_KEYS
         if first.output.name == "stage1":
             keys += _ATTENTION_KEYS
+            if first.cfg.MODEL.MASKX.TRANSFERNET.ATTENTION == "fc":
+                keys += ("INPUT.MASKX.SIZE",)  # its weights are for one size
         before, after = (config_values(stage.cfg, keys) for stage in (first, second))
         for key, value in before.items():
             if after[key] != value:
@@ -124,11 +125,10 @@ def _check_stage(stage: Stage) -> None:
     }[name]
     cfg = stage.cfg.clone()
     cfg.defrost()
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if not issubclass(META_ARCH_REGISTRY.get(architecture), wanted):
+    if not issubclass(architecture_of(cfg), wanted):
         raise ValueError(
-            f"MODEL.META_ARCHITECTURE is {architecture} in {stage.config_file}, the config of "
-            f"{name}. It must be {wanted.__name__}: are two configs exchanged?"
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE} in {stage.config_file}, "
+            f"the config of {name}. It must be {wanted.__name__}: are two configs exchanged?"
         )
     keys = cfg.MODEL.MASKX.TRANSFERNET
     if train_stage not in (None, keys.STAGE):

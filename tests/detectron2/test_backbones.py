@@ -117,3 +117,27 @@ def test_imagenet_weights_need_the_images_they_were_trained_on(make_classifier_c
     with pytest.raises(ValueError, match=words):
         build_backbone(make_classifier_cfg(*on, *opts))
     assert loaded == []
+
+
+@pytest.mark.parametrize(
+    ("make", "feature", "gone"),
+    [
+        (lambda: MaskXSmallResNet(widths=(4, 4, 4, 8)), "layer2", "layer4.0"),
+        (lambda: MaskXResNet(depth=18), "layer3", "layer4.0"),
+        (MaskXVGG16, "conv2_2", "features.9"),
+    ],
+)
+def test_layers_after_a_feature_map_can_be_dropped(make, feature, gone):
+    backbone = make().eval()
+    images = torch.rand(1, 3, 33, 48)
+    with torch.no_grad():
+        expected = backbone(images)
+        modules = set(dict(backbone.named_modules()))
+        backbone.drop_layers_after(feature)
+        found = backbone(images)
+    assert list(found) == list(expected)[: list(expected).index(feature) + 1]
+    assert list(backbone.output_shape()) == list(found)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    left = set(dict(backbone.named_modules()))
+    assert gone in modules - left
+    assert set(backbone.layer_aliases.values()) <= left

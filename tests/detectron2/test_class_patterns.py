@@ -23,7 +23,8 @@ from maskx.data.proxy_masks import ProxyMaskSettings, mask_path
 from maskx.data.scenes import generate_scenes
 from maskx.detectron2 import Trainer, register_coco
 from maskx.detectron2.class_patterns import TagChain, format_results, open_classifier
-from maskx.detectron2.stagewise import read_record
+from maskx.detectron2.stagewise import read_record, sha256_of
+from maskx.modeling import backbones
 from maskx.modeling.class_patterns import load_patterns, network_hash
 
 ROOT = Path(__file__).parents[2]
@@ -123,15 +124,22 @@ def test_training_sees_image_labels_and_made_masks_alone(finished, data):
 
 
 def test_both_segmentation_networks_start_alike(finished, opts, tmp_path):
-    """With learning rate 0 the parameters stay as they start, whatever the masks."""
+    """With learning rate 0 the parameters stay as they start: the backbone as the classifier's."""
     parameters = []
     make_chain(tmp_path / "out", opts, "SOLVER.BASE_LR", 0.0, "SOLVER.MAX_ITER", 1).run(
         report=parameters.append
     )
     one, other = (weights_of(tmp_path / "out" / name) for name in ("segmenter", "retrained"))
     names = [name for name in one if "running_" not in name]
-    assert names
     assert all(torch.equal(one[name], other[name]) for name in names)
+    backbone = [name for name in names if name.startswith("network.backbone.")]
+    backbone = [name for name in backbone if "num_batches" not in name]
+    assert len(backbone) > 10
+    classifier = weights_of(tmp_path / "out" / "classifier")
+    for name in backbone:
+        assert torch.equal(one[name], classifier[name.replace("network", "classifier", 1)])
+    config = read_record(tmp_path / "out" / "retrained")
+    assert config["weights"] == sha256_of(tmp_path / "out" / "classifier" / "model_final.pth")
     one, other = (weights_of(finished[0] / name) for name in ("segmenter", "retrained"))
     assert not same_weights(one, other)
 
@@ -298,14 +306,14 @@ def test_steps_of_another_classifier_are_refused(finished, opts, tmp_path):
     # So are those that would be left when this one is removed.
     for gone, error, words in (
         ("proxy", FileNotFoundError, r"segmenter' trained on '.*json', which is gone\. Restore it"),
-        ("segmenter", ValueError, r"patterns\.safetensors.*network"),
+        ("segmenter", ValueError, r"MODEL\.WEIGHTS .* does not stand for .*retrained' was started"),
+        ("retrained", ValueError, r"patterns\.safetensors.*network"),
         ("patterns", ValueError, r"retraining holds files made with .*\(segmenter: '.*delete"),
-        ("retraining", FileNotFoundError, r"retrained' trained on '.*json', which is gone"),
     ):
         shutil.rmtree(output / gone)
         with pytest.raises(error, match=f"(?s){words}"):
             make_chain(output, opts).run(resume=True, report=print)
-    shutil.rmtree(output / "retrained")
+    shutil.rmtree(output / "retraining")
     make_chain(output, opts).run(report=print)
 
 
@@ -358,12 +366,45 @@ def test_folders_of_something_else_are_refused(opts, tmp_path):
             r"is MaskXImageClassifier, but the config of a segmentation network .*MaskXDeepLab",
         ),
         (("MODEL.META_ARCHITECTURE", "MaskY"), {}, r"META_ARCHITECTURE is MaskY, but the config"),
+        (("MODEL.BACKBONE.NAME", "MaskYNet"), {}, r"'MaskYNet', which .* Allowed: .*MaskXSmallRes"),
+        (("MODEL.MASKX.IN_FEATURE", "layer3"), {}, r"has no layer 'C41'; it has conv1"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(opts, tmp_path, more, kwargs, words):
     with pytest.raises(ValueError, match=words):
         make_chain(tmp_path / "out", opts, *more, **kwargs)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            ("MODEL.BACKBONE.NAME", "MaskXVGG16"),
+            r"lacks 26 of the weights of its backbone MaskXVGG16.*PRETRAINED True",
+        ),
+        (
+            ("INPUT.FORMAT", "BGR"),
+            r"FORMAT is 'BGR' in .*deeplab_scenes_cpu\.yaml, but 'RGB' in .*classifier_scenes_cpu",
+        ),
+    ],
+)
+def test_another_backbone_is_not_started_from_the_classifier(opts, tmp_path, more, words):
+    with pytest.raises(ValueError, match=words):
+        make_chain(tmp_path, opts, segmenter_opts=(*opts, *more))
+    weights = tmp_path / "own.pth"
+    torch.save({"model": {}}, weights)
+    own = ("MODEL.WEIGHTS", str(weights))
+    chain = make_chain(tmp_path, opts, segmenter_opts=(*opts, *more, *own))
+    assert {str(weights)} == {s.cfg.MODEL.WEIGHTS for s in (chain.segmenter, chain.retrained)}
+
+
+def test_imagenet_weights_go_before_the_classifier(opts, tmp_path, monkeypatch):
+    monkeypatch.setattr(backbones, "_load_imagenet_weights", lambda *args, **kwargs: None)
+    more = ("MODEL.BACKBONE.NAME", "MaskXResNet", "MODEL.RESNETS.DEPTH", 18)
+    more += ("MODEL.MASKX.BACKBONE.PRETRAINED", True)
+    chain = make_chain(tmp_path, opts, *more)
+    assert {s.cfg.MODEL.WEIGHTS for s in (chain.segmenter, chain.retrained)} == {""}
 
 
 def test_the_missing_crf_is_said_first(opts, tmp_path, monkeypatch):
@@ -553,8 +594,8 @@ def test_patterns_of_another_network_are_refused(finished, weights, opts, tmp_pa
     [
         (b"nothing", r"cannot be read \(UnpicklingError\)\. Give the model_final\.pth"),
         (b"", r"cannot be read \(EOFError\)"),
-        ({"weights": {}}, r"cannot be read \(KeyError\)"),
-        ({"model": {}}, r"are not those of the configured MaskXImageClassifier: .*Missing key"),
+        ([1, 2], r"cannot be read \(AttributeError\)"),
+        ({"model": {}}, r"lacks 107 of the model's weights.*: classifier\.backbone\.conv1\.weight"),
     ],
 )
 def test_weights_that_are_none_are_refused(opts, tmp_path, content, words):
@@ -565,6 +606,16 @@ def test_weights_that_are_none_are_refused(opts, tmp_path, content, words):
         torch.save(content, path)
     with pytest.raises(ValueError, match=f"(?s){words}"):
         open_classifier(CLASSIFIER, path, opts)
+
+
+def test_weights_of_a_deeper_network_are_refused(opts, tmp_path):
+    given = (*opts, "MODEL.BACKBONE.NAME", "MaskXResNet", "MODEL.RESNETS.DEPTH")
+    model = Trainer.build_model(make_chain(tmp_path / "out", (*given, 34)).classifier.cfg)
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    with pytest.raises(
+        ValueError, match=r"holds \d+ weights that .*Classifier does not have: .*lay"
+    ):
+        open_classifier(CLASSIFIER, tmp_path / "model.pth", (*given, 18))
 
 
 def test_what_does_not_belong_together_is_refused(weights, opts, tmp_path):

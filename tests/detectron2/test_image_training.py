@@ -238,7 +238,10 @@ def test_two_processes_train_and_evaluate_together():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     other = subprocess.Popen(
-        [sys.executable, script, "1", str(port)], stderr=subprocess.PIPE, text=True
+        [sys.executable, script, "1", str(port)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     try:
         runpy.run_path(script)["run"](0, port)

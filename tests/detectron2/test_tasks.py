@@ -3,7 +3,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils.registry import Registry
 
 from maskx.detectron2 import Task, tasks
-from maskx.detectron2.tasks import num_classes_of, task_of
+from maskx.detectron2.tasks import is_transfer, num_classes_of, task_of
 
 
 @pytest.fixture
@@ -42,3 +42,11 @@ def test_the_architecture_of_another_project_may_say_so_too(make_classifier_cfg,
 
     assert task_of(make_classifier_cfg("MODEL.META_ARCHITECTURE", "Plain")) is Task.INSTANCES
     assert task_of(make_classifier_cfg("MODEL.META_ARCHITECTURE", "Pixels")) is Task.PIXELS
+
+
+@pytest.mark.parametrize("ask", [task_of, is_transfer, num_classes_of])
+def test_an_unknown_architecture_is_named(make_classifier_cfg, ask):
+    cfg = make_classifier_cfg("MODEL.META_ARCHITECTURE", "MaskYDeepLab")
+    words = r"META_ARCHITECTURE is 'MaskYDeepLab', .* Allowed: .*MaskXDeepLab, MaskXGrabCutRCNN"
+    with pytest.raises(ValueError, match=words):
+        ask(cfg)

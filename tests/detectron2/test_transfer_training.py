@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from maskx.detectron2 import (
     MaskXTransferSemSegEvaluator,
     Trainer,
     evaluate,
+    get_cfg,
     register_coco,
 )
-from maskx.detectron2.stagewise import read_record
+from maskx.detectron2.stagewise import read_record, sha256_of
 from maskx.detectron2.trainer import check_config
 from maskx.detectron2.transfer_stages import check_transfer_stages, transfer_stages
 from maskx.modeling import backbones
@@ -234,6 +236,27 @@ def test_keys_without_sense_are_named(make_transfer_cfg, tiny_sparse, opts, erro
         check_config(make_transfer_cfg(*opts))
 
 
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (("MODEL.META_ARCHITECTURE", "MaskYNet"), r"META_ARCHITECTURE is 'MaskYNet', which is not"),
+        (("MODEL.BACKBONE.NAME", "MaskYNet"), r"BACKBONE\.NAME is 'MaskYNet', .*: .*MaskXVGG16"),
+    ],
+)
+def test_names_that_nobody_registered_are_said(write_config, tmp_path, opts, words):
+    paths = [write_config("stage0"), write_config("stage1"), write_config("stage2", *opts)]
+    with pytest.raises(ValueError, match=words):
+        check_transfer_stages(transfer_stages(*paths, output=tmp_path / "out"))
+    with pytest.raises(ValueError, match=words):
+        check_config(load(paths[2]))
+
+
+def load(path):
+    cfg = get_cfg()
+    cfg.merge_from_file(str(path))
+    return cfg
+
+
 def test_imagenet_weights_are_for_the_encoder_alone(make_transfer_cfg, monkeypatch):
     names = []
     monkeypatch.setattr(
@@ -308,6 +331,18 @@ def test_the_tool_trains_the_stages_and_none_twice(write_config, tmp_path, monke
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["stage2"]
     with pytest.raises(SystemExit, match=r"^error: SEED is 7, but the run in"):
         run_here(*command, "SEED", "7")
+    final = output / "stage0" / "model_final.pth"
+    content = final.read_bytes()
+    assert read_record(output / "stage1")["classifier_weights"] == sha256_of(final)
+    assert read_record(output / "stage2")["classifier_weights"] is None  # in those of stage 1
+    torch.save(weights_of(output / "stage0") | {"iteration": 77}, final)
+    words = r"CLASSIFIER_WEIGHTS '.*' does not stand for what it did when the run in '.*stage1'"
+    with pytest.raises(SystemExit, match=words):
+        run_here(*command)
+    final.write_bytes(content)
+    shutil.copytree(output, tmp_path / "moved")
+    moved_to = [str(tmp_path / "moved") if word == str(output) else word for word in command]
+    assert run_here(*moved_to).count("finished before, not run again") == 3
     (output / "stage0" / "stage.json").unlink()
     (output / "stage0" / "last_checkpoint").unlink()
     with pytest.raises(SystemExit, match=r"^error: '.*stage1' is finished, but the stage before"):
@@ -355,14 +390,20 @@ def test_stages_that_do_not_fit_are_named_before_any_runs(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "words"),
+    ("both", "second", "words"),
     [
-        ("MODEL.MASKX.BACKBONE.OUTPUT_STRIDE", 4, r"OUTPUT_STRIDE is 4 in .*but 8 in"),
-        (KEYS + "NUM_FACTORS", 16, r"NUM_FACTORS is 16 in .*stage2.*but 8 in .*stage1"),
+        ((), ("MODEL.MASKX.BACKBONE.OUTPUT_STRIDE", 4), r"OUTPUT_STRIDE is 4 in .*but 8 in"),
+        ((), (KEYS + "NUM_FACTORS", 16), r"NUM_FACTORS is 16 in .*stage2.*but 8 in .*stage1"),
+        (
+            (KEYS + "ATTENTION", "fc"),
+            ("INPUT.MASKX.SIZE", 48),
+            r"SIZE is 48 in .*stage2.*but 32 in .*stage1",
+        ),
     ],
 )
-def test_stages_with_other_networks_are_named(write_config, tmp_path, key, value, words):
-    paths = [write_config("stage0"), write_config("stage1"), write_config("stage2", key, value)]
+def test_stages_with_other_networks_are_named(write_config, tmp_path, both, second, words):
+    paths = [write_config("stage0"), write_config("stage1", *both)]
+    paths.append(write_config("stage2", *both, *second))
     with pytest.raises(ValueError, match=words):
         check_transfer_stages(transfer_stages(*paths, output=tmp_path / "out"))
 
@@ -374,7 +415,10 @@ def test_two_processes_train_together():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     other = subprocess.Popen(
-        [sys.executable, script, "1", str(port)], stderr=subprocess.PIPE, text=True
+        [sys.executable, script, "1", str(port)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     try:
         runpy.run_path(script)["run"](0, port)

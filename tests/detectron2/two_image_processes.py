@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,10 +29,12 @@ def run(rank, port):
     address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
     dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
     try:
-        for cls in (MaskXImageClassifier, MaskXDeepLab):
-            take_steps(cls, rank)
+        for cls, in_feature in ((MaskXImageClassifier, "layer3"), (MaskXDeepLab, "")):
+            take_steps(cls, in_feature, rank)
         evaluate(rank)
     finally:
+        # Detectron2 keeps the group of its gathering; one that is left may abort at exit.
+        comm._get_global_gloo_group.cache_clear()
         dist.destroy_process_group()
 
 
@@ -43,10 +46,11 @@ def make_batch(rank):
     ]
 
 
-def take_steps(cls, rank):
+def take_steps(cls, in_feature, rank):
     torch.manual_seed(0)
     backbone = MaskXSmallResNet(widths=(4, 4, 4, 8))
-    model = cls(backbone=backbone, num_classes=4, pixel_mean=[128.0] * 3, pixel_std=[58.0] * 3)
+    form = {"num_classes": 4, "pixel_mean": [128.0] * 3, "pixel_std": [58.0] * 3}
+    model = cls(backbone=backbone, in_feature=in_feature, **form)
     # As Detectron2 wraps it: without find_unused_parameters a missing gradient is a hang.
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

@@ -1,6 +1,6 @@
 """DeepLab-LargeFOV, with inference at several sizes and a dense CRF."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,16 @@ from torch import Tensor
 from maskx.data import dense_crf
 from maskx.data.label_maps import ignore_label
 from maskx.detectron2.meta_arch.grabcut import resized_image
-from maskx.detectron2.meta_arch.image_model import ImageModel, choose_feature, required
+from maskx.detectron2.meta_arch.image_model import (
+    ImageModel,
+    choose_feature,
+    lacking_weights,
+    required,
+)
 from maskx.detectron2.tasks import Task
 from maskx.modeling.deeplab import DeepLab, multi_scale_scores, pixel_loss, restrict_to_labels
 
-__all__ = ["MaskXDeepLab"]
+__all__ = ["MaskXDeepLab", "check_same_backbone"]
 
 _MAPPER = "Use MaskXImageMapper with label maps, which warps images and label maps to one size."
 
@@ -23,6 +28,9 @@ _MAPPER = "Use MaskXImageMapper with label maps, which warps images and label ma
 @META_ARCH_REGISTRY.register()
 class MaskXDeepLab(ImageModel):
     """Semantic segmentation by any backbone and :class:`maskx.modeling.deeplab.LargeFOVHead`.
+
+    A checkpoint of :class:`maskx.detectron2.MaskXImageClassifier` as ``MODEL.WEIGHTS`` gives the
+    backbone to start from.
 
     Args:
         backbone: any of Detectron2, best of output stride 8.
@@ -90,6 +98,17 @@ class MaskXDeepLab(ImageModel):
             "crf": cfg.TEST.MASKX.CRF,
         }
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Take the backbone of a checkpoint of an image classifier."""
+        if f"{prefix}classifier.classifier.weight" in state_dict:
+            own, others = f"{prefix}network.backbone.", f"{prefix}classifier.backbone."
+            check_same_backbone(self, state_dict, prefix)
+            for name in [name for name in state_dict if name.startswith(f"{prefix}classifier.")]:
+                value = state_dict.pop(name)
+                if name.startswith(others):
+                    state_dict[own + name.removeprefix(others)] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Segment images.
 
@@ -153,3 +172,28 @@ class MaskXDeepLab(ImageModel):
         result = torch.zeros_like(prob)
         result[kept] = torch.from_numpy(refined).to(prob)
         return result
+
+
+def check_same_backbone(
+    model: MaskXDeepLab, classifier: Mapping[str, Tensor], prefix: str = ""
+) -> None:
+    """Check that the backbone of an image classifier is one to start from.
+
+    Args:
+        model: the segmentation network.
+        classifier: weights of :class:`maskx.detectron2.MaskXImageClassifier`.
+        prefix: of their names.
+
+    Raises:
+        ValueError: it is another backbone.
+    """
+    backbone = model.network.backbone
+    lacking = lacking_weights(backbone, classifier, f"{prefix}classifier.backbone.")
+    if lacking:
+        raise ValueError(
+            f"The image classifier that the segmentation network is to start from lacks "
+            f"{len(lacking)} of the weights of its backbone {type(backbone).__name__}, or holds "
+            f"them in another shape, such as {lacking[0]}. Choose the same MODEL.BACKBONE.NAME "
+            "and MODEL.RESNETS for both, or start the segmentation network from other weights: "
+            "MODEL.WEIGHTS, or MODEL.MASKX.BACKBONE.PRETRAINED True."
+        )

@@ -1,6 +1,6 @@
 """What image classifiers and semantic segmentation share: a feature map, and normalised images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,9 @@ class ImageModel(nn.Module):
 def choose_feature(backbone: Backbone, name: str) -> tuple[str, int]:
     """Return the name and the channels of a feature map of a backbone.
 
+    What the feature map does not depend on is taken away (backbones of maskx) or frozen (others):
+    training by several processes stops where a parameter gets no gradient.
+
     Args:
         backbone: any of Detectron2.
         name: of the feature map; "" for the last.
@@ -73,7 +76,46 @@ def choose_feature(backbone: Backbone, name: str) -> tuple[str, int]:
             f"does not return. Allowed: {', '.join(shapes)}; '' for the last of them."
         )
     name = name or list(shapes)[-1]
+    if hasattr(backbone, "drop_layers_after"):
+        backbone.drop_layers_after(name)
+    elif len(shapes) > 1:
+        _freeze_unused(backbone, name)
     return name, shapes[name].channels
+
+
+def _freeze_unused(backbone: Backbone, name: str) -> None:
+    """Freeze the parameters that have no part in a feature map, found by a small image."""
+    stride = max(shape.stride for shape in backbone.output_shape().values())
+    side = 2 * max(stride, backbone.size_divisibility)
+    trained = [p for p in backbone.parameters() if p.requires_grad]
+    if not trained:
+        return
+    is_training = backbone.training
+    backbone.eval()  # keeps the statistics of batch norm
+    image = trained[0].new_zeros(1, 3, side, side)
+    with torch.enable_grad():
+        found = torch.autograd.grad(backbone(image)[name].sum(), trained, allow_unused=True)
+    backbone.train(is_training)
+    for parameter, gradient in zip(trained, found, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
+def lacking_weights(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> list[str]:
+    """Names of the weights of a module that a checkpoint lacks or holds in another shape.
+
+    Args:
+        module: part of a model.
+        state: of a checkpoint.
+        prefix: of the names there.
+    """
+    lacking = []
+    for name, value in module.state_dict().items():
+        if name.endswith("num_batches_tracked"):  # frozen batch norm has none
+            continue
+        found = state.get(prefix + name)
+        if found is None or found.shape != value.shape:
+            lacking.append(prefix + name)
+    return lacking
 
 
 def required(sample: dict[str, Any], key: str, mapper: str) -> Any:

@@ -1,5 +1,6 @@
 """TransferNet and its baselines, and the classifier of image labels that they start from."""
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +16,13 @@ from maskx.data.label_maps import ignore_label
 from maskx.data.transfer_sets import label_pairs
 from maskx.detectron2.meta_arch.grabcut import resized_image
 from maskx.detectron2.meta_arch.image_classifier import MaskXImageClassifier
-from maskx.detectron2.meta_arch.image_model import ImageModel, choose_feature, required
-from maskx.detectron2.tasks import Task
-from maskx.modeling.backbones import DilatedResNet, SmallResNet
+from maskx.detectron2.meta_arch.image_model import (
+    ImageModel,
+    choose_feature,
+    lacking_weights,
+    required,
+)
+from maskx.detectron2.tasks import Task, architecture_of
 from maskx.modeling.image_classifier import (
     ImageClassifier,
     choose_labels,
@@ -182,30 +187,31 @@ class MaskXTransferNet(ImageModel):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it lacks weights, or holds them in another shape.
+            ValueError: it cannot be read, lacks weights, or holds them in another shape.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True).get("model", {})
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{_KEYS}.CLASSIFIER_WEIGHTS '{path}' cannot be read ({type(error).__name__}). "
+                "Give the model_final.pth of a training of MaskXTransferClassifier."
+            ) from error
         for what, module, prefix in (
             ("classifier", self.classifier, "classifier."),
             ("encoder", self.network.encoder, "classifier.backbone."),
         ):
-            expected = module.state_dict()
-            found = {name: state.get(prefix + name) for name in expected}
-            lacking = [
-                name
-                for name, value in expected.items()
-                if found[name] is None or found[name].shape != value.shape
-            ]
+            lacking = lacking_weights(module, state, prefix)
             if lacking:
                 raise ValueError(
                     f"{_KEYS}.CLASSIFIER_WEIGHTS '{path}' lacks {len(lacking)} of the "
-                    f"{len(expected)} weights of the {what}, or holds them in another shape: "
-                    f"{', '.join(prefix + name for name in lacking[:3])}"
+                    f"{len(module.state_dict())} weights of the {what}, or holds them in another "
+                    f"shape: {', '.join(lacking[:3])}"
                     f"{' and more' if len(lacking) > 3 else ''}. Give a checkpoint of "
                     "MaskXTransferClassifier with the same backbone and NUM_CLASSES, and its "
                     "IN_FEATURE as CLASSIFIER_FEATURE."
                 )
-            module.load_state_dict(found)
+            found = {n: state[prefix + n] for n in module.state_dict() if prefix + n in state}
+            module.load_state_dict(found, strict=False)
         self.has_classifier.fill_(True)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -386,8 +392,7 @@ def check_transfernet(cfg: CfgNode) -> None:
         FileNotFoundError: there is no such checkpoint of a classifier.
         ValueError: the stage cannot be evaluated, or a key has no effect.
     """
-    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-    if not issubclass(architecture, MaskXTransferNet):
+    if not issubclass(architecture_of(cfg), MaskXTransferNet):
         return
     if cfg.MODEL.MASKX.TRANSFERNET.STAGE == "attention" and cfg.DATASETS.TEST:
         raise ValueError(
@@ -450,17 +455,17 @@ def _build_network(cfg: CfgNode, encoder: Backbone) -> PairNetwork:
         raise ValueError(f"INPUT.MASKX.SIZE is {size}. Allowed: a side in pixels, above 0.")
     in_feature, in_channels = choose_feature(encoder, cfg.MODEL.MASKX.IN_FEATURE)
     stride = encoder.output_shape()[in_feature].stride
-    _drop_layers_after(encoder, in_feature)
     feature_size = None
     if keys.ATTENTION == "fc":
         _check_size(f"{_KEYS}.ATTENTION fc", size, stride)
         feature_size = (size // stride, size // stride)
     if keys.DECODER == "unpooling":
-        if getattr(encoder, "output_stride", None) != 16:  # that of VGG-16 with switches
+        # Only VGG-16 with switches has this output_stride; all four pools come before its last map.
+        if (getattr(encoder, "output_stride", None), stride) != (16, 16):
             raise ValueError(
-                f"{_KEYS}.DECODER is 'unpooling', which needs the pooling switches of "
-                "MODEL.BACKBONE.NAME MaskXVGG16 with MODEL.MASKX.BACKBONE.OUTPUT_STRIDE 16. Set "
-                "these, or DECODER transposed."
+                f"{_KEYS}.DECODER is 'unpooling', which needs all pooling switches of "
+                "MODEL.BACKBONE.NAME MaskXVGG16 with MODEL.MASKX.BACKBONE.OUTPUT_STRIDE 16 and "
+                "MODEL.MASKX.IN_FEATURE conv5_3. Set these, or DECODER transposed."
             )
         _check_size(f"{_KEYS}.DECODER unpooling", size, 16)
     common = {
@@ -503,15 +508,6 @@ def _build_network(cfg: CfgNode, encoder: Backbone) -> PairNetwork:
     if keys.METHOD == "baseline":
         return BaselineNet(encoder, feature_size=feature_size, **common)
     return DecoupledNet(encoder, **common)
-
-
-def _drop_layers_after(encoder: Backbone, in_feature: str) -> None:
-    """Take away the stages of a residual network of maskx that nothing reads."""
-    if isinstance(encoder, SmallResNet | DilatedResNet):
-        names = list(encoder.feature_shapes)
-        for name in names[names.index(in_feature) + 1 :]:
-            del encoder.feature_shapes[name]
-            delattr(encoder, name)
 
 
 def _check_size(what: str, size: int, stride: int) -> None:

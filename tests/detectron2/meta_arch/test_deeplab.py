@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from maskx.data import dense_crf
-from maskx.detectron2 import MaskXDeepLab, MaskXSmallResNet
+from maskx.detectron2 import MaskXDeepLab, MaskXSmallResNet, evaluate
 from maskx.detectron2.meta_arch import deeplab
 from maskx.modeling.backbones import SmallResNet
 from maskx.modeling.deeplab import DeepLab
@@ -212,6 +213,36 @@ def test_the_predictor_returns_the_file_size(make_deeplab_cfg, tmp_path):
     rgb = torch.as_tensor(cv2.cvtColor(image, cv2.COLOR_BGR2RGB).transpose(2, 0, 1))
     torch.testing.assert_close(result, model.predict({"image": rgb}))
     assert result.shape == (5, 33, 57)
+
+
+def test_it_starts_from_the_backbone_of_an_image_classifier(
+    make_deeplab_cfg, make_classifier_cfg, tmp_path
+):
+    torch.manual_seed(3)
+    classifier = build_model(make_classifier_cfg()).state_dict()
+    cfg = make_deeplab_cfg("MODEL.WEIGHTS", str(tmp_path / "classifier.pth"))
+    torch.save({"model": classifier}, cfg.MODEL.WEIGHTS)
+    for feature in ("", "layer3"):
+        cfg.MODEL.MASKX.IN_FEATURE = feature
+        model = build_model(cfg)
+        head = {name: value.clone() for name, value in model.network.head.state_dict().items()}
+        DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        for name, value in model.network.backbone.state_dict().items():
+            assert torch.equal(value, classifier[f"classifier.backbone.{name}"])
+        for name, value in model.network.head.state_dict().items():
+            assert torch.equal(value, head[name])
+    with pytest.raises(ValueError, match=r"lacks 6 of the model's weights.*network\.head\.0\.wei"):
+        evaluate(cfg)
+
+
+def test_it_does_not_start_from_another_backbone(make_deeplab_cfg, make_classifier_cfg, tmp_path):
+    classifier = build_model(make_classifier_cfg()).state_dict()
+    path = str(tmp_path / "classifier.pth")
+    torch.save({"model": classifier}, path)
+    model = build_model(make_deeplab_cfg("MODEL.BACKBONE.NAME", "MaskXResNet"))
+    words = r"image classifier that .* lacks \d+ of the weights of its backbone MaskXResNet.*PRETR"
+    with pytest.raises(ValueError, match=words):
+        DetectionCheckpointer(model).load(path)
 
 
 def drop(sample):

@@ -113,7 +113,14 @@ def test_layers_can_be_tapped(model):
         ("build_resnet_backbone", ("MODEL.RESNETS.OUT_FEATURES", ["res5"]), "res5"),
         ("build_resnet_backbone", ("MODEL.RESNETS.OUT_FEATURES", ["res4"]), "res4"),
         ("MaskXVGG16", (), "conv5_3"),
+        ("MaskXVGG16", ("MODEL.MASKX.IN_FEATURE", "conv3_3"), "conv3_3"),
         ("MaskXResNet", ("MODEL.MASKX.IN_FEATURE", "layer4"), "layer4"),
+        ("MaskXResNet", ("MODEL.MASKX.IN_FEATURE", "layer2"), "layer2"),
+        (
+            "build_resnet_backbone",
+            ("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4"], "MODEL.MASKX.IN_FEATURE", "res3"),
+            "res3",
+        ),
         (
             "build_resnet_fpn_backbone",
             (
@@ -130,10 +137,15 @@ def test_any_backbone_of_detectron2_can_be_classified(make_classifier_cfg, backb
     cfg = make_classifier_cfg("MODEL.BACKBONE.NAME", backbone, *core, *freeze, *opts)
     model = build_model(cfg)
     assert model.classifier.in_feature == feature
+    assert all(module.training for module in model.modules())
     loss = model.train()(make_samples())["loss_labels"]
     loss.backward()
     assert torch.isfinite(loss)
     assert model.classifier.classifier.weight.grad.abs().sum() > 0
+    # Whatever the feature map does not depend on would stop training by several processes.
+    parameters = list(model.classifier.backbone.parameters())
+    assert [p.grad is not None for p in parameters] == [p.requires_grad for p in parameters]
+    assert any(p.requires_grad for p in parameters)
     assert model.eval()(make_samples())[0]["image_labels_prob"].shape == (4,)
 
 

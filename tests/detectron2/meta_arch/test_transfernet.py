@@ -338,6 +338,17 @@ def test_a_classifier_that_lacks_weights_is_refused(make_transfer_cfg, classifie
         build_model(make_transfer_cfg(*opts))
 
 
+@pytest.mark.parametrize("content", [b"", b"nothing", {"weights": 1}, 3])
+def test_a_file_that_is_no_checkpoint_is_refused(make_transfer_cfg, tmp_path, content):
+    path = tmp_path / "model.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=r"CLASSIFIER_WEIGHTS '.*model\.pth' cannot be read \(\w+"):
+        build_model(make_transfer_cfg(KEYS + "CLASSIFIER_WEIGHTS", str(path)))
+
+
 def test_known_labels_alone_train_the_classifier():
     """Of a target image nothing is learned of source categories, though it may show some."""
     torch.manual_seed(0)
@@ -394,11 +405,15 @@ VGG = ("MODEL.BACKBONE.NAME", "MaskXVGG16", "MODEL.MASKX.BACKBONE.OUTPUT_STRIDE"
         ((KEYS + "DECODER", "none"), r"DECODER must be one of 'transposed', 'unpooling'"),
         ((KEYS + "DECODER_INPUT", "z"), r"decoder_input must be one of"),
         ((KEYS + "STAGE", "two"), r"train_stage must be one of 'attention', 'joint'"),
-        ((KEYS + "DECODER", "unpooling"), r"'unpooling', which needs the pooling switches of"),
+        ((KEYS + "DECODER", "unpooling"), r"'unpooling', which needs all pooling switches of"),
         ((*VGG[:3], 8, KEYS + "DECODER", "unpooling"), r"MaskXVGG16 with .*OUTPUT_STRIDE 16"),
         (
             (*VGG, KEYS + "DECODER", "unpooling", "INPUT.MASKX.SIZE", 40),
             r"SIZE is 40, but .*DECODER unpooling needs a multiple of 16.*Set it to 32",
+        ),
+        (
+            (*VGG, KEYS + "DECODER", "unpooling", "MODEL.MASKX.IN_FEATURE", "conv4_3"),
+            r"all pooling switches of .*IN_FEATURE conv5_3\. Set these, or DECODER transposed",
         ),
         (
             (KEYS + "ATTENTION", "fc", "INPUT.MASKX.SIZE", 36),
