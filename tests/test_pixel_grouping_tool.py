@@ -8,12 +8,8 @@ import pytest
 from maskx.data.coco import load_coco
 from maskx.data.scenes import generate_scenes
 from maskx.supervision import resolve_split
-from maskx.torchvision.larvseg import (
-    LarvSegChain,
-    LarvSegMethod,
-    LarvSegSettings,
-    quickstart_sets,
-)
+from maskx.torchvision.larvseg_chain import LarvSegChain, LarvSegMethod, LarvSegSettings
+from maskx.torchvision.larvseg_samples import sets_of_one_file
 
 TOOL = Path(__file__).parents[1] / "tools" / "pixel_grouping.py"
 
@@ -34,7 +30,7 @@ def trained(tmp_path_factory):
     data = load_coco(json_file, folder)
     split = resolve_split("scenes_half", data.class_names)
     settings = LarvSegSettings(image_size=32, start_iterations=0, iterations=1, batch_size=2)
-    chain = LarvSegChain(quickstart_sets(data, split, image_size=32), settings, output=folder)
+    chain = LarvSegChain(sets_of_one_file(data, split, image_size=32), settings, output=folder)
     chain.train_method(LarvSegMethod("baseline"))
     return folder
 

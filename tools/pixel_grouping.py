@@ -16,7 +16,7 @@ from pathlib import Path
 
 from maskx.data.json_files import write_json
 from maskx.evaluation.mean_iou import format_table
-from maskx.torchvision.larvseg import evaluate_grouping, open_with_images
+from maskx.torchvision.larvseg_evaluation import evaluate_grouping, open_with_images
 from maskx.torchvision.quickstart import nan_to_null
 from maskx.torchvision.training import select_device
 

@@ -4,6 +4,8 @@ Examples:
     python tools/quickstart.py
     python tools/quickstart.py --compare
     python tools/quickstart.py --system class_patterns
+    python tools/quickstart.py --system transfernet --compare
+    python tools/quickstart.py --system larvseg
     python tools/quickstart.py --masks-for coco_voc \
         --coco-train annotations/instances_train2017.json train2017 \
         --coco-val annotations/instances_val2017.json val2017
@@ -13,7 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskx.torchvision.quickstart import SYSTEMS, QuickstartOptions
+from maskx.torchvision.quickstart import QuickstartOptions
+from maskx.torchvision.systems import SYSTEMS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -22,23 +25,20 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, default = parser.add_argument, QuickstartOptions
-    add("--system", choices=sorted(SYSTEMS), default="maskx")
+    add("--system", choices=tuple(SYSTEMS), default="maskx", help="default: maskx")
     add("--output", type=Path, help="folder for results (default: output/quickstart-SYSTEM)")
     add("--seed", type=int, default=default.seed, help="of scenes, initial weights, data order")
     add(
         "--iterations",
         type=int,
-        help="training steps per model (default: maskx 1200; class_patterns 500, then 2 x 300)",
+        help="training steps per model (default: maskx 1200; class_patterns 500, then 2 x 300; "
+        "transfernet 400, then 200 and 400; larvseg 400, then 350 per method)",
     )
-    add(
-        "--batch-size",
-        type=int,
-        help="images per step (default: maskx 8, class_patterns 16)",
-    )
+    add("--batch-size", type=int, help="images per step (default: maskx 8, all others 16)")
     add(
         "--compare",
         action="store_true",
-        help="maskx: class-agnostic masks and GrabCut as well",
+        help="maskx: class-agnostic masks and GrabCut as well; transfernet: DecoupledNet",
     )
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--device", default=default.device, help="auto, cpu or cuda")
@@ -48,16 +48,21 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--masks-for",
         metavar="SPLIT",
-        help="maskx: categories with masks, a named split or a file (default: scenes_half, for "
-        "COCO all)",
+        help="categories with masks, a named split or a file (default: scenes_half; maskx for COCO "
+        "all); not for class_patterns",
     )
     add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
-    add("--backbone", default=default.backbone, help="small, or a torchvision ResNet: resnet50")
-    add("--pretrained", action="store_true", help="download ImageNet weights for the ResNet")
+    add(
+        "--backbone",
+        default=default.backbone,
+        help="small (default), or a torchvision ResNet: resnet50; transfernet, larvseg: or vgg16",
+    )
+    add("--pretrained", action="store_true", help="download ImageNet weights, not for small")
     add(
         "--image-size",
         type=int,
-        help="shorter side of the images in pixels (default: 128, or 256 for COCO)",
+        help="in pixels (default: 128, or 256 for COCO); maskx: of the shorter side, others: of "
+        "squares that images are warped to",
     )
     add("--workers", type=int, default=default.workers, help="processes that read images")
     add("--threshold", help="class_patterns: of proxy masks, zero (the paper) or otsu (default)")
@@ -66,7 +71,12 @@ def parse_arguments() -> argparse.Namespace:
         help="class_patterns: pixels of several classes, ignore (the paper) or standardised "
         "(default)",
     )
-    add("--crf", action="store_true", help="class_patterns: dense CRF, needs the extra crf")
+    add(
+        "--crf",
+        action="store_true",
+        help="class_patterns, transfernet: dense CRF, needs the extra crf",
+    )
+    add("--multi-scale", action="store_true", help="class_patterns: test at three sizes")
     return parser.parse_args()
 
 

@@ -57,8 +57,9 @@ class TransferSets:
 
     Attributes:
         source: images without any target category, with their masks.
-        target: images with a target category. Tags are all they have: the target categories in
-            them; neither masks nor boxes, nor what source categories they show.
+        target: images with a target category. Unless masks are asked for, tags are all they have:
+            the target categories in them; neither masks nor boxes, nor what source categories they
+            show.
         num_unlabelled: images without any label, which are in neither.
     """
 

@@ -82,6 +82,8 @@ class MemoryBank(nn.Module):
                 every worker holds the same bank. Each must then call this in each step, also
                 with P = 0. It costs the pairs of all workers, not the bank.
         """
+        # One type for all workers: under autocast the means are float16 where there are pairs.
+        means = means.to(self.means.dtype)
         if synchronise and dist.is_available() and dist.is_initialized():
             class_indices, means = _gather(class_indices, means)
         # Place of a pair among those of its class: in sorted order, the distance to the first.
@@ -90,7 +92,7 @@ class MemoryBank(nn.Module):
         place = torch.arange(len(classes), device=classes.device)
         place = place - torch.searchsorted(classes, classes)
         slots = (self.counts[classes] + place) % self.size
-        values = means[order].to(self.means.dtype)
+        values = means[order]
         self.counts.index_add_(0, classes, torch.ones_like(classes))
         if len(classes) > self.size:
             # A slot that is written twice keeps the newer: only the last M of a class are written.

@@ -125,7 +125,7 @@ class MapNorm(nn.Module):
 
     Unlike that of `torch.nn.GroupNorm` the eps is relative to the mean square: attention weights
     close to 1 / M and gradients of a mean over positions vary by less than the square root of a
-    usual eps.
+    usual eps. It runs in float32 under autocast, as float16 holds no such squares.
 
     Args:
         channels: of the maps; each has a learned scale and shift.
@@ -138,6 +138,7 @@ class MapNorm(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Normalise (N, C, h, w) maps; one that is zero everywhere stays so but for the shift."""
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
         mean = maps.mean(dim=(1, 2, 3), keepdim=True)
         square = maps.square().mean(dim=(1, 2, 3), keepdim=True)
         variance = (maps - mean).square().mean(dim=(1, 2, 3), keepdim=True)

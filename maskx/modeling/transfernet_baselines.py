@@ -68,11 +68,13 @@ class ScoreMapClassifier(nn.Module):
     def score_gradients(self, hidden: Tensor, pair_images: Tensor, pair_labels: Tensor) -> Tensor:
         """Return the (P, D, h, w) gradient of the logit of each pair by the features.
 
-        It is written out, so that it works where gradients are switched off.
+        It is written out, so that it works where gradients are switched off. It runs in float32
+        under autocast: the gradient of a mean over many positions is too small for float16.
         """
         by_hidden = self.score.weight[pair_labels][:, :, None, None] / hidden.shape[2:].numel()
         by_hidden = by_hidden * (hidden > 0)[pair_images]
-        return F.conv_transpose2d(by_hidden, self.hidden.weight, padding=1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.conv_transpose2d(by_hidden, self.hidden.weight, padding=1)
 
 
 class _Baseline(PairNetwork):
@@ -133,12 +135,13 @@ class _Baseline(PairNetwork):
         """Return ``loss_labels`` and ``loss_masks``, the latter as in TransferNet.
 
         ``loss_labels`` is the binary cross-entropy over the classes, mean over the images that
-        have a pair.
+        have a pair. A class without a pair counts as absent, so also a source category on a target
+        image, of which nothing is known.
 
         Args:
             outputs: of :meth:`forward`.
             pair_images: (P,).
-            pair_labels: (P,); every label of an image has its pair.
+            pair_labels: (P,).
             targets: (Q, H, W), of :func:`maskx.modeling.transfernet.pair_target`.
         """
         labels = torch.zeros_like(outputs.class_logits)

@@ -43,10 +43,10 @@ from maskx.evaluation.figures import (
     save_png,
 )
 from maskx.evaluation.image_labels import evaluate_image_labels
-from maskx.modeling.backbones import RESNET_DEPTHS, DilatedResNet, SmallResNet
 from maskx.modeling.class_patterns import ClassPatterns, network_hash
 from maskx.modeling.deeplab import DeepLab
 from maskx.modeling.image_classifier import ImageClassifier, multi_hot
+from maskx.torchvision.backbones import RESNETS, build_backbone
 from maskx.torchvision.data import training_batches
 from maskx.torchvision.images import ImageMapper
 from maskx.torchvision.semantic import (
@@ -91,6 +91,8 @@ class TagSettings:
         masks: how proxy masks are made. With ``crf`` the predictions are refined too, as in the
             paper; the masks of images with several labels are not.
         max_images_per_class: see :func:`maskx.class_patterns.discover`.
+        multi_scale: segment images at 241 / 328, 1 and 401 / 328 of ``image_size`` and average the
+            scores, as in the paper; three times the work.
         workers: processes that read training images; 0 reads them in the process that trains.
     """
 
@@ -106,7 +108,15 @@ class TagSettings:
         default=ProxyMaskSettings(threshold="otsu", resolve="standardised", crf=False)
     )
     max_images_per_class: int = 800
+    multi_scale: bool = False
     workers: int = 0
+
+    @property
+    def test_sizes(self) -> tuple[int, ...]:
+        """Sides of the squares at which the segmentation network is tested."""
+        if not self.multi_scale:
+            return (self.image_size,)
+        return tuple(round(self.image_size * size / 328) for size in (241, 328, 401))
 
 
 def learn_from_tags(
@@ -167,7 +177,7 @@ def learn_from_tags(
     identity = {"patterns": patterns.network, "proxy masks": chosen.stem}
     trained = run.train_segmenter("segmenter", classifier, chosen, identity)
     predicted = run.predict_training_images(trained)
-    identity |= {"predicted by": network_hash(trained.network)}
+    identity |= {"predicted by": network_hash(trained.network), "at": list(trained.test_sizes)}
     retrained = run.train_segmenter("retrained", classifier, predicted, identity)
 
     mean_iou: dict[str, Any] = {}
@@ -330,7 +340,7 @@ class TagRun:
         torch.manual_seed(settings.seed)
         network = _build_segmenter(settings.backbone, settings.pretrained, self.num_classes)
         network.backbone.load_state_dict(start.classifier.backbone.state_dict())
-        model = SampleSegmenter(network, size=settings.image_size)
+        model = SampleSegmenter(network, size=settings.image_size, test_sizes=settings.test_sizes)
         mapper = ImageMapper(self.num_classes, size=settings.image_size, label_maps=True)
         with self.timed(name):
             self._train(model, name, settings.segmenter_iterations, data, mapper, identity)
@@ -340,7 +350,11 @@ class TagRun:
         """Predict label maps of nothing but the labels of each image, to train on."""
         data, folder = self.train_data, self.output / "retraining"
         masks = folder / "label_maps"
-        made_with = {"network": network_hash(model.network), "crf": self.settings.masks.crf}
+        made_with = {
+            "network": network_hash(model.network),
+            "sizes": list(model.test_sizes),
+            "crf": self.settings.masks.crf,
+        }
         claim_folder(masks, "predictions.json", made_with)
         todo = [record for record in data.records if not self._is_readable(masks, record)]
         found = predict_label_maps(
@@ -524,7 +538,12 @@ def _source(model: SampleClassifier, name: str) -> ClassifierSource:
 
 
 def _build_classifier(content: Mapping[str, Any], *, pretrained: bool) -> SampleClassifier:
-    backbone = _build_backbone(content["backbone"], content["frozen_norm"], pretrained)
+    backbone = build_backbone(
+        content["backbone"],
+        frozen_norm=content["frozen_norm"],
+        pretrained=pretrained,
+        allowed=RESNETS,
+    )
     classifier = ImageClassifier(
         backbone,
         in_feature=_IN_FEATURE,
@@ -535,7 +554,7 @@ def _build_classifier(content: Mapping[str, Any], *, pretrained: bool) -> Sample
 
 
 def _build_segmenter(name: str, frozen_norm: bool, num_classes: int) -> DeepLab:
-    backbone = _build_backbone(name, frozen_norm, pretrained=False)
+    backbone = build_backbone(name, frozen_norm=frozen_norm, pretrained=False)
     # The features of a small image are 16 x 16, where dilation 12 would mostly see the border.
     head = {"hidden_channels": 128, "dilation": 4} if name == "small" else {}
     return DeepLab(
@@ -545,21 +564,6 @@ def _build_segmenter(name: str, frozen_norm: bool, num_classes: int) -> DeepLab:
         num_classes=num_classes,
         **head,
     )
-
-
-def _build_backbone(name: str, frozen_norm: bool, pretrained: bool) -> SmallResNet | DilatedResNet:
-    if name == "small":
-        if pretrained:
-            raise ValueError(
-                "There are no pretrained weights of the backbone 'small'. Name a ResNet, such as "
-                "resnet50, or train from random weights."
-            )
-        return SmallResNet(output_stride=8)
-    depths = {f"resnet{depth}": depth for depth in RESNET_DEPTHS}
-    if name not in depths:
-        raise ValueError(f"backbone must be one of small, {', '.join(depths)}; got {name!r}.")
-    weights = "DEFAULT" if pretrained else None
-    return DilatedResNet(depth=depths[name], frozen_norm=frozen_norm, weights=weights)
 
 
 # --- results

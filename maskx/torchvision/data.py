@@ -1,7 +1,6 @@
 """From COCO records to the samples that the embedded host trains on."""
 
-import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from maskx.data.images import read_image
 from maskx.data.masks import decode_segmentation
 
-logger = logging.getLogger(__name__)
+RecordMapper = Callable[[dict[str, Any], np.random.RandomState], dict[str, Any]]
+"""Makes the training sample of a record; all that is random in it comes from the second."""
 
 
 class InstanceMapper:
@@ -84,7 +84,7 @@ class InstanceMapper:
 
 def training_batches(
     records: Sequence[dict],
-    mapper: InstanceMapper,
+    mapper: RecordMapper,
     *,
     batch_size: int,
     seed: int,
@@ -97,12 +97,21 @@ def training_batches(
     What an iteration sees depends on the seed and its number alone, so a resumed run sees what
     the interrupted one would have seen, with any number of workers.
 
+    Args:
+        records: images to learn from, at least one.
+        mapper: such as :class:`InstanceMapper` or :class:`maskx.torchvision.images.ImageMapper`.
+        batch_size: images per iteration.
+        seed: of the order and of what is random in a sample.
+        start: first iteration.
+        stop: iteration after the last.
+        num_workers: processes that make samples; 0 makes them in this one.
+
     Returns:
         An iterable of lists of ``batch_size`` samples.
     """
     return DataLoader(
-        _MappedRecords(records, mapper),
-        batch_sampler=_SeededBatches(len(records), batch_size, seed, start, stop),
+        MappedRecords(records, mapper),
+        batch_sampler=SeededBatches(len(records), batch_size, seed, start, stop),
         num_workers=num_workers,
         collate_fn=list,
     )
@@ -113,8 +122,15 @@ def step_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-class _MappedRecords(Dataset):
-    def __init__(self, records: Sequence[dict], mapper: InstanceMapper) -> None:
+class MappedRecords(Dataset):
+    """Training samples by the keys of :class:`SeededBatches`.
+
+    Args:
+        records: images to learn from.
+        mapper: makes a sample of a record.
+    """
+
+    def __init__(self, records: Sequence[dict], mapper: RecordMapper) -> None:
         self.records, self.mapper = records, mapper
 
     def __len__(self) -> int:
@@ -125,8 +141,18 @@ class _MappedRecords(Dataset):
         return self.mapper(self.records[index], np.random.RandomState(seed))
 
 
-class _SeededBatches(Sampler):
-    """Yields lists of (record index, seed of the augmentation)."""
+class SeededBatches(Sampler):
+    """Endlessly shuffled records of the iterations ``start`` to ``stop``.
+
+    Yields lists of keys: index of a record, and the seed of its augmentation.
+
+    Args:
+        num_records: number of records, at least 1.
+        batch_size: records per iteration.
+        seed: what a batch is depends on the seed and the number of the iteration alone.
+        start: first iteration.
+        stop: iteration after the last.
+    """
 
     def __init__(self, num_records: int, batch_size: int, seed: int, start: int, stop: int) -> None:
         self.num_records, self.batch_size, self.seed = num_records, batch_size, seed

@@ -88,7 +88,7 @@ class ImageMapper:
         if self.size is not None:
             sample["image"] = warp_image(sample["image"], self.size)
             if self.label_maps:
-                sample["label_map"] = _warp_label_map(sample["label_map"], self.size)
+                sample["label_map"] = warp_label_map(sample["label_map"], self.size)
         if self.flip and random_state.randint(2):
             for key in sample.keys() & {"image", "label_map"}:
                 sample[key] = sample[key].flip(-1)
@@ -127,7 +127,16 @@ def warp_image(image: Tensor, size: int) -> Tensor:
     return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
 
 
-def _warp_label_map(label_map: Tensor, size: int) -> Tensor:
+def warp_label_map(label_map: Tensor, size: int) -> Tensor:
+    """Warp a label map to a square; every pixel has a label of the map.
+
+    Args:
+        label_map: (H, W) integers.
+        size: side of the square in pixels.
+
+    Returns:
+        (``size``, ``size``) int64.
+    """
     # "nearest-exact" keeps pixel centres where the image has them; "nearest" shifts by up to half a
     # pixel. float32 holds all labels, which are below 2^24.
     as_image = label_map[None, None].float()

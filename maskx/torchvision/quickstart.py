@@ -1,6 +1,8 @@
-"""Train, evaluate and look at a system on generated scenes, or on COCO files, in one command."""
+"""What the quick starts of all systems share: options, data, and the file of their results.
 
-import functools
+The systems are listed in :mod:`maskx.torchvision.systems`.
+"""
+
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,43 +10,38 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from pycocotools import mask as mask_api
-from torch import nn
-from tqdm import tqdm
-
 from maskx.data.coco import CocoData, load_coco
-from maskx.data.grabcut import grabcut_masks
 from maskx.data.json_files import write_json
-from maskx.data.masks import decode_segmentation, encode_masks
-from maskx.data.proxy_masks import ProxyMaskSettings
 from maskx.data.scenes import generate_scenes
-from maskx.evaluation.average_precision import evaluate_detections, format_table
-from maskx.evaluation.figures import contact_sheet, draw_instances, save_png
-from maskx.supervision import CategorySplit, resolve_split
-from maskx.torchvision.class_patterns import TagSettings, learn_from_tags
-from maskx.torchvision.data import InstanceMapper, training_batches
-from maskx.torchvision.detection import SampleDetector, detect
-from maskx.torchvision.larvseg import quickstart_larvseg
-from maskx.torchvision.models import maskx_rcnn_resnet_fpn, maskx_rcnn_small
-from maskx.torchvision.training import TrainingSettings, select_device, train
-from maskx.torchvision.transfernet import quickstart_transfernet
 
-_TRAIN_SCENES, _VAL_SCENES = 3000, 200
-_SCENE_SIZE = 128
-_MASKX_ITERATIONS, _MASKX_BATCH_SIZE = 1200, 8
-# Few classes on quiet ground, for learning from image labels alone.
-_TAG_SCENES, _TAG_SCENE_STYLE = 1500, {"style": "sparse", "num_categories": 12}
-_FIGURE_IMAGES, _FIGURE_COLUMNS, _FIGURE_SCORE = 8, 4, 0.5
+__all__ = [
+    "SCENE_SIZE",
+    "SPARSE_SCENES",
+    "SPARSE_STYLE",
+    "TRAIN_SCENES",
+    "VAL_SCENES",
+    "QuickstartOptions",
+    "check_options",
+    "choose_image_size",
+    "load_data",
+    "nan_to_null",
+    "write_metrics",
+]
 
-# Per image of a batch. 0.00125 is usual for ResNets, 0.02 for a batch of 16.
-_LEARNING_RATES = {"small": 0.00375}
+TRAIN_SCENES, VAL_SCENES = 3000, 200
+SCENE_SIZE = 128
+# Few classes on quiet ground, for learning from image labels.
+SPARSE_SCENES, SPARSE_STYLE = 1500, {"style": "sparse", "num_categories": 12}
+_COCO_SIZE = 256
 
-# The full method of the paper, with the light form of the MLP, and its baseline.
-_MASK_BRANCHES = {
-    "maskx": {"predictor": "transfer", "transfer_inputs": "cls+box", "mlp": "bottleneck"},
-    "class_agnostic": {"predictor": "class_agnostic", "mlp": "none"},
+# Options that have no meaning for all systems, and those that they have one for.
+_OWN_OPTIONS = {
+    "compare": ("maskx", "transfernet"),
+    "masks_for": ("maskx", "transfernet", "larvseg"),
+    "threshold": ("class_patterns",),
+    "resolve": ("class_patterns",),
+    "crf": ("class_patterns", "transfernet"),
+    "multi_scale": ("class_patterns",),
 }
 
 
@@ -55,27 +52,37 @@ class QuickstartOptions:
     Attributes:
         output: folder of the generated data, checkpoints, ``metrics.json`` and pictures.
         seed: of the scenes, the initial weights and the order of the data.
-        iterations: training steps of each model; None is 1200 for ``maskx``; for
-            ``class_patterns`` 500 of the classifier and 300 of each segmentation network.
-        batch_size: images per step; None is 8 for ``maskx``, 16 for ``class_patterns``.
-        compare: train the class-agnostic baseline in the same way as well, and evaluate GrabCut
-            in the boxes that Mask^X finds.
+        iterations: training steps of every model. None is for ``maskx`` 1200; for
+            ``class_patterns`` 500 of the classifier, 300 of each segmentation network; for
+            ``transfernet`` 400 of the classifier, 200 of the first stage, 400 of the second; for
+            ``larvseg`` 400 of the classifier, 350 of each method. Baselines of ``transfernet``
+            train for as many steps as its two stages together.
+        batch_size: images per step; None is 8 for ``maskx``, 16 for all others. For
+            ``transfernet`` it must be even.
+        compare: train one more baseline in the same way: of ``maskx`` the class-agnostic one, with
+            GrabCut in the boxes that Mask^X finds evaluated too; of ``transfernet`` DecoupledNet.
         resume: go on with an interrupted run.
         device: ``auto``, ``cpu`` or ``cuda``.
         coco_train: annotation file and image folder to train on instead of generated scenes.
         coco_val: annotation file and image folder to evaluate on.
-        masks_for: category split, see :func:`maskx.supervision.resolve_split`; None is
-            ``scenes_half`` on generated scenes and ``all`` on COCO files.
+        masks_for: category split, see :func:`maskx.supervision.resolve_split`: the categories
+            with masks of ``maskx``, the source of ``transfernet``, the base classes of
+            ``larvseg``; ``class_patterns`` learns from no masks. None is ``scenes_half``; for
+            ``maskx`` on COCO files ``all``.
         skip_bad: leave bad annotations out, counted, instead of stopping at them.
-        backbone: ``small`` or the name of a torchvision ResNet.
-        pretrained: start a ResNet from ImageNet weights, which torchvision downloads.
-        image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else. The
-            models of ``class_patterns`` warp images to squares of this side.
+        backbone: ``small`` or the name of a torchvision ResNet; ``vgg16`` too for ``transfernet``
+            and ``larvseg``.
+        pretrained: start from ImageNet weights, which torchvision downloads; not with ``small``.
+        image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else. All but
+            ``maskx`` warp images to squares of this side.
         workers: processes that read images; 0 reads them in the process that trains.
         threshold: of ``class_patterns``, see :class:`maskx.data.proxy_masks.ProxyMaskSettings`;
             None is "otsu", the paper has "zero".
         resolve: the same; None is "standardised", the paper has "ignore".
-        crf: refine proxy masks of images with one label, and predictions, by a dense CRF.
+        crf: refine masks by a dense CRF: of ``class_patterns`` proxy masks of images with one
+            label, and predictions; of ``transfernet`` predictions.
+        multi_scale: of ``class_patterns``, test the segmentation network at three sizes, as the
+            paper does.
     """
 
     output: Path
@@ -96,162 +103,43 @@ class QuickstartOptions:
     threshold: str | None = None
     resolve: str | None = None
     crf: bool = False
+    multi_scale: bool = False
 
 
-# Options that have no meaning for all systems, and those that they have one for.
-_OWN_OPTIONS = {
-    "compare": ("maskx", "transfernet"),
-    "masks_for": ("maskx", "transfernet", "larvseg"),
-    "threshold": ("class_patterns",),
-    "resolve": ("class_patterns",),
-    "crf": ("class_patterns", "transfernet"),
-}
-
-
-def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) -> dict[str, Any]:
-    """Run Mask^X R-CNN from data to ``metrics.json`` and ``predictions.png``.
-
-    To compare, ``comparison.png`` shows the same images with the masks of each method in a row.
-
-    Args:
-        options: what to do.
-        report: receives the lines for the reader.
-
-    Returns:
-        The content of ``metrics.json``.
+def check_options(system: str, options: QuickstartOptions) -> None:
+    """Refuse options that have no meaning for a system.
 
     Raises:
-        ValueError: an option, an annotation or a checkpoint cannot be used; the message says why.
+        ValueError: there is one; the message says for which systems it has a meaning.
     """
-    started = time.perf_counter()
-    _refuse_options_of_others("maskx", options)
-    device = select_device(options.device)
-    options.output.mkdir(parents=True, exist_ok=True)
-    train_data, val_data = load_data(options)
-    default_split = "all" if options.coco_train else "scenes_half"
-    split = resolve_split(options.masks_for or default_split, train_data.class_names)
-    report(
-        f"{len(train_data.records)} training and {len(val_data.records)} validation images, "
-        f"{len(split.with_masks)} categories with masks (A), {len(split.without_masks)} with "
-        f"boxes only (B), on {device}"
-    )
-
-    metrics: dict[str, Any] = {"system": "maskx"}
-    detections: dict[str, list[dict[str, Any]]] = {}
-    for name in ("maskx", "class_agnostic") if options.compare else ("maskx",):
-        model, trained = _train_detector(name, options, train_data, split, device)
-        detections[name] = detect(
-            model, val_data.records, val_data.category_ids, description=f"{name}: evaluation"
-        )
-        results = trained | _evaluate(name, val_data, detections[name], split, report)
-        metrics |= results if name == "maskx" else {name: results}
-    if options.compare:
-        detections["grabcut"] = _with_grabcut_masks(val_data, detections["maskx"])
-        metrics["grabcut"] = _evaluate("grabcut", val_data, detections["grabcut"], split, report)
-    pictures = _save_pictures(options.output, val_data, detections, split)
-
-    metrics["seconds"] = round(time.perf_counter() - started, 1)
-    metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
-    path = options.output / "metrics.json"
-    write_json(path, nan_to_null(metrics))
-    report(f"\nWrote {', '.join(map(str, [path, *pictures]))}")
-    return metrics
-
-
-def quickstart_class_patterns(
-    options: QuickstartOptions, report: Callable[[str], None]
-) -> dict[str, Any]:
-    """Learn from image labels alone, from data to ``metrics.json`` and ``predictions.png``.
-
-    The true masks of the training images are read to say how good proxy masks are and for the
-    picture, for nothing else. See :func:`maskx.torchvision.class_patterns.learn_from_tags`.
-
-    Args:
-        options: what to do.
-        report: receives the lines for the reader.
-
-    Returns:
-        The content of ``metrics.json``.
-
-    Raises:
-        ImportError: the CRF is asked for, but not installed.
-        ValueError: an option, an annotation or a result of another run cannot be used.
-    """
-    started = time.perf_counter()
-    _refuse_options_of_others("class_patterns", options)
-    device = select_device(options.device)
-    chosen = {
-        "iterations": options.iterations,
-        "segmenter_iterations": options.iterations,
-        "batch_size": options.batch_size,
-    }
-    settings = TagSettings(
-        backbone=options.backbone,
-        pretrained=options.pretrained,
-        image_size=_image_size(options),
-        seed=options.seed,
-        masks=ProxyMaskSettings(
-            threshold=options.threshold or "otsu",
-            resolve=options.resolve or "standardised",
-            crf=options.crf,
-        ),
-        workers=options.workers,
-        **{key: value for key, value in chosen.items() if value is not None},
-    )
-    options.output.mkdir(parents=True, exist_ok=True)
-    train_data, val_data = load_data(options, _TAG_SCENES, **_TAG_SCENE_STYLE)
-    report(
-        f"{len(train_data.records)} training images with nothing but image labels, "
-        f"{len(val_data.records)} validation images, {len(train_data.class_names)} classes, on "
-        f"{device}. True masks of training images, where there are any, are only measured with."
-    )
-    root = options.coco_train[1] if options.coco_train else train_data.json_file.parent
-    metrics = {"system": "class_patterns"}
-    metrics |= learn_from_tags(
-        train_data,
-        val_data,
-        settings,
-        image_root=Path(root),
-        output=options.output,
-        resume=options.resume,
-        device=device,
-        report=report,
-    )
-    metrics["seconds"] = round(time.perf_counter() - started, 1)
-    path = options.output / "metrics.json"
-    write_json(path, nan_to_null(metrics))
-    report(f"\nWrote {path}, {options.output / 'predictions.png'}")
-    return metrics
-
-
-SYSTEMS = {
-    "maskx": quickstart_maskx,
-    "class_patterns": quickstart_class_patterns,
-    "transfernet": quickstart_transfernet,
-    "larvseg": quickstart_larvseg,
-}
-"""Quick starts by the name of the system."""
-
-
-def _refuse_options_of_others(system: str, options: QuickstartOptions) -> None:
     default = {field.name: field.default for field in fields(QuickstartOptions)}
     for name, owners in _OWN_OPTIONS.items():
         if system not in owners and getattr(options, name) != default[name]:
             raise ValueError(
-                f"{name} has no meaning for the system {system}, only for {' and '.join(owners)}. "
+                f"{name} has no meaning for the system {system}, only for {', '.join(owners)}. "
                 "Leave it out, or choose another system."
             )
 
 
-def load_data(
-    options: QuickstartOptions, num_scenes: int | None = None, **scenes: Any
-) -> tuple[CocoData, CocoData]:
+def choose_image_size(options: QuickstartOptions) -> int:
+    """Return the size that is asked for, or the default of scenes and of COCO files.
+
+    Raises:
+        ValueError: the size is below 1.
+    """
+    if options.image_size is None:
+        return _COCO_SIZE if options.coco_train else SCENE_SIZE
+    if options.image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {options.image_size}.")
+    return options.image_size
+
+
+def load_data(options: QuickstartOptions, *, sparse: bool = False) -> tuple[CocoData, CocoData]:
     """Read the training and the validation data, or generate the scenes of the seed.
 
     Args:
         options: what to read.
-        num_scenes: training scenes; None is 3000.
-        scenes: more arguments of :func:`maskx.data.scenes.generate_scenes`.
+        sparse: generate fewer scenes, of few classes on quiet ground.
 
     Raises:
         ValueError: a file cannot be used, or the two do not fit together.
@@ -259,14 +147,15 @@ def load_data(
     if (options.coco_train is None) != (options.coco_val is None):
         raise ValueError("COCO files are needed for training and for validation, got only one.")
     if options.coco_train is None:
+        num_train, style = (SPARSE_SCENES, SPARSE_STYLE) if sparse else (TRAIN_SCENES, {})
         sources = []
         for name, count, seed in (
-            ("train", num_scenes or _TRAIN_SCENES, 2 * options.seed),
-            ("val", _VAL_SCENES, 2 * options.seed + 1),
+            ("train", num_train, 2 * options.seed),
+            ("val", VAL_SCENES, 2 * options.seed + 1),
         ):
             folder = options.output / "scenes" / name
             json_file = generate_scenes(
-                folder, count=count, size=_SCENE_SIZE, seed=seed, progress=True, **scenes
+                folder, count=count, size=SCENE_SIZE, seed=seed, progress=True, **style
             )
             sources.append((json_file, folder))
     else:
@@ -286,204 +175,31 @@ def load_data(
     return train_data, val_data
 
 
-def _train_detector(
-    name: str,
+def write_metrics(
     options: QuickstartOptions,
-    data: CocoData,
-    split: CategorySplit,
-    device: torch.device,
-) -> tuple[SampleDetector, dict[str, Any]]:
-    iterations = _MASKX_ITERATIONS if options.iterations is None else options.iterations
-    batch_size = _MASKX_BATCH_SIZE if options.batch_size is None else options.batch_size
-    settings = TrainingSettings(
-        iterations=iterations,
-        batch_size=batch_size,
-        learning_rate=_LEARNING_RATES.get(options.backbone, 0.00125) * batch_size,
-        seed=options.seed,
-        checkpoint_every=max(100, iterations // 50),
-    )
-    torch.manual_seed(options.seed)
-    model = SampleDetector(_build_detector(name, options, len(data.class_names) + 1))
-    batches = functools.partial(
-        training_batches,
-        data.records,
-        InstanceMapper(split.indices_with_masks),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        num_workers=options.workers,
-    )
-    started = time.perf_counter()
-    history = train(
-        model,
-        batches,
-        settings,
-        output_dir=options.output / name,
-        resume=options.resume,
-        identity={
-            "annotation file": data.json_file.name,
-            "number of images": len(data.records),
-            "categories with masks": list(split.with_masks),
-            "backbone": options.backbone,
-            "image size": _image_size(options),
-        },
-        device=device,
-        description=f"{name}: training",
-    )
-    seconds = time.perf_counter() - started
-    return model, {
-        "training_seconds": round(seconds, 1),
-        "iterations": settings.iterations,
-        "losses": {"start": history[0], "end": history[-1]},
-    }
-
-
-def _build_detector(name: str, options: QuickstartOptions, num_classes: int) -> nn.Module:
-    size = _image_size(options)
-    branch = _MASK_BRANCHES[name]
-    if options.backbone == "small":
-        return maskx_rcnn_small(num_classes, min_size=size, **branch)
-    return maskx_rcnn_resnet_fpn(
-        num_classes,
-        backbone=options.backbone,
-        weights_backbone="DEFAULT" if options.pretrained else None,
-        trainable_layers=3 if options.pretrained else 5,
-        min_size=size,
-        max_size=2 * size,
-        **branch,
-    )
-
-
-def _image_size(options: QuickstartOptions) -> int:
-    return options.image_size or (256 if options.coco_train else _SCENE_SIZE)
-
-
-def _evaluate(
-    name: str,
-    data: CocoData,
-    detections: Sequence[dict[str, Any]],
-    split: CategorySplit,
+    metrics: Mapping[str, Any],
+    *,
+    started: float,
+    pictures: Sequence[str] = ("predictions.png",),
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    results = evaluate_detections(
-        data.json_file, detections, category_ids=data.category_ids, groups=split.groups()
-    )
-    report(f"\n{name}, average precision in percent\n{format_table(results)}")
-    return _without_class_lists(results)
+    """Write ``metrics.json`` and say what the run has written.
 
+    Args:
+        options: of the run.
+        metrics: what it measured.
+        started: ``time.perf_counter()`` at its beginning.
+        pictures: names of the pictures that lie beside the file.
+        report: receives the line for the reader.
 
-def _with_grabcut_masks(
-    data: CocoData, detections: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Replace the masks of detections by GrabCut's in their boxes."""
-    by_image: dict[Any, list] = {record["image_id"]: [] for record in data.records}
-    for detection in detections:
-        by_image[detection["image_id"]].append(detection)
-    read_image = InstanceMapper(()).read_image
-    replaced = []
-    for record in tqdm(data.records, desc="grabcut: evaluation", unit="img"):
-        found = by_image[record["image_id"]]
-        image = read_image(record)["image"].permute(1, 2, 0).numpy()
-        boxes = [
-            (x, y, x + width, y + height) for x, y, width, height in (d["bbox"] for d in found)
-        ]
-        masks = encode_masks(grabcut_masks(image, boxes))
-        replaced += [d | {"segmentation": m} for d, m in zip(found, masks, strict=True)]
-    return replaced
-
-
-def _save_pictures(
-    folder: Path,
-    data: CocoData,
-    detections: Mapping[str, Sequence[dict[str, Any]]],
-    split: CategorySplit,
-) -> list[Path]:
-    """Draw the images on which Mask^X is surest; with several methods, side by side as well."""
-    confident = {name: _confident(data, found) for name, found in detections.items()}
-    records = _interesting_records(data, confident["maskx"], split)
-    paths = [folder / "predictions.png"]
-    save_png(paths[0], contact_sheet(_draw_tiles(data, records, confident["maskx"], split)))
-    if len(confident) > 1:
-        rows = [
-            tile
-            for by_image in confident.values()
-            for tile in _draw_tiles(data, records[:_FIGURE_COLUMNS], by_image, split)
-        ]
-        paths.append(folder / "comparison.png")
-        columns = min(_FIGURE_COLUMNS, len(records))
-        save_png(paths[1], contact_sheet(rows, columns=columns, row_titles=list(confident)))
-    return paths
-
-
-def _confident(
-    data: CocoData, detections: Sequence[dict[str, Any]]
-) -> dict[Any, list[dict[str, Any]]]:
-    """Keep confident detections that no surer one covers, by image, the surest first."""
-    by_image: dict[Any, list] = {record["image_id"]: [] for record in data.records}
-    for detection in sorted(detections, key=lambda d: -d["score"]):
-        others = by_image[detection["image_id"]]
-        if detection["score"] >= _FIGURE_SCORE and not _is_repeated(detection, others):
-            others.append(detection)
-    return by_image
-
-
-def _interesting_records(
-    data: CocoData, by_image: Mapping[Any, Sequence[dict[str, Any]]], split: CategorySplit
-) -> list[dict[str, Any]]:
-    """Choose the surest images that show both A and B."""
-    in_a = {data.category_ids[index] for index in split.indices_with_masks}
-
-    def interest(record: dict) -> tuple[int, float]:
-        found = by_image[record["image_id"]]
-        sides = [d["category_id"] in in_a for d in found]
-        shown = min(2, sides.count(True)) + min(2, sides.count(False))
-        return shown, sum(d["score"] for d in found) / max(1, len(found))
-
-    return sorted(data.records, key=interest, reverse=True)[:_FIGURE_IMAGES]
-
-
-def _draw_tiles(
-    data: CocoData,
-    records: Sequence[dict[str, Any]],
-    by_image: Mapping[Any, Sequence[dict[str, Any]]],
-    split: CategorySplit,
-) -> list[np.ndarray]:
-    class_index = {category: index for index, category in enumerate(data.category_ids)}
-    in_a = set(split.indices_with_masks)
-    read_image = InstanceMapper(()).read_image
-    tiles = []
-    for record in records:
-        found = by_image[record["image_id"]]
-        indices = [class_index[d["category_id"]] for d in found]
-        boxes = np.array([d["bbox"] for d in found], dtype=float).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        height, width = record["height"], record["width"]
-        masks = [decode_segmentation(d["segmentation"], height, width) for d in found]
-        tile = draw_instances(
-            read_image(record)["image"].permute(1, 2, 0).numpy(),
-            boxes=boxes,
-            masks=np.array(masks, dtype=bool).reshape(-1, height, width),
-            labels=[
-                f"{data.class_names[i]} {d['score']:.2f}"
-                for i, d in zip(indices, found, strict=True)
-            ],
-            with_masks=[i in in_a for i in indices],
-        )
-        tiles.append(tile)
-    return tiles
-
-
-def _is_repeated(detection: dict[str, Any], surer: Sequence[dict[str, Any]]) -> bool:
-    """Whether a surer detection, of any category, covers nearly the same pixels."""
-    masks = [other["segmentation"] for other in surer]
-    overlaps = mask_api.iou([detection["segmentation"]], masks, [0] * len(masks))
-    return len(masks) > 0 and bool(np.max(overlaps) > 0.5)
-
-
-def _without_class_lists(results: dict[str, Any]) -> dict[str, Any]:
-    return {
-        task: {group: values for group, values in groups.items() if isinstance(values, dict)}
-        for task, groups in results.items()
-    }
+    Returns:
+        The metrics with ``seconds``, the time since the beginning.
+    """
+    metrics = dict(metrics) | {"seconds": round(time.perf_counter() - started, 1)}
+    write_json(options.output / "metrics.json", nan_to_null(metrics))
+    written = [str(options.output / name) for name in ("metrics.json", *pictures)]
+    report(f"\nWrote {', '.join(written)}")
+    return metrics
 
 
 def nan_to_null(value: Any) -> Any:

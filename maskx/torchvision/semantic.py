@@ -15,7 +15,9 @@ from maskx.modeling.image_classifier import ImageClassifier, multi_hot, multi_la
 from maskx.torchvision.images import ImageMapper, warp_image
 
 __all__ = [
+    "Sample",
     "SampleClassifier",
+    "SampleModel",
     "SampleSegmenter",
     "evaluate_label_maps",
     "predict_image_labels",
@@ -28,7 +30,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Sample = dict[str, Any]
 
 
-class _SampleModel(nn.Module):
+class SampleModel(nn.Module):
     """Turns samples into normalised squares."""
 
     def __init__(self, size: int) -> None:
@@ -57,7 +59,7 @@ class _SampleModel(nn.Module):
         return torch.stack(images) if images else self.mean.new_zeros(0, 3, self.size, self.size)
 
 
-class SampleClassifier(_SampleModel):
+class SampleClassifier(SampleModel):
     """Drives an image classifier with samples, as Detectron2 drives its models.
 
     Args:
@@ -88,7 +90,7 @@ class SampleClassifier(_SampleModel):
         return {"loss_labels": multi_label_loss(logits, labels)}
 
 
-class SampleSegmenter(_SampleModel):
+class SampleSegmenter(SampleModel):
     """Drives a segmentation network with samples, as Detectron2 drives its models.
 
     Args:

@@ -9,16 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from maskx.supervision import resolve_split
-from maskx.torchvision import larvseg
-from maskx.torchvision.larvseg import (
-    LarvSegChain,
-    LarvSegMethod,
-    LarvSegSettings,
-    evaluate_larvseg,
-    labelled_images,
-    quickstart_sets,
-    split_groups,
-)
+from maskx.torchvision.larvseg_chain import LarvSegChain, LarvSegMethod, LarvSegSettings
+from maskx.torchvision.larvseg_evaluation import evaluate_larvseg
+from maskx.torchvision.larvseg_samples import labelled_images, sets_of_one_file, split_groups
 from maskx.torchvision.quickstart import QuickstartOptions, load_data
 from maskx.torchvision.study_core import (
     Measure,
@@ -63,9 +56,7 @@ class _SeedRuns:
         self.device = select_device(options.device)
         with process_lock(self.folder):
             self.train_data, val_data = load_data(
-                QuickstartOptions(output=self.folder, seed=seed),
-                larvseg._SCENES,
-                **larvseg._SCENE_STYLE,
+                QuickstartOptions(output=self.folder, seed=seed), sparse=True
             )
         self.test = labelled_images(val_data)
         self.chain = self._open_chain("scenes_half", "shared")
@@ -88,7 +79,7 @@ class _SeedRuns:
     def _open_chain(self, masks_for: str, name: str) -> LarvSegChain:
         split = resolve_split(masks_for, self.train_data.class_names)
         return LarvSegChain(
-            quickstart_sets(self.train_data, split, image_size=self.settings.image_size),
+            sets_of_one_file(self.train_data, split, image_size=self.settings.image_size),
             self.settings,
             output=self.folder / name,
             resume=True,

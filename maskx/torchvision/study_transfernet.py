@@ -13,7 +13,6 @@ from typing import Any
 
 from maskx.data.transfer_sets import SOURCE_FRACTIONS, transfer_sets
 from maskx.supervision import resolve_split
-from maskx.torchvision import transfernet
 from maskx.torchvision.quickstart import QuickstartOptions, load_data
 from maskx.torchvision.study_core import (
     Measure,
@@ -68,9 +67,7 @@ class _SeedRuns:
         self.folder = options.seed_folder(seed)
         with process_lock(self.folder):
             train_data, self.val_data = load_data(
-                QuickstartOptions(output=self.folder, seed=seed),
-                transfernet._SCENES,
-                **transfernet._SCENE_STYLE,
+                QuickstartOptions(output=self.folder, seed=seed), sparse=True
             )
         split = resolve_split("scenes_half", train_data.class_names)
         sets = transfer_sets(train_data.records, split)

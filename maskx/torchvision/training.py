@@ -211,7 +211,7 @@ def load_weights(model: nn.Module, checkpoint: Path) -> None:
         ValueError: the file is no checkpoint of this loop, or of another model.
     """
     model.eval()
-    _load_model(model, _read_checkpoint(checkpoint, "cpu")["model"], checkpoint)
+    load_state(model, read_checkpoint(checkpoint, "cpu")["model"], checkpoint)
 
 
 def _make_optimizer(groups: list[dict], settings: TrainingSettings) -> torch.optim.Optimizer:
@@ -284,7 +284,7 @@ def _save_checkpoint(
 def _load_checkpoint(
     path: Path, state: dict, description_of_run: dict, device: torch.device
 ) -> tuple[int, list]:
-    content = _read_checkpoint(path, device)
+    content = read_checkpoint(path, device)
     # Checkpoints from before there was a choice lack these.
     run = {"optimizer": "sgd", "lr_multipliers": {}, "decay": "cosine"} | content["run"]
     for key, value in description_of_run.items():
@@ -295,14 +295,20 @@ def _load_checkpoint(
                 f"'{path}' was made with {key} {_shortened(found)}, but this run has {key} "
                 f"{_shortened(value)}. Resume with the same, or start anew without resuming."
             )
-    _load_model(state["model"], content["model"], path)
+    load_state(state["model"], content["model"], path)
     state["optimizer"].load_state_dict(content["optimizer"])
     if content["scaler"]:  # empty when the run began on a CPU
         state["scaler"].load_state_dict(content["scaler"])
     return content["iteration"], content["history"]
 
 
-def _read_checkpoint(path: Path, device: torch.device | str) -> dict:
+def read_checkpoint(path: Path, device: torch.device | str) -> dict:
+    """Read a checkpoint of :func:`train`: ``model``, ``run``, ``iteration`` and more.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint of this loop, or damaged.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint '{path}'. Train first, or correct it.")
     try:
@@ -321,7 +327,12 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _load_model(model: nn.Module, weights: dict, path: Path) -> None:
+def load_state(model: nn.Module, weights: dict, path: Path) -> None:
+    """Load weights into a model.
+
+    Raises:
+        ValueError: they do not fit; the message names ``path``, where they are from.
+    """
     try:
         model.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:

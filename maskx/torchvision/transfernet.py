@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from maskx.data.coco import CocoData
 from maskx.data.dense_crf import TRANSFERNET, check_crf, refine
-from maskx.data.json_files import write_json
 from maskx.data.label_maps import ignore_label
 from maskx.data.transfer_sets import (
     TransferSets,
@@ -36,19 +35,13 @@ from maskx.data.transfer_sets import (
 from maskx.evaluation.figures import (
     contact_sheet,
     draw_heat_map,
-    draw_instances,
     draw_label_map,
+    plain_tile,
     save_png,
 )
 from maskx.evaluation.image_labels import evaluate_image_labels
 from maskx.evaluation.mean_iou import MeanIoU
-from maskx.modeling.backbones import (
-    RESNET_DEPTHS,
-    VGG16,
-    DilatedResNet,
-    FeatureShape,
-    SmallResNet,
-)
+from maskx.modeling.backbones import VGG16, FeatureShape
 from maskx.modeling.class_patterns import network_hash
 from maskx.modeling.image_classifier import ImageClassifier, choose_labels, multi_hot
 from maskx.modeling.transfernet import (
@@ -67,19 +60,23 @@ from maskx.modeling.transfernet_attention import (
 from maskx.modeling.transfernet_baselines import BaselineNet, DecoupledNet
 from maskx.modeling.transfernet_decoder import TransposedDecoder, UnpoolingDecoder
 from maskx.modeling.weight_transfer import check_choice
-from maskx.supervision import CategorySplit, Supervision, resolve_split
-from maskx.torchvision.data import _MappedRecords, _SeededBatches, step_seed, training_batches
+from maskx.supervision import CategorySplit, Supervision
+from maskx.torchvision.backbones import build_backbone, choose_feature
+from maskx.torchvision.data import (
+    MappedRecords,
+    RecordMapper,
+    SeededBatches,
+    step_seed,
+    training_batches,
+)
 from maskx.torchvision.images import ImageMapper
 from maskx.torchvision.semantic import (
     Sample,
     SampleClassifier,
-    _SampleModel,
+    SampleModel,
     predict_image_labels,
 )
-from maskx.torchvision.training import TrainingSettings, select_device, train
-
-if TYPE_CHECKING:
-    from maskx.torchvision.quickstart import QuickstartOptions
+from maskx.torchvision.training import TrainingSettings, train
 
 __all__ = [
     "METHODS",
@@ -92,7 +89,6 @@ __all__ = [
     "evaluate_transfer",
     "learn_to_transfer",
     "predict_transfer",
-    "quickstart_transfernet",
 ]
 
 METHODS = ("transfernet", "baseline", "decoupled")
@@ -105,15 +101,12 @@ _IDENTITY += ("hidden_channels", "use_target_masks")
 # Feature map that masks are learned from; of others the last.
 _MASK_FEATURES = {"small": "layer3"}
 
-# Peaks of Adam: the classifier from random weights and from ImageNet's, the two stages.
+# Peaks of Adam: the classifier from random weights and from ImageNet's, all else.
 _CLASSIFIER_RATES = {"random": 2e-3, "imagenet": 1e-4}
-_RATES = {"attention": 1e-3, "masks": 1e-3}
-
-# Few classes on quiet ground: half of the scenes show one category only, so that some are sources.
-_SCENES, _SCENE_STYLE = 1500, {"style": "sparse", "num_categories": 12}
-_COCO_SIZE = 256  # of the squares that photographs are warped to
+_RATE = 1e-3
 
 _FIGURE_ROWS, _TILE_SIDE = 6, 256
+_MASK = Supervision.MASK.value
 _LABEL_THRESHOLD = 0.6  # of the separate classifier, as in the reference
 
 Record = Mapping[str, Any]
@@ -148,7 +141,7 @@ class TransferMapper:
             With ``label_map`` where the record has masks; ``image_labels`` are then the labels of
             at least one pixel of it. The label map of a record that only has tags is not made.
         """
-        if record["supervision"] != Supervision.MASK.value:
+        if record["supervision"] != _MASK:
             return self._tags(record, random_state)
         sample = self._masks(record, random_state)
         sample["image_labels"] = visible_labels(sample["image_labels"], sample["label_map"].numpy())
@@ -158,7 +151,7 @@ class TransferMapper:
 def alternating_batches(
     source: Sequence[Record],
     target: Sequence[Record],
-    mapper: TransferMapper,
+    mapper: RecordMapper,
     *,
     batch_size: int,
     seed: int,
@@ -178,25 +171,29 @@ def alternating_batches(
     Raises:
         ValueError: the batch size is odd.
     """
-    if batch_size % 2:
-        raise ValueError(
-            f"The batch size is {batch_size}. Allowed: even numbers, as half of a batch are source "
-            "images and half target images."
-        )
+    _check_batch_size(batch_size)
     halves = [
-        _SeededBatches(len(records), batch_size // 2, step_seed(seed, side), start, stop)
+        SeededBatches(len(records), batch_size // 2, step_seed(seed, side), start, stop)
         for side, records in enumerate((source, target))
     ]
     return DataLoader(
-        _MappedRecords([*source, *target], mapper),
+        MappedRecords([*source, *target], mapper),
         batch_sampler=_BothHalves(*halves, offset=len(source)),
         num_workers=num_workers,
         collate_fn=list,
     )
 
 
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size % 2:
+        raise ValueError(
+            f"The batch size is {batch_size}. Allowed: even numbers, as half of a batch are source "
+            "images and half target images."
+        )
+
+
 class _BothHalves(Sampler):
-    def __init__(self, source: _SeededBatches, target: _SeededBatches, *, offset: int) -> None:
+    def __init__(self, source: SeededBatches, target: SeededBatches, *, offset: int) -> None:
         self.source, self.target, self.offset = source, target, offset
 
     def __len__(self) -> int:
@@ -210,7 +207,7 @@ class _BothHalves(Sampler):
 # --- models
 
 
-class SampleTransferNet(_SampleModel):
+class SampleTransferNet(SampleModel):
     """Drives TransferNet, or one of its baselines, with samples, as Detectron2 drives its models.
 
     Args:
@@ -334,6 +331,11 @@ def predict_transfer(
         check_crf()
     if image_labels is None:
         image_labels = [record["image_labels"] for record in records]
+    if len(image_labels) != len(records):
+        raise ValueError(
+            f"There are image labels of {len(image_labels)} images, but {len(records)} records. "
+            "Give a list for each record, in their order."
+        )
     model.eval()
     read_image = ImageMapper(model.num_classes, size=None, label_maps=False).read_image
     pairs = list(zip(records, image_labels, strict=True))
@@ -416,6 +418,9 @@ class TransferSettings:
         seed: of weights, data order and the choice of source images.
         use_target_masks: see :func:`maskx.data.transfer_sets.transfer_sets`.
         workers: processes that read training images; 0 reads them in the process that trains.
+
+    Raises:
+        ValueError: there is no such attention, or the batch size is odd.
     """
 
     backbone: str = "small"
@@ -435,6 +440,7 @@ class TransferSettings:
 
     def __post_init__(self) -> None:
         check_choice("attention of TransferNet", self.attention, ATTENTIONS)
+        _check_batch_size(self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -500,6 +506,9 @@ class TransferChain:
 
     Attributes:
         seconds: time of each step by its name.
+
+    Raises:
+        ValueError: backbone, feature map, attention and image size do not fit each other.
     """
 
     def __init__(
@@ -522,6 +531,8 @@ class TransferChain:
             **{name.replace("_", " "): getattr(settings, name) for name in _IDENTITY},
         }
         self.seconds: dict[str, float] = {}
+        with torch.device("meta"):  # what does not fit is refused before anything is trained
+            self._mask_feature(self._backbone())
 
     @property
     def num_classes(self) -> int:
@@ -546,7 +557,7 @@ class TransferChain:
         """
         torch.manual_seed(self.settings.seed)
         backbone = self._backbone(pretrained=self.settings.pretrained)
-        in_feature, shape = _feature(backbone)
+        in_feature, shape = choose_feature(backbone)
         model = SampleClassifier(
             ImageClassifier(
                 backbone,
@@ -556,22 +567,27 @@ class TransferChain:
             ),
             size=self.settings.image_size,
         )
-        mapper = ImageMapper(self.num_classes, size=self.settings.image_size, label_maps=False)
-        batches = functools.partial(
-            training_batches, [*self.sets.source, *self.sets.target], mapper=mapper
+        self._train(
+            model,
+            "classifier",
+            self.settings.iterations,
+            functools.partial(training_batches, [*self.sets.source, *self.sets.target]),
+            self._tags_mapper(),
+            {},
+            rate=_CLASSIFIER_RATES["imagenet" if self.settings.pretrained else "random"],
         )
-        self._train(model, "classifier", self.settings.iterations, batches, {})
         return model
 
     @functools.cached_property
     def attention(self) -> SampleTransferNet:
-        """TransferNet after its first stage, Eq. 6: it has no masks yet."""
+        """TransferNet after its first stage, Eq. 6: it reads no masks, and predicts none yet."""
         model = self._build(TransferMethod(), train_stage="attention")
         self._train(
             model,
             "attention",
             self.settings.attention_iterations,
             functools.partial(alternating_batches, self.sets.source, self.sets.target),
+            self._tags_mapper(),
             {"encoder": self._encoder_hash},
         )
         return model
@@ -589,7 +605,8 @@ class TransferChain:
             iterations += settings.attention_iterations
         source = source_subset(self.sets.source, method.source_fraction, settings.seed)
         batches = functools.partial(alternating_batches, source, self.sets.target)
-        self._train(model, method.name, iterations, batches, identity)
+        mapper = TransferMapper(self.num_classes, size=settings.image_size)
+        self._train(model, method.name, iterations, batches, mapper, identity)
         return model
 
     def predict_labels(self, records: Sequence[Record]) -> tuple[list[list[int]], np.ndarray]:
@@ -608,14 +625,43 @@ class TransferChain:
         return network_hash(self.classifier.classifier.backbone)
 
     def _backbone(self, *, pretrained: bool = False) -> nn.Module:
-        return _build_backbone(self.settings.backbone, self.settings.pretrained, pretrained)
+        frozen_norm = self.settings.pretrained
+        return build_backbone(
+            self.settings.backbone, frozen_norm=frozen_norm, pretrained=pretrained
+        )
+
+    def _mask_feature(self, encoder: nn.Module) -> tuple[str, FeatureShape]:
+        settings = self.settings
+        wanted = settings.in_feature or _MASK_FEATURES.get(settings.backbone)
+        name, shape = choose_feature(encoder, wanted)
+        if isinstance(encoder, VGG16):
+            last = choose_feature(encoder)[0]
+            if name != last:
+                raise ValueError(
+                    f"in_feature is {name!r}, but backbone 'vgg16' comes with the unpooling decoder"
+                    f", which starts from {last!r}. Leave in_feature out, or name another backbone."
+                )
+            if settings.image_size < shape.stride:
+                raise ValueError(
+                    f"image_size is {settings.image_size}, of which the pools of 'vgg16' leave "
+                    f"nothing. Allowed: at least {shape.stride}."
+                )
+        if settings.attention == "fc" and settings.image_size % shape.stride:
+            raise ValueError(
+                f"attention 'fc' is made for one feature map, but an image size of "
+                f"{settings.image_size} is no multiple of the stride {shape.stride}. Choose one "
+                "that is, or attention 'factored'."
+            )
+        return name, shape
+
+    def _tags_mapper(self) -> ImageMapper:
+        return ImageMapper(self.num_classes, size=self.settings.image_size, label_maps=False)
 
     def _build(self, method: TransferMethod, train_stage: str = "joint") -> SampleTransferNet:
         settings = self.settings
         encoder = self._backbone()
         encoder.load_state_dict(self.classifier.classifier.backbone.state_dict())
-        in_feature = settings.in_feature or _MASK_FEATURES.get(settings.backbone)
-        in_feature, shape = _feature(encoder, in_feature)
+        in_feature, shape = self._mask_feature(encoder)
         # What comes after it is not computed.
         names = list(encoder.feature_shapes)
         for name in names[names.index(in_feature) + 1 :]:
@@ -625,7 +671,7 @@ class TransferChain:
         decoder = UnpoolingDecoder() if uses_switches else TransposedDecoder(stride=shape.stride)
         feature_size = None
         if settings.attention == "fc":
-            feature_size = _feature_size(settings.image_size, shape.stride)
+            feature_size = (settings.image_size // shape.stride,) * 2
         shared = {
             "in_feature": in_feature,
             "in_channels": shape.channels,
@@ -669,15 +715,12 @@ class TransferChain:
         name: str,
         iterations: int,
         batches: Callable[..., DataLoader],
+        mapper: RecordMapper,
         identity: Mapping[str, Any],
+        *,
+        rate: float = _RATE,
     ) -> None:
         settings = self.settings
-        if name == "classifier":
-            rate = _CLASSIFIER_RATES["imagenet" if settings.pretrained else "random"]
-        else:
-            rate = _RATES.get(name, _RATES["masks"])
-            mapper = TransferMapper(self.num_classes, size=settings.image_size)
-            batches = functools.partial(batches, mapper=mapper)
         training = TrainingSettings(
             iterations=iterations,
             batch_size=settings.batch_size,
@@ -692,6 +735,7 @@ class TransferChain:
                 model,
                 functools.partial(
                     batches,
+                    mapper=mapper,
                     batch_size=settings.batch_size,
                     seed=settings.seed,
                     num_workers=settings.workers,
@@ -704,43 +748,6 @@ class TransferChain:
                 description=f"{name}: training",
             )
         model.eval()
-
-
-def _build_backbone(
-    name: str, frozen_norm: bool, pretrained: bool
-) -> SmallResNet | DilatedResNet | VGG16:
-    weights = "DEFAULT" if pretrained else None
-    depths = {f"resnet{depth}": depth for depth in RESNET_DEPTHS}
-    if name in depths:
-        return DilatedResNet(depth=depths[name], frozen_norm=frozen_norm, weights=weights)
-    if name == "vgg16":
-        return VGG16(weights=weights)
-    if name != "small":
-        raise ValueError(
-            f"backbone must be one of small, vgg16, {', '.join(depths)}; got {name!r}."
-        )
-    if pretrained:
-        raise ValueError(
-            "There are no pretrained weights of the backbone 'small'. Name vgg16 or a ResNet, such "
-            "as resnet50, or train from random weights."
-        )
-    return SmallResNet(output_stride=8)
-
-
-def _feature(backbone: nn.Module, name: str | None = None) -> tuple[str, FeatureShape]:
-    """Name and shape of a feature map, the last if none is named."""
-    name = name or list(backbone.feature_shapes)[-1]
-    check_choice(f"in_feature of {type(backbone).__name__}", name, tuple(backbone.feature_shapes))
-    return name, backbone.feature_shapes[name]
-
-
-def _feature_size(image_size: int, stride: int) -> tuple[int, int]:
-    if image_size % stride:
-        raise ValueError(
-            f"attention 'fc' is made for one feature map, but an image size of {image_size} is no "
-            f"multiple of the stride {stride}. Choose one that is, or attention 'factored'."
-        )
-    return image_size // stride, image_size // stride
 
 
 # --- from data to results
@@ -787,6 +794,11 @@ def learn_to_transfer(
     """
     if crf:
         check_crf()
+    if not any(r["image_labels"] and r["supervision"] == _MASK for r in val_data.records):
+        raise ValueError(
+            f"None of the {len(val_data.records)} validation images of '{val_data.json_file}' has "
+            "a mask, so there is nothing to evaluate. Give a file with masks of all categories."
+        )
     sets = transfer_sets(train_data.records, split, use_target_masks=settings.use_target_masks)
     report(
         f"{len(sets.source)} source images with masks, {len(sets.target)} target images with tags, "
@@ -838,71 +850,6 @@ def learn_to_transfer(
     return metrics
 
 
-def quickstart_transfernet(
-    options: "QuickstartOptions", report: Callable[[str], None]
-) -> dict[str, Any]:
-    """Learn TransferNet and BaselineNet, from data to ``metrics.json`` and ``predictions.png``.
-
-    Source categories are those that ``masks_for`` names, target categories all others; of the
-    images that show a target category, only the tags are used. See :func:`learn_to_transfer`.
-
-    Args:
-        options: what to do.
-        report: receives the lines for the reader.
-
-    Returns:
-        The content of ``metrics.json``.
-
-    Raises:
-        ImportError: the CRF is asked for, but not installed.
-        ValueError: an option, an annotation or a checkpoint cannot be used; the message says why.
-    """
-    # That module has the table of all systems, so it imports this one.
-    from maskx.torchvision.quickstart import _refuse_options_of_others, load_data, nan_to_null
-
-    started = time.perf_counter()
-    _refuse_options_of_others("transfernet", options)
-    device = select_device(options.device)
-    image_size = options.image_size or (_COCO_SIZE if options.coco_train else None)
-    chosen = {"batch_size": options.batch_size, "image_size": image_size}
-    for name in ("iterations", "attention_iterations", "joint_iterations"):
-        chosen[name] = options.iterations
-    settings = TransferSettings(
-        backbone=options.backbone,
-        pretrained=options.pretrained,
-        seed=options.seed,
-        workers=options.workers,
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
-    options.output.mkdir(parents=True, exist_ok=True)
-    train_data, val_data = load_data(options, _SCENES, **_SCENE_STYLE)
-    split = resolve_split(options.masks_for or "scenes_half", train_data.class_names)
-    report(
-        f"{len(train_data.records)} training and {len(val_data.records)} validation images, "
-        f"{len(split.with_masks)} source categories with masks, {len(split.without_masks)} target "
-        f"categories with tags, on {device}"
-    )
-    metrics: dict[str, Any] = {"system": "transfernet"}
-    metrics |= learn_to_transfer(
-        train_data,
-        val_data,
-        split,
-        settings,
-        output=options.output,
-        compare=options.compare,
-        crf=options.crf,
-        resume=options.resume,
-        device=device,
-        report=report,
-    )
-    metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
-    metrics["seconds"] = round(time.perf_counter() - started, 1)
-    path = options.output / "metrics.json"
-    write_json(path, nan_to_null(metrics))
-    report(f"\nWrote {path}, {options.output / 'predictions.png'}")
-    return metrics
-
-
 def format_transfer(metrics: Mapping[str, Any]) -> str:
     """Lay out the measures in a table."""
     lines = ["| mIoU in percent | target | source | all |", "|---|---|---|---|"]
@@ -944,7 +891,7 @@ def draw_transfer(
             result[name][row].float().cpu().numpy() for name in ("attention", "densified")
         )
         tiles += [
-            _plain_tile(image),
+            plain_tile(image, _TILE_SIDE),
             draw_heat_map(image, attention, symmetric=False, side=_TILE_SIDE),
             draw_heat_map(image, densified - densified.mean(), symmetric=True, side=_TILE_SIDE),
             draw_label_map(image, result["label_map"], **names),
@@ -972,11 +919,6 @@ def _tag_mean_ap(
         name: evaluate_image_labels(prob[:, list(indices)], truth[:, list(indices)])["mAP"]
         for name, indices in groups.items()
     }
-
-
-def _plain_tile(image: np.ndarray) -> np.ndarray:
-    nothing = {"boxes": np.zeros((0, 4)), "masks": np.zeros((0, *image.shape[:2]), bool)}
-    return draw_instances(image, **nothing, labels=(), with_masks=(), side=_TILE_SIDE)
 
 
 def _varied(records: Sequence[Record], target: set[int]) -> list[Record]:

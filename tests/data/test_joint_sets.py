@@ -320,18 +320,16 @@ def test_pixels_of_withheld_things_are_unknown(scenes):
 
 
 def test_a_pixel_of_neither_a_thing_nor_stuff_is_unknown(tmp_path):
-    write_label_map(tmp_path / "stuff.png", np.array([[0, 1, 0, 255]]), num_classes=2)
+    write_label_map(tmp_path / "stuff.png", np.array([[0, 0, 0, 255]]), num_classes=2)
     thing = {"id": 1, "class_index": 0, "bbox": [0, 0, 1, 1], "iscrowd": 0}
-    record = tagged(1, [0, 4]) | {
+    record = tagged(1, [0]) | {
         "height": 1,
         "width": 4,
         "annotations": [thing | {"segmentation": [[0, 0, 1, 0, 1, 1, 0, 1]]}],
         "sem_seg_file_name": str(tmp_path / "stuff.png"),
         "num_things": 4,
-        "supervision": "mask",
     }
-    unknown = ignore_label(6)
-    assert things_and_stuff_label_map(record, 6).tolist() == [[1, 5, unknown, unknown]]
+    assert things_and_stuff_label_map(record, 6).tolist() == [[1, *[ignore_label(6)] * 3]]
 
 
 def test_a_plain_record_has_its_own_label_map(tmp_path):

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from maskx.modeling import larvseg
 from maskx.modeling.backbones import DilatedResNet, SmallFPN, SmallResNet
 from maskx.modeling.feature_pyramid import PyramidBackbone
 from maskx.modeling.larvseg import LarvSeg
@@ -42,7 +43,9 @@ def make_batch(num_labels=9):
 @pytest.mark.parametrize("logit_form", ["temperature", "layernorm"])
 @pytest.mark.parametrize("single_label", [False, True])
 def test_losses_are_those_of_the_parts_and_the_bank_is_filled_last(logit_form, single_label):
-    network = make_network(logit_form=logit_form, warm_up=1, bank_size=3, top_tokens=4)
+    network = make_network(
+        logit_form=logit_form, warm_up=1, bank_size=3, top_tokens=4, image_weight=0.2
+    )
     images, label_maps = make_batch(4)
     class_indices = torch.tensor([7, 2, 0, 5])
     labels = [[3, 0], [1]]
@@ -72,7 +75,7 @@ def test_losses_are_those_of_the_parts_and_the_bank_is_filled_last(logit_form, s
     attention = attention_maps(tokens, pairs, foreground, seen, background)
     expected = {
         "loss_seg": segmentation_loss(factors.dense(), label_maps, ignore=255),
-        "loss_cls": 0.1 * image_level_loss(factors, pairs),
+        "loss_cls": 0.2 * image_level_loss(factors, pairs),
         "loss_aux": 0.1 * attentive_loss(factors, pairs, attention, seen),
     }
     torch.testing.assert_close(found, expected)
@@ -171,6 +174,8 @@ def test_sampled_classes_give_the_losses_of_a_smaller_vocabulary():
 def test_predictions_are_the_best_trained_labels_of_the_dense_logits(logit_form):
     network = make_network(logit_form=logit_form).double()
     network.classifier.set_trained([0, 2, 5, 7])
+    if logit_form == "layernorm":
+        network.classifier.shift.data.fill_(0.7)
     images, _ = make_batch()
     class_indices = torch.tensor([7, 1, 2, 0, 8])
     labels, logits = network.predict(
@@ -184,6 +189,25 @@ def test_predictions_are_the_best_trained_labels_of_the_dense_logits(logit_form)
     assert torch.equal(labels, torch.tensor([0, 2, 3])[expected.indices])
     torch.testing.assert_close(logits, expected.values)
     assert network.predict(images[:0].double(), (8, 9), top_k=3)[0].shape == (0, 3, 8, 9)
+
+
+def test_a_pseudo_background_is_looked_for_among_all_classes_of_the_data_set(monkeypatch):
+    network = make_network(sample_classes=1, warm_up=1)
+    found = []
+
+    def look(tokens, pairs, foreground, bank, class_indices):
+        found.append(class_indices.tolist())
+        return pseudo_background(tokens, pairs, foreground, bank, class_indices)
+
+    monkeypatch.setattr(larvseg, "pseudo_background", look)
+    images, _ = make_batch()
+    network.losses(
+        network(images),
+        class_indices=torch.tensor([7, 2, 0, 5]),
+        image_labels=[[3], [1]],
+        single_label=True,
+    )
+    assert found == [[7, 2, 0, 5]]
 
 
 def test_a_vocabulary_that_training_never_showed_is_refused():

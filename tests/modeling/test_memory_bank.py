@@ -80,10 +80,12 @@ def test_sizes_below_one_are_refused(options):
 def _worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     bank = MemoryBank(3, 2, size=3)
-    # The first worker has two pairs, the second none; then the other way round.
+    # The first worker has two pairs, of the type that autocast gives them, and the second none;
+    # then the other way round.
     for step in range(2):
         classes = torch.tensor([2, 0] if rank == step else [], dtype=torch.int64)
-        means = torch.full((len(classes), 2), float(1 + step))
+        dtype = torch.float16 if len(classes) else torch.float32
+        means = torch.full((len(classes), 2), float(1 + step), dtype=dtype)
         bank.enqueue(classes, means, synchronise=True)
     torch.save(bank.state_dict(), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -191,6 +191,14 @@ def test_map_norm_of_a_constant_map_is_its_shift():
         assert maps.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e-5, 1e3])
+def test_map_norm_of_float16_is_that_of_float32(scale):
+    maps = (torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0)) * scale).half()
+    found = MapNorm(3)(maps)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, MapNorm(3)(maps.float()))
+
+
 def test_masks_are_predicted_of_the_wanted_pairs_only():
     net = make_net().eval()
     images = make_images()

@@ -193,6 +193,25 @@ def test_training_learns_a_mask_and_the_labels(kind):
     assert all(losses[name] < 0.6 * before[name] for name in losses)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_gives_about_the_same(kind):
+    """Gradients of a mean over positions, and squares of large features, leave float16."""
+    net = make_net(kind)
+    net.encoder.register_forward_hook(lambda *args: {"layer4": args[-1]["layer4"] * 100})
+    nn.init.normal_(net.decoder.predictor.weight)
+    expected = net(make_images(), PAIR_IMAGES, PAIR_LABELS)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = net(make_images(), PAIR_IMAGES, PAIR_LABELS)
+        losses = net.losses(found, PAIR_IMAGES, PAIR_LABELS, make_targets())
+    assert expected.mask_logits.std() > 0.05
+    atol = 0.05 * expected.mask_logits.std().item()
+    torch.testing.assert_close(
+        found.mask_logits.float(), expected.mask_logits, rtol=0.05, atol=atol
+    )
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+
+
 def test_baseline_of_one_size_refuses_another():
     net = make_net("baseline fc")
     with pytest.raises(ValueError, match=r"feature map of 6 x 6 positions. Allowed: 4 x 6"):

@@ -115,6 +115,31 @@ def test_transposed_decoder_has_the_widths_it_is_given():
     assert decoder.predictor.in_channels == 5
 
 
+def test_transposed_decoder_equals_its_layers_written_out():
+    torch.manual_seed(0)
+    decoder = TransposedDecoder(stride=4, widths=(4, 3, 2))
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    convs = iter(convs_of(decoder))
+    ups = iter([layer for layer in decoder.modules() if isinstance(layer, nn.ConvTranspose2d)])
+    maps = torch.randn(3, 1, 5, 6)
+    x = next(convs)(maps).relu()
+    x = next(convs)(x).relu()
+    for _ in range(2):
+        up = next(ups)
+        # each value spreads its 4 x 4 kernel around the 2 x 2 pixels that it covers
+        assert up.kernel_size == (4, 4)
+        x = F.conv_transpose2d(x, up.weight, up.bias, stride=2, padding=1).relu()
+        x = next(convs)(x).relu()
+    expected = next(convs)(x)
+    assert next(convs, None) is None
+    assert next(ups, None) is None
+    found = decoder(maps, PAIR_IMAGES, None, (20, 24))
+    torch.testing.assert_close(found, expected)
+    smaller = F.interpolate(expected, size=(19, 22), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(decoder(maps, PAIR_IMAGES, None, (19, 22)), smaller)
+
+
 def test_transposed_decoder_refuses_what_it_cannot_be():
     with pytest.raises(ValueError, match=r"stride is 12. Allowed: powers of two"):
         TransposedDecoder(stride=12)

@@ -270,3 +270,9 @@ def test_a_resnet_goes_the_whole_way(scenes, tmp_path):
     changes = {"backbone": "resnet18", "iterations": 1, "segmenter_iterations": 1}
     metrics = learn(scenes, tmp_path, **changes)
     assert set(metrics["mIoU"]["proxy"]) == {"C41", "C42"}
+
+
+def test_the_sizes_of_the_multi_scale_test_are_those_of_the_paper():
+    assert TagSettings(image_size=328, multi_scale=True).test_sizes == (241, 328, 401)
+    assert TagSettings(image_size=128, multi_scale=True).test_sizes == (94, 128, 156)
+    assert TagSettings(image_size=128).test_sizes == (128,)

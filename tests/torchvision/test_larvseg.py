@@ -16,25 +16,31 @@ from maskx.modeling.backbones import FeatureShape
 from maskx.modeling.image_classifier import ImageClassifier
 from maskx.modeling.larvseg import LarvSeg
 from maskx.supervision import resolve_split
-from maskx.torchvision import larvseg
-from maskx.torchvision.larvseg import (
-    JointMapper,
-    LabelledImages,
-    LarvSegChain,
-    LarvSegMethod,
-    LarvSegSettings,
-    SampleJointClassifier,
-    SampleLarvSeg,
-    attention_of,
-    evaluate_grouping,
-    evaluate_larvseg,
-    joint_batches,
-    labelled_images,
+from maskx.torchvision import larvseg_chain, larvseg_samples
+from maskx.torchvision.larvseg import attention_of
+from maskx.torchvision.larvseg_chain import LarvSegChain, LarvSegMethod, LarvSegSettings
+from maskx.torchvision.larvseg_checkpoints import (
+    build_larvseg,
     load_matching_weights,
     open_larvseg,
+)
+from maskx.torchvision.larvseg_evaluation import (
+    evaluate_grouping,
+    evaluate_larvseg,
     open_with_images,
+)
+from maskx.torchvision.larvseg_models import (
+    SampleJointClassifier,
+    SampleLarvSeg,
     predict_larvseg,
-    quickstart_sets,
+)
+from maskx.torchvision.larvseg_samples import (
+    JointMapper,
+    LabelledImages,
+    joint_batches,
+    labelled_images,
+    read_sample,
+    sets_of_one_file,
     split_groups,
     table_label_map,
 )
@@ -83,7 +89,7 @@ def split(data):
 
 @pytest.fixture(scope="module")
 def sets(data, split):
-    return quickstart_sets(data, split, image_size=SIZE)
+    return sets_of_one_file(data, split, image_size=SIZE)
 
 
 def batches_of(sets, mapper=None, **changes):
@@ -273,6 +279,8 @@ def test_label_maps_are_those_of_dense_logits_in_the_size_of_the_file():
 @pytest.mark.parametrize("logit_form", ["temperature", "layernorm"])
 def test_sliding_windows_average_the_logits_where_they_overlap(logit_form):
     model = make_model(5, size=16, sliding=True, logit_form=logit_form).eval()
+    if logit_form == "layernorm":
+        model.network.classifier.shift.data.fill_(0.7)
     sample = {"image": torch.randint(0, 256, (3, 16, 40), dtype=torch.uint8)}
     (found,) = model([sample | {"height": 16, "width": 40}])
     with torch.no_grad():
@@ -332,7 +340,7 @@ def make_chain(sets, output, settings=TINY, **options):
 @pytest.fixture(scope="module")
 def trained(sets, tmp_path_factory):
     chain = make_chain(sets, tmp_path_factory.mktemp("chain"))
-    return chain, {name: chain.train_method(LarvSegMethod(name)) for name in larvseg.METHODS}
+    return chain, {name: chain.train_method(LarvSegMethod(name)) for name in larvseg_chain.METHODS}
 
 
 def test_methods_start_alike_and_share_the_backbone(trained, sets, monkeypatch, tmp_path):
@@ -345,7 +353,7 @@ def test_methods_start_alike_and_share_the_backbone(trained, sets, monkeypatch, 
     def kept(model, *args, output_dir, **options):
         before[output_dir.name] = {k: v.clone() for k, v in model.state_dict().items()}
 
-    monkeypatch.setattr(larvseg, "train", kept)
+    monkeypatch.setattr(larvseg_chain, "train", kept)
     chain = make_chain(sets, tmp_path)
     for method in (
         LarvSegMethod("baseline"),
@@ -425,7 +433,7 @@ def test_a_checkpoint_of_another_vocabulary_goes_by_name(trained, caplog):
     old = models["larvseg"]
     names = ("unicorn", *reversed(old.class_names[2:]))
     content = json.loads((chain.output / "larvseg" / "model.json").read_text())
-    model = larvseg._build_larvseg(content | {"class_names": list(names)})
+    model = build_larvseg(content | {"class_names": list(names)})
     fresh = model.network.classifier.class_embeddings[0].clone()
     match = load_matching_weights(model, chain.output / "larvseg" / CHECKPOINT_NAME)
     assert match.only_new == ("unicorn",)
@@ -444,7 +452,7 @@ def test_a_checkpoint_of_another_vocabulary_goes_by_name(trained, caplog):
     assert "2 classes of the checkpoint are not wanted" in caplog.text
     # A model without a bank takes the rest.
     content = json.loads((chain.output / "baseline" / "model.json").read_text())
-    baseline = larvseg._build_larvseg(content)
+    baseline = build_larvseg(content)
     load_matching_weights(baseline, chain.output / "larvseg" / CHECKPOINT_NAME)
     key = "class_projection"
     assert torch.equal(
@@ -455,9 +463,12 @@ def test_a_checkpoint_of_another_vocabulary_goes_by_name(trained, caplog):
 def test_checkpoints_that_share_nothing_are_named(trained, tmp_path):
     chain, _ = trained
     content = json.loads((chain.output / "larvseg" / "model.json").read_text())
-    model = larvseg._build_larvseg(content | {"class_names": ["unicorn"]})
+    model = build_larvseg(content | {"class_names": ["unicorn"]})
     with pytest.raises(ValueError, match="has none of the 1 classes"):
         load_matching_weights(model, chain.output / "larvseg" / CHECKPOINT_NAME)
+    content["network"]["bank_size"] = 3
+    with pytest.raises(ValueError, match=r"row of network.bank.means has shape \(2, 128\), but of"):
+        load_matching_weights(build_larvseg(content), chain.output / "larvseg" / CHECKPOINT_NAME)
     path = tmp_path / CHECKPOINT_NAME
     torch.save({"model": {}, "run": {}, "iteration": 1}, path)
     with pytest.raises(ValueError, match="does not say which classes it has"):
@@ -523,7 +534,7 @@ def test_true_label_maps_score_100_and_no_background_counts(data, split):
 
 def test_a_background_that_is_a_class_has_its_label():
     test = LabelledImages([], ("a", "b"), "background")
-    labels = larvseg._table_labels(test, ("b", "c", "background"))
+    labels = larvseg_samples._table_labels(test, ("b", "c", "background"))
     assert labels[[0, 1, 2, 255]].tolist() == [3, ignore_label(3), 1, ignore_label(3)]
 
 
@@ -558,7 +569,7 @@ def test_grouping_is_seeded_and_takes_features_of_both_kinds(trained, data, spli
 def test_attention_needs_images_in_the_bank(trained, data):
     _, models = trained
     model = models["larvseg"]
-    sample = larvseg._read_image(data.records[0])
+    sample = read_sample(data.records[0])
     known = [int(i) for i in (model.network.bank.counts > 0).nonzero()[:2, 0]]
     maps = attention_of(model, sample, known[::-1])
     assert maps.shape == (2, 4, 4)

@@ -3,135 +3,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 
-from maskx.data.coco import load_coco
-from maskx.data.grabcut import grabcut_mask
-from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.data.scenes import generate_scenes
-from maskx.supervision import resolve_split
 from maskx.torchvision import quickstart
-from maskx.torchvision.quickstart import (
-    QuickstartOptions,
-    quickstart_class_patterns,
-    quickstart_maskx,
-)
+from maskx.torchvision.quickstart import QuickstartOptions, write_metrics
+from maskx.torchvision.quickstart_maskx import quickstart_maskx
+from maskx.torchvision.systems import SYSTEMS
 
 TOOL = Path(__file__).parents[2] / "tools" / "quickstart.py"
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart, "_TRAIN_SCENES", 6)
-    monkeypatch.setattr(quickstart, "_VAL_SCENES", 4)
-    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
-    monkeypatch.setattr(quickstart, "_TAG_SCENES", 6)
+    monkeypatch.setattr(quickstart, "TRAIN_SCENES", 6)
+    monkeypatch.setattr(quickstart, "VAL_SCENES", 4)
+    monkeypatch.setattr(quickstart, "SCENE_SIZE", 64)
+    monkeypatch.setattr(quickstart, "SPARSE_SCENES", 6)
     return {"output": tmp_path / "out", "iterations": 2, "batch_size": 2}
-
-
-def test_generated_data_to_metrics_and_picture(tiny):
-    lines = []
-    metrics = quickstart_maskx(QuickstartOptions(**tiny, compare=True), lines.append)
-    written = json.loads((tiny["output"] / "metrics.json").read_text())
-    assert written["system"] == "maskx"
-    assert written["seconds"] == metrics["seconds"] > 0
-    for results in (written, written["class_agnostic"], written["grabcut"]):
-        for task in ("segm", "bbox"):
-            for group in ("A", "B", "all"):
-                assert {"AP", "AP50", "AP75"} <= set(results[task][group])
-    for results in (written, written["class_agnostic"]):
-        assert results["losses"]["end"]["iteration"] == 1
-    assert written["grabcut"]["bbox"] == written["bbox"]
-    assert len(written["split"]["A"]) == len(written["split"]["B"]) == 20
-    for name in ("predictions.png", "comparison.png"):
-        assert cv2.imread(str(tiny["output"] / name)).shape[1] == 1600
-    text = "\n".join(lines)
-    assert "20 categories with masks (A), 20 with boxes only (B)" in text
-    assert "class_agnostic, average precision" in text
-    assert "grabcut, average precision" in text
-
-
-def test_grabcut_replaces_the_masks_of_detections(tmp_path):
-    json_file = generate_scenes(tmp_path, count=3, size=64, num_categories=4, seed=1)
-    data = load_coco(json_file, tmp_path)
-    truth = json.loads(json_file.read_text())["annotations"]
-    detections = [
-        {key: annotation[key] for key in ("image_id", "category_id", "bbox", "segmentation")}
-        | {"score": 1 - number / 100}
-        for number, annotation in enumerate(truth)
-        if annotation["image_id"] != 1  # an image without detections
-    ][::-1]
-    replaced = quickstart._with_grabcut_masks(data, detections)
-    assert sorted(d["score"] for d in replaced) == sorted(d["score"] for d in detections)
-    by_score = {d["score"]: d for d in replaced}
-    for old in detections:
-        new = by_score[old["score"]]
-        assert {**new, "segmentation": None} == {**old, "segmentation": None}
-        x, y, width, height = old["bbox"]
-        image = cv2.imread(data.records[old["image_id"]]["file_name"])[:, :, ::-1]
-        np.testing.assert_array_equal(
-            decode_segmentation(new["segmentation"], 64, 64),
-            grabcut_mask(image, [x, y, x + width, y + height]),
-        )
-
-
-def test_the_picture_shows_the_confident_detections_of_both_sides(tmp_path, monkeypatch):
-    json_file = generate_scenes(tmp_path, count=3, size=64, num_categories=4, seed=1)
-    data = load_coco(json_file, tmp_path)
-    split = resolve_split("scenes_half", data.class_names)
-    of_a, of_b = (indices[0] for indices in (split.indices_with_masks, split.indices_without_masks))
-    square, other = np.zeros((2, 64, 64), bool)
-    square[10:30, 5:25] = other[40:60, 40:50] = True
-    square, other = encode_masks(np.stack([square, other]))
-
-    def detection(image_id, class_index, score, segmentation, bbox):
-        return {
-            "image_id": image_id,
-            "category_id": data.category_ids[class_index],
-            "score": score,
-            "segmentation": segmentation,
-            "bbox": bbox,
-        }
-
-    detections = [
-        detection(0, of_a, 0.9, square, [5, 10, 20, 20]),
-        detection(0, of_b, 0.49, other, [40, 40, 10, 20]),  # not confident
-        detection(0, of_b, 0.8, square, [5, 10, 20, 20]),  # the same pixels as a surer one
-        detection(2, of_b, 0.6, square, [5, 10, 20, 20]),
-        detection(2, of_a, 0.7, other, [40, 40, 10, 20]),
-    ]
-    drawn = []
-
-    def draw(image, **instances):
-        drawn.append(instances)
-        return image
-
-    monkeypatch.setattr(quickstart, "draw_instances", draw)
-    (path,) = quickstart._save_pictures(tmp_path, data, {"maskx": detections}, split)
-    assert path == tmp_path / "predictions.png"
-    # First the image with both sides, last the one without anything.
-    assert [tile["with_masks"] for tile in drawn] == [[True, False], [True], []]
-    assert drawn[0]["boxes"].tolist() == [[40, 40, 50, 60], [5, 10, 25, 30]]
-    names = data.class_names
-    assert drawn[0]["labels"] == [f"{names[of_a]} 0.70", f"{names[of_b]} 0.60"]
-    assert drawn[0]["masks"].sum(axis=(1, 2)).tolist() == [200, 400]
-
-    drawn.clear()
-    methods = {"maskx": detections, "grabcut": [d for d in detections if d["image_id"] == 2]}
-    paths = quickstart._save_pictures(tmp_path, data, methods, split)
-    assert paths == [tmp_path / "predictions.png", tmp_path / "comparison.png"]
-    # The same images in the order of Mask^X, a row per method.
-    rows = [[tile["with_masks"] for tile in drawn[start : start + 3]] for start in (3, 6)]
-    assert rows == [[[True, False], [True], []], [[True, False], [], []]]
-
-
-def test_resume_needs_no_second_training(tiny):
-    first = quickstart_maskx(QuickstartOptions(**tiny), lambda line: None)
-    again = quickstart_maskx(QuickstartOptions(**tiny, resume=True), lambda line: None)
-    assert str(first["segm"]) == str(again["segm"])
-    assert first["losses"] == again["losses"]
 
 
 def make_coco(folder, **changes):
@@ -185,21 +74,6 @@ def test_resuming_with_another_split_is_refused(tmp_path, tiny):
         )
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"device": "gpu"}, "Device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
-        ({"backbone": "resnet5"}, "ResNet backbone must be one of .*'resnet50'.*got 'resnet5'"),
-        ({"iterations": 0}, "iterations must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"masks_for": "coco_voc"}, "names 'person', which is not among the 40"),
-    ],
-)
-def test_options_out_of_range_are_named(tiny, options, words):
-    with pytest.raises(ValueError, match=words):
-        quickstart_maskx(QuickstartOptions(**(tiny | options)), print)
-
-
 def test_a_file_without_images_is_named(tmp_path, tiny):
     data = make_coco(tmp_path / "data")
     empty = make_coco(tmp_path / "empty", images=[], annotations=[])
@@ -224,23 +98,6 @@ def test_bad_annotations_are_left_out_from_reading_to_evaluation(tmp_path, tiny)
     assert metrics["bbox"]["all"]["AP"] >= 0
 
 
-def test_real_photographs(shared_data, tiny):
-    """The whole way on COCO images, with masks for the VOC categories only."""
-    coco = shared_data / "coco_mini"
-    sources = {
-        f"coco_{part}": (
-            str(coco / "annotations" / f"instances_{part}2017.json"),
-            str(coco / f"{part}2017"),
-        )
-        for part in ("train", "val")
-    }
-    options = QuickstartOptions(**tiny, **sources, masks_for="coco_voc", image_size=64)
-    metrics = quickstart_maskx(options, print)
-    assert len(metrics["split"]["A"]) == 20
-    assert metrics["losses"]["start"]["loss_mask"] > 0
-    assert (tiny["output"] / "predictions.png").is_file()
-
-
 def test_options_that_contradict_are_named(tmp_path, tiny):
     data = make_coco(tmp_path / "data")
     with pytest.raises(ValueError, match="for training and for validation, got only one"):
@@ -256,33 +113,12 @@ def test_options_that_contradict_are_named(tmp_path, tiny):
         quickstart_maskx(QuickstartOptions(**tiny, coco_train=data, coco_val=other), print)
 
 
-def test_image_labels_to_metrics_and_picture(tiny):
-    lines = []
-    metrics = quickstart_class_patterns(QuickstartOptions(**tiny), lines.append)
-    written = json.loads((tiny["output"] / "metrics.json").read_text())
-    assert written["system"] == "class_patterns"
-    assert written["seconds"] == metrics["seconds"] > 0
-    assert set(written["mIoU"]) == {"proxy", "trained", "retrained"}
-    assert set(written["mIoU"]["proxy"]) == {"C41", "C42", "C43"}
-    assert cv2.imread(str(tiny["output"] / "predictions.png")).shape[1] == 1280
-    assert "6 training images with nothing but image labels, 4 validation images" in lines[0]
-    info = json.loads((tiny["output"] / "scenes/train/annotations.json").read_text())["info"]
-    assert (info["style"], info["num_categories"]) == ("sparse", 12)
-    again = quickstart_class_patterns(QuickstartOptions(**tiny, resume=True), print)
-    assert again["mIoU"] == metrics["mIoU"]
-
-
-def test_the_papers_settings_of_proxy_masks(tiny):
-    options = QuickstartOptions(**tiny, threshold="zero", resolve="ignore")
-    metrics = quickstart_class_patterns(options, print)
-    assert metrics["proxy_paper"] == metrics["mIoU"]["proxy"]
-
-
 @pytest.mark.parametrize(
     ("system", "options", "words"),
     [
         ("class_patterns", {"compare": True}, "compare has no meaning for the system class_patt"),
         ("class_patterns", {"masks_for": "all"}, "masks_for has no meaning for the system class"),
+        ("larvseg", {"crf": True}, "only for class_patterns, transfernet. Leave it out"),
         ("maskx", {"crf": True}, "crf has no meaning for the system maskx, only for class_patt"),
         ("maskx", {"threshold": "otsu"}, "threshold has no meaning for the system maskx"),
         ("maskx", {"resolve": "ignore"}, "resolve has no meaning for the system maskx"),
@@ -294,18 +130,28 @@ def test_the_papers_settings_of_proxy_masks(tiny):
 )
 def test_options_without_meaning_for_a_system_are_refused(tiny, system, options, words):
     with pytest.raises(ValueError, match=words):
-        quickstart.SYSTEMS[system](QuickstartOptions(**(tiny | options)), print)
+        SYSTEMS[system](QuickstartOptions(**(tiny | options)), print)
 
 
-def test_tagged_photographs_of_ones_own(shared_data, tmp_path, tiny):
-    coco = shared_data / "coco_mini"
-    content = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
-    content["images"] = content["images"][:5]
-    kept = {image["id"] for image in content["images"]}
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
-    (tmp_path / "five.json").write_text(json.dumps(content))
-    source = (str(tmp_path / "five.json"), str(coco / "val2017"))
-    options = QuickstartOptions(**tiny, coco_train=source, coco_val=source, image_size=32)
-    metrics = quickstart_class_patterns(options, print)
-    assert metrics["mIoU"]["proxy"]["C41"] > 0
-    assert (tiny["output"] / "predictions.png").is_file()
+def test_the_help_names_every_system():
+    text = run_tool("--help").stdout
+    assert all(text.count(system) >= 3 for system in SYSTEMS)
+
+
+def test_metrics_are_written_for_json_and_the_files_are_named(tmp_path):
+    lines = []
+    metrics = write_metrics(
+        QuickstartOptions(output=tmp_path),
+        {"system": "maskx", "mIoU": {"all": float("nan"), "base": 12.34567}},
+        started=0.0,
+        pictures=("one.png", "two.png"),
+        report=lines.append,
+    )
+    assert metrics["seconds"] > 0
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {
+        "system": "maskx",
+        "mIoU": {"all": None, "base": 12.3457},
+        "seconds": metrics["seconds"],
+    }
+    files = ", ".join(str(tmp_path / name) for name in ("metrics.json", "one.png", "two.png"))
+    assert lines == [f"\nWrote {files}"]

@@ -1,16 +1,16 @@
 import pytest
 import torch
 
-from maskx.torchvision import larvseg, quickstart
+from maskx.torchvision import larvseg_chain, quickstart
 from maskx.torchvision.studies import StudyOptions, run_study
 from maskx.torchvision.study_larvseg import METHODS
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(larvseg, "_SCENES", 24)
-    monkeypatch.setattr(quickstart, "_VAL_SCENES", 4)
-    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    monkeypatch.setattr(quickstart, "SPARSE_SCENES", 24)
+    monkeypatch.setattr(quickstart, "VAL_SCENES", 4)
+    monkeypatch.setattr(quickstart, "SCENE_SIZE", 64)
     return {
         "output": tmp_path / "study",
         "system": "larvseg",
@@ -27,7 +27,7 @@ def test_all_methods_start_from_one_backbone_and_only_supervised_sees_novel_mask
     tiny, monkeypatch
 ):
     trained, classes = [], {}
-    original = larvseg.train
+    original = larvseg_chain.train
 
     def train(model, batches, *args, **kwargs):
         folder = kwargs["output_dir"]
@@ -35,7 +35,7 @@ def test_all_methods_start_from_one_backbone_and_only_supervised_sees_novel_mask
         classes[trained[-1]] = len(kwargs["identity"]["scored"]["masks"])
         return original(model, batches, *args, **kwargs)
 
-    monkeypatch.setattr(larvseg, "train", train)
+    monkeypatch.setattr(larvseg_chain, "train", train)
     lines = []
     rows = run_study(StudyOptions(**tiny), lines.append)
     assert [row["setting"] for row in rows] == list(METHODS)

@@ -13,9 +13,9 @@ from maskx.torchvision.study_maskx import MASKX, PAPER_SETTINGS, WORDS, mask_bra
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart, "_TRAIN_SCENES", 6)
-    monkeypatch.setattr(quickstart, "_VAL_SCENES", 4)
-    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    monkeypatch.setattr(quickstart, "TRAIN_SCENES", 6)
+    monkeypatch.setattr(quickstart, "VAL_SCENES", 4)
+    monkeypatch.setattr(quickstart, "SCENE_SIZE", 64)
     return {
         "output": tmp_path / "study",
         "settings": ("sw/baseline", "sw/cls_2_layer", "e2e/clsbox_2_layer"),

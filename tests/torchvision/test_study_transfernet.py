@@ -1,20 +1,21 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 
-from maskx.torchvision import quickstart, transfernet
+from maskx.torchvision import quickstart, study_transfernet, transfernet
 from maskx.torchvision.studies import StudyOptions, run_study
 from maskx.torchvision.study_transfernet import METHODS
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(transfernet, "_SCENES", 24)
-    monkeypatch.setattr(quickstart, "_VAL_SCENES", 6)
-    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    monkeypatch.setattr(quickstart, "SPARSE_SCENES", 24)
+    monkeypatch.setattr(quickstart, "VAL_SCENES", 6)
+    monkeypatch.setattr(quickstart, "SCENE_SIZE", 64)
     return {
         "output": tmp_path / "study",
         "system": "transfernet",
@@ -88,6 +89,35 @@ def test_the_settings_are_what_their_names_say(tiny, monkeypatch):
     assert [weights[n]["run"]["iterations"] for n in ("attention", "transfernet")] == [1, 2]
 
 
+def test_measures_with_true_labels_are_told_apart(tiny, monkeypatch):
+    def evaluate_transfer(model, records, groups, *, image_labels, **_):
+        return {"mIoU": dict.fromkeys(groups, 50.0 if image_labels is None else 40.0)}
+
+    monkeypatch.setattr(study_transfernet, "evaluate_transfer", evaluate_transfer)
+    run_study(StudyOptions(**tiny | {"settings": ("baseline",)}), print)
+    result = json.loads((tiny["output"] / "seed_0" / "baseline" / "result.json").read_text())
+    assert {name: result["result"][name] for name in ("target", "target_gt", "all", "all_gt")} == {
+        **{"target": 40, "target_gt": 50},
+        **{"all": 40, "all_gt": 50},
+    }
+
+
+def test_orderings_are_those_of_the_paper():
+    pairs = {
+        (ordering.better[0], ordering.worse[0])
+        for ordering in study_transfernet.TRANSFERNET.orderings
+        if ordering.better[1] == ordering.worse[1] == "target"
+    }
+    shares = ("transfernet", *(f"transfernet_source_{s}" for s in (0.5, 0.25, 0.1, 0.05, 0.01)))
+    assert pairs == {
+        ("transfernet", "baseline"),
+        ("baseline", "decoupled"),
+        ("transfernet", "transfernet_attention_input"),
+        ("transfernet", "transfernet_frozen_attention"),
+        *pairwise(shares),
+    }
+
+
 def test_other_options_are_refused(tiny):
     tiny["settings"] = ("baseline",)
     run_study(StudyOptions(**tiny), print)
@@ -103,9 +133,9 @@ def test_an_unknown_setting_is_refused(tiny):
 TINY_STUDY = """
 import json, sys
 from pathlib import Path
-from maskx.torchvision import quickstart, transfernet
+from maskx.torchvision import quickstart
 from maskx.torchvision.studies import StudyOptions, run_study
-transfernet._SCENES, quickstart._VAL_SCENES, quickstart._SCENE_SIZE = 24, 6, 64
+quickstart.SPARSE_SCENES, quickstart.VAL_SCENES, quickstart.SCENE_SIZE = 24, 6, 64
 options = json.loads(sys.argv[1])
 run_study(StudyOptions(**options | {"output": Path(options["output"])}), print)
 """

@@ -1,6 +1,7 @@
 import copy
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from maskx.data.coco import load_coco
 from maskx.data.dense_crf import TRANSFERNET, refine
 from maskx.data.label_maps import semantic_label_map
 from maskx.data.scenes import generate_scenes
-from maskx.data.transfer_sets import transfer_sets
+from maskx.data.transfer_sets import source_subset, transfer_sets
 from maskx.modeling.class_patterns import network_hash
 from maskx.modeling.transfernet import TransferNet
 from maskx.modeling.transfernet_baselines import BaselineNet, DecoupledNet
@@ -84,7 +85,7 @@ def trained(sets, split, tmp_path_factory):
 @pytest.fixture
 def samples(sets):
     mapper = TransferMapper(K, size=SIZE)
-    records = [*sets.source[:2], *sets.target[:2]]
+    records = [sets.target[0], *sets.source[:2], sets.target[1]]
     return [mapper(record, np.random.RandomState(0)) for record in records]
 
 
@@ -167,6 +168,12 @@ def test_a_resumed_run_sees_what_the_interrupted_one_would_have_seen(sets):
     assert whole == ids_of(make_batches(sets, 0, 3)) + ids_of(make_batches(sets, 3, 8))
     assert whole == ids_of(make_batches(sets, 0, 8, num_workers=1))
     assert whole != ids_of(make_batches(sets, 0, 8, seed=6))
+
+
+def test_the_halves_are_drawn_independently(sets):
+    same = SimpleNamespace(source=sets.source, target=sets.source)
+    batches = ids_of(make_batches(same, 0, 10))
+    assert [batch[:2] for batch in batches] != [batch[2:] for batch in batches]
 
 
 def test_a_source_of_one_image_is_enough(sets):
@@ -323,7 +330,7 @@ def test_what_was_predicted_decides_which_masks_are_made(data, split):
     )
     assert found["mIoU"]["source"] == pytest.approx(100)
     assert found["mIoU"]["target"] == 0
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match=r"labels of 1 images, but 16 records\. Give a list for"):
         next(predict_transfer(Oracle(data.records), data.records, image_labels=[[]]))
 
 
@@ -333,6 +340,14 @@ def test_the_separate_classifier_gives_at_least_one_label(trained, data):
     for row, chosen in zip(prob, labels, strict=True):
         above = np.flatnonzero(row >= 0.6).tolist()
         assert chosen == (above or [int(row.argmax())])
+
+
+def test_the_map_of_a_group_is_that_of_its_categories():
+    prob = np.array([[0.9, 0.1, 0.2], [0.2, 0.8, 0.6], [0.1, 0.7, 0.1]], np.float32)
+    records = [{"image_labels": labels} for labels in ([0], [2], [1])]
+    found = transfernet._tag_mean_ap(prob, records, {"a": (0, 2), "b": (1,), "all": range(3)})
+    # of class 1 the only image comes second
+    assert found == {"a": pytest.approx(100), "b": pytest.approx(50), "all": pytest.approx(250 / 3)}
 
 
 def test_the_attention_entropy_is_reported(trained, data, split):
@@ -387,6 +402,29 @@ def test_a_crf_that_is_not_installed_is_named_at_once(data, monkeypatch):
 # --- training
 
 
+def test_every_step_sees_its_images_for_its_number_of_steps(make_chain, sets, monkeypatch):
+    steps = {}
+
+    def train(model, batches, settings, *, output_dir, **_):
+        samples = [sample for batch in batches(start=0, stop=12) for sample in batch]
+        steps[output_dir.name] = (settings.iterations, samples)
+
+    monkeypatch.setattr(transfernet, "train", train)
+    chain = make_chain(iterations=2, attention_iterations=3, joint_iterations=4)
+    for name in transfernet.METHODS:
+        chain.train_masks(TransferMethod(name))
+    counts = {name: count for name, (count, _) in steps.items()}
+    assert counts == {
+        **{"classifier": 2, "attention": 3, "transfernet": 4},
+        **{"baseline": 7, "decoupled": 7},
+    }
+    source, target = ({r["image_id"] for r in side} for side in (sets.source, sets.target))
+    for name, (_, samples) in steps.items():
+        assert {sample["image_id"] for sample in samples} == source | target
+        with_masks = {sample["image_id"] for sample in samples if "label_map" in sample}
+        assert with_masks == (set() if name in ("classifier", "attention") else source)
+
+
 def test_methods_share_the_encoder_and_the_first_stage(trained):
     encoder = trained.classifier.classifier.backbone
     states = [v.clone() for v in encoder.state_dict().values()]
@@ -406,6 +444,9 @@ def test_methods_share_the_encoder_and_the_first_stage(trained):
     networks = (TransferNet, BaselineNet, DecoupledNet)
     for method, network in zip(transfernet.METHODS, networks, strict=True):
         assert type(trained._build(TransferMethod(method)).network) is network
+    for decoder_input in ("densified", "attention"):
+        built = trained._build(TransferMethod(decoder_input=decoder_input)).network
+        assert built.decoder_input == decoder_input
 
 
 def test_a_frozen_attention_is_that_of_the_first_stage(trained):
@@ -415,6 +456,22 @@ def test_a_frozen_attention_is_that_of_the_first_stage(trained):
     joint = trained.train_masks(TransferMethod())
     pairs = zip(first, weights_of(joint.network.attention), strict=True)
     assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_masks_are_read_of_the_chosen_source_images_only(sets, split, tmp_path):
+    """Neither the classifier nor the first stage reads masks, the second those of its share."""
+    method = TransferMethod(source_fraction=0.01)
+    chosen = source_subset(sets.source, method.source_fraction, 0)
+    others = [with_unreadable_masks(record) for record in sets.source if record not in chosen]
+    order = {record["image_id"]: number for number, record in enumerate(sets.source)}
+    source = sorted([*chosen, *others], key=lambda record: order[record["image_id"]])
+    assert len(chosen) == 1 < len(source)
+    chain = TransferChain(
+        replace(sets, source=source), split, TransferSettings(**TINY), output=tmp_path
+    )
+    chain.train_masks(method)
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        chain.train_masks(TransferMethod())
 
 
 def test_the_first_stage_trains_no_decoder(trained):
@@ -467,6 +524,12 @@ def test_a_run_with_other_data_settings_or_encoder_is_not_resumed(make_chain, tm
     assert network_hash(other.classifier.classifier.backbone) != chain._encoder_hash
     with pytest.raises(ValueError, match="made with encoder "):
         other.train_masks(TransferMethod("baseline"))
+    chain.train_masks(TransferMethod())
+    other = make_chain(resume=True)
+    with torch.no_grad():
+        other.attention.network.attention.attend.weight += 1
+    with pytest.raises(ValueError, match="made with first stage "):
+        other.train_masks(TransferMethod())
 
 
 def test_the_published_attention_is_for_one_size(make_chain, tmp_path):
@@ -476,7 +539,7 @@ def test_the_published_attention_is_for_one_size(make_chain, tmp_path):
     with pytest.raises(ValueError, match="for feature maps of 6 x 6 positions, but the checkpoint"):
         load_weights(other._build(TransferMethod()), checkpoint)
     with pytest.raises(ValueError, match=r"image size of 45 is no multiple of the stride 8"):
-        make_chain(attention="fc", image_size=45).attention
+        make_chain(attention="fc", image_size=45)
 
 
 def test_vgg_has_the_decoder_of_the_paper(make_chain):
@@ -484,21 +547,28 @@ def test_vgg_has_the_decoder_of_the_paper(make_chain):
     model = chain._build(TransferMethod())
     assert isinstance(model.network.decoder, UnpoolingDecoder)
     assert model.network.in_feature == "conv5_3"
+    with pytest.raises(ValueError, match=r"'conv4_3', but .* starts from 'conv5_3'\. Leave in_f"):
+        make_chain(backbone="vgg16", in_feature="conv4_3")
+    with pytest.raises(ValueError, match=r"image_size is 8, .*Allowed: at least 16\."):
+        make_chain(backbone="vgg16", image_size=8)
+    make_chain(backbone="vgg16", image_size=16)
 
 
-def test_settings_that_are_not_known_are_named(make_chain):
+def test_what_cannot_be_is_refused_before_anything_is_trained(make_chain):
     with pytest.raises(ValueError, match=r"attention of TransferNet must be one of .*'fc'"):
         make_chain(attention="other")
+    with pytest.raises(ValueError, match=r"batch size is 5\. Allowed: even numbers"):
+        make_chain(batch_size=5)
     with pytest.raises(
         ValueError, match=r"backbone must be one of small, vgg16, resnet18, .*'vgg'"
     ):
-        make_chain(backbone="vgg").classifier
-    with pytest.raises(ValueError, match="no pretrained weights of the backbone 'small'"):
-        make_chain(pretrained=True).classifier
+        make_chain(backbone="vgg")
     with pytest.raises(
         ValueError, match=r"in_feature of SmallResNet must be one of .*got 'layer9'"
     ):
-        make_chain(in_feature="layer9").attention
+        make_chain(in_feature="layer9")
+    with pytest.raises(ValueError, match="no pretrained weights of the backbone 'small'"):
+        make_chain(pretrained=True).classifier
 
 
 def test_methods_have_names_for_folders():

@@ -4,16 +4,16 @@ import cv2
 import pytest
 
 from maskx.data.scenes import generate_scenes, scene_categories
-from maskx.torchvision import quickstart, transfernet
+from maskx.torchvision import quickstart
 from maskx.torchvision.quickstart import QuickstartOptions
-from maskx.torchvision.transfernet import quickstart_transfernet
+from maskx.torchvision.quickstart_transfernet import quickstart_transfernet
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(transfernet, "_SCENES", 24)
-    monkeypatch.setattr(quickstart, "_VAL_SCENES", 6)
-    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    monkeypatch.setattr(quickstart, "SPARSE_SCENES", 24)
+    monkeypatch.setattr(quickstart, "VAL_SCENES", 6)
+    monkeypatch.setattr(quickstart, "SCENE_SIZE", 64)
     return {"output": tmp_path / "out", "iterations": 2, "batch_size": 4, "image_size": 64}
 
 
@@ -98,6 +98,17 @@ def test_source_and_target_that_overlap_are_named(tmp_path, tiny):
     )
     with pytest.raises(ValueError, match=f"'{names[4]}' stand on both sides"):
         run(tiny, coco_train=data, coco_val=data, masks_for=str(tmp_path / "both.json"))
+
+
+def test_validation_images_without_masks_are_refused(tmp_path, tiny):
+    train, val = make_coco(tmp_path / "train"), make_coco(tmp_path / "val")
+    content = json.loads((tmp_path / "val" / "annotations.json").read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (tmp_path / "val" / "annotations.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"None of the 16 validation images of '.*val.*' has a m"):
+        run(tiny, coco_train=train, coco_val=val, masks_for="scenes_half")
+    assert not (tiny["output"] / "classifier").exists()
 
 
 def test_real_photographs(shared_data, tiny, tmp_path):

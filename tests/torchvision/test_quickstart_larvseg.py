@@ -6,16 +6,17 @@ import pytest
 
 from maskx.data.ccp import prepare_ccp
 from maskx.data.scenes import STUFF_CATEGORIES, generate_scenes, scene_categories
-from maskx.torchvision import larvseg, quickstart
-from maskx.torchvision.larvseg import quickstart_larvseg
-from maskx.torchvision.quickstart import SYSTEMS, QuickstartOptions
+from maskx.torchvision import quickstart
+from maskx.torchvision.quickstart import QuickstartOptions
+from maskx.torchvision.quickstart_larvseg import quickstart_larvseg
+from maskx.torchvision.systems import SYSTEMS
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(larvseg, "_SCENES", 24)
-    monkeypatch.setattr(quickstart, "_VAL_SCENES", 6)
-    monkeypatch.setattr(quickstart, "_SCENE_SIZE", 64)
+    monkeypatch.setattr(quickstart, "SPARSE_SCENES", 24)
+    monkeypatch.setattr(quickstart, "VAL_SCENES", 6)
+    monkeypatch.setattr(quickstart, "SCENE_SIZE", 64)
     return {"output": tmp_path / "out", "iterations": 2, "batch_size": 4, "image_size": 64}
 
 
@@ -101,6 +102,24 @@ def test_base_and_novel_that_overlap_are_named(tmp_path, tiny):
     (tmp_path / "both.json").write_text(json.dumps(both))
     with pytest.raises(ValueError, match=f"'{names[4]}' stand on both sides"):
         run(tiny, coco_train=data, coco_val=data, masks_for=str(tmp_path / "both.json"))
+
+
+def test_validation_images_without_masks_are_refused(tmp_path, tiny):
+    json_file = generate_scenes(
+        tmp_path / "data", count=8, size=64, num_categories=8, seed=1, style="sparse"
+    )
+    content = json.loads(json_file.read_text())
+    del content["stuff_categories"]
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    for image in content["images"]:
+        del image["stuff_file_name"]
+    (tmp_path / "data" / "boxes.json").write_text(json.dumps(content))
+    files = {"coco_train": json_file, "coco_val": tmp_path / "data" / "boxes.json"}
+    files = {key: (str(path), str(tmp_path / "data")) for key, path in files.items()}
+    with pytest.raises(ValueError, match=r"None of the 8 validation images of '.*boxes.json' has"):
+        run(tiny, **files, masks_for="scenes_half")
+    assert not (tiny["output"] / "start").exists()
 
 
 @pytest.mark.parametrize(
