@@ -17,14 +17,24 @@ def pytest_report_header():
     return f"detectron2: {found}"
 
 
+_LOGGERS = [logging.getLogger(name) for name in ("maskx", "detectron2", "fvcore")]
+_LOGGER_STATES = [(log.propagate, log.level, list(log.handlers)) for log in _LOGGERS]
+
+
 @pytest.fixture(autouse=True)
 def restored_loggers():
-    """Undo what a test did to loggers: Detectron2's setup_logger stops them from propagating."""
-    loggers = [logging.getLogger(name) for name in ("maskx", "detectron2", "fvcore")]
-    states = [(logger.propagate, logger.level, list(logger.handlers)) for logger in loggers]
+    """Undo what was done to loggers: Detectron2's setup_logger stops them from propagating.
+
+    Before a test as well, as a fixture of its module may have trained.
+    """
+    _restore_loggers()
     yield
-    for logger, state in zip(loggers, states, strict=True):
-        logger.propagate, logger.level, logger.handlers = state
+    _restore_loggers()
+
+
+def _restore_loggers():
+    for log, (propagate, level, handlers) in zip(_LOGGERS, _LOGGER_STATES, strict=True):
+        log.propagate, log.level, log.handlers = propagate, level, list(handlers)
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -62,6 +63,19 @@ def clean_state():
     """Seed everything and forget the data sets that a test registers."""
     torch.manual_seed(0)
     np.random.seed(0)
+    with _forgotten_data_sets():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def clean_module():
+    """Forget the data sets that fixtures of a module register."""
+    with _forgotten_data_sets():
+        yield
+
+
+@contextlib.contextmanager
+def _forgotten_data_sets():
     catalogs = (DatasetCatalog, MetadataCatalog)
     known = [set(catalog.list()) for catalog in catalogs]
     yield

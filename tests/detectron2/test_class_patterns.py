@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import logging
 import os
 import pickle
 import runpy
@@ -627,10 +626,7 @@ def test_what_does_not_belong_together_is_refused(weights, opts, tmp_path):
         open_classifier("none.yaml", weights, opts)
 
 
-def test_images_without_known_labels_are_left_out_and_counted(
-    weights, opts, data, caplog, monkeypatch
-):
-    monkeypatch.setattr(logging.getLogger("maskx"), "propagate", True)  # trainings change it
+def test_images_without_known_labels_are_left_out_and_counted(weights, opts, data, caplog):
     records = load_coco(*data).records
     plain = [
         {key: record[key] for key in ("file_name", "image_id", "height", "width")}
