@@ -101,6 +101,9 @@ def prepare_imagenet21k(
 ) -> ImageNetSummary:
     """Write `imagenet_NAME_tags.json`: image labels, as ImageNet has no masks.
 
+    Its categories, which say what the classes are, are in `imagenet_NAME_categories.json` too, as
+    the file itself may be large.
+
     Sizes are read from the headers of the images, folder by folder, and kept in `output/sizes`, so
     that an interrupted run goes on; a folder in which names have changed is read anew. Categories
     have the key `synset`; those of ADE20K's classes have the names of `ade20k.py`, others the first
@@ -166,6 +169,7 @@ def prepare_imagenet21k(
             f"{images}: no image is left of {len(class_of)} synsets.{list_problems(problems)}"
         )
     write_json(output / f"imagenet_{name}_tags.json", content, compact=True)
+    write_json(output / f"imagenet_{name}_categories.json", content["categories"])
     return ImageNetSummary(
         classes=name,
         num_images={

@@ -13,12 +13,13 @@ if importlib.util.find_spec("detectron2") is None:
         "maskx works without it."
     )
 
-from maskx.detectron2.backbones import MaskXResNet, MaskXSmallResNet, MaskXVGG16
+from maskx.detectron2.backbones import MaskXResNet, MaskXSmallResNet, MaskXVGG16, MaskXViT
 from maskx.detectron2.box_predictor import MaskXTextOutputLayers
 from maskx.detectron2.config import add_maskx_config, get_cfg
 from maskx.detectron2.data import (
     MaskXDatasetMapper,
     MaskXImageMapper,
+    MaskXJointMapper,
     MaskXTransferMapper,
     register_all,
     register_coco,
@@ -31,6 +32,7 @@ from maskx.detectron2.meta_arch import (
     MaskXDeepLab,
     MaskXGrabCutRCNN,
     MaskXImageClassifier,
+    MaskXLarvSeg,
     MaskXRCNN,
     MaskXTransferClassifier,
     MaskXTransferNet,
@@ -38,8 +40,11 @@ from maskx.detectron2.meta_arch import (
 from maskx.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
 from maskx.detectron2.proposal_generator import MaskXRPN
 from maskx.detectron2.roi_heads import MaskXCascadeROIHeads, MaskXROIHeads, MaskXROIHeadsMixin
-from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
-from maskx.detectron2.solver import build_optimizer
+from maskx.detectron2.sem_seg_evaluation import (
+    MaskXLargeVocabularyEvaluator,
+    MaskXSemSegEvaluator,
+)
+from maskx.detectron2.solver import build_lr_scheduler, build_optimizer
 from maskx.detectron2.tasks import Task
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
 from maskx.detectron2.transfer_evaluation import (
@@ -57,6 +62,9 @@ __all__ = [
     "MaskXImageClassifier",
     "MaskXImageLabelEvaluator",
     "MaskXImageMapper",
+    "MaskXJointMapper",
+    "MaskXLargeVocabularyEvaluator",
+    "MaskXLarvSeg",
     "MaskXMaskHead",
     "MaskXPointRendMaskHead",
     "MaskXRCNN",
@@ -73,10 +81,12 @@ __all__ = [
     "MaskXTransferNet",
     "MaskXTransferSemSegEvaluator",
     "MaskXVGG16",
+    "MaskXViT",
     "PointLayers",
     "Task",
     "Trainer",
     "add_maskx_config",
+    "build_lr_scheduler",
     "build_optimizer",
     "check_num_gpus",
     "evaluate",

@@ -1,5 +1,6 @@
 """The plain backbones of maskx in Detectron2's registry, with the same names of parameters."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -7,8 +8,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from maskx.modeling.backbones import VGG16, DilatedResNet, SmallResNet
+from maskx.modeling.vit import ViTBackbone, timm_vit
 
-__all__ = ["MaskXResNet", "MaskXSmallResNet", "MaskXVGG16"]
+__all__ = ["MaskXResNet", "MaskXSmallResNet", "MaskXVGG16", "MaskXViT"]
 
 # What torchvision's ImageNet weights expect, for pixels in [0, 255].
 _FORMAT = "RGB"
@@ -124,6 +126,66 @@ class MaskXVGG16(VGG16, _MaskXBackbone):
         del self.features[int(self.layer_aliases[last_kept].rpartition(".")[2]) + 1 :]
 
 
+@BACKBONE_REGISTRY.register()
+class MaskXViT(ViTBackbone, _MaskXBackbone):
+    """A vision transformer of timm: :class:`maskx.modeling.vit.ViTBackbone`.
+
+    ``MODEL.MASKX.BACKBONE.OUTPUT_STRIDE`` is not read: the stride is the size of a patch.
+
+    Args:
+        name: of the model.
+        pretrained: download its weights.
+        drop_path: probability with which a layer is skipped in training.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+
+    @configurable
+    def __init__(self, *, name: str, pretrained: bool = False, drop_path: float = 0.1) -> None:
+        plain = timm_vit(name, pretrained=pretrained, drop_path=drop_path)
+        super().__init__(plain.transformer)
+        self.layer_aliases: dict[str, str] = {}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Read the arguments from a configuration.
+
+        Raises:
+            ValueError: timm has no such model, the images would not be those that its weights
+                expect, or ``MODEL.MASKX.BACKBONE`` asks for what this network does not have.
+        """
+        _check_without(cfg, cls, "FROZEN_NORM", "it has no batch norm")
+        keys = cfg.MODEL.MASKX.BACKBONE
+        return {
+            "name": keys.VIT,
+            "pretrained": _timm_weights(cfg),
+            "drop_path": keys.DROP_PATH,
+        }
+
+
+def _timm_weights(cfg: CfgNode) -> bool:
+    """Whether to load the weights of timm, after a check that there are any for these images."""
+    try:
+        import timm
+    except ImportError:
+        return False  # timm_vit says what to install
+    name = cfg.MODEL.MASKX.BACKBONE.VIT
+    if not timm.is_model(name):
+        raise ValueError(
+            f"MODEL.MASKX.BACKBONE.VIT is '{name}', which timm {timm.__version__} does not have. "
+            "Give one of timm.list_models('vit*')."
+        )
+    if not cfg.MODEL.MASKX.BACKBONE.PRETRAINED or cfg.MODEL.WEIGHTS:
+        return False
+    weights = timm.get_pretrained_cfg(name)
+    expected = [
+        [round(255 * value, 3) for value in values] for values in (weights.mean, weights.std)
+    ]
+    _check_images(cfg, "timm", *expected)
+    return True
+
+
 def _check_without(cfg: CfgNode, cls: type, key: str, reason: str) -> None:
     if cfg.MODEL.MASKX.BACKBONE[key]:
         raise ValueError(
@@ -136,12 +198,17 @@ def _imagenet_weights(cfg: CfgNode) -> str | None:
     """Name of torchvision's weights; None where ``MODEL.WEIGHTS`` replaces them anyway."""
     if not cfg.MODEL.MASKX.BACKBONE.PRETRAINED or cfg.MODEL.WEIGHTS:
         return None
+    _check_images(cfg, "torchvision", _MEAN, _STD)
+    return "DEFAULT"
+
+
+def _check_images(cfg: CfgNode, library: str, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse images that are not those that downloaded weights expect."""
     found = (cfg.INPUT.FORMAT, *cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD)
-    if found != (_FORMAT, *_MEAN, *_STD):
+    if found != (_FORMAT, *mean, *std):
         raise ValueError(
             f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, MODEL.PIXEL_MEAN {cfg.MODEL.PIXEL_MEAN} and "
             f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}, but MODEL.MASKX.BACKBONE.PRETRAINED loads "
-            f"weights of torchvision, which expect {_FORMAT}, {list(_MEAN)} and {list(_STD)}. Set "
+            f"weights of {library}, which expect {_FORMAT}, {list(mean)} and {list(std)}. Set "
             "all three so, or PRETRAINED False."
         )
-    return "DEFAULT"

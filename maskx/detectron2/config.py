@@ -81,14 +81,18 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.NUM_CLASSES = 20
     # Feature map of the backbone that these read; "": its last. What comes after it is left out.
     keys.MODEL.MASKX.IN_FEATURE = ""
-    # What MODEL.BACKBONE.NAME MaskXSmallResNet, MaskXResNet and MaskXVGG16 read. The depth of
-    # MaskXResNet is RESNETS.DEPTH.
+    # What MODEL.BACKBONE.NAME MaskXSmallResNet, MaskXResNet, MaskXVGG16 and MaskXViT read. The
+    # depth of MaskXResNet is RESNETS.DEPTH.
     keys.MODEL.MASKX.BACKBONE = CN()
+    # Model of timm and the probability that a layer is skipped in training (MaskXViT).
+    keys.MODEL.MASKX.BACKBONE.VIT = "vit_base_patch16_384.augreg_in21k_ft_in1k"
+    keys.MODEL.MASKX.BACKBONE.DROP_PATH = 0.1
     # Stride of the last feature map in pixels: 4, 8 or 16 (MaskXSmallResNet), 8, 16 or 32
     # (MaskXResNet), 8 or 16 (MaskXVGG16).
     keys.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE = 8
-    # True: start from torchvision's ImageNet weights, which are downloaded; not where
-    # MODEL.WEIGHTS is set. Needs INPUT.FORMAT "RGB" and ImageNet's PIXEL_MEAN and PIXEL_STD.
+    # True: start from ImageNet weights of torchvision (or of timm, MaskXViT), which are downloaded;
+    # not where MODEL.WEIGHTS is set. Needs INPUT.FORMAT "RGB" and the PIXEL_MEAN and PIXEL_STD that
+    # the weights expect.
     keys.MODEL.MASKX.BACKBONE.PRETRAINED = False
     # True: batch norm keeps its statistics and its weights (MaskXResNet).
     keys.MODEL.MASKX.BACKBONE.FROZEN_NORM = False
@@ -132,6 +136,36 @@ def _defaults() -> CN:
     # IN_FEATURE of that classifier; "": the last.
     keys.MODEL.MASKX.TRANSFERNET.CLASSIFIER_FEATURE = ""
 
+    # What MaskXLarvSeg reads. Its classes are those of the data sets; NUM_CLASSES is not read.
+    keys.MODEL.MASKX.LARVSEG = CN()
+    # Registered data sets whose classes, united by name, make the class table; (): those of
+    # DATASETS.TRAIN. Needed where there is no training data, such as to use a trained model.
+    keys.MODEL.MASKX.LARVSEG.CLASSES_OF = ()
+    # "temperature" (cosine over a learned temperature) or "layernorm" (the reference code's).
+    keys.MODEL.MASKX.LARVSEG.LOGIT_FORM = "temperature"
+    # What attention is made with: "cross_image" (the images seen last, the paper's),
+    # "single_image" (the image itself) or "none" (no attention, the paper's baseline).
+    keys.MODEL.MASKX.LARVSEG.MEMORY = "cross_image"
+    # M, images per class of the memory bank, and how many of a class must have been seen before its
+    # attention is learned from; WARM_UP 0: as many as the bank holds.
+    keys.MODEL.MASKX.LARVSEG.BANK_SIZE = 20
+    keys.MODEL.MASKX.LARVSEG.WARM_UP = 0
+    # K_top, tokens of an image that represent its class.
+    keys.MODEL.MASKX.LARVSEG.TOP_TOKENS = 20
+    # True: all workers hold the same memory bank. False: each that of the images it sees; only
+    # that of the main process is in the checkpoint.
+    keys.MODEL.MASKX.LARVSEG.SYNCHRONISE_BANK = False
+    # "weighted" (the paper's mean of logit x attention) or "normalised" (over the sum of it).
+    keys.MODEL.MASKX.LARVSEG.POOLING = "weighted"
+    # Channels of the classifier; 0: those of the feature map.
+    keys.MODEL.MASKX.LARVSEG.HIDDEN_CHANNELS = 0
+    # Random classes, beside those present, that training scores; 0: all of the data set. 100 in the
+    # reference's runs with hundreds of classes or more.
+    keys.MODEL.MASKX.LARVSEG.SAMPLE_CLASSES = 0
+    # Weights of the loss of image labels and of that with attention.
+    keys.MODEL.MASKX.LARVSEG.IMAGE_WEIGHT = 0.1
+    keys.MODEL.MASKX.LARVSEG.ATTENTIVE_WEIGHT = 0.1
+
     keys.INPUT = CN()
     keys.INPUT.MASKX = CN()
     # Side in pixels of the squares that image classifiers and semantic segmentation train on, and
@@ -150,6 +184,22 @@ def _defaults() -> CN:
     # they are drawn; a smaller share is part of a larger one of the same seed.
     keys.DATASETS.MASKX.SOURCE_FRACTION = 1.0
     keys.DATASETS.MASKX.SOURCE_SUBSET = 0
+    # How MaskXLarvSeg learns from the data sets of DATASETS.TRAIN: one entry for each, in their
+    # order, or () for the default.
+    keys.DATASETS.MASKX.JOINT = CN()
+    # "mask" (label maps) or "image" (image labels alone); (): "mask".
+    keys.DATASETS.MASKX.JOINT.SUPERVISION = ()
+    # Batches of each, such as (3, 3, 2); (): 1.
+    keys.DATASETS.MASKX.JOINT.RATIOS = ()
+    # Sides in pixels of the squares that it trains on; (): INPUT.MASKX.SIZE.
+    keys.DATASETS.MASKX.JOINT.SIZES = ()
+    # True where an image shows more than its one label says, as those of ImageNet; (): False.
+    keys.DATASETS.MASKX.JOINT.SINGLE_LABEL = ()
+    # True: image labels are those of the training crop's label map, as in the reference code of
+    # LarvSeg. That is more than image-level supervision.
+    keys.DATASETS.MASKX.JOINT.CROP_LEVEL_LABELS = False
+    # Smallest side of a random crop as a share of the image's; 1: whole images.
+    keys.DATASETS.MASKX.JOINT.MIN_CROP = 1.0
     # True: masks of target images are used where there are some. False: they are not read.
     keys.DATASETS.MASKX.USE_TARGET_MASKS = False
     # COCO-format data sets to register before training: [[name, json_file, image_root], ...].
@@ -164,6 +214,8 @@ def _defaults() -> CN:
     keys.SOLVER.MASKX.OPTIMIZER = "sgd"
     # Multiplier of the learning rate of the backbone.
     keys.SOLVER.MASKX.BACKBONE_LR_FACTOR = 1.0
+    # Power of SOLVER.LR_SCHEDULER_NAME "WarmupPolyLR", which goes from BASE_LR to BASE_LR_END.
+    keys.SOLVER.MASKX.POLY_POWER = 0.9
 
     keys.TEST = CN()
     keys.TEST.MASKX = CN()
@@ -176,6 +228,15 @@ def _defaults() -> CN:
     # True: MaskXTransferNet segments the true image labels of a sample that has them, instead of
     # predicted ones (TransferNet-GT).
     keys.TEST.MASKX.GT_LABELS = False
+    # Registered data set whose classes MaskXLarvSeg predicts; "": all of the class table. Where a
+    # data set is evaluated, its own are predicted.
+    keys.TEST.MASKX.CLASSES_OF = ""
+    # Classes per pixel, best first, that MaskXLarvSeg returns.
+    keys.TEST.MASKX.TOP_K = 1
+    # Side in pixels of the windows that MaskXLarvSeg predicts an image by, and their stride; WINDOW
+    # 0: the whole image. STRIDE 0: WINDOW. Logits are averaged where windows overlap.
+    keys.TEST.MASKX.WINDOW = 0
+    keys.TEST.MASKX.STRIDE = 0
     return keys
 
 

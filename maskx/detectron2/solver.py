@@ -1,16 +1,24 @@
-"""Optimisers: Detectron2's SGD or Adam, with a learning rate of its own for the backbone."""
+"""Optimisers and schedules: what Detectron2 has, and what the systems of maskx need besides.
+
+SGD or Adam, with a learning rate of its own for the backbone; and the polynomial schedule.
+"""
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier, WarmupParamScheduler, get_default_optimizer_params
+from detectron2.solver import build_lr_scheduler as build_detectron2_lr_scheduler
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
-from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
+from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["OPTIMIZERS", "build_optimizer"]
+__all__ = ["OPTIMIZERS", "POLY", "build_lr_scheduler", "build_optimizer"]
 
 OPTIMIZERS = ("sgd", "adam")
 """Values of ``SOLVER.MASKX.OPTIMIZER``."""
+POLY = "WarmupPolyLR"
+"""Value of ``SOLVER.LR_SCHEDULER_NAME``, beside Detectron2's own."""
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -60,11 +68,41 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 
-def check_solver(cfg: CfgNode) -> None:
-    """Refuse bad values of ``SOLVER.MASKX``.
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Make the schedule of the learning rate that ``SOLVER.LR_SCHEDULER_NAME`` asks for.
+
+    ``WarmupPolyLR`` goes from ``BASE_LR`` to ``BASE_LR_END``:
+    ``(BASE_LR - BASE_LR_END) * (1 - iteration / MAX_ITER) ** POLY_POWER + BASE_LR_END``, with the
+    warm-up of Detectron2's schedules before it.
+
+    Args:
+        cfg: the configuration.
+        optimizer: of :func:`build_optimizer`. A group with a learning rate of its own keeps its
+            ratio to ``BASE_LR``.
 
     Raises:
-        ValueError: there is no such optimiser, or the factor is negative.
+        ValueError: there is no such schedule, or its end or power is out of range.
+    """
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != POLY:
+        return build_detectron2_lr_scheduler(cfg, optimizer)
+    check_solver(cfg)
+    schedule = WarmupParamScheduler(
+        _Poly(solver.BASE_LR_END / solver.BASE_LR, solver.MASKX.POLY_POWER),
+        solver.WARMUP_FACTOR,
+        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        solver.WARMUP_METHOD,
+        solver.RESCALE_INTERVAL,
+    )
+    return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)
+
+
+def check_solver(cfg: CfgNode) -> None:
+    """Refuse bad values of ``SOLVER.MASKX`` and of the schedule that maskx adds.
+
+    Raises:
+        ValueError: there is no such optimiser, a factor is negative, or a learning rate at the end
+            is above that at the start.
     """
     keys = cfg.SOLVER.MASKX
     if keys.OPTIMIZER not in OPTIMIZERS:
@@ -76,6 +114,25 @@ def check_solver(cfg: CfgNode) -> None:
             f"SOLVER.MASKX.BACKBONE_LR_FACTOR is {keys.BACKBONE_LR_FACTOR}. Allowed: 0 or more; 1 "
             "trains the backbone as everything else."
         )
+    if cfg.SOLVER.LR_SCHEDULER_NAME != POLY:
+        return
+    if not 0 <= cfg.SOLVER.BASE_LR_END <= cfg.SOLVER.BASE_LR or cfg.SOLVER.BASE_LR <= 0:
+        raise ValueError(
+            f"SOLVER.BASE_LR_END is {cfg.SOLVER.BASE_LR_END} and BASE_LR {cfg.SOLVER.BASE_LR}. "
+            f"Allowed for {POLY}: 0 <= BASE_LR_END <= BASE_LR, BASE_LR above 0."
+        )
+    if not keys.POLY_POWER > 0:
+        raise ValueError(f"SOLVER.MASKX.POLY_POWER is {keys.POLY_POWER}. Allowed: above 0.")
+
+
+class _Poly(ParamScheduler):
+    """Polynomial decay from 1 to ``end``; fvcore's own ends at 0."""
+
+    def __init__(self, end: float, power: float) -> None:
+        self._end, self._power = end, power
+
+    def __call__(self, where: float) -> float:
+        return (1 - self._end) * (1 - where) ** self._power + self._end
 
 
 def _in_backbone(name: str) -> bool:

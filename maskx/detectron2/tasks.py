@@ -21,6 +21,11 @@ class Task(Enum):
     """``image_labels_prob``, learned from ``image_labels``; ``MODEL.MASKX.NUM_CLASSES``."""
     PIXELS = "pixels"
     """``sem_seg``, learned from label maps; ``MODEL.MASKX.NUM_CLASSES``."""
+    LARGE_VOCABULARY = "large_vocabulary"
+    """``sem_seg`` without a background, learned from data sets of different supervision together.
+
+    Their class lists make the classes; see :mod:`maskx.detectron2.data.joint_data`.
+    """
 
 
 def architecture_of(cfg: CfgNode) -> type:
@@ -54,7 +59,10 @@ def is_transfer(cfg: CfgNode) -> bool:
 
 
 def num_classes_of(cfg: CfgNode) -> tuple[str, int]:
-    """Return the key that holds the number of classes of the model, and its value."""
+    """Return the key that holds the number of classes of the model, and its value.
+
+    That of a large vocabulary is in no key.
+    """
     if task_of(cfg) is Task.INSTANCES:
         return "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
     return "MODEL.MASKX.NUM_CLASSES", cfg.MODEL.MASKX.NUM_CLASSES

@@ -31,15 +31,21 @@ from torch import nn
 
 from maskx.detectron2.config import get_cfg
 from maskx.detectron2.data import (
+    JointLoader,
     MaskXDatasetMapper,
     MaskXImageMapper,
+    MaskXJointMapper,
     MaskXTransferMapper,
+    build_joint_loader,
     build_transfer_loader,
+    check_joint_data,
     check_transfer_data,
     class_names_of,
     register_all,
     register_from_config,
     split_from_config,
+    split_of_dataset,
+    trained_indices,
     training_records,
     transfer_split,
 )
@@ -49,6 +55,7 @@ from maskx.detectron2.image_label_evaluation import (
     check_all_classes_known,
 )
 from maskx.detectron2.meta_arch.grabcut import predicts_masks
+from maskx.detectron2.meta_arch.larvseg import MaskXLarvSeg
 from maskx.detectron2.meta_arch.rcnn import check_can_freeze
 from maskx.detectron2.meta_arch.transfernet import (
     MaskXTransferNet,
@@ -57,8 +64,11 @@ from maskx.detectron2.meta_arch.transfernet import (
 )
 from maskx.detectron2.proposal_generator import MaskXRPN
 from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
-from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
-from maskx.detectron2.solver import build_optimizer, check_solver
+from maskx.detectron2.sem_seg_evaluation import (
+    MaskXLargeVocabularyEvaluator,
+    MaskXSemSegEvaluator,
+)
+from maskx.detectron2.solver import build_lr_scheduler, build_optimizer, check_solver
 from maskx.detectron2.tasks import (
     Task,
     architecture_of,
@@ -94,12 +104,18 @@ class Trainer(DefaultTrainer):
         check_config(cfg)
         super().__init__(cfg)
         _keep_class_names(cfg, self.checkpointer)
+        model = self.checkpointer.model
+        if isinstance(model, MaskXLarvSeg) and isinstance(self.data_loader, JointLoader):
+            shown = trained_indices(cfg, self.data_loader.sets)
+            model.network.classifier.set_trained(shown)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint of the output folder, or else ``MODEL.WEIGHTS``.
 
         To resume, the checkpoint must fit as for evaluation: mask heads refuse one with another
-        number of classes in eval mode, whereas for fine-tuning they take what fits.
+        number of classes in eval mode, whereas for fine-tuning they take what fits. Batches of
+        joint data sets, with a ``SEED``, go on where the interrupted training was; others begin
+        anew, as Detectron2 has it.
 
         Raises:
             ValueError: the detector, or the encoder or attention of TransferNet, is to stay frozen,
@@ -111,6 +127,8 @@ class Trainer(DefaultTrainer):
         with _load_report(self.checkpointer.model) as (missing, _):
             super().resume_or_load(resume)
         self.model.train()
+        if isinstance(self.data_loader, JointLoader):
+            self.data_loader.start = self.start_iter
         if self.cfg.MODEL.MASKX.FREEZE_DETECTOR and not resume:
             _check_detector_loaded(self.cfg.MODEL.WEIGHTS, missing)
         model = self.checkpointer.model
@@ -123,12 +141,22 @@ class Trainer(DefaultTrainer):
         return build_optimizer(cfg, model)
 
     @classmethod
+    def build_lr_scheduler(
+        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Make the schedule; see :func:`maskx.detectron2.solver.build_lr_scheduler`."""
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Make the training loader."""
         if is_transfer(cfg):
             return build_transfer_loader(cfg)
+        task = task_of(cfg)
+        if task is Task.LARGE_VOCABULARY:
+            return build_joint_loader(cfg)
         mapper = _build_mapper(cfg, is_train=True)
-        if task_of(cfg) is Task.INSTANCES:
+        if task is Task.INSTANCES:
             return build_detection_train_loader(cfg, mapper=mapper)
         return build_detection_train_loader(cfg, mapper=mapper, dataset=training_records(cfg))
 
@@ -137,6 +165,8 @@ class Trainer(DefaultTrainer):
         """Make the loader of one test set."""
         if is_transfer(cfg):
             mapper = MaskXTransferMapper(cfg, is_train=False, dataset_name=dataset_name)
+        elif task_of(cfg) is Task.LARGE_VOCABULARY:
+            mapper = MaskXJointMapper(cfg, is_train=False, dataset_name=dataset_name)
         else:
             mapper = _build_mapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
@@ -157,6 +187,9 @@ class Trainer(DefaultTrainer):
             return MaskXImageLabelEvaluator(dataset_name, split=split)
         if task is Task.PIXELS:
             return MaskXSemSegEvaluator(dataset_name, split=split)
+        if task is Task.LARGE_VOCABULARY:
+            own_split = split_of_dataset(cfg, dataset_name)
+            return MaskXLargeVocabularyEvaluator(dataset_name, split=own_split)
         return MaskXCOCOEvaluator(
             dataset_name,
             split=split,
@@ -304,12 +337,14 @@ def check_config(cfg: CfgNode) -> None:
     _check_text_classifier(cfg)
     check_transfernet(cfg)
     register_from_config(cfg)
+    task = task_of(cfg)
     if is_transfer(cfg):
         check_transfer_data(cfg)
+    elif task is Task.LARGE_VOCABULARY:
+        check_joint_data(cfg)
     else:
         _check_classes(cfg)
         split_from_config(cfg)
-    task = task_of(cfg)
     if task is Task.IMAGE_LABELS:
         for name in cfg.DATASETS.TRAIN:
             check_all_classes_known(name)

@@ -12,7 +12,8 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from maskx.data.scenes import generate_scenes
-from maskx.detectron2 import get_cfg, register_coco
+from maskx.detectron2 import get_cfg, register_all, register_coco
+from maskx.detectron2.data import datasets
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,6 +57,30 @@ TINY_TRANSFER = (
     *("DATASETS.MASKX.SPLIT", "scenes_half", "TEST.MASKX.CRF", False),
     *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 2, "SEED", 1),
 )
+
+
+# And for LarvSeg: masks of 2 of 4 things and of the ground, tags of all things.
+TINY_JOINT = (
+    *("MODEL.META_ARCHITECTURE", "MaskXLarvSeg", "MODEL.BACKBONE.NAME", "MaskXSmallResNet"),
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "INPUT.MASKX.SIZE", 48, "INPUT.FORMAT", "RGB"),
+    *("DATASETS.TRAIN", ("maskx_scenes_sparse_stuff_train", "maskx_scenes_sparse_train")),
+    *("DATASETS.TEST", ("maskx_scenes_sparse_stuff_val",), "DATASETS.MASKX.SPLIT", "scenes_half"),
+    *("DATASETS.MASKX.JOINT.SUPERVISION", ("mask", "image")),
+    *("MODEL.MASKX.LARVSEG.BANK_SIZE", 2, "MODEL.MASKX.LARVSEG.TOP_TOKENS", 4),
+    *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SEED", 1),
+)
+
+# And for LarvSeg, from the files of LarvSeg, with as many data sets as the file has.
+TINY_LARVSEG = (
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", 18),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.NORM", "GN"),
+    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.MASKX.BACKBONE.VIT", "vit_tiny_patch16_224"),
+    *("MODEL.MASKX.BACKBONE.PRETRAINED", False, "MODEL.MASKX.LARVSEG.BANK_SIZE", 2),
+    *("MODEL.MASKX.LARVSEG.TOP_TOKENS", 4, "INPUT.MASKX.SIZE", 32),
+    *("DATASETS.TEST", ("tiny_sparse",), "DATASETS.MASKX.SPLIT", "scenes_half"),
+    *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SEED", 1),
+)
+LARVSEG_SETS = ("tiny_sparse", "tiny_train", "tiny_tags")
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +184,58 @@ def make_transfer_cfg(tmp_path):
         cfg = get_cfg()
         cfg.merge_from_file(str(ROOT / "configs" / "TransferNet" / file))
         cfg.merge_from_list([*TINY_TRANSFER, "OUTPUT_DIR", str(tmp_path / "output"), *opts])
+        return cfg
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def joint_root(tmp_path_factory):
+    """Folder of the data sets of ``tiny_joint``, which are written when first used."""
+    return tmp_path_factory.mktemp("joint")
+
+
+@pytest.fixture
+def tiny_joint(joint_root, monkeypatch):
+    """Register the generated data sets of LarvSeg with 4 things and 6, 8 and 4 images."""
+    tiny = {"size": 64, "num_categories": 4, "style": "sparse"}
+    stuff, tags = datasets._SCENES_WITH_STUFF, datasets._SCENES
+    for table, name, count, seed in (
+        (stuff, "maskx_scenes_sparse_stuff_train", 6, 2),
+        (tags, "maskx_scenes_sparse_train", 8, 0),
+        (stuff, "maskx_scenes_sparse_stuff_val", 4, 1),
+    ):
+        monkeypatch.setitem(table, name, (name, tiny | {"count": count, "seed": seed}))
+    register_all(joint_root)
+
+
+@pytest.fixture
+def make_joint_cfg(tmp_path, tiny_joint):
+    """The same for LarvSeg: ``make_joint_cfg(*opts)``."""
+
+    def make(*opts):
+        cfg = get_cfg()
+        cfg.merge_from_list([*TINY_JOINT, "OUTPUT_DIR", str(tmp_path / "output"), *opts])
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def make_larvseg_cfg(tmp_path, tiny_train, tiny_sparse, scenes):
+    """The same from the files: ``make_larvseg_cfg(*opts, file=<under configs/LarvSeg>)``."""
+    register_coco("tiny_tags", *scenes)
+
+    def make(*opts, file="quick_schedules/larvseg_scenes_cpu.yaml"):
+        cfg = get_cfg()
+        cfg.merge_from_file(str(ROOT / "configs" / "LarvSeg" / file))
+        names = LARVSEG_SETS[: len(cfg.DATASETS.TRAIN) or 1]
+        cfg.merge_from_list([*TINY_LARVSEG, "DATASETS.TRAIN", names])
+        if cfg.DATASETS.MASKX.JOINT.SIZES:
+            cfg.DATASETS.MASKX.JOINT.SIZES = (32,) * len(names)
+        if cfg.TEST.MASKX.WINDOW:
+            cfg.TEST.MASKX.WINDOW = cfg.TEST.MASKX.STRIDE = 32
+        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / "output"), *opts])
         return cfg
 
     return make

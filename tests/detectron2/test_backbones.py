@@ -2,10 +2,11 @@ import pytest
 import torch
 from detectron2.modeling import build_backbone
 
-from maskx.detectron2 import MaskXResNet, MaskXSmallResNet, MaskXVGG16
+from maskx.detectron2 import MaskXResNet, MaskXSmallResNet, MaskXVGG16, MaskXViT
 from maskx.modeling import backbones
 from maskx.modeling.backbones import VGG16, DilatedResNet, SmallResNet
 from maskx.modeling.image_classifier import LayerTaps
+from maskx.modeling.vit import timm_vit
 
 
 @pytest.fixture
@@ -141,3 +142,59 @@ def test_layers_after_a_feature_map_can_be_dropped(make, feature, gone):
     left = set(dict(backbone.named_modules()))
     assert gone in modules - left
     assert set(backbone.layer_aliases.values()) <= left
+
+
+VIT = ("MODEL.BACKBONE.NAME", "MaskXViT", "MODEL.MASKX.BACKBONE.VIT", "vit_tiny_patch16_224")
+
+
+def test_a_vision_transformer_is_that_of_timm(make_classifier_cfg):
+    pytest.importorskip("timm")
+    cfg = make_classifier_cfg(*VIT, "MODEL.MASKX.BACKBONE.DROP_PATH", 0.5)
+    backbone = build_backbone(cfg)
+    assert isinstance(backbone, MaskXViT)
+    assert backbone.transformer.blocks[-1].drop_path1.drop_prob == 0.5
+    reference = timm_vit("vit_tiny_patch16_224").eval()
+    reference.load_state_dict(backbone.state_dict())  # the same names and shapes
+    images = torch.rand(1, 3, 40, 64)
+    features = backbone.eval()(images)
+    assert torch.equal(features["tokens"], reference(images)["tokens"])
+    shape = backbone.output_shape()["tokens"]
+    assert (shape.channels, shape.stride) == (192, 16)
+    backbone.drop_layers_after("tokens")
+    assert torch.equal(backbone(images)["tokens"], features["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (
+            ("MODEL.MASKX.BACKBONE.VIT", "vit_b_16"),
+            r"BACKBONE\.VIT is 'vit_b_16', which timm .* does not have\. Give one of timm\.list_mo",
+        ),
+        (("MODEL.MASKX.BACKBONE.FROZEN_NORM", True), r"MaskXViT: it has no batch norm"),
+        (
+            ("MODEL.MASKX.BACKBONE.PRETRAINED", True),
+            r"weights of timm, which expect RGB, \[127\.5, 127\.5, 127\.5\] and \[127\.5",
+        ),
+    ],
+)
+def test_what_a_vision_transformer_does_not_have_is_named(make_classifier_cfg, opts, words):
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=words):
+        build_backbone(make_classifier_cfg(*VIT, *opts))
+
+
+def test_weights_of_timm_are_loaded_where_no_others_are(make_classifier_cfg, monkeypatch):
+    timm = pytest.importorskip("timm")
+    create, asked = timm.create_model, []
+
+    def without_download(name, *, pretrained, **options):
+        asked.append(pretrained)
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_download)
+    on = (*VIT, "MODEL.MASKX.BACKBONE.PRETRAINED", True)
+    images = ("MODEL.PIXEL_MEAN", [127.5] * 3, "MODEL.PIXEL_STD", [127.5] * 3)
+    build_backbone(make_classifier_cfg(*on, *images))
+    build_backbone(make_classifier_cfg(*on, "MODEL.WEIGHTS", "model.pth"))
+    assert asked == [True, False]

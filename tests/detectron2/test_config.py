@@ -20,6 +20,8 @@ from detectron2.utils.events import EventStorage
 from omegaconf import ListConfig
 
 import maskx
+from maskx.data.coco_stuff import coco_stuff_names
+from maskx.data.large_vocabularies import ade20k_150_classes
 from maskx.data.vocabularies import VOC_CLASSES
 from maskx.detectron2 import (
     MaskXCOCOEvaluator,
@@ -29,6 +31,7 @@ from maskx.detectron2 import (
     Trainer,
     add_maskx_config,
     get_cfg,
+    register_all,
 )
 from maskx.detectron2.data import split_from_config
 from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
@@ -56,6 +59,9 @@ TRANSFER_YAMLS = sorted(
     path.relative_to(TRANSFERNET).as_posix() for path in TRANSFERNET.rglob("*.yaml")
 )
 TRANSFER_EXPERIMENTS = [name for name in TRANSFER_YAMLS if "scenes" not in name]
+LARVSEG = ROOT / "configs" / "LarvSeg"
+LARVSEG_YAMLS = sorted(path.relative_to(LARVSEG).as_posix() for path in LARVSEG.rglob("*.yaml"))
+LARVSEG_EXPERIMENTS = [n for n in LARVSEG_YAMLS if "scenes" not in n and not n.startswith("Base-")]
 LAZY = str(CONFIGS / "lazy" / "maskx_rcnn_R_50_FPN_1x.py")
 
 
@@ -118,6 +124,7 @@ def test_misspelt_keys_and_wrong_types_fail(key, value, error, words):
         *((CONFIGS, name) for name in YAMLS),
         *((CLASS_PATTERNS, name) for name in IMAGE_YAMLS),
         *((TRANSFERNET, name) for name in TRANSFER_YAMLS),
+        *((LARVSEG, name) for name in LARVSEG_YAMLS),
     ],
 )
 def test_every_file_loads_dumps_and_reloads(folder, name, tmp_path):
@@ -634,3 +641,107 @@ def test_full_transfernet_has_the_papers_layers():
     assert sizes["classifier"] == 512 * 512 + 512 + 512 * 80 + 80
     assert 7.6e6 < sizes["decoder"] < 7.8e6
     assert sizes["encoder"] == 14_714_688
+
+
+@pytest.mark.parametrize("name", LARVSEG_YAMLS)
+def test_every_file_of_larvseg_builds_trains_and_predicts(name, make_larvseg_cfg, tiny_sparse):
+    cfg = make_larvseg_cfg(file=name)
+    if cfg.MODEL.BACKBONE.NAME == "MaskXViT":
+        pytest.importorskip("timm")
+    model = Trainer.build_model(cfg).train()
+    optimizer = Trainer.build_optimizer(cfg, model)
+    is_attentive = cfg.MODEL.MASKX.LARVSEG.MEMORY != "none"
+    batches = iter(Trainer.build_train_loader(cfg))
+    seen = set()
+    for _ in range(sum(cfg.DATASETS.MASKX.JOINT.RATIOS) or len(cfg.DATASETS.TRAIN)):
+        batch = next(batches)
+        if batch[0]["data_set"] in seen:
+            continue
+        seen.add(batch[0]["data_set"])
+        losses = model(batch)
+        assert ("loss_attention" in losses) == is_attentive
+        assert all(torch.isfinite(loss) for loss in losses.values())
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+    assert seen == set(cfg.DATASETS.TRAIN)
+    sample = next(iter(Trainer.build_test_loader(cfg, tiny_sparse)))
+    (result,) = model.eval()(sample)
+    assert result["sem_seg"].shape == (64, 64)
+    assert result["top_scores"].shape == (1, 64, 64)
+
+
+@pytest.mark.parametrize("name", LARVSEG_EXPERIMENTS)
+def test_experiments_of_larvseg_have_the_papers_settings(name):
+    """SGD from 1e-3 to 1e-5, poly 0.9, 16 images, 512 and 320 pixels, M = K_top = 20, 3:3:2."""
+    cfg = load(name, LARVSEG)
+    keys, joint, solver = cfg.MODEL.MASKX.LARVSEG, cfg.DATASETS.MASKX.JOINT, cfg.SOLVER
+    pattern = r"(larvseg|baseline|supervised)_(?:(\w+)_)?(ViT_B_16|R_50_FPN)_((?:W?A|C171).*)\.yaml"
+    method, form, backbone, data = re.fullmatch(pattern, name).groups()
+    data = data.split("_")
+    assert f"output/LarvSeg/{name.removesuffix('.yaml')}" == cfg.OUTPUT_DIR
+    assert (solver.MASKX.OPTIMIZER, solver.MOMENTUM, solver.WEIGHT_DECAY) == ("sgd", 0.9, 0)
+    assert (solver.BASE_LR, solver.BASE_LR_END, solver.MASKX.POLY_POWER) == (1e-3, 1e-5, 0.9)
+    assert (solver.LR_SCHEDULER_NAME, solver.WARMUP_ITERS) == ("WarmupPolyLR", 0)
+    assert solver.IMS_PER_BATCH == 16
+    assert (1280000 if "I21K" in data else 320000) == solver.MAX_ITER
+    assert (cfg.INPUT.MASKX.SIZE, cfg.TEST.MASKX.WINDOW, cfg.TEST.MASKX.STRIDE) == (512, 512, 512)
+    assert (keys.BANK_SIZE, keys.WARM_UP, keys.ATTENTIVE_WEIGHT) == (20, 0, 0.1)
+    assert (1 if form == "single_image" else 20) == keys.TOP_TOKENS
+    memory = {"single_image": "single_image"}.get(form, "cross_image")
+    assert (memory if method == "larvseg" else "none") == keys.MEMORY
+    assert (form if form == "layernorm" else "temperature") == keys.LOGIT_FORM
+    assert (form if form == "normalised" else "weighted") == keys.POOLING
+    assert (0.2 if {"I124", "WA847", "I585", "I21K"} & set(data) else 0.1) == keys.IMAGE_WEIGHT
+    assert (100 if {"A847", "WA847", "I21K"} & set(data) else 0) == keys.SAMPLE_CLASSES
+    sets = {
+        "C171": ("maskx_coco_stuff_train", "mask", 512, False),
+        "A150": ("maskx_ade20k_150_train", "mask", 512, False),
+        "A847": ("maskx_ade20k_847_train", "mask", 512, False),
+        "WA150": ("maskx_ade20k_150_train_tags", "image", 512, False),
+        "WA847": ("maskx_ade20k_847_train_tags", "image", 512, False),
+        "I124": ("maskx_imagenet_ade150", "image", 320, True),
+        "I585": ("maskx_imagenet_ade847", "image", 320, True),
+        "I21K": ("maskx_imagenet_all", "image", 320, True),
+    }
+    names, supervision, sizes, is_single = zip(*(sets[part] for part in data), strict=True)
+    assert names == cfg.DATASETS.TRAIN
+    assert (joint.SUPERVISION or ("mask",)) == supervision
+    assert (joint.SIZES or (512,) * len(data)) == sizes
+    assert (joint.SINGLE_LABEL or (False,) * len(data)) == is_single
+    assert {1: (), 2: (4, 4), 3: (3, 3, 2)}[len(data)] == joint.RATIOS
+    assert not joint.CROP_LEVEL_LABELS
+    ade = next((part.strip("WA") for part in data if part.strip("WA") in ("150", "847")), None)
+    assert (f"maskx_ade20k_{ade}_val" if ade else "maskx_coco_stuff_val",) == cfg.DATASETS.TEST
+    is_split = method != "supervised" and ade
+    assert (f"ade{ade}_raw" if is_split else "all") == cfg.DATASETS.MASKX.SPLIT
+    if backbone == "ViT_B_16":
+        assert cfg.MODEL.BACKBONE.NAME == "MaskXViT"
+        assert cfg.MODEL.MASKX.BACKBONE.VIT == "vit_base_patch16_384.augreg_in21k_ft_in1k"
+        assert cfg.MODEL.MASKX.BACKBONE.DROP_PATH == 0.1
+        assert cfg.MODEL.MASKX.BACKBONE.PRETRAINED
+    else:
+        assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.FPN.OUT_CHANNELS) == (50, 512)
+
+
+def test_full_larvseg_has_the_papers_layers(monkeypatch):
+    """A base transformer of 16-pixel patches, and a table of 160 + 92 classes in 768 channels."""
+    timm = pytest.importorskip("timm")
+    create, asked = timm.create_model, []
+
+    def without_download(name, *, pretrained, **options):
+        asked.append((name, pretrained))
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_download)
+    register_all()
+    cfg = load("larvseg_ViT_B_16_C171_WA150.yaml", LARVSEG)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        network = build_model(cfg).network
+    assert asked == [("vit_base_patch16_384.augreg_in21k_ft_in1k", True)]
+    assert 85e6 < sum(p.numel() for p in network.backbone.parameters()) < 87e6
+    union = {*coco_stuff_names(), *(entry.name for entry in ade20k_150_classes())}
+    assert network.classifier.class_embeddings.shape == (len(union), 768)
+    assert network.bank.means.shape == (len(union), 20, 768)

@@ -92,8 +92,8 @@ def test_images_and_label_maps_are_warped_and_flipped_together(write_images, lab
 def test_label_maps_of_many_classes_are_warped_as_those_of_few(seed, height, width):
     small = np.random.default_rng(seed).integers(0, 255, (height, width), np.uint8)
     transforms = T.TransformList([T.ResizeTransform(height, width, 5, 7), T.HFlipTransform(7)])
-    expected = image_mapper._transform_label_map(small, transforms)
-    large = image_mapper._transform_label_map(small.astype(np.int32) * 257, transforms)
+    expected = image_mapper.transform_label_map(small, transforms)
+    large = image_mapper.transform_label_map(small.astype(np.int32) * 257, transforms)
     assert large.dtype == np.int32
     assert np.array_equal(large, expected.astype(np.int32) * 257)
 

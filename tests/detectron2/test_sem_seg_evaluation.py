@@ -18,9 +18,16 @@ from detectron2.utils import comm
 
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import label_map_of_instances, write_label_map
+from maskx.data.large_vocabularies import ade20k_150_classes, base_and_novel
 from maskx.data.masks import encode_masks
 from maskx.data.voc import prepare_voc
-from maskx.detectron2 import MaskXSemSegEvaluator, register_coco
+from maskx.detectron2 import (
+    MaskXLargeVocabularyEvaluator,
+    MaskXSemSegEvaluator,
+    register_coco,
+)
+from maskx.detectron2.data import class_names_of
+from maskx.supervision import resolve_split
 
 NAMES = ("cat", "dog", "owl", "yak")
 SIZE = (12, 16)
@@ -340,3 +347,104 @@ def test_ids_that_are_known_only_after_reading_are_checked():
     MetadataCatalog.get("late").thing_classes = ["cat", "dog"]
     with pytest.raises(ValueError, match=r"'late' has 2 categories, .* or not in its order"):
         MaskXSemSegEvaluator("late")
+
+
+# Large vocabularies
+
+
+def test_base_and_novel_classes_are_scored_without_a_background(maps, write_maps, tmp_path, caplog):
+    truths, predictions = maps
+    positions = [np.maximum(prediction, 1) - 1 for prediction in predictions]
+    split = tmp_path / "split.txt"
+    split.write_text("owl\ncat\n")
+    evaluator = MaskXLargeVocabularyEvaluator(write_maps(truths), split=resolve_split(split, NAMES))
+    with caplog.at_level(logging.INFO):
+        results = run(evaluator, [1, 2, 3], map(torch.from_numpy, positions))
+    known = np.where(truths == 0, 255, truths)
+    pairs = [(position + 1, truth) for position, truth in zip(positions, known, strict=True)]
+    iou, accuracy = brute_force(pairs)
+    assert results["sem_seg"] == pytest.approx(
+        {
+            "mIoU": np.mean(iou[1:]),
+            "mIoU_base": (iou[1] + iou[3]) / 2,
+            "mIoU_novel": (iou[2] + iou[4]) / 2,
+            "pixel_accuracy": accuracy,
+            **{f"IoU-{name}": value for name, value in zip(NAMES, iou[1:], strict=True)},
+        }
+    )
+    assert "maps: 4 classes, 2 base and 2 novel (split" in caplog.text
+    assert f"mIoU novel{(iou[2] + iou[4]) / 2:>12.2f}" in caplog.text
+
+
+def test_without_a_split_there_is_neither_base_nor_novel(maps, write_maps, caplog):
+    evaluator = MaskXLargeVocabularyEvaluator(write_maps(maps[0]))
+    with caplog.at_level(logging.INFO):
+        results = run(evaluator, [1], [torch.zeros(SIZE, dtype=torch.int64)])["sem_seg"]
+    assert results["mIoU"] > 0
+    assert math.isnan(results["mIoU_base"])
+    assert math.isnan(results["mIoU_novel"])
+    assert "4 classes, 0 base and 0 novel (no split)" in caplog.text
+
+
+def test_ids_of_one_name_are_one_class(maps, write_maps):
+    """As COCO-Stuff's seven kinds of wall are, by LarvSeg's names."""
+    name = write_maps(maps[0])
+    MetadataCatalog.pop(name)
+    MetadataCatalog.get(name).thing_classes = ["wall", "dog", "wall", "yak"]
+    evaluator = MaskXLargeVocabularyEvaluator(name)
+    merged = np.array([255, 1, 2, 1, 3, *[255] * 251])[maps[0]]
+    perfect = [torch.from_numpy(np.where(m == 255, 1, m) - 1) for m in merged]
+    results = run(evaluator, [1, 2, 3], perfect)["sem_seg"]
+    assert {n for n in results if n.startswith("IoU-")} == {"IoU-wall", "IoU-dog", "IoU-yak"}
+    assert results["mIoU"] == results["pixel_accuracy"] == 100
+
+
+def test_things_and_stuff_are_both_scored(make_joint_cfg):
+    """Perfect predictions have 100 in both, made from the files alone."""
+    name = "maskx_scenes_sparse_stuff_val"
+    things = class_names_of("maskx_scenes_sparse_train")
+    evaluator = MaskXLargeVocabularyEvaluator(name)
+    data = load_coco(MetadataCatalog.get(name).json_file, MetadataCatalog.get(name).image_root)
+    for record in data.records:
+        positions = label_map_of_instances(record, 4).astype(np.int64) - 1
+        ground = cv2.imread(record["sem_seg_file_name"], cv2.IMREAD_UNCHANGED)
+        positions[ground > 0] = len(things) + ground[ground > 0] - 1
+        sample = {"image_id": record["image_id"]}
+        evaluator.process([sample], [{"sem_seg": torch.from_numpy(positions)}])
+    results = evaluator.evaluate()["sem_seg"]
+    assert results["mIoU"] == results["pixel_accuracy"] == 100
+    known = [n for n, value in results.items() if n.startswith("IoU-") and value == 100]
+    assert len(known) >= 6
+
+
+@pytest.mark.parametrize(
+    ("split", "num_base", "num_novel"), [("ade150_raw", 58, 92), ("ade150_renamed", 63, 87)]
+)
+def test_both_rules_of_the_paper_divide_ade20k(tmp_path, caplog, split, num_base, num_novel):
+    names = [entry.name for entry in ade20k_150_classes()]
+    label_map = np.arange(1, 151, dtype=np.uint8).reshape(10, 15)
+    write_label_map(tmp_path / "1_labels.png", label_map, num_classes=150)
+    record = {"file_name": "1.png", "image_id": 1, "height": 10, "width": 15}
+    record["label_map_file_name"] = str(tmp_path / "1_labels.png")
+    DatasetCatalog.register("ade", lambda: [record])
+    MetadataCatalog.get("ade").thing_classes = names
+    evaluator = MaskXLargeVocabularyEvaluator("ade", split=resolve_split(split, names))
+    base = base_and_novel(split)[0]
+    predicted = label_map.astype(np.int64) - 1
+    # Every novel pixel is wrong, and takes the first base class.
+    wrong = np.array([name not in base for name in names]).reshape(10, 15)
+    predicted[wrong] = names.index(base[0])
+    with caplog.at_level(logging.INFO):
+        results = run(evaluator, [1], [torch.from_numpy(predicted)])["sem_seg"]
+    assert f"150 classes, {num_base} base and {num_novel} novel (split {split})" in caplog.text
+    expected = 100 * (num_base - 1 + 1 / (num_novel + 1)) / num_base
+    assert results["mIoU_base"] == pytest.approx(expected)
+    assert results["mIoU_novel"] == 0
+    assert results["mIoU"] == pytest.approx(expected * num_base / 150)
+
+
+def test_scores_are_no_prediction_of_a_large_vocabulary(maps, write_maps):
+    evaluator = MaskXLargeVocabularyEvaluator(write_maps(maps[0]))
+    words = r"shape \(4, 12, 16\) .* Allowed: a map \(H, W\) of integers, the positions among the 4"
+    with pytest.raises(ValueError, match=words):
+        run(evaluator, [1], [torch.zeros(4, *SIZE)])

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
+from detectron2.solver import build_lr_scheduler as build_detectron2_lr_scheduler
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
 
-from maskx.detectron2 import build_optimizer
+from maskx.detectron2 import Trainer, build_lr_scheduler, build_optimizer
 
 
 def settings(optimizer, model):
@@ -89,3 +89,67 @@ def test_gradients_are_clipped(make_classifier_cfg):
 def test_bad_values_are_named(make_classifier_cfg, opts, words):
     with pytest.raises(ValueError, match=words):
         build_optimizer(make_classifier_cfg(*opts), torch.nn.Linear(2, 2))
+
+
+POLY = (
+    *("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.BASE_LR", 1e-3),
+    *("SOLVER.BASE_LR_END", 1e-5, "SOLVER.MAX_ITER", 8, "SOLVER.WARMUP_ITERS", 0),
+)
+
+
+def rates(cfg, optimizer, scheduler):
+    """Learning rates of the first group and of that with the highest, step by step."""
+    found = []
+    for _ in range(cfg.SOLVER.MAX_ITER):
+        lrs = [group["lr"] for group in optimizer.param_groups]
+        found.append((lrs[0], max(lrs)))
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_the_polynomial_schedule_goes_to_its_end(make_classifier_cfg):
+    """As the reference code of LarvSeg has it: (lr - end) * (1 - t / T) ** 0.9 + end."""
+    cfg = make_classifier_cfg(*POLY, "SOLVER.MASKX.BACKBONE_LR_FACTOR", 0.1)
+    optimizer = build_optimizer(cfg, build_model(cfg))
+    found = rates(cfg, optimizer, Trainer.build_lr_scheduler(cfg, optimizer))
+    for step, (backbone, rest) in enumerate(found):
+        expected = (1e-3 - 1e-5) * (1 - step / 8) ** 0.9 + 1e-5
+        assert rest == pytest.approx(expected, rel=1e-9)
+        assert backbone == pytest.approx(0.1 * expected, rel=1e-9)
+    assert optimizer.param_groups[-1]["lr"] == pytest.approx(1e-5)
+
+
+def test_the_polynomial_schedule_warms_up_and_has_any_power(make_classifier_cfg):
+    warm_up = ("SOLVER.WARMUP_ITERS", 4, "SOLVER.WARMUP_FACTOR", 0.1)
+    cfg = make_classifier_cfg(*POLY, *warm_up, "SOLVER.MASKX.POLY_POWER", 1.0)
+    optimizer = build_optimizer(cfg, build_model(cfg))
+    found = [rate for _, rate in rates(cfg, optimizer, build_lr_scheduler(cfg, optimizer))]
+    line = [1e-3 - (1e-3 - 1e-5) * step / 8 for step in range(8)]
+    start = [1e-4 + (line[4] - 1e-4) * step / 4 for step in range(4)]
+    assert found == pytest.approx(start + line[4:], rel=1e-9)
+
+
+def test_other_schedules_are_detectron2s_own(make_classifier_cfg):
+    cfg = make_classifier_cfg("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.MAX_ITER", 5)
+    model = build_model(cfg)
+    expected, found = (
+        rates(cfg, optimizer, build(cfg, optimizer))
+        for build in (build_detectron2_lr_scheduler, build_lr_scheduler)
+        for optimizer in [build_optimizer(cfg, model)]
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (("SOLVER.BASE_LR_END", 0.1), r"BASE_LR_END is 0\.1 and BASE_LR 0\.001\. Allowed for Warm"),
+        (("SOLVER.MASKX.POLY_POWER", 0.0), r"POLY_POWER is 0\.0\. Allowed: above 0"),
+    ],
+)
+def test_bad_values_of_the_polynomial_schedule_are_named(make_classifier_cfg, opts, words):
+    cfg = make_classifier_cfg(*POLY, *opts)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    with pytest.raises(ValueError, match=words):
+        build_lr_scheduler(cfg, optimizer)

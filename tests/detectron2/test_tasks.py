@@ -31,6 +31,12 @@ def test_the_architecture_says_what_it_learns(make_classifier_cfg, name, task, k
     assert num_classes_of(cfg) == (key, num_classes)
 
 
+def test_a_large_vocabulary_is_in_the_data_sets_and_in_no_key(make_joint_cfg):
+    cfg = make_joint_cfg()
+    assert task_of(cfg) is Task.LARGE_VOCABULARY
+    assert not is_transfer(cfg)
+
+
 def test_the_architecture_of_another_project_may_say_so_too(make_classifier_cfg, registry):
     @registry.register()
     class Plain(GeneralizedRCNN):

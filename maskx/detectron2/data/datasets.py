@@ -3,21 +3,26 @@
 import contextlib
 import difflib
 import functools
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from maskx.data.coco import load_coco, read_coco_json
-from maskx.data.scenes import generate_scenes, scene_categories
+from maskx.data.coco_stuff import coco_stuff_names
+from maskx.data.imagenet import IMAGENET_CLASS_LISTS
+from maskx.data.joint_sets import things_and_stuff
+from maskx.data.large_vocabularies import ade20k_150_classes, ade20k_847_classes
+from maskx.data.scenes import STUFF_CATEGORIES, generate_scenes, scene_categories
 from maskx.data.visual_genome import CATEGORIES_FILE, SPLITS, read_class_names
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES, VOC_CLASSES_IN_COCO
-from maskx.supervision import CategorySplit, resolve_split
+from maskx.supervision import CategorySplit, Supervision, resolve_split
 
 __all__ = [
     "class_names_of",
@@ -27,6 +32,7 @@ __all__ = [
     "register_coco",
     "register_from_config",
     "split_from_config",
+    "supervised_record",
     "training_class_names",
 ]
 
@@ -46,10 +52,80 @@ _SCENES = {
     "maskx_scenes_sparse_val": ("maskx_scenes_sparse/val", _SPARSE | {"count": 200, "seed": 1}),
 }
 
+# The same where the ground is of classes too, so that every pixel has one.
+_SCENES_WITH_STUFF = {
+    "maskx_scenes_sparse_stuff_train": (
+        "maskx_scenes_sparse_stuff/train",
+        _SPARSE | {"count": 750, "seed": 2},
+    ),
+    "maskx_scenes_sparse_stuff_val": _SCENES["maskx_scenes_sparse_val"],
+}
+
 _COCO_IN_VG = tuple(f"maskx_coco_2017_vg3k_{part}" for part in ("train", "val"))
 _COCO60 = "maskx_coco60_train2014"
 _VOC = {f"maskx_voc_2012_{part}": part for part in ("trainaug", "trainaug_tags", "val")}
 _VISUAL_GENOME = (*(f"maskx_vg3k_{part}" for part in SPLITS), *_COCO_IN_VG)
+_IMAGENET = {f"maskx_imagenet_{classes}": classes for classes in IMAGENET_CLASS_LISTS}
+
+
+class _Prepared(NamedTuple):
+    """A data set that a script of datasets/ writes.
+
+    Attributes:
+        json_file: from the folder of the data sets.
+        image_root: likewise.
+        script: its name.
+        class_names: makes the class list.
+    """
+
+    json_file: str
+    image_root: str
+    script: str
+    class_names: Callable[[], Sequence[str]]
+
+
+def _ade20k_150_names() -> list[str]:
+    return [entry.name for entry in ade20k_150_classes()]
+
+
+def _ade20k_847_names() -> list[str]:
+    return [entry.name for entry in ade20k_847_classes()]
+
+
+# Data sets without a background, whose class lists are known before they are prepared.
+_LABEL_MAP_SETS = {
+    f"maskx_{name}_{part}": _Prepared(f"{folder}/{json_file}.json", images, *made)
+    for name, folder, parts, *made in (
+        (
+            *("coco_stuff", "coco_stuff"),
+            {
+                "train": ("coco_stuff_train2017", "coco/train2017"),
+                "train_tags": ("coco_stuff_train2017_tags", "coco/train2017"),
+                "val": ("coco_stuff_val2017", "coco/val2017"),
+            },
+            *("prepare_coco_stuff.py", coco_stuff_names),
+        ),
+        (
+            *("ade20k_150", "ade20k_150"),
+            {
+                "train": ("ade20k_150_train", "ADEChallengeData2016/images/training"),
+                "train_tags": ("ade20k_150_train_tags", "ADEChallengeData2016/images/training"),
+                "val": ("ade20k_150_val", "ADEChallengeData2016/images/validation"),
+            },
+            *("prepare_ade20k_150.py", _ade20k_150_names),
+        ),
+        (
+            *("ade20k_847", "ade20k_full"),
+            {
+                "train": ("ade20k_full_train", "ade20k_full/images/training"),
+                "train_tags": ("ade20k_full_train_tags", "ade20k_full/images/training"),
+                "val": ("ade20k_full_val", "ade20k_full/images/validation"),
+            },
+            *("prepare_ade20k_full.py", _ade20k_847_names),
+        ),
+    )
+    for part, (json_file, images) in parts.items()
+}
 
 
 def register_coco(
@@ -103,7 +179,23 @@ def register_all(root: str | os.PathLike | None = None) -> None:
     - ``maskx_scenes_train`` and ``_val``: 1000 and 200 generated scenes of 128 pixels with 40
       categories, written to ``root/maskx_scenes`` when first used (6 s on 1 core);
     - ``maskx_scenes_sparse_train`` and ``_val``: 1500 and 200 scenes of one or two objects with 12
-      categories, in ``root/maskx_scenes_sparse``, from whose image labels much can be learned.
+      categories, in ``root/maskx_scenes_sparse``, from whose image labels much can be learned;
+    - ``maskx_scenes_sparse_stuff_train`` and ``_val``: 750 more and the same 200, in which the 5
+      kinds of ground are classes too, after the 12, so that every pixel has a class.
+
+    Without a background, with class lists that are known even where the data are not there:
+
+    - ``maskx_coco_stuff_train``, ``_train_tags`` and ``_val``: COCO-Stuff in 160 classes;
+    - ``maskx_ade20k_150_train``, ``_train_tags`` and ``_val``: ADE20K in 150 classes;
+    - ``maskx_ade20k_847_train``, ``_train_tags`` and ``_val``: ADE20K in 847 classes.
+
+    ``datasets/prepare_coco_stuff.py``, ``prepare_ade20k_150.py`` and ``prepare_ade20k_full.py``
+    write their files; ``_tags`` are the images of train with image labels only.
+
+    Where ``datasets/prepare_imagenet21k.py`` has written ``root/imagenet21k_labels``:
+
+    - ``maskx_imagenet_ade150``, ``_ade847`` and ``_all``: ImageNet-21K, one image label each, in
+      the classes that are also ADE20K's, or in all.
 
     Where ``datasets/prepare_voc.py`` has written ``root/voc2012``, with the images in
     ``root/VOCdevkit/VOC2012/JPEGImages``:
@@ -140,6 +232,22 @@ def register_all(root: str | os.PathLike | None = None) -> None:
             categories=functools.partial(_scene_categories, parameters),
             prepare=functools.partial(_write_scenes, folder, parameters),
         )
+    for name, (place, parameters) in _SCENES_WITH_STUFF.items():
+        folder = root / place
+        _register(
+            name,
+            folder / "annotations.json",
+            folder,
+            strict=True,
+            categories=functools.partial(_scene_categories, parameters),
+            stuff=[category.name for category in STUFF_CATEGORIES],
+            prepare=functools.partial(_write_scenes, folder, parameters),
+        )
+    for name, prepared in _LABEL_MAP_SETS.items():
+        _register_prepared(name, root, prepared)
+    for name, classes in _IMAGENET.items():
+        if _imagenet_categories_file(root, classes).is_file():
+            _register_imagenet(name, root, classes)
     for name in _VOC:
         if _voc_file(root, name).is_file():
             _register_voc(name, root)
@@ -169,13 +277,19 @@ def class_names_of(dataset_name: str) -> list[str]:
     """Return the class list of a registered data set.
 
     Raises:
-        FileNotFoundError: it is one of VOC, COCO-60 or Visual Genome, which was not prepared.
+        FileNotFoundError: it is one of VOC, COCO-60, ImageNet or Visual Genome, which was not
+            prepared.
         ValueError: there is no such data set, or it has no class list.
     """
-    if dataset_name in (*_VOC, _COCO60, *_VISUAL_GENOME) and dataset_name not in DatasetCatalog:
+    prepared = (*_VOC, _COCO60, *_IMAGENET, *_VISUAL_GENOME)
+    if dataset_name in prepared and dataset_name not in DatasetCatalog:
         root = _known_root()
         if dataset_name in _VOC:
             file, script = _voc_file(root, dataset_name), "prepare_voc.py"
+        elif dataset_name in _IMAGENET:
+            classes = _IMAGENET[dataset_name]
+            file = _imagenet_categories_file(root, classes)
+            script = f"prepare_imagenet21k.py --classes {classes}"
         elif dataset_name == _COCO60:
             file, script = _coco60_file(root), "prepare_coco60.py"
         else:
@@ -251,6 +365,17 @@ def plain_record(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "image_labels": image_labels_of(record), "annotations": annotations}
 
 
+def supervised_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record as of :func:`plain_record`, with its ``supervision``."""
+    record = plain_record(record)
+    if "supervision" not in record:  # of a data set that Detectron2 reads
+        has_mask = "label_map_file_name" in record or any(
+            "segmentation" in annotation for annotation in record["annotations"]
+        )
+        record["supervision"] = (Supervision.MASK if has_mask else Supervision.IMAGE).value
+    return record
+
+
 def _register(
     name: str,
     json_file: str | os.PathLike,
@@ -259,6 +384,7 @@ def _register(
     strict: bool,
     categories: Callable[[], dict[int, str]],
     class_names: Sequence[str] | None = None,
+    stuff: Sequence[str] = (),
     prepare: Callable[[], None] | None = None,
 ) -> None:
     """Register a data set unless it is.
@@ -270,6 +396,8 @@ def _register(
         strict: whether a bad annotation is an error.
         categories: returns names by category id, in the order of the ids.
         class_names: the class list they belong to by name; None if they are the class list.
+        stuff: without ``class_names``, the stuff of the file, classes after its categories; see
+            :func:`maskx.data.joint_sets.things_and_stuff`.
         prepare: called before the annotation file is read.
     """
     source = {
@@ -278,6 +406,7 @@ def _register(
         "strict": strict,
         # Not "class_names": Detectron2 refuses it as an old name of thing_classes.
         "class_list": None if class_names is None else list(class_names),
+        "stuff_list": list(stuff),
     }
     if name in DatasetCatalog:
         metadata = MetadataCatalog.get(name)
@@ -293,13 +422,14 @@ def _register(
         return
 
     names = categories()
-    class_list = list(names.values()) if class_names is None else list(class_names)
+    class_list = [*names.values(), *stuff] if class_names is None else list(class_names)
     class_index = _match_categories(names, class_list, json_file)
+    class_index |= {max(names) + i: len(names) - 1 + i for i in range(1, len(stuff) + 1)}
 
     def load() -> list[dict[str, Any]]:
         if prepare is not None:
             prepare()
-        return _load_records(json_file, image_root, strict, names, class_list)
+        return _load_records(json_file, image_root, strict, names, class_list, stuff)
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
@@ -335,6 +465,7 @@ def _load_records(
     strict: bool,
     names: Mapping[int, str],
     class_list: Sequence[str],
+    stuff: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Read records in Detectron2's form: ``category_id`` there is a class index.
 
@@ -344,6 +475,7 @@ def _load_records(
         strict: whether a bad annotation is an error.
         names: category names by id that the data set was registered with.
         class_list: the class list, which has all of them.
+        stuff: the stuff that is in it after them.
     """
     data = load_coco(json_file, image_root, strict=strict)
     found = dict(zip(data.category_ids, data.class_names, strict=True))
@@ -362,17 +494,25 @@ def _load_records(
             f"count the {len(data.class_names)} categories of the file, but the data set is "
             f"registered with a list of {len(class_list)} classes. Register it without class_names."
         )
+    records, known_names = data.records, list(data.class_names)
+    if stuff:
+        records, known_names = things_and_stuff(data)
+        if list(known_names) != list(class_list):
+            raise ValueError(
+                f"{os.fspath(json_file)} has the stuff {', '.join(known_names[len(names) :])}, but "
+                f"the data set was registered with {', '.join(stuff)}. Generate it anew."
+            )
     position = {name: index for index, name in enumerate(class_list)}
     # load_coco counts the categories of the file from 0.
-    class_index = [position[name] for name in data.class_names]
-    for record in data.records:
+    class_index = [position[name] for name in known_names]
+    for record in records:
         record["image_labels"] = sorted(class_index[label] for label in record["image_labels"])
-        if len(names) < len(class_list):
+        if len(known_names) < len(class_list):
             record["boxes_complete"] = False
         for annotation in record["annotations"]:
             annotation["category_id"] = class_index[annotation.pop("class_index")]
             annotation["bbox_mode"] = BoxMode.XYXY_ABS
-    return data.records
+    return records
 
 
 def _register_coco_2017(
@@ -421,6 +561,41 @@ def _register_coco60(root: Path) -> None:
         strict=False,  # as COCO itself
         categories=lambda: categories,
     )
+
+
+def _register_prepared(name: str, root: Path, prepared: _Prepared) -> None:
+    json_file = root / prepared.json_file
+    _register(
+        name,
+        json_file,
+        root / prepared.image_root,
+        strict=True,
+        categories=lambda: dict(enumerate(prepared.class_names(), start=1)),
+        prepare=functools.partial(_check_prepared, json_file, prepared.script),
+    )
+
+
+def _register_imagenet(name: str, root: Path, classes: str) -> None:
+    path = _imagenet_categories_file(root, classes)
+    _register(
+        name,
+        path.with_name(f"imagenet_{classes}_tags.json"),
+        root / "imagenet21k",
+        strict=True,
+        categories=lambda: {c["id"]: c["name"] for c in json.loads(path.read_bytes())},
+    )
+
+
+def _check_prepared(json_file: Path, script: str) -> None:
+    if not json_file.is_file():
+        raise FileNotFoundError(
+            f"There is no file {json_file}. Write it with `python datasets/{script} --root <folder "
+            "of the data sets>` (see datasets/README.md)."
+        )
+
+
+def _imagenet_categories_file(root: Path, classes: str) -> Path:
+    return root / "imagenet21k_labels" / f"imagenet_{classes}_categories.json"
 
 
 def _coco60_file(root: Path) -> Path:

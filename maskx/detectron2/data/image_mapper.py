@@ -20,7 +20,7 @@ from maskx.detectron2.data.datasets import (
 )
 from maskx.detectron2.tasks import Task, task_of
 
-__all__ = ["MaskXImageMapper", "training_records"]
+__all__ = ["MaskXImageMapper", "training_records", "transform_label_map"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class MaskXImageMapper:
         transforms = self.augmentations(augmented)
         sample["image"] = _to_tensor(augmented.image.transpose(2, 0, 1))
         if self.is_train and self.label_maps:
-            label_map = _transform_label_map(self._label_map(record), transforms)
+            label_map = transform_label_map(self._label_map(record), transforms)
             sample["sem_seg"] = _to_tensor(label_map.astype(np.int64))
         return sample
 
@@ -196,7 +196,8 @@ def _withhold(label_map: np.ndarray, allowed: Collection[int], num_classes: int)
     return label_map
 
 
-def _transform_label_map(label_map: np.ndarray, transforms: T.TransformList) -> np.ndarray:
+def transform_label_map(label_map: np.ndarray, transforms: T.TransformList) -> np.ndarray:
+    """Apply transforms to an (H, W) label map; of integers of more than 8 bits come int32."""
     if label_map.dtype == np.uint8:
         return transforms.apply_segmentation(label_map)
     # As an image of four channels of bytes: other integers are resized by another rule, which

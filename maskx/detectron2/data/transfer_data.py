@@ -28,7 +28,12 @@ from maskx.data.transfer_sets import (
     visible_labels,
 )
 from maskx.data.vocabularies import VOC_TO_COCO
-from maskx.detectron2.data.datasets import class_names_of, plain_record, split_from_config
+from maskx.detectron2.data.datasets import (
+    class_names_of,
+    plain_record,
+    split_from_config,
+    supervised_record,
+)
 from maskx.detectron2.data.image_mapper import MaskXImageMapper
 from maskx.detectron2.tasks import Task, task_of
 from maskx.supervision import CategorySplit, Supervision
@@ -160,7 +165,7 @@ def transfer_records(cfg: CfgNode) -> TransferSets:
     names = cfg.DATASETS.TRAIN
     records = []
     for name in names:
-        own = [_plain(record) for record in DatasetCatalog.get(name)]
+        own = [supervised_record(record) for record in DatasetCatalog.get(name)]
         if len(names) == 2:
             own = records_in_union(own, class_names_of(name), split.class_names)
         records += own
@@ -306,17 +311,6 @@ class _UnionImageMapper(MaskXImageMapper):
 
     def _label_map(self, record: dict[str, Any]) -> Any:
         return transfer_label_map(plain_record(record), self.num_classes)
-
-
-def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record in the form of `maskx.data.coco.load_coco`, with its supervision."""
-    record = plain_record(record)
-    if "supervision" not in record:  # of a data set that Detectron2 reads
-        has_mask = "label_map_file_name" in record or any(
-            "segmentation" in annotation for annotation in record["annotations"]
-        )
-        record["supervision"] = (Supervision.MASK if has_mask else Supervision.IMAGE).value
-    return record
 
 
 def _as_detectron2(record: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,443 @@
+import itertools
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+
+from maskx.data.ade20k import prepare_ade20k_150
+from maskx.data.imagenet import prepare_imagenet21k
+from maskx.data.joint_sets import JointSets
+from maskx.data.label_maps import write_label_map
+from maskx.data.large_vocabularies import ade20k_150_classes, base_and_novel, coco_stuff_classes
+from maskx.data.masks import decode_segmentation
+from maskx.data.scenes import STUFF_CATEGORIES
+from maskx.detectron2 import MaskXJointMapper, register_all
+from maskx.detectron2.data import (
+    build_joint_loader,
+    check_joint_data,
+    class_names_of,
+    indices_of_dataset,
+    model_class_table,
+    scored_indices,
+    split_of_dataset,
+)
+from maskx.detectron2.data.joint_data import joint_sets_from_config
+
+MASKS, TAGS = "maskx_scenes_sparse_stuff_train", "maskx_scenes_sparse_train"
+VAL = "maskx_scenes_sparse_stuff_val"
+JOINT = "DATASETS.MASKX.JOINT."
+STUFF = [category.name for category in STUFF_CATEGORIES]
+
+
+def register(name, class_names, records):
+    """Register records of a class list with Detectron2, as a user may."""
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(thing_classes=list(class_names))
+
+
+@pytest.fixture
+def write_record(tmp_path):
+    """Write an image and, with labels, a label map: a record in Detectron2's form."""
+
+    def write(image_id, *, size=(40, 60), label_map=None, num_classes=2, **record):
+        path = tmp_path / f"{image_id}.png"
+        image = np.full((*size, 3), 10 * image_id % 256, np.uint8)
+        record |= {"file_name": str(path), "image_id": image_id}
+        record |= {"height": size[0], "width": size[1]}
+        if label_map is not None:
+            image[:] = 100 * label_map[:, :, None]
+            labels = tmp_path / f"{image_id}_labels.png"
+            write_label_map(labels, label_map, num_classes=num_classes)
+            record["label_map_file_name"] = str(labels)
+        cv2.imwrite(str(path), image)
+        return record
+
+    return write
+
+
+# Classes
+
+
+def test_the_classes_of_the_model_are_those_of_the_data_sets_by_name(make_joint_cfg):
+    cfg = make_joint_cfg()
+    things = class_names_of(TAGS)
+    assert model_class_table(cfg).names == (*things, *STUFF)
+    assert class_names_of(MASKS) == class_names_of(VAL) == [*things, *STUFF]
+
+    cfg.DATASETS.TRAIN = (TAGS, MASKS)
+    cfg.MODEL.MASKX.LARVSEG.CLASSES_OF = ("maskx_coco_stuff_train", VAL)
+    names = model_class_table(cfg).names
+    known = list(dict.fromkeys(entry.renamed for entry in coco_stuff_classes()))
+    assert names == (*known, *(name for name in (*things, *STUFF) if name not in known))
+    assert [names[i] for i in indices_of_dataset(cfg, VAL)] == [*things, *STUFF]
+
+
+@pytest.mark.parametrize("train", [(MASKS, TAGS), (TAGS, MASKS)])
+def test_what_is_scored_agrees_with_the_joint_sets(make_joint_cfg, train):
+    """Positions count in the order of the training data, whatever the table of the model is."""
+    supervision = tuple("mask" if name == MASKS else "image" for name in train)
+    cfg = make_joint_cfg("DATASETS.TRAIN", train, JOINT + "SUPERVISION", supervision)
+    for classes_of in ((), (VAL,), ("maskx_coco_stuff_train", VAL)):
+        cfg.MODEL.MASKX.LARVSEG.CLASSES_OF = classes_of
+        names, sets = model_class_table(cfg).names, joint_sets_from_config(cfg)
+        scored = scored_indices(cfg)
+        for name in train:
+            found = [names[i] for i in scored[name]]
+            assert found == [sets.table.names[i] for i in sets.scored[name]]
+            things = class_names_of(TAGS)
+            expected = set(things) if name == TAGS else {*things[::2], *STUFF}
+            assert set(found) == expected
+
+
+def test_a_split_is_of_one_class_list(make_joint_cfg):
+    cfg = make_joint_cfg("DATASETS.MASKX.SPLIT", "ade150_raw")
+    assert split_of_dataset(cfg, MASKS) is None
+    split = split_of_dataset(cfg, "maskx_ade20k_150_val")
+    assert (split.with_masks, split.without_masks) == base_and_novel("ade150_raw")
+    assert (len(split.with_masks), len(split.without_masks)) == (58, 92)
+    cfg.DATASETS.MASKX.SPLIT = "scenes_half"
+    split = split_of_dataset(cfg, VAL)
+    things = class_names_of(TAGS)
+    assert split.without_masks == tuple(things[1::2])
+    assert split.with_masks == (*things[::2], *STUFF)
+
+
+def test_masks_of_novel_classes_under_another_class_list_are_reported(
+    make_joint_cfg, write_record, caplog
+):
+    """As those of "traffic light" in COCO-Stuff, which is novel in ADE20K's 847 classes."""
+    label_map = np.ones((8, 8), np.uint8)
+    cfg = make_joint_cfg()
+    novel = class_names_of(TAGS)[1]
+    record = write_record(1, size=(8, 8), label_map=label_map, image_labels=[0])
+    register("other", [novel, "unheard of"], [record])
+    cfg.DATASETS.TRAIN = ("other", TAGS)
+    with caplog.at_level(logging.WARNING, logger="maskx"):
+        joint_sets_from_config(cfg)
+    assert f"all used, also those of 1 classes that are novel by it: {novel}." in caplog.text
+
+
+# Mapper
+
+
+def sample_of(cfg, record, sets, seed=0):
+    mapper = MaskXJointMapper(cfg, is_train=True, sets=sets)
+    return mapper(record, np.random.RandomState(seed))
+
+
+def test_pixels_have_the_base_classes_of_things_and_stuff(make_joint_cfg):
+    cfg = make_joint_cfg("INPUT.MASKX.SIZE", 64, "INPUT.RANDOM_FLIP", "none")
+    names, scored = model_class_table(cfg).names, scored_indices(cfg)[MASKS]
+    sets = joint_sets_from_config(cfg)
+    content = json.loads(Path(MetadataCatalog.get(MASKS).json_file).read_text())
+    folder = Path(MetadataCatalog.get(MASKS).image_root)
+    base = class_names_of(TAGS)[::2]
+    category = {c["id"]: c["name"] for c in content["categories"]}
+    for record, image in zip(sets.data_sets[0].records, content["images"], strict=True):
+        stuff = cv2.imread(str(folder / image["stuff_file_name"]), cv2.IMREAD_UNCHANGED)
+        expected = np.array(["", *STUFF], object)[stuff]
+        for annotation in content["annotations"]:
+            if annotation["image_id"] == image["id"]:
+                mask = decode_segmentation(annotation["segmentation"], 64, 64)
+                name = category[annotation["category_id"]]
+                expected[mask] = name if name in base else ""
+        sample = sample_of(cfg, record, sets)
+        assert sample["data_set"] == MASKS
+        assert "image_labels" not in sample
+        label_map = sample["label_map"].numpy()
+        assert label_map.dtype == np.int64
+        of_position = np.array([*(names[i] for i in scored), ""], object)
+        known = label_map >= 0
+        assert (of_position[label_map] == expected)[known].all()
+        # Unknown is what is of a novel class, and nothing else; masks of one scene share no pixel.
+        assert (expected[~known] == "").all()
+        assert (known | (expected == "")).all()
+
+
+def test_image_labels_come_without_any_pixel(make_joint_cfg, monkeypatch):
+    cfg = make_joint_cfg(JOINT + "SINGLE_LABEL", (False, True), JOINT + "SIZES", (48, 32))
+    names, scored = model_class_table(cfg).names, scored_indices(cfg)[TAGS]
+    sets = joint_sets_from_config(cfg)
+    monkeypatch.delattr(JointSets, "label_map")
+    things = class_names_of(TAGS)
+    expected = {r["image_id"]: r["image_labels"] for r in DatasetCatalog.get(TAGS)}
+    for record in sets.data_sets[1].records:
+        sample = sample_of(cfg, record, sets)
+        assert sample["image"].shape == (3, 32, 32)
+        assert sample["image"].dtype == torch.uint8
+        assert sample["single_label"] is True
+        assert "label_map" not in sample
+        found = {names[scored[position]] for position in sample["image_labels"]}
+        assert found == {things[label] for label in expected[sample["image_id"]]}
+
+
+@pytest.mark.parametrize("flip", ["horizontal", "vertical"])
+def test_crops_and_flips_keep_image_and_label_map_together(make_joint_cfg, write_record, flip):
+    label_map = np.ones((41, 67), np.uint8)
+    label_map[:20, 30:] = 2
+    record = write_record(1, size=(41, 67), label_map=label_map, image_labels=[0, 1])
+    cfg = make_joint_cfg(JOINT + "MIN_CROP", 0.5, "INPUT.RANDOM_FLIP", flip)
+    register("halves", ["dark", "bright"], [record])
+    cfg.merge_from_list(["DATASETS.TRAIN", ("halves",), JOINT + "SUPERVISION", ("mask",)])
+    sets = joint_sets_from_config(cfg)
+    (record,) = sets.data_sets[0].records
+    corners = set()
+    for seed in range(12):
+        sample = sample_of(cfg, record, sets, seed)
+        assert sample["image"].shape[1:] == sample["label_map"].shape == (48, 48)
+        is_bright = sample["image"][0] > 150
+        assert (is_bright == sample["label_map"].bool()).float().mean() > 0.97
+        again = sample_of(cfg, record, sets, seed)
+        assert torch.equal(again["image"], sample["image"])
+        corners.add((is_bright[0, 0].item(), is_bright[0, -1].item(), is_bright[-1, 0].item()))
+    mirrored = {"horizontal": (True, False, False), "vertical": (False, False, False)}[flip]
+    assert {(False, True, False), mirrored} <= corners
+
+
+def test_crop_level_labels_are_those_of_the_crop(make_joint_cfg, write_record):
+    label_map = np.ones((40, 40), np.uint8)
+    label_map[0, 0] = 2
+    record = write_record(1, size=(40, 40), label_map=label_map, image_labels=[0, 1])
+    register("corner", ["most", "corner"], [{**record, "supervision": "mask"}])
+    cfg = make_joint_cfg(JOINT + "CROP_LEVEL_LABELS", True, JOINT + "MIN_CROP", 0.5)
+    cfg.merge_from_list(["DATASETS.TRAIN", ("corner",), JOINT + "SUPERVISION", ("image",)])
+    found = Counter()
+    for level in (True, False):
+        cfg.merge_from_list([JOINT + "CROP_LEVEL_LABELS", level])
+        sets = joint_sets_from_config(cfg)
+        for seed in range(20):
+            sample = sample_of(cfg, sets.data_sets[0].records[0], sets, seed)
+            assert "label_map" not in sample
+            found[level, tuple(sample["image_labels"])] += 1
+    assert found[True, (0,)] > 10
+    assert found[False, (0, 1)] == 20
+
+
+def test_test_samples_say_which_classes_to_choose_from(make_joint_cfg):
+    cfg = make_joint_cfg()
+    mapper = MaskXJointMapper(cfg, is_train=False, dataset_name=TAGS)
+    record = DatasetCatalog.get(TAGS)[0]
+    sample = mapper(record)
+    assert sample.keys() == {
+        *("file_name", "image_id", "height", "width", "image", "class_indices"),
+    }
+    image = cv2.imread(record["file_name"])[:, :, ::-1]
+    assert np.array_equal(sample["image"].permute(1, 2, 0).numpy(), image)
+    assert sample["class_indices"] == (0, 1, 2, 3)
+    assert MaskXJointMapper(cfg, is_train=False, dataset_name=VAL).class_indices == tuple(range(9))
+
+
+# Loader
+
+
+def take(loader, count, start=0):
+    loader.start = start
+    return list(itertools.islice(loader, count))
+
+
+def summary(batches):
+    return [[(s["data_set"], s["image_id"], s["image"].sum().item()) for s in b] for b in batches]
+
+
+def test_one_worker_alternates_by_the_ratios(make_joint_cfg):
+    cfg = make_joint_cfg(JOINT + "RATIOS", (3, 1), "SOLVER.IMS_PER_BATCH", 3)
+    batches = take(build_joint_loader(cfg), 12)
+    sets = [{sample["data_set"] for sample in batch} for batch in batches]
+    assert all(len(names) == 1 for names in sets)
+    assert all(len(batch) == 3 for batch in batches)
+    assert Counter(name for (name,) in sets) == {MASKS: 9, TAGS: 3}
+    # 27 samples of 6 images: every image 4 or 5 times, in another order each time.
+    ids = [s["image_id"] for batch in batches for s in batch if s["data_set"] == MASKS]
+    assert set(Counter(ids).values()) <= {4, 5}
+    assert ids[:6] != ids[6:12]
+
+
+@pytest.mark.parametrize("ratios", [(4, 4), (3, 3, 2)])
+def test_eight_workers_keep_their_data_sets(make_joint_cfg, monkeypatch, ratios):
+    cfg = make_joint_cfg(JOINT + "RATIOS", ratios[:2], "SOLVER.IMS_PER_BATCH", 16)
+    if len(ratios) == 3:
+        train = ("DATASETS.TRAIN", (MASKS, TAGS, VAL), JOINT + "RATIOS", ratios)
+        cfg.merge_from_list([*train, JOINT + "SUPERVISION", ("mask", "image", "mask")])
+    monkeypatch.setattr(comm, "get_world_size", lambda: 8)
+    kept, images = Counter(), []
+    for rank in range(8):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        batches = take(build_joint_loader(cfg), 3)
+        names = {sample["data_set"] for batch in batches for sample in batch}
+        assert len(names) == 1
+        assert all(len(batch) == 2 for batch in batches)
+        kept[names.pop()] += 1
+        images.append(summary(batches))
+    assert tuple(kept[name] for name in cfg.DATASETS.TRAIN) == ratios
+    assert len({str(each) for each in images}) == 8  # no two see the same
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_goes_on_at_any_step(make_joint_cfg, num_workers):
+    cfg = make_joint_cfg(JOINT + "MIN_CROP", 0.5)
+    expected = summary(take(build_joint_loader(cfg), 7))
+    cfg.DATALOADER.NUM_WORKERS = num_workers
+    state = np.random.get_state()[1].copy()
+    assert summary(take(build_joint_loader(cfg), 3, start=4)) == expected[4:]
+    assert np.array_equal(np.random.get_state()[1], state)
+    cfg.SEED = 2
+    assert summary(take(build_joint_loader(cfg), 7)) != expected
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        ((JOINT + "RATIOS", (4,)), r"RATIOS has 1 entries, \(4,\), but DATASETS.TRAIN names 2 .*"),
+        ((JOINT + "RATIOS", (4, 0)), r"DATASETS.MASKX.JOINT: Data set .*: ratio must be at least"),
+        ((JOINT + "RATIOS", (4, 1.5)), r"RATIOS has the entry 1.5. Allowed: values of type int."),
+        ((JOINT + "SUPERVISION", ("mask", "tags")), r"supervision 'tags'. Allowed: mask, image"),
+        ((JOINT + "SIZES", (0, 8)), r"image_size must be at least 1, got 0"),
+        ((JOINT + "MIN_CROP", 1.5), r"MIN_CROP is 1.5. Allowed: above 0 and at most 1"),
+        (("DATASETS.TRAIN", (MASKS, MASKS)), rf"names '{MASKS}' more than once.*RATIOS"),
+        (("DATASETS.TRAIN", (MASKS, "maskx_scene")), r"no data set 'maskx_scene'"),
+        (("DATASETS.TRAIN", ()), r"TRAIN and MODEL.MASKX.LARVSEG.CLASSES_OF are empty"),
+        (
+            ("MODEL.MASKX.LARVSEG.CLASSES_OF", ("maskx_coco_stuf_val",)),
+            r"LARVSEG.CLASSES_OF: There is no data set 'maskx_coco_stuf_val'.*Did you mean",
+        ),
+        (
+            ("MODEL.MASKX.LARVSEG.CLASSES_OF", (TAGS,)),
+            rf"'{MASKS}' \(DATASETS.TRAIN\) has 5 classes .* 4 of the model: .*_OF, '{MASKS}",
+        ),
+        (
+            ("DATASETS.TEST", ("maskx_ade20k_150_val",)),
+            r"'maskx_ade20k_150_val' \(DATASETS.TEST\) has 146 classes .* 9 of the model: wall, ",
+        ),
+        (
+            ("DATASETS.MASKX.SPLIT", "coco_voc"),
+            rf"SPLIT fits the classes of none of {MASKS}, .*voc",
+        ),
+        (("SOLVER.IMS_PER_BATCH", 0), r"IMS_PER_BATCH is 0. Allowed: multiples of 1"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_reading(make_joint_cfg, opts, words, monkeypatch):
+    cfg = make_joint_cfg(*opts)
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: pytest.fail("reads records"))
+    with pytest.raises(ValueError, match=words):
+        check_joint_data(cfg)
+
+
+def test_a_split_that_is_no_name_is_an_error(make_joint_cfg):
+    cfg = make_joint_cfg("DATASETS.MASKX.SPLIT", "ade150_row")
+    with pytest.raises(FileNotFoundError, match=r"'ade150_row' is neither.*Did you mean"):
+        check_joint_data(cfg)
+
+
+@pytest.mark.parametrize(
+    ("supervision", "record", "words"),
+    [
+        ("image", {"image_labels": []}, r"supervision 'image': none of its 1 images has image lab"),
+        ("mask", {"image_labels": [0]}, r"supervision 'mask': none of its 1 images has pixel lab"),
+        ("image", {"image_labels": [2]}, r"has the labels \[2\]. Allowed: class indices 0 to 1"),
+        ("image", {"image_labels": [0], "image_id": None}, r"lacks image_id, height or width"),
+    ],
+)
+def test_records_that_teach_nothing_are_errors(
+    make_joint_cfg, write_record, supervision, record, words
+):
+    record = write_record(3) | record
+    if record["image_id"] is None:
+        del record["image_id"]
+    register("few", ["cat", "dog"], [record])
+    cfg = make_joint_cfg("DATASETS.TRAIN", ("few",), JOINT + "SUPERVISION", (supervision,))
+    with pytest.raises(ValueError, match=words):
+        build_joint_loader(cfg)
+
+
+def test_one_name_of_several_ids_is_one_class_and_said(make_joint_cfg, write_record, caplog):
+    label_map = np.repeat([[1, 2, 3]], 6, 0).repeat(2, 1).astype(np.uint8)
+    record = write_record(1, size=(6, 6), label_map=label_map, num_classes=3, image_labels=[0, 1])
+    register("walls", ["wall", "sky", "wall"], [record])
+    cfg = make_joint_cfg("DATASETS.TRAIN", ("walls",), JOINT + "SUPERVISION", ("mask",))
+    cfg.merge_from_list(["INPUT.MASKX.SIZE", 6, "INPUT.RANDOM_FLIP", "none"])
+    cfg.DATASETS.TEST = ("walls",)
+    cfg.DATASETS.MASKX.SPLIT = "all"
+    check_joint_data(cfg)
+    assert model_class_table(cfg).names == ("wall", "sky")
+    assert scored_indices(cfg) == {"walls": (0, 1)}
+    assert indices_of_dataset(cfg, "walls") == (0, 1)
+    with caplog.at_level(logging.WARNING, logger="maskx"):
+        sets = joint_sets_from_config(cfg)
+    assert "walls: 3 classes, 2 names; merged: wall x2." in caplog.text
+    sample = sample_of(cfg, sets.data_sets[0].records[0], sets)
+    assert sample["label_map"][0].tolist() == [0, 0, 1, 1, 0, 0]
+
+
+# Registered data sets
+
+
+def test_class_lists_of_the_paper_are_known_without_any_file(tmp_path):
+    register_all(tmp_path)
+    register_all(tmp_path)
+    for part in ("train", "train_tags", "val"):
+        assert len(class_names_of(f"maskx_coco_stuff_{part}")) == 160
+        assert len(class_names_of(f"maskx_ade20k_150_{part}")) == 150
+        assert len(class_names_of(f"maskx_ade20k_847_{part}")) == 847
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match=r"coco_stuff_val2017.json.*prepare_coco_stuff.py"):
+        DatasetCatalog.get("maskx_coco_stuff_val")
+    with pytest.raises(FileNotFoundError, match=r"prepare_imagenet21k.py --classes ade150 --root"):
+        class_names_of("maskx_imagenet_ade150")
+
+
+def test_prepared_data_are_registered_as_they_are_named(tmp_path, make_joint_cfg):
+    cfg = make_joint_cfg()
+    rng = np.random.default_rng(0)
+    challenge = tmp_path / "ADEChallengeData2016"
+    for part in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (challenge / kind / part).mkdir(parents=True)
+        stem = f"ADE_{part[: 5 if part == 'training' else 3]}_00000001"
+        image = rng.integers(0, 256, (30, 40, 3), np.uint8)
+        cv2.imwrite(str(challenge / "images" / part / f"{stem}.jpg"), image)
+        labels = np.repeat(np.arange(30, dtype=np.uint8)[:, None], 40, 1)
+        cv2.imwrite(str(challenge / "annotations" / part / f"{stem}.png"), labels)
+    prepare_ade20k_150(challenge, tmp_path / "ade20k_150", allow_other_counts=True)
+    for synset in ("n03001627", "n02958343"):  # chair, car
+        (tmp_path / "imagenet21k" / synset).mkdir(parents=True)
+        path = tmp_path / "imagenet21k" / synset / f"{synset}_1.jpg"
+        cv2.imwrite(str(path), rng.integers(0, 256, (20, 30, 3), np.uint8))
+    folder = tmp_path / "imagenet21k_labels"
+    prepare_imagenet21k(tmp_path / "imagenet21k", folder, classes="ade150", allow_other_counts=True)
+    for name in [name for name in DatasetCatalog.list() if name.startswith("maskx_")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_all(tmp_path)
+    register_all(tmp_path)
+
+    content = json.loads((folder / "imagenet_ade150_tags.json").read_text())
+    assert class_names_of("maskx_imagenet_ade150") == [c["name"] for c in content["categories"]]
+    assert set(class_names_of("maskx_imagenet_ade150")) <= {e.name for e in ade20k_150_classes()}
+    names = class_names_of("maskx_imagenet_ade150")
+    records = DatasetCatalog.get("maskx_imagenet_ade150")
+    assert sorted(names[label] for r in records for label in r["image_labels"]) == ["car", "chair"]
+
+    train = ("maskx_ade20k_150_train", "maskx_ade20k_150_val", "maskx_imagenet_ade150")
+    cfg.merge_from_list(["DATASETS.TRAIN", train, "DATASETS.TEST", train[1:2]])
+    cfg.merge_from_list([JOINT + "SUPERVISION", ("mask", "image", "image")])
+    cfg.merge_from_list(["DATASETS.MASKX.SPLIT", "ade150_raw"])
+    check_joint_data(cfg)
+    sets = joint_sets_from_config(cfg)
+    assert [len(sets.scored[name]) for name in train] == [58, 150, len(names)]
+    base, _ = base_and_novel("ade150_raw")
+    sample = sample_of(cfg, sets.data_sets[0].records[0], sets)
+    shown = {entry.name for entry in ade20k_150_classes()[:29]} & set(base)
+    scored = scored_indices(cfg)[train[0]]
+    found = sample["label_map"].unique().tolist()
+    assert {model_class_table(cfg).names[scored[i]] for i in found if i >= 0} == shown
+    assert len(sample_of(cfg, sets.data_sets[1].records[0], sets)["image_labels"]) == 29
