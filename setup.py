@@ -14,6 +14,7 @@ REQUIRES = [
     "torch>=2.4",
     "torchvision>=0.19",
     "numpy>=1.24",
+    "scipy>=1.8",
     "fvcore>=0.1.5",
     "pycocotools>=2.0.7",
     "opencv-python>=4.8",

@@ -8,18 +8,24 @@ Examples:
     python tools/benchmark.py mask_head --section predictor mlp --rois 32
     python tools/benchmark.py class_patterns --depth 34
     OMP_NUM_THREADS=1 python tools/benchmark.py large_vocabulary --section inference
+    python tools/benchmark.py concept_mask --section attention
+    python tools/benchmark.py word_vectors --images 100000 --words 5000
 """
 
 import argparse
 import importlib.util
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from maskx.data.json_files import write_json
+from maskx.data.tag_vectors_benchmark import measure_learning, write_generated_tags
 from maskx.evaluation.benchmark import describe_machine, format_table, measure
+from maskx.modeling import concept_benchmark
 from maskx.modeling.benchmark import Case, head_cases, mlp_cases, predictor_cases, trunk_cases
 from maskx.modeling.class_patterns_benchmark import discovery_cases
 from maskx.modeling.large_vocabulary_benchmark import inference_cases, training_cases
@@ -27,6 +33,7 @@ from maskx.modeling.large_vocabulary_benchmark import inference_cases, training_
 CONFIG = Path(__file__).parents[1] / "configs" / "MaskX" / "Base-MaskX-RCNN-FPN.yaml"
 MASK_HEAD_SECTIONS = ("predictor", "head", "mlp", "trunk", "model")
 LARGE_VOCABULARY_SECTIONS = ("inference", "training")
+CONCEPT_MASK_SECTIONS = ("training", "attention", "prediction")
 
 
 def mask_head_tables(
@@ -85,6 +92,27 @@ def large_vocabulary_tables(
         yield title, lambda: training_cases(**sizes, num_images=images, device=device)
 
 
+def concept_mask_tables(
+    arguments: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, Callable[[], Iterator[Case]]]]:
+    """Yield the title of each table and what makes its cases, which take memory."""
+    sections = arguments.section or CONCEPT_MASK_SECTIONS
+    size, concepts = arguments.image_size, arguments.concepts
+    options = {"vocabularies": arguments.vocabularies, "image_size": size, "device": device}
+    if "training" in sections:
+        images = arguments.images
+        title = f"stage 2, training step without a backbone, {images} images of {size} pixels"
+        yield title, lambda: concept_benchmark.training_cases(**options, num_images=images)
+    options["num_concepts"] = concepts
+    if "attention" in sections:
+        title = f"attention maps of {concepts} concepts in an embedded image of {size} pixels"
+        yield title, lambda: concept_benchmark.attention_cases(**options)
+    if "prediction" in sections:
+        depth = arguments.depth
+        title = f"masks of {concepts} concepts in an image of {size} pixels, ResNet-{depth}"
+        yield title, lambda: concept_benchmark.prediction_cases(**options, depth=depth)
+
+
 def positive(text: str) -> int:
     """Read a number of something."""
     if not text.isdecimal() or int(text) < 1:
@@ -104,8 +132,12 @@ def parse_arguments() -> argparse.Namespace:
     class_patterns.set_defaults(tables=class_patterns_tables)
     large_vocabulary = systems.add_parser("large_vocabulary", help="LarvSeg with all its classes")
     large_vocabulary.set_defaults(tables=large_vocabulary_tables)
+    concept_mask = systems.add_parser("concept_mask", help="ConceptMask with all its concepts")
+    concept_mask.set_defaults(tables=concept_mask_tables)
+    word_vectors = systems.add_parser("word_vectors", help="word vectors from generated tags, once")
     number = {"type": positive}
-    for system in (mask_head, class_patterns, large_vocabulary):
+    for system in (mask_head, class_patterns, large_vocabulary, concept_mask):
+        system.set_defaults(run=run)
         add = system.add_argument
         add("--json", type=Path, metavar="FILE", help="write all rows to a file")
         add("--repeats", **number, default=5, help="rounds after one that warms up")
@@ -120,6 +152,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--channels", **number, default=768, help="of the features")
     add("--images", **number, default=2, help="per training step")
     add("--image-size", **number, default=512, help="pixels")
+    add = concept_mask.add_argument
+    add("--section", nargs="+", choices=CONCEPT_MASK_SECTIONS, help="default: all")
+    add("--vocabularies", **number, nargs="+", default=[1000, 18000], help="numbers of concepts")
+    add("--concepts", **number, default=5, help="that are asked for")
+    add("--depth", type=int, choices=(18, 34, 50, 101), default=50, help="of both ResNets")
+    add("--images", **number, default=2, help="per training step")
+    add("--image-size", **number, default=320, help="pixels")
     add = mask_head.add_argument
     add("--section", nargs="+", choices=MASK_HEAD_SECTIONS, help="default: all")
     add("--rois", **number, default=100, help="RoIs, but for the whole model")
@@ -127,7 +166,35 @@ def parse_arguments() -> argparse.Namespace:
     add("--classes", **number, nargs="+", default=[80, 3000, 21841], help=classes_help)
     add("--model-classes", **number, nargs="+", default=[80, 1203], help="of the whole model")
     add("--image-size", **number, default=320, help="pixels, for the whole model")
+    word_vectors.set_defaults(run=run_word_vectors)
+    add = word_vectors.add_argument
+    add("--json", type=Path, metavar="FILE", help="write the result to a file")
+    add("--images", **number, default=1_000_000)
+    add("--words", **number, default=18_000, help="of the vocabulary")
+    add("--tags", **number, default=30, help="per image")
+    add("--topics", **number, default=300, help="that tags of an image are of")
+    add("--dim", **number, default=512, help="of the vectors")
     return parser.parse_args()
+
+
+def run_word_vectors(arguments: argparse.Namespace) -> None:
+    """Learn word vectors once: minutes, so nothing is repeated."""
+    machine = describe_machine(torch.device("cpu"))
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
+    sizes = {"num_images": arguments.images, "num_words": arguments.words}
+    sizes |= {"tags_per_image": arguments.tags, "num_topics": arguments.topics}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tags.jsonl"
+        write_generated_tags(path, **sizes, seed=0)
+        cost = measure_learning(path, dim=arguments.dim)
+    print(
+        f"reading the tag list {cost.read_seconds:.1f} s, learning {cost.learn_seconds:.1f} s, "
+        f"both {cost.cpu_seconds:.1f} CPU s, peak memory {cost.peak_bytes / 1e9:.2f} GB"
+    )
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        settings = {**sizes, "dim": arguments.dim}
+        write_json(arguments.json, {"machine": machine, "settings": settings, **cost._asdict()})
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -162,7 +229,8 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run; user errors end with their message instead of a traceback."""
     try:
-        run(parse_arguments())
+        arguments = parse_arguments()
+        arguments.run(arguments)
     except (ValueError, ImportError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
 
