@@ -254,10 +254,11 @@ class SceneStyle:
 STYLES = {
     "crowded": SceneStyle(True, 2, 5, 0.2, 0.6, 0.35),
     "sparse": SceneStyle(False, 1, 2, 0.35, 0.8, 0.1),
+    "large": SceneStyle(True, 1, 4, 0.35, 0.7, 0.15),
 }
 """What scenes are for: "crowded" for instances; "sparse" for image labels, from which no network
 could tell apart categories that always occur together, and in which half of the scenes have one
-category only."""
+category only; "large" for maps of low resolution, with parts and wholes."""
 
 
 @dataclass(frozen=True)

@@ -450,7 +450,7 @@ GOOD = {"count": 2, "size": 64, "num_categories": 4, "seed": 0}
         ({"num_categories": 0}, f"num_categories must be an integer from 4 to {ALL}, got 0"),
         ({"num_categories": ALL + 4}, f"num_categories must be .* got {ALL + 4}"),
         ({"num_categories": 5}, "num_categories must be a multiple of 4 .* got 5"),
-        ({"style": "sparce"}, "style must be one of 'crowded', 'sparse', got 'sparce'"),
+        ({"style": "sparce"}, "style must be one of 'crowded', 'sparse', 'large', got 'sparce'"),
         ({"seed": -1}, "seed must be an integer from 0 to 4294967295, got -1"),
     ],
 )

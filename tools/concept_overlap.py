@@ -1,0 +1,73 @@
+r"""Measure in one pass over boxes how much concepts lie within each other (ConceptMask, Eq. 3).
+
+The spatial discrimination loss of stage 2 learns from it which concepts exclude each other.
+
+Examples:
+    python tools/concept_overlap.py --split concepts.json --output overlap.npz \
+        --json annotations/instances_train2017.json visual_genome_boxes.json
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from maskx.data.coco import load_coco
+from maskx.data.concept_overlap import (
+    concept_overlap,
+    merge_overlaps,
+    negative_weights,
+    save_overlap,
+)
+from maskx.data.concept_sets import concept_sets, read_concept_split
+from maskx.data.word_table import load_word_table
+
+_NUM_EXAMPLES = 5
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--json", type=Path, nargs="+", required=True, help="COCO files with boxes")
+    add("--split", type=Path, required=True, help="concept split: vocabulary, boxed, masked")
+    add("--word-table", type=Path, help="word table, if the split lists no vocabulary")
+    add("--output", type=Path, required=True, help=".npz file to write")
+    add("--skip-bad", action="store_true", help="leave annotations with bad boxes out, counted")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Write the file; user errors end with their message instead of a traceback."""
+    arguments = parse_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        names = (
+            None if arguments.word_table is None else load_word_table(arguments.word_table).names
+        )
+        split = read_concept_split(arguments.split, names)
+        overlaps = []
+        for json_file in arguments.json:
+            boxes = load_coco(json_file, "", strict=not arguments.skip_bad, check_images=False)
+            records = concept_sets(split, boxes=boxes).boxed
+            overlaps.append(concept_overlap(records, len(split.vocabulary), progress=True))
+        overlap = merge_overlaps(overlaps)
+        save_overlap(arguments.output, overlap, split.vocabulary)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    ratios = overlap.ratios()
+    print(
+        f"Wrote {arguments.output}: {len(ratios)} ordered pairs of concepts in one image, "
+        f"{len(negative_weights(overlap)[1])} of them negatives"
+    )
+    for pair in np.argsort(-ratios, kind="stable")[:_NUM_EXAMPLES]:
+        inner, outer = (split.vocabulary[i[pair]] for i in (overlap.rows, overlap.columns))
+        print(f"{ratios[pair]:.2f} of '{inner}' lies within '{outer}'")
+
+
+if __name__ == "__main__":
+    main()
