@@ -98,8 +98,8 @@ def learn_larvseg(
     num_images = {each.name: len(each.records) for each in sets.data_sets}
     report(
         f"{num_images['masks']} training images with masks of {len(groups['base'])} base classes, "
-        f"{num_images['image labels']} with image labels of {len(split.class_names)} classes, "
-        f"{len(groups['novel'])} of them novel"
+        f"{num_images['image labels']} with image labels of {len(sets.scored['image labels'])} "
+        f"classes, {len(groups['novel'])} of them novel"
     )
     chain = LarvSegChain(
         sets,
@@ -178,6 +178,7 @@ def draw_larvseg(
     names = next(iter(models.values())).class_names
     attentive = next((m for m in models.values() if m.network.bank is not None), None)
     place = {name: index for index, name in enumerate(names)}
+    ground = [place[test.background]] if test.background in place else []
     labels_of = {
         record["image_id"]: [
             place[test.class_names[label]]
@@ -202,7 +203,7 @@ def draw_larvseg(
         drawn.append(shown)
         tiles.append(plain_tile(image, _TILE_SIDE))
         if attentive is not None:
-            attention = attention_of(attentive, sample, labels)[labels.index(shown)]
+            attention = attention_of(attentive, sample, [*labels, *ground])[labels.index(shown)]
             tiles.append(draw_heat_map(image, attention, symmetric=False, side=_TILE_SIDE))
         maps = [found[row] for found in predicted.values()]
         maps.append(table_label_map(test, record, names))

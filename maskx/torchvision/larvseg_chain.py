@@ -61,9 +61,9 @@ class LarvSegSettings:
         logit_form: see :class:`maskx.modeling.larvseg_classifier.CosineClassifier`.
         bank_size: images per class of the memory bank.
         top_tokens: tokens of an image that represent its class.
-        image_weight: of the loss of image labels. The paper's 0.1 is for 320,000 steps; in a few
-            hundred it moves novel classes little.
-        attentive_weight: of the loss of image labels with attention, 0.1 in the paper.
+        image_weight: of the loss of image labels.
+        attentive_weight: of the loss of image labels with attention. The paper's 0.1 is for 320,000
+            steps; in a few hundred it moves novel classes little.
         min_crop: see :class:`maskx.torchvision.larvseg_samples.JointMapper`.
         workers: processes that read training images; 0 reads them in the process that trains.
     """
@@ -78,8 +78,8 @@ class LarvSegSettings:
     logit_form: str = "temperature"
     bank_size: int = 20
     top_tokens: int = 20
-    image_weight: float = 1.0
-    attentive_weight: float = 1.0
+    image_weight: float = 0.1
+    attentive_weight: float = 10.0
     min_crop: float = 1.0
     workers: int = 0
 

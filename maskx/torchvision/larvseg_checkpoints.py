@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from maskx.data.class_table import RowMatch, match_rows
+from maskx.modeling.class_rows import take_rows
 from maskx.modeling.larvseg import LarvSeg
 from maskx.torchvision.backbones import build_backbone, choose_feature
 from maskx.torchvision.larvseg_models import SampleLarvSeg
@@ -123,24 +124,20 @@ def load_matching_weights(model: SampleLarvSeg, checkpoint: Path) -> RowMatch:
             f"'{checkpoint}' has none of the {len(model.class_names)} classes. It has "
             f"{', '.join(old_names[:8])}{' and more' if len(old_names) > 8 else ''}."
         )
-    new_rows, old_rows = list(match.new_rows), list(match.old_rows)
     weights, own = content["model"], model.state_dict()
     for name in ("classifier.class_embeddings", "classifier.trained", "bank.means", "bank.counts"):
         key = f"network.{name}"
         if key not in own:  # a bank that this model has no use for
             weights.pop(key, None)
             continue
-        rows = own[key].clone().cpu()
+        rows = own[key].cpu()
         if name == "classifier.trained":
-            rows[:] = False
+            rows = torch.zeros_like(rows)
         if key in weights:
-            found, expected = tuple(weights[key].shape[1:]), tuple(rows.shape[1:])
-            if found != expected:
-                raise ValueError(
-                    f"'{checkpoint}' does not fit this model. A row of {key} has shape {found}, "
-                    f"but of this model {expected}. Give both the same channels and bank size."
-                )
-            rows[new_rows] = weights[key][old_rows]
+            try:
+                rows = take_rows(rows, match.new_rows, weights[key], match.old_rows, what=key)
+            except ValueError as error:
+                raise ValueError(f"'{checkpoint}' does not fit this model. {error}") from error
         weights[key] = rows
     load_state(model, weights, checkpoint)
     for names, what in (

@@ -4,14 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from maskx.data.joint_sets import UNKNOWN
 from maskx.modeling.image_classifier import ImageClassifier, multi_hot, multi_label_loss
-from maskx.modeling.large_vocabulary import predict_label_map
 from maskx.modeling.larvseg import LarvSeg
 from maskx.modeling.larvseg_classifier import check_class_indices
-from maskx.torchvision.larvseg_samples import UNKNOWN, Record, read_sample
+from maskx.modeling.larvseg_windows import check_windows, predict_windows
+from maskx.torchvision.larvseg_samples import Record, read_sample
 from maskx.torchvision.semantic import Sample, SampleModel
 
 __all__ = [
@@ -84,7 +85,11 @@ class SampleLarvSeg(_ScoringModel):
             :class:`maskx.data.joint_sets.JointSets`; needed in training only.
         test_classes: table indices that pixels are labelled with in evaluation; None for all.
         sliding: in evaluation resize the shorter side to ``size`` and average the logits of windows
-            of this size, next to each other, instead of warping the whole image.
+            of this size, next to each other, instead of warping the whole image. Needs a backbone
+            with ``feature_shapes``, the stride of which divides ``size``.
+
+    Raises:
+        ValueError: names, class indices or the size do not fit the network.
     """
 
     def __init__(
@@ -105,8 +110,14 @@ class SampleLarvSeg(_ScoringModel):
             )
         self.network = network
         self.class_names = tuple(class_names)
-        self.test_classes = test_classes
+        every_class = range(network.num_classes)
+        self._classes = check_class_indices(
+            every_class if test_classes is None else test_classes, network.num_classes
+        )
         self.sliding = sliding
+        if sliding:
+            self._feature_stride = network.backbone.feature_shapes[network.in_feature].stride
+            check_windows(size, size, self._feature_stride)
 
     def forward(self, samples: list[Sample]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """Compute losses in training, label maps in evaluation.
@@ -131,12 +142,13 @@ class SampleLarvSeg(_ScoringModel):
         label_maps = image_labels = None
         if all(has_maps):
             label_maps = torch.stack([sample["label_map"] for sample in samples])
-            if label_maps.max() >= len(scored):
-                raise ValueError(
-                    f"Data set {samples[0]['data_set']!r} has the label {int(label_maps.max())} in "
-                    f"a label map. Allowed: 0 to {len(scored) - 1}, positions among its classes, "
-                    "and -1 where nothing is known."
-                )
+            for label in map(int, label_maps.aminmax()):
+                if not UNKNOWN <= label < len(scored):
+                    raise ValueError(
+                        f"Data set {samples[0]['data_set']!r} has the label {label} in a label "
+                        f"map. Allowed: 0 to {len(scored) - 1}, positions among its classes, and "
+                        f"{UNKNOWN} where nothing is known."
+                    )
             label_maps = label_maps.to(images.device)
         else:
             image_labels = [sample["image_labels"] for sample in samples]
@@ -154,63 +166,29 @@ class SampleLarvSeg(_ScoringModel):
     @torch.no_grad()
     def _predict(self, sample: Sample) -> dict[str, Tensor]:
         size = (sample["height"], sample["width"])
-        classes = torch.arange(self.num_classes, device=self.mean.device)
-        if self.test_classes is not None:
-            classes = check_class_indices(self.test_classes, self.num_classes).to(classes.device)
-        if not self.sliding:
+        classes = self._classes.to(self.mean.device)
+        classes = classes[self.network.classifier.trained[classes]]
+        if len(classes) == 0:
+            raise ValueError(
+                f"None of the {len(self._classes)} classes to predict was in the training data: "
+                f"{', '.join(self.class_names[i] for i in self._classes[:8].tolist())}"
+                f"{' and more' if len(self._classes) > 8 else ''}. Choose other test_classes."
+            )
+        if self.sliding:
+            labels, scores = predict_windows(
+                self.network,
+                self.normalise(sample),
+                size,
+                class_indices=classes,
+                window=self.size,
+                stride=self.size,
+                feature_stride=self._feature_stride,
+            )
+        else:
             images = self.preprocess([sample])
             found = self.network.predict(images, size, class_indices=classes)
-            labels, scores = (values[0, 0] for values in found)
-            return {"label_map": classes[labels] + 1, "scores": scores}
-        classes = classes[self.network.classifier.trained[classes]]
-        tokens, vectors, shift = self._window_tokens(sample, classes)
-        labels, scores = predict_label_map(tokens, vectors, size)
-        return {"label_map": classes[labels[0]] + 1, "scores": scores[0] + shift}
-
-    def _window_tokens(self, sample: Sample, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return factors of the mean logits of the windows: tokens (d, h, w), vectors, shift.
-
-        Logits are linear in the tokens, so it is tokens that are averaged, and never logits of all
-        classes. Windows begin at multiples of the stride, so that tokens lie on each other.
-        """
-        classifier = self.network.classifier
-        vectors = classifier.class_vectors(classes)
-        image = self.normalise(sample)
-        stride = self._stride(image)
-        scale = self.size / min(image.shape[-2:])
-        height, width = (
-            max(self.size, round(scale * side / stride) * stride) for side in image.shape[-2:]
-        )
-        image = nn.functional.interpolate(
-            image[None], (height, width), mode="bilinear", antialias=True
-        )
-        total = count = None
-        for top in _window_starts(height, self.size):
-            for left in _window_starts(width, self.size):
-                window = image[:, :, top : top + self.size, left : left + self.size]
-                factors = classifier.factors(self.network(window), vectors)
-                if total is None:
-                    shape = (factors.tokens.shape[1], height // stride, width // stride)
-                    total, count = image.new_zeros(shape), image.new_zeros(shape[1:])
-                rows = slice(top // stride, (top + self.size) // stride)
-                columns = slice(left // stride, (left + self.size) // stride)
-                total[:, rows, columns] += factors.tokens[0]
-                count[rows, columns] += 1
-        return total / count, factors.vectors, factors.shift
-
-    def _stride(self, image: Tensor) -> int:
-        shape = getattr(self.network.backbone, "feature_shapes", {}).get(self.network.in_feature)
-        if shape is None or self.size % shape.stride:
-            raise ValueError(
-                f"Sliding windows of {self.size} pixels need a size that is a multiple of the "
-                f"stride of the feature map {self.network.in_feature!r}, "
-                f"{'which is not known' if shape is None else shape.stride}."
-            )
-        return shape.stride
-
-
-def _window_starts(length: int, size: int) -> list[int]:
-    return [*range(0, length - size, size), length - size]
+            labels, scores = (each[0] for each in found)
+        return {"label_map": classes[labels[0]] + 1, "scores": scores[0]}
 
 
 @torch.inference_mode()

@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from maskx.data.coco import CocoData
 from maskx.data.joint_sets import (
+    UNKNOWN,
     JointBatches,
     JointDataSet,
     JointSets,
     joint_sets,
+    random_crop,
     things_and_stuff,
     things_and_stuff_label_map,
 )
@@ -35,8 +36,6 @@ __all__ = [
     "table_label_map",
 ]
 
-UNKNOWN = -1
-"""Position of a pixel of which nothing is known."""
 _BACKGROUND = "background"  # name of the class of label 0 in data without stuff
 
 Record = Mapping[str, Any]
@@ -76,7 +75,8 @@ class JointMapper:
         maps = {"image": sample["image"]}
         if needs_pixels:
             maps["label_map"] = torch.from_numpy(self.sets.label_map(record))
-        maps = self._cropped(maps, random_state)
+        where = random_crop(maps["image"].shape[-2:], self.min_crop, random_state)
+        maps = {name: values[(..., *where)] for name, values in maps.items()}
         sample["image"] = warp_image(maps["image"], data_set.image_size)
         if needs_pixels:
             label_map = warp_label_map(maps["label_map"], data_set.image_size)
@@ -91,21 +91,6 @@ class JointMapper:
             for key in sample.keys() & {"image", "label_map"}:
                 sample[key] = sample[key].flip(-1)
         return sample
-
-    def _cropped(
-        self, maps: dict[str, Tensor], random_state: np.random.RandomState
-    ) -> dict[str, Tensor]:
-        if self.min_crop == 1:
-            return maps
-        share = random_state.uniform(self.min_crop, 1)
-        sides = maps["image"].shape[-2:]
-        lengths = [max(1, round(share * side)) for side in sides]
-        top, left = (
-            random_state.randint(side - length + 1)
-            for side, length in zip(sides, lengths, strict=True)
-        )
-        height, width = lengths
-        return {k: v[..., top : top + height, left : left + width] for k, v in maps.items()}
 
 
 def joint_batches(
@@ -208,8 +193,9 @@ def sets_of_one_file(train_data: CocoData, split: CategorySplit, *, image_size: 
 
     Images with masks teach those of the base classes, and the ground: the stuff if the file has
     any, else the background. Images with image labels alone teach these, and so do those with
-    masks; image labels say nothing of the ground. If the file has no images with image labels
-    alone, every second image keeps its masks and the others only their image labels.
+    masks; the ground is one of them, as walls and floors are among the labels of the paper's
+    images. If the file has no images with image labels alone, every second image keeps its masks
+    and the others only their image labels.
 
     Args:
         train_data: the file.
@@ -220,11 +206,9 @@ def sets_of_one_file(train_data: CocoData, split: CategorySplit, *, image_size: 
         ValueError: there is nothing to learn masks or image labels from.
     """
     images = labelled_images(train_data)
-    is_mask = [r["supervision"] == Supervision.MASK.value for r in train_data.records]
-    masks = [r for r, has_mask in zip(images.records, is_mask, strict=True) if has_mask]
-    tagged = [r for r in train_data.records if r["supervision"] == Supervision.IMAGE.value]
-    of_masks = [r for r, has_mask in zip(train_data.records, is_mask, strict=True) if has_mask]
-    masks, tagged = (masks, tagged + of_masks) if tagged else (masks[::2], of_masks[1::2])
+    masks = [r for r in images.records if r["supervision"] == Supervision.MASK.value]
+    tagged = [r for r in images.records if r["supervision"] == Supervision.IMAGE.value]
+    masks, tagged = (masks, tagged + masks) if tagged else (masks[::2], masks[1::2])
     novel = set(split.without_masks)
     return joint_sets(
         [
@@ -240,9 +224,10 @@ def sets_of_one_file(train_data: CocoData, split: CategorySplit, *, image_size: 
             JointDataSet(
                 "image labels",
                 tagged,
-                train_data.class_names,
+                images.class_names,
                 supervision="image",
                 image_size=image_size,
+                background=images.background,
             ),
         ]
     )

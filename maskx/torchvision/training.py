@@ -147,7 +147,8 @@ def train(
         description: label of the progress bar.
 
     Returns:
-        The losses every 20 steps and at the last: ``iteration``, each loss and their ``total``.
+        The losses every 20 steps and at the last: ``iteration``, each loss and their ``total``, as
+        means over the steps since the row before.
 
     Raises:
         ValueError: the checkpoint belongs to a run with other settings or to another model, or a
@@ -161,7 +162,8 @@ def train(
     optimizer = _make_optimizer(groups, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
     checkpoint = output_dir / CHECKPOINT_NAME
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    mean_losses = _MeanLosses()
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "losses": mean_losses}
     start, history = 0, []
     if checkpoint.is_file():
         if resume:
@@ -187,14 +189,16 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), max_norm=10.0)
             scaler.step(optimizer)
             scaler.update()
+            mean_losses.add(losses, total)
 
             done = iteration + 1
             progress.update()
             saves = done % settings.checkpoint_every == 0 or done == settings.iterations
             logs = iteration % _LOG_EVERY == 0 or done == settings.iterations
             if saves or logs:
-                row = _read_losses(iteration, losses, total)
+                row = mean_losses.read(iteration)
             if logs:
+                mean_losses.clear()
                 history.append(row)
                 names = (name for name in row if name != "iteration")
                 progress.set_postfix({n.removeprefix("loss_"): f"{row[n]:.3f}" for n in names})
@@ -253,16 +257,41 @@ def _lr_multipliers(names: list[str], factors: Mapping[str, float]) -> dict[str,
     return {name: factor_of(name) for name in names}
 
 
-def _read_losses(iteration: int, losses: dict, total: torch.Tensor) -> dict[str, float]:
-    names = [*losses, "total"]
-    values = torch.stack([*losses.values(), total]).detach().float().cpu().tolist()
-    row = dict(zip(names, values, strict=True))
-    if not all(abs(v) < float("inf") for v in values):
-        raise FloatingPointError(
-            f"Losses at iteration {iteration} are not finite: {row}. Lower the learning rate, or "
-            "look at the images of that step."
-        )
-    return {"iteration": iteration, **row}
+class _MeanLosses:
+    """Means of the losses since the last row of the history.
+
+    The losses of one step say little: with data sets that take turns, those of one of them are zero
+    in every other step. The sums stay on the device, since reading them waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps = 0
+
+    def add(self, losses: Mapping[str, torch.Tensor], total: torch.Tensor) -> None:
+        self._steps += 1
+        for name, loss in {**losses, "total": total}.items():
+            self._sums[name] = self._sums.get(name, 0) + loss.detach().float()
+
+    def read(self, iteration: int) -> dict[str, float]:
+        values = (torch.stack(list(self._sums.values())) / self._steps).cpu().tolist()
+        row = dict(zip(self._sums, values, strict=True))
+        if not all(math.isfinite(value) for value in values):
+            since = "" if self._steps == 1 else f" or up to {self._steps - 1} steps before"
+            raise FloatingPointError(
+                f"Losses at iteration {iteration}{since} are not finite: {row}. Lower the learning "
+                "rate, or look at the images of that step."
+            )
+        return {"iteration": iteration, **row}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums, self._steps = dict(state["sums"]), state["steps"]
 
 
 def _save_checkpoint(
@@ -299,6 +328,8 @@ def _load_checkpoint(
     state["optimizer"].load_state_dict(content["optimizer"])
     if content["scaler"]:  # empty when the run began on a CPU
         state["scaler"].load_state_dict(content["scaler"])
+    if "losses" in content:  # not in checkpoints of before there were means
+        state["losses"].load_state_dict(content["losses"])
     return content["iteration"], content["history"]
 
 

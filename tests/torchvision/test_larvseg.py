@@ -148,6 +148,32 @@ def test_each_data_set_has_its_own_image_size(data, split):
         assert all(torch.isfinite(loss) for loss in model(batch).values())
 
 
+@pytest.mark.parametrize("has_stuff", [True, False])
+def test_the_ground_is_among_the_image_labels(sets, data, split, tmp_path, has_stuff):
+    """Without it nothing holds novel classes off the ground, and attention has no background."""
+    if not has_stuff:
+        content = json.loads(data.json_file.read_text())
+        for image in content["images"]:
+            del image["stuff_file_name"]
+        json_file = tmp_path / "things.json"
+        json_file.write_text(json.dumps(content))
+        data = load_coco(json_file, data.json_file.parent)
+        sets = sets_of_one_file(data, split, image_size=SIZE)
+        assert sets.table.names[K:] == ("background",)
+    ground = set(sets.table.names[K:])
+    things_of = {
+        r["image_id"]: {data.class_names[i] for i in r["image_labels"]} for r in data.records
+    }
+    mapper = JointMapper(sets)
+    names = [sets.table.names[index] for index in sets.scored["image labels"]]
+    assert set(names) == set(sets.table.names)
+    for record in sets.data_sets[1].records:
+        labels = mapper(record, np.random.RandomState(0))["image_labels"]
+        shown = {names[label] for label in labels}
+        assert shown & ground
+        assert shown - ground == things_of[record["image_id"]]
+
+
 def test_crops_cut_image_and_label_map_alike_and_labels_come_from_the_whole_image(tmp_path):
     rows, columns = np.indices((40, 40))
     label_map = 1 + (rows // 20) * 2 + columns // 20
@@ -249,11 +275,13 @@ def test_batches_that_are_not_of_one_data_set_are_named(sets):
 def test_labels_outside_the_table_are_named(sets):
     model = make_model(scored=sets.scored).train()
     masks, tags = batches_of(sets)[:2]
-    bad = masks[0] | {"label_map": torch.full((SIZE, SIZE), 11)}
-    with pytest.raises(ValueError, match="'masks' has the label 11 in a label map"):
-        model([bad])
-    with pytest.raises(ValueError, match=r"image_labels \[12\]; the labels of 12 classes"):
-        model([tags[0] | {"image_labels": [12]}])
+    for label in (11, -2):
+        bad = masks[0] | {"label_map": masks[0]["label_map"].clone()}
+        bad["label_map"][3, 5] = label
+        with pytest.raises(ValueError, match=f"'masks' has the label {label} in a label map"):
+            model([masks[0], bad])
+    with pytest.raises(ValueError, match=r"image_labels \[17\]; the labels of 17 classes"):
+        model([tags[0] | {"image_labels": [17]}])
     with pytest.raises(ValueError, match=r"class_indices has \[17\]. Allowed: 0 to 16"):
         make_model(scored={"a": [17]})
     with pytest.raises(ValueError, match="class_names has 2 names, the network 3 classes"):
@@ -301,9 +329,21 @@ def test_sliding_windows_average_the_logits_where_they_overlap(logit_form):
     model.sliding = False
     (whole,) = model([square])
     assert torch.equal(sliding["label_map"], whole["label_map"])
-    model.sliding, model.size = True, 18
-    with pytest.raises(ValueError, match="multiple of the stride of the feature map 'last', 4"):
-        model([square])
+    with pytest.raises(ValueError, match=r"windows of 18 pixels .* multiples of 4, by the stride"):
+        make_model(5, size=18, sliding=True)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+def test_classes_that_training_did_not_show_are_not_predicted(sliding):
+    model = make_model(10, size=16, sliding=sliding).eval()
+    model.network.classifier.set_trained([3, 5])
+    sample = {"image": torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)}
+    (found,) = model([sample | {"height": 20, "width": 30}])
+    assert set(found["label_map"].unique().tolist()) <= {4, 6}
+    model.network.classifier.trained.zero_()
+    words = r"None of the 10 classes to predict .* and more\. Choose other test_classes"
+    with pytest.raises(ValueError, match=words):
+        model([sample | {"height": 20, "width": 30}])
 
 
 # --- start classifier
@@ -319,13 +359,13 @@ def test_the_start_learns_only_the_classes_of_its_data_set(sets):
     losses = model(tags)
     losses["loss_labels"].backward()
     grad = classifier.classifier.weight.grad.abs().sum(dim=1)
-    assert (grad[:K] > 0).all()
-    assert (grad[K:] == 0).all()
+    assert (grad[:NUM_CLASSES] > 0).all()
+    assert (grad[NUM_CLASSES:] == 0).all()
     logits = classifier(torch.stack([model.normalise(sample) for sample in tags]))
-    target = torch.zeros(2, K)
+    target = torch.zeros(2, NUM_CLASSES)
     for row, sample in zip(target, tags, strict=True):
         row[sample["image_labels"]] = 1
-    expected = F.binary_cross_entropy_with_logits(logits[:, :K], target)
+    expected = F.binary_cross_entropy_with_logits(logits[:, :NUM_CLASSES], target)
     torch.testing.assert_close(losses["loss_labels"], expected)
     assert model.eval()(tags)[0]["logits"].shape == (NUM_CLASSES + 2,)
 
@@ -467,7 +507,7 @@ def test_checkpoints_that_share_nothing_are_named(trained, tmp_path):
     with pytest.raises(ValueError, match="has none of the 1 classes"):
         load_matching_weights(model, chain.output / "larvseg" / CHECKPOINT_NAME)
     content["network"]["bank_size"] = 3
-    with pytest.raises(ValueError, match=r"row of network.bank.means has shape \(2, 128\), but of"):
+    with pytest.raises(ValueError, match=r"row of network.bank.means has shape \(2, 128\) in"):
         load_matching_weights(build_larvseg(content), chain.output / "larvseg" / CHECKPOINT_NAME)
     path = tmp_path / CHECKPOINT_NAME
     torch.save({"model": {}, "run": {}, "iteration": 1}, path)

@@ -44,7 +44,7 @@ def test_generated_data_to_metrics_and_picture(tiny):
     assert picture.shape[1] == 5 * 256
     text = "\n".join(lines)
     assert "12 training images with masks of 11 base classes" in text
-    assert "12 with image labels of 12 classes, 6 of them novel" in text
+    assert "12 with image labels of 17 classes, 6 of them novel" in text
     assert "| larvseg |" in text
     assert SYSTEMS["larvseg"] is quickstart_larvseg
 

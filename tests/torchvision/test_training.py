@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -102,6 +103,43 @@ def test_history_holds_first_and_last_losses(run):
     assert history[0]["total"] == pytest.approx(sum(history[0][n] for n in names), rel=1e-5)
 
 
+class TakesTurns(nn.Module):
+    """The loss of the batch's data set is its number, that of the other is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, batch):
+        value, name = batch[0]
+        losses = dict.fromkeys(("loss_even", "loss_odd"), 0 * self.weight)
+        return losses | {name: value + 0 * self.weight}
+
+
+@pytest.mark.parametrize("stop_before", [None, 5, 21, 33])
+def test_losses_are_means_since_the_row_before_also_when_resumed(tmp_path, stop_before):
+    settings = TrainingSettings(iterations=44, batch_size=1, learning_rate=0.1, checkpoint_every=3)
+
+    def batches(start, stop, last=None):
+        for step in range(start, stop):
+            if step == last:
+                raise Interrupted
+            yield [(float(step), ("loss_even", "loss_odd")[step % 2])]
+
+    if stop_before is not None:
+        broken_off = functools.partial(batches, last=stop_before)
+        with pytest.raises(Interrupted):
+            train(TakesTurns(), broken_off, settings, output_dir=tmp_path)
+    history = train(TakesTurns(), batches, settings, output_dir=tmp_path, resume=True)
+    assert [row["iteration"] for row in history] == [0, 20, 40, 43]
+    # Steps 1 to 20 have the even numbers 2 to 20 and the odd ones 1 to 19.
+    assert history[1]["loss_even"] == pytest.approx(110 / 20)
+    assert history[1]["loss_odd"] == pytest.approx(100 / 20)
+    assert history[1]["total"] == pytest.approx(210 / 20)
+    assert history[3]["loss_even"] == pytest.approx(42 / 3)
+    assert history[3]["loss_odd"] == pytest.approx((41 + 43) / 3)
+
+
 def test_the_schedule_rises_then_falls():
     schedule = TrainingSettings(iterations=100, batch_size=1, learning_rate=0.5).schedule()
     rates = [schedule(step / 100) for step in range(100)]
@@ -200,6 +238,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"iteration 0 are not finite.*loss_x"):
         train(Diverges(), lambda start, stop: [[{}]] * 3, SETTINGS, output_dir=tmp_path)
     assert not (tmp_path / CHECKPOINT_NAME).exists()
+
+
+def test_a_loss_that_is_not_finite_between_two_rows_stops_the_run_too(tmp_path):
+    settings = dataclasses.replace(SETTINGS, iterations=30, checkpoint_every=30)
+    batches = [[[float("inf") if step == 7 else 1.0, "loss_odd"]] for step in range(30)]
+    with pytest.raises(FloatingPointError, match="iteration 20 or up to 19 steps before"):
+        train(TakesTurns(), lambda start, stop: batches, settings, output_dir=tmp_path)
 
 
 def test_asking_for_a_missing_gpu_is_named(monkeypatch):
