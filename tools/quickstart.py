@@ -6,6 +6,7 @@ Examples:
     python tools/quickstart.py --system class_patterns
     python tools/quickstart.py --system transfernet --compare
     python tools/quickstart.py --system larvseg
+    python tools/quickstart.py --system concept_mask
     python tools/quickstart.py --masks-for coco_voc \
         --coco-train annotations/instances_train2017.json train2017 \
         --coco-val annotations/instances_val2017.json val2017
@@ -32,7 +33,8 @@ def parse_arguments() -> argparse.Namespace:
         "--iterations",
         type=int,
         help="training steps per model (default: maskx 1200; class_patterns 500, then 2 x 300; "
-        "transfernet 400, then 200 and 400; larvseg 400, then 350 per method)",
+        "transfernet 400, then 200 and 400; larvseg 400, then 350 per method; concept_mask "
+        "1200, then 1000 and 400)",
     )
     add("--batch-size", type=int, help="images per step (default: maskx 8, all others 16)")
     add(
@@ -48,14 +50,15 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--masks-for",
         metavar="SPLIT",
-        help="categories with masks, a named split or a file (default: scenes_half; maskx for COCO "
-        "all); not for class_patterns",
+        help="categories with masks, a named split or a file (default: scenes_half; for COCO maskx "
+        "all, concept_mask coco_voc); not for class_patterns, nor for scenes of concept_mask",
     )
     add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
     add(
         "--backbone",
         default=default.backbone,
-        help="small (default), or a torchvision ResNet: resnet50; transfernet, larvseg: or vgg16",
+        help="small (default), or a torchvision ResNet: resnet50; transfernet, larvseg, "
+        "concept_mask: or vgg16",
     )
     add("--pretrained", action="store_true", help="download ImageNet weights, not for small")
     add(

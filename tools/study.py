@@ -11,6 +11,7 @@ Examples:
     python tools/study.py --settings sw/baseline sw/clsbox_2_layer --seeds 0 1 --iterations 600
     python tools/study.py --system transfernet --settings transfernet baseline
     python tools/study.py --system class_patterns --seeds 0
+    python tools/study.py --system concept_mask --settings original refined
 """
 
 import argparse

@@ -37,7 +37,7 @@ _COCO_SIZE = 256
 # Options that have no meaning for all systems, and those that they have one for.
 _OWN_OPTIONS = {
     "compare": ("maskx", "transfernet"),
-    "masks_for": ("maskx", "transfernet", "larvseg"),
+    "masks_for": ("maskx", "transfernet", "larvseg", "concept_mask"),
     "threshold": ("class_patterns",),
     "resolve": ("class_patterns",),
     "crf": ("class_patterns", "transfernet"),
@@ -55,7 +55,8 @@ class QuickstartOptions:
         iterations: training steps of every model. None is for ``maskx`` 1200; for
             ``class_patterns`` 500 of the classifier, 300 of each segmentation network; for
             ``transfernet`` 400 of the classifier, 200 of the first stage, 400 of the second; for
-            ``larvseg`` 400 of the classifier, 350 of each method. Baselines of ``transfernet``
+            ``larvseg`` 400 of the classifier, 350 of each method; for ``concept_mask`` 1200 of the
+            embedding, 1000 of the refinement, 400 of the segmentation. Baselines of ``transfernet``
             train for as many steps as its two stages together.
         batch_size: images per step; None is 8 for ``maskx``, 16 for all others. For
             ``transfernet`` it must be even.
@@ -67,11 +68,13 @@ class QuickstartOptions:
         coco_val: annotation file and image folder to evaluate on.
         masks_for: category split, see :func:`maskx.supervision.resolve_split`: the categories
             with masks of ``maskx``, the source of ``transfernet``, the base classes of
-            ``larvseg``; ``class_patterns`` learns from no masks. None is ``scenes_half``; for
-            ``maskx`` on COCO files ``all``.
+            ``larvseg``, on COCO files the concepts with masks of ``concept_mask``, whose scenes
+            have a split of their own; ``class_patterns`` learns from no masks. None is
+            ``scenes_half``; on COCO files for ``maskx`` ``all``, for ``concept_mask``
+            ``coco_voc``.
         skip_bad: leave bad annotations out, counted, instead of stopping at them.
-        backbone: ``small`` or the name of a torchvision ResNet; ``vgg16`` too for ``transfernet``
-            and ``larvseg``.
+        backbone: ``small`` or the name of a torchvision ResNet; ``vgg16`` too for ``transfernet``,
+            ``larvseg`` and ``concept_mask``.
         pretrained: start from ImageNet weights, which torchvision downloads; not with ``small``.
         image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else. All but
             ``maskx`` warp images to squares of this side.

@@ -5,6 +5,7 @@ from typing import Any
 
 from maskx.evaluation.plots import check_matplotlib
 from maskx.torchvision.study_class_patterns import CLASS_PATTERNS
+from maskx.torchvision.study_concept_mask import CONCEPT_MASK
 from maskx.torchvision.study_core import StudyOptions, System, make_study
 from maskx.torchvision.study_larvseg import LARVSEG
 from maskx.torchvision.study_maskx import MASKX
@@ -17,6 +18,7 @@ SYSTEMS: Mapping[str, System] = {
     "class_patterns": CLASS_PATTERNS,
     "transfernet": TRANSFERNET,
     "larvseg": LARVSEG,
+    "concept_mask": CONCEPT_MASK,
 }
 """What can be compared, by the name of the system."""
 

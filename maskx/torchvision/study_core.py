@@ -48,11 +48,13 @@ class StudyOptions:
         settings: what to compare.
         seeds: of scenes, initial weights and data order; every setting runs with each.
         iterations: steps of the detector (``maskx``; also of a model that trains end to end) or of
-            the image classifier (``class_patterns``, ``transfernet``, ``larvseg``).
+            the image classifier (``class_patterns``, ``transfernet``, ``larvseg``) or of the
+            embedding network (``concept_mask``).
         stage2_iterations: steps of what is trained on that: a mask branch on a frozen detector
             (``maskx``); a segmentation network, in each of its two trainings
             (``class_patterns``); the second stage, of which the first has half as many
-            (``transfernet``); each method (``larvseg``).
+            (``transfernet``); each method (``larvseg``); the refinement, and the segmentation
+            (``concept_mask``).
         batch_size: images per step.
         device: ``auto``, ``cpu`` or ``cuda``.
     """

@@ -1,0 +1,459 @@
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from maskx.data.concept_sets import concept_sets
+from maskx.data.masks import decode_segmentation
+from maskx.data.word_table import WordTable
+from maskx.torchvision import concept_mask_chain
+from maskx.torchvision.concept_mask import (
+    coco_concept_data,
+    learn_concept_mask,
+    open_chain,
+    scene_concept_data,
+)
+from maskx.torchvision.concept_mask_chain import (
+    ConceptMaskChain,
+    ConceptMaskMethod,
+    ConceptMaskSettings,
+)
+from maskx.torchvision.concept_mask_evaluation import (
+    concept_test,
+    evaluate_concepts,
+    evaluate_existence,
+    fit_concepts,
+    fit_run,
+)
+from maskx.torchvision.concept_mask_models import ConceptNetwork, open_concept_mask
+from maskx.torchvision.concept_mask_predictor import ConceptPredictor, read_rgb, segment_files
+from maskx.torchvision.concept_mask_samples import (
+    ConceptMapper,
+    batch_targets,
+    concept_truths,
+    read_sample,
+)
+
+TOOLS = Path(__file__).parents[2] / "tools"
+TINY = ConceptMaskSettings(
+    network=ConceptNetwork(
+        image_size=64,
+        embedding_size=32,
+        attention_sizes=(32, 64),
+        hidden_channels=(16, 16),
+        refinement_channels=16,
+        encoder_widths=(4, 6, 8, 8),
+        decoder_channels=(8, 8, 8, 8, 4),
+    ),
+    embedding_iterations=3,
+    refinement_iterations=3,
+    segmentation_iterations=3,
+    batch_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return scene_concept_data(
+        tmp_path_factory.mktemp("scenes"), num_train=20, num_val=5, num_tags=400, size=64, seed=0
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    metrics = learn_concept_mask(
+        data, TINY, output=output, device=torch.device("cpu"), report=lambda line: None
+    )
+    return output, metrics
+
+
+@pytest.fixture(scope="module")
+def predictor(trained):
+    return ConceptPredictor.open(trained[0])
+
+
+@pytest.fixture(scope="module")
+def image(data):
+    return read_rgb(data.val.records[0]["file_name"])
+
+
+def chain_of(data, output, settings=TINY, **options):
+    return open_chain(data, settings, output=output, device=torch.device("cpu"), **options)
+
+
+def weights_equal(first, second):
+    return all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+# --- samples
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_boxes_and_masks_are_mirrored_with_their_image(data, seed):
+    sets = concept_sets(data.split, tags=data.train, boxes=data.train, masks=data.train)
+    record = sets.masked[0]
+    boxed = next(r for r in sets.boxed if r["image_id"] == record["image_id"])
+    plain = read_sample(record)["image"]
+    shared = {"size": 64, "masked": data.split.masked_indices, "max_concepts": 99}
+    boxes, masks = (
+        ConceptMapper(stage, **shared)(each, np.random.RandomState(seed))
+        for stage, each in ((2, boxed), (3, record))
+    )
+    is_flipped = not torch.equal(boxes["image"], plain)
+    assert torch.equal(boxes["image"], plain.flip(-1) if is_flipped else plain)
+    assert torch.equal(boxes["image"], masks["image"])
+    for concept, mask in zip(masks["concepts"], masks["masks"], strict=True):
+        truth = np.zeros((64, 64), bool)
+        for annotation in record["annotations"]:
+            if annotation["class_index"] == concept:
+                truth |= decode_segmentation(annotation["segmentation"], 64, 64)
+        assert np.array_equal(mask.numpy(), truth[:, ::-1] if is_flipped else truth)
+        rows = boxes["box_rows"] == boxes["concepts"].index(concept)
+        columns = np.flatnonzero(mask.any(0))
+        assert boxes["boxes"][rows][:, 0].min() == columns.min()
+        assert boxes["boxes"][rows][:, 2].max() == columns.max() + 1
+
+
+def test_each_stage_reads_only_what_it_may(data):
+    sets = concept_sets(data.split, tags=data.train, boxes=data.train, masks=data.train)
+    sample = ConceptMapper(1, size=32)(sets.tagged[0], np.random.RandomState(0))
+    assert set(sample) == {"image", "height", "width", "image_id", "image_labels"}
+    assert sample["image"].shape == (3, 32, 32)
+    assert not any("segmentation" in a for r in sets.boxed for a in r["annotations"])
+    few = ConceptMapper(3, size=32, masked=data.split.masked_indices, max_concepts=1)
+    assert all(len(few(r, np.random.RandomState(0))["concepts"]) <= 1 for r in sets.masked)
+
+
+def test_pairs_of_a_batch_stand_behind_each_other():
+    samples = [
+        {"concepts": [3, 7], "boxes": torch.ones(3, 4), "box_rows": torch.tensor([1, 0, 1])},
+        {"concepts": [], "boxes": torch.ones(0, 4), "box_rows": torch.tensor([], dtype=torch.long)},
+        {"concepts": [5], "boxes": torch.zeros(1, 4), "box_rows": torch.tensor([0])},
+    ]
+    targets = batch_targets(samples)
+    assert targets["concepts"] == [[3, 7], [], [5]]
+    assert targets["box_rows"].tolist() == [1, 0, 1, 2]
+    assert targets["boxes"][:, 0].tolist() == [1, 1, 1, 0]
+
+
+def test_a_concept_with_an_instance_without_mask_has_no_truth():
+    square = [[0, 0, 2, 0, 2, 2, 0, 2]]
+    annotations = [
+        {"class_index": 1, "segmentation": square},
+        {"class_index": 1, "segmentation": [[2, 2, 4, 2, 4, 4, 2, 4]]},
+        {"class_index": 0, "segmentation": square},
+        {"class_index": 0},
+    ]
+    ((index, truth),) = concept_truths({"height": 4, "width": 4, "annotations": annotations})
+    assert index == 1
+    assert truth.sum() == 8
+    assert truth[0, 0]
+    assert truth[3, 3]
+
+
+# --- trainings
+
+
+def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(
+    data, tmp_path, monkeypatch
+):
+    made = []
+    original = concept_mask_chain.train
+
+    def train(model, *args, **kwargs):
+        made.append(kwargs["output_dir"].name)
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(concept_mask_chain, "train", train)
+    chain = chain_of(data, tmp_path)
+    chain.model(3)
+    chain.model(3, ConceptMaskMethod(two_sizes=False))
+    chain.model(2, ConceptMaskMethod(negatives=False))
+    chain.model(1, ConceptMaskMethod(final_relu=True))
+    assert made == [
+        "embedding",
+        "refinement",
+        "segmentation",
+        "segmentation_one_size",
+        "refinement_no_negatives",
+        "embedding_final_relu",
+    ]
+    assert chain.model(3, ConceptMaskMethod(two_sizes=False)).network.attention_sizes == (32, 32)
+    assert len(made) == 6
+
+
+def test_a_run_that_is_interrupted_in_any_stage_ends_with_the_same_weights(
+    trained, data, tmp_path, monkeypatch
+):
+    settings = TINY
+    original = concept_mask_chain.training_batches
+
+    class Interrupted(Exception):
+        pass
+
+    for stage in (1, 2, 3):
+
+        def broken_off(*args, last=stage, mapper=None, **kwargs):
+            mapper = args[1]
+            for step, batch in enumerate(original(*args, **kwargs), kwargs["start"]):
+                if mapper.stage == last and step == 1:
+                    raise Interrupted
+                yield batch
+
+        monkeypatch.setattr(concept_mask_chain, "training_batches", broken_off)
+        with pytest.raises(Interrupted):
+            chain_of(data, tmp_path, settings, resume=True).model(3)
+    monkeypatch.setattr(concept_mask_chain, "training_batches", original)
+    model = chain_of(data, tmp_path, settings, resume=True).model(3)
+    expected, _, _ = open_concept_mask(trained[0])
+    fitted = {"theta_image", "theta_unseen", "existence_thresholds", "existence_threshold_unseen"}
+    found = model.network.state_dict()
+    for name, value in expected.network.state_dict().items():
+        assert name in fitted or torch.equal(value, found[name]), name
+
+
+def test_a_checkpoint_of_another_word_table_is_refused(data, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    other = dataclasses.replace(data.table, vectors=data.table.vectors * 2)
+    with pytest.raises(ValueError, match="was made with word table"):
+        chain_of(dataclasses.replace(data, table=other), tmp_path / "run", resume=True).model(1)
+    with pytest.raises(ValueError, match=r"made with the word table \w{12}, but the one given"):
+        open_concept_mask(trained[0], table=other)
+
+
+def test_a_table_of_another_vocabulary_is_refused(data, tmp_path):
+    sets = concept_sets(data.split, tags=data.train, boxes=data.train, masks=data.train)
+    table = WordTable(data.table.names[:-1], data.table.vectors[:-1], data.table.idf[:-1])
+    with pytest.raises(ValueError, match="has 65 names, the vocabulary 66"):
+        ConceptMaskChain(sets, table, TINY, output=tmp_path)
+    empty = dataclasses.replace(sets, masked=[])
+    with pytest.raises(ValueError, match="There is no masked image to train on"):
+        ConceptMaskChain(empty, data.table, TINY, output=tmp_path)
+
+
+def test_files_of_a_run_that_are_missing_or_damaged_are_named(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no file '.*nothing.*model.json'"):
+        open_concept_mask(tmp_path / "nothing")
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    path = run / "segmentation" / "model.json"
+    content = json.loads(path.read_text())
+    for bad in ("{", "[]", json.dumps(content | {"network": {"depth": 3}})):
+        path.write_text(bad)
+        with pytest.raises(ValueError, match=r"'.*model.json' is damaged"):
+            open_concept_mask(run)
+
+
+def test_images_to_fit_on_are_of_no_training(data):
+    train, fitting = ({r["image_id"] for r in d.records} for d in (data.train, data.fitting))
+    assert (len(train), len(fitting)) == (18, 2)
+    assert not train & fitting
+
+
+def test_categories_of_a_file_become_concepts_and_loners_are_left_out(data):
+    names = tuple(data.train.class_names)
+    labels = [sorted(r["image_labels"]) for r in data.train.records]
+    lonely = labels[0][0]
+    records = [
+        {**r, "image_labels": [i for i in r["image_labels"] if i != lonely]}
+        for r in data.train.records
+    ]
+    records.append({**records[0], "image_labels": [lonely]})
+    split = type("Split", (), {"with_masks": names[:3]})
+    found = coco_concept_data(dataclasses.replace(data.train, records=records), data.val, split)
+    assert names[lonely] in found.split.unseen
+    assert names[lonely] not in found.split.vocabulary
+    assert found.split.boxed == found.split.vocabulary
+    assert set(found.split.masked) <= set(names[:3])
+    alone = [{**r, "image_labels": r["image_labels"][:1]} for r in records]
+    with pytest.raises(ValueError, match="has no two categories in one image"):
+        coco_concept_data(dataclasses.replace(data.train, records=alone), data.val, split)
+
+
+# --- evaluation
+
+
+def test_perfect_maps_have_perfect_measures(data, trained, monkeypatch):
+    model = open_concept_mask(trained[0])[0]
+    test = data.test(data.val)
+    truths = iter([dict(concept_truths(record)) for record in data.val.records])
+
+    def attention(maps, query, kind):
+        found = torch.from_numpy(np.stack(list(next(truths).values()))).float()
+        return [found[None], 3 * found[None] + 1]
+
+    monkeypatch.setattr(model.network, "attention", attention)
+    found = evaluate_concepts(model, test, masks="attention")
+    for level in ("mask", "box", "image"):
+        measures = found["levels"][level]
+        for name in ("pointing", "soft_iou", "precision", "recall", "iou"):
+            assert measures[name] == 1
+    assert set(found["concepts"]) == {
+        data.val.class_names[c] for r in data.val.records for c in r["image_labels"]
+    }
+    with pytest.raises(ValueError, match="masks must be one of 'segmentation', 'attention'"):
+        evaluate_concepts(model, test, masks="crf")
+
+
+def test_theta_and_thresholds_are_fitted_and_kept_in_the_checkpoint(data, trained, tmp_path):
+    output, metrics = trained
+    model, _, _ = open_concept_mask(output)
+    assert model.network.theta_image.item() == pytest.approx(metrics["fitted"]["theta_image"])
+    assert model.network.theta_unseen.item() == pytest.approx(metrics["fitted"]["theta_unseen"])
+    assert not torch.isnan(model.network.existence_thresholds).any()
+    shutil.copytree(output, tmp_path / "run")
+    json_file, folder = data.val.json_file, data.val.json_file.parent
+    again = fit_run(tmp_path / "run", json_file, folder)
+    fitted, _, _ = open_concept_mask(tmp_path / "run")
+    assert fitted.network.theta_image.item() == pytest.approx(again["theta_image"])
+    assert not weights_equal(model, fitted)
+    # With everything that exists above its threshold, nothing is missed.
+    fitted.network.existence_thresholds.fill_(-1)
+    assert evaluate_existence(fitted, data.test(data.val))["recall"] == 1
+    with pytest.raises(ValueError, match="There is no image to fit theta and thresholds on"):
+        fit_concepts(model, data.test(dataclasses.replace(data.val, records=[])))
+
+
+def test_fitting_goes_on_with_the_checkpoint_of_a_resumed_run(data, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    model = chain_of(data, tmp_path / "run", resume=True).model(3)
+    assert weights_equal(model, open_concept_mask(trained[0])[0])
+
+
+def test_images_of_other_concepts_are_refused(data):
+    names = tuple(f"other {i}" for i in range(len(data.val.class_names)))
+    other = dataclasses.replace(data.val, class_names=names)
+    with pytest.raises(ValueError, match=r"None of the 71 categories of .* is in the word table"):
+        concept_test(other, data.split, data.table)
+    some = dataclasses.replace(data.val, class_names=(*names[:-1], data.val.class_names[-1]))
+    test = concept_test(some, data.split, data.table)
+    assert (test.indices >= 0).sum() == 1
+
+
+# --- use
+
+
+def test_concepts_are_asked_for_by_name_index_or_vector(predictor, image):
+    names = predictor.table.names
+    found = predictor(image, [names[3], 5, predictor.table.vectors[7], "crescent"])
+    assert list(found) == [names[3], names[5], "vector 2", "crescent"]
+    for each in found.values():
+        for values in (each.initial, each.attention, each.mask_prob):
+            assert values.shape == image.shape[:2]
+            assert ((values >= 0) & (values <= 1)).all()
+        assert np.array_equal(each.mask, each.mask_prob > 0.5)
+    # In one call or each alone: the same.
+    alone = predictor(image, [5])[names[5]]
+    assert np.allclose(alone.mask_prob, found[names[5]].mask_prob, atol=1e-5)
+    assert predictor(image, ["green_lamp_stand"]).keys() == {"green lamp stand"}
+
+
+def test_a_model_in_evaluation_answers_samples(predictor, data, image):
+    model, names = predictor.model, predictor.table.names
+    query = data.test(data.val).query([data.val.class_names.index("grass")])
+    (found,) = model([read_sample(data.val.records[0]) | {"query": query}])
+    expected = predictor(image, ["grass"])["grass"]
+    assert names[found.indices.item()] == "grass"
+    assert np.array_equal(found.mask_prob[0].numpy(), expected.mask_prob)
+
+
+def test_without_names_all_that_exist_are_found(predictor, image, monkeypatch):
+    thresholds = predictor.model.network.existence_thresholds
+    kept = thresholds.clone()
+    thresholds.fill_(2)
+    assert predictor(image) == {}
+    thresholds[[2, 9]] = -1
+    found = predictor(image)
+    assert list(found) == [predictor.table.names[index] for index in (2, 9)]
+    assert all(each.exists for each in found.values())
+    thresholds.copy_(kept)
+
+
+def test_images_of_any_size_are_segmented_at_their_size(predictor):
+    image = np.random.RandomState(0).randint(0, 256, (50, 90, 3)).astype(np.uint8)
+    assert predictor(image, ["grass"])["grass"].mask.shape == (50, 90)
+
+
+@pytest.mark.parametrize(
+    ("concepts", "words"),
+    [
+        ([], "The list of concepts is empty"),
+        (["gras"], "'gras' is not among the 66 concepts of the word table. Closest: 'grass'"),
+        (["grass", "grass"], "'grass' is asked for twice"),
+        ([66], "66 is no concept index"),
+        ([np.ones(3)], r"has shape \(3,\)"),
+        ("grass", r"Allowed: a list, such as \['grass'\]"),
+    ],
+)
+def test_queries_that_cannot_be_answered_are_named(predictor, image, concepts, words):
+    with pytest.raises(ValueError, match=words):
+        predictor(image, concepts)
+
+
+def test_what_is_no_image_is_named(predictor, tmp_path):
+    with pytest.raises(ValueError, match=r"shape \(4, 4\) and dtype float64. Allowed: \(H, W, 3\)"):
+        predictor(np.zeros((4, 4)), ["grass"])
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        read_rgb(tmp_path / "nothing.png")
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_rgb(tmp_path / "text.png")
+
+
+def test_unseen_words_must_not_be_in_the_table(predictor):
+    table = predictor.table
+    with pytest.raises(ValueError, match="'blue' is among the unseen words"):
+        ConceptPredictor(predictor.model, table, unseen=table)
+
+
+def test_pictures_and_masks_of_files_are_written(predictor, data, tmp_path):
+    files = [record["file_name"] for record in data.val.records[:2]]
+    found = segment_files(predictor, files, tmp_path / "out", ["grass", "green lamp stand"])
+    for path in files:
+        folder = tmp_path / "out" / Path(path).stem
+        assert cv2.imread(str(folder / "concepts.png")).shape[1] == 4 * 256
+        mask = cv2.imread(str(folder / "green_lamp_stand.png"), cv2.IMREAD_GRAYSCALE)
+        assert np.array_equal(mask > 0, found[Path(path).stem]["green lamp stand"].mask)
+        assert set(np.unique(mask)) <= {0, 255}
+    with pytest.raises(ValueError, match="Two images are named '000000'"):
+        segment_files(predictor, [files[0], files[0]], tmp_path / "out")
+
+
+def run_tool(name, *arguments):
+    return subprocess.run(
+        [sys.executable, str(TOOLS / f"{name}.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_tools_fit_and_segment(trained, data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    json_file = data.val.json_file
+    finished = run_tool("fit_concepts", run, json_file, json_file.parent)
+    assert finished.returncode == 0, finished.stderr
+    assert "theta image: " in finished.stdout
+    image = data.val.records[0]["file_name"]
+    asked = (image, "--run", run, "--output", tmp_path / "out", "--concepts")
+    finished = run_tool("segment_concepts", *asked, "grass", "crescent")
+    assert finished.returncode == 0, finished.stderr
+    assert "| 000000 | crescent |" in finished.stdout
+    assert (tmp_path / "out" / "000000" / "crescent.png").is_file()
+    finished = run_tool("segment_concepts", *asked, "gras")
+    assert finished.returncode == 1
+    assert finished.stderr.splitlines()[-1].startswith("error: 'gras' is not among the 66 concepts")
+    finished = run_tool("fit_concepts", tmp_path / "nothing", json_file, json_file.parent)
+    assert finished.stderr.startswith("error: There is no file")

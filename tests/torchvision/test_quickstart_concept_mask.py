@@ -1,0 +1,79 @@
+import json
+
+import cv2
+import pytest
+
+from maskx.data.scenes import generate_scenes
+from maskx.torchvision import quickstart, quickstart_concept_mask
+from maskx.torchvision.quickstart import QuickstartOptions
+from maskx.torchvision.systems import SYSTEMS
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart_concept_mask, "CONCEPT_SCENES", 30)
+    monkeypatch.setattr(quickstart_concept_mask, "TAG_SCENES", 400)
+    monkeypatch.setattr(quickstart_concept_mask, "VAL_SCENES", 6)
+    monkeypatch.setattr(quickstart, "SCENE_SIZE", 64)
+    monkeypatch.setattr(quickstart_concept_mask, "SCENE_SIZE", 64)
+    return {"output": tmp_path / "out", "iterations": 2, "batch_size": 4, "image_size": 64}
+
+
+def run(options, report=print, **changes):
+    function = quickstart_concept_mask.quickstart_concept_mask
+    return function(QuickstartOptions(**options | changes), report)
+
+
+def test_generated_data_to_metrics_and_picture_and_again_when_resumed(tiny):
+    lines = []
+    first = run(tiny, lines.append)
+    written = json.loads((tiny["output"] / "metrics.json").read_text())
+    assert written["system"] == "concept_mask"
+    for key in ("levels", "original"):
+        assert list(written[key]) == ["mask", "box", "image", "unseen"]
+    for found in written["levels"].values():
+        if found is not None:
+            assert {"pointing", "soft_iou", "iou", "precision", "recall"} < set(found)
+            assert all(0 <= value <= 1 for name, value in found.items() if name != "num_concepts")
+    assert written["levels"]["image"]["num_concepts"] > 10
+    steps = {"embedding", "refinement", "segmentation", "fitting", "evaluation", "picture"}
+    assert set(written["step_seconds"]) == steps
+    assert cv2.imread(str(tiny["output"] / "predictions.png")).shape[1] == 5 * 256
+    assert "27 training images with tags of 66 concepts" in "\n".join(lines)
+    assert SYSTEMS["concept_mask"] is quickstart_concept_mask.quickstart_concept_mask
+    again = run(tiny, resume=True)
+    for key in ("levels", "concepts", "fitted", "existence"):
+        assert str(first[key]) == str(again[key])
+
+
+def test_own_files_have_tags_and_boxes_of_all_and_masks_of_some(tmp_path, tiny):
+    json_file = generate_scenes(
+        tmp_path / "data", count=12, size=64, num_categories=8, seed=1, style="large"
+    )
+    data = (str(json_file), str(tmp_path / "data"))
+    names = [category["name"] for category in json.loads(json_file.read_text())["categories"]]
+    (tmp_path / "masked.txt").write_text("\n".join(names[:4]))
+    files = {"coco_train": data, "coco_val": data, "masks_for": str(tmp_path / "masked.txt")}
+    found = run(tiny, **files)
+    assert set(found["split"]["masked"]) <= set(names[:4])
+    assert found["split"]["boxed"] == found["split"]["vocabulary"]
+    assert found["levels"]["mask"] is not None
+    assert found["levels"]["image"] is None
+    assert found["fitted"]["theta_image"] is None
+    with pytest.raises(ValueError, match="names 'person', which is not among the 8 categories"):
+        run(tiny, **files | {"masks_for": None})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "gpu"}, "Device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
+        ({"masks_for": "all"}, "masks_for has no meaning for generated scenes with concepts"),
+        ({"threshold": "zero"}, "threshold has no meaning for the system concept_mask"),
+        ({"backbone": "resnet5"}, r"backbone must be one of small, .*got 'resnet5'"),
+        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+    ],
+)
+def test_options_out_of_range_are_named(tiny, options, words):
+    with pytest.raises(ValueError, match=words):
+        run(tiny, **options)

@@ -1,0 +1,72 @@
+r"""Find concepts in images by name, with a trained ConceptMask.
+
+Writes a picture of all concepts and the mask of each, in a folder per image.
+
+Examples:
+    python tools/segment_concepts.py photo.jpg --run output/quickstart-concept_mask \
+        --concepts "green plus" lamp grass
+    python tools/segment_concepts.py photos/*.jpg --run output/quickstart-concept_mask
+    python tools/segment_concepts.py photo.jpg \
+        --config-file output/concept_mask/stage3/config.yaml --concepts dog grass
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from maskx.torchvision.concept_mask_predictor import ConceptPredictor, segment_files
+from maskx.torchvision.training import select_device
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--run", help="folder of a finished run of tools/quickstart.py")
+    group.add_argument("--config-file", help="of a run of Detectron2")
+    add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="pairs over --config-file")
+    add("--concepts", nargs="+", metavar="NAME", help="default: all that seem to exist")
+    add("--output", type=Path, default=Path("output/concepts"), help="default: output/concepts")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    return parser.parse_args()
+
+
+def open_predictor(arguments: argparse.Namespace) -> Callable[..., dict[str, Any]]:
+    """Open the model of either host, to be called with an RGB image and names."""
+    device = select_device(arguments.device)
+    if arguments.run is not None:
+        return ConceptPredictor.open(arguments.run, device=device)
+    from maskx.detectron2 import concept_predictor
+
+    cfg = concept_predictor.trained_config(arguments.config_file, arguments.opts, device=device)
+    predict = concept_predictor.ConceptPredictor(cfg)
+    return lambda image, concepts: predict(image[:, :, ::-1], concepts)
+
+
+def main() -> None:
+    """Find concepts and list them; user errors end with their message instead of a traceback."""
+    arguments = parse_arguments()
+    try:
+        predictor = open_predictor(arguments)
+        results = segment_files(predictor, arguments.images, arguments.output, arguments.concepts)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print("| image | concept | existence | exists | share of the image |\n|---|---|---|---|---|")
+    for image, found in results.items():
+        for name, each in found.items():
+            cells = f"{each.existence:.3f} | {'yes' if each.exists else 'no'}"
+            print(f"| {image} | {name} | {cells} | {each.mask.mean():.3f} |")
+    empty = [image for image, found in results.items() if not found]
+    if empty:
+        print(f"No concept seems to be in {', '.join(empty)}.")
+    print(f"Wrote pictures and masks to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
