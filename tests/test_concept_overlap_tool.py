@@ -68,3 +68,5 @@ def test_mistakes_end_with_their_message(files, tmp_path):
     assert "is labelled with 'sand', which is not among the 65 concepts" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert not output.exists()
+    finished = run_tool("--json", json_files[0], "--split", split_file, "--output", tmp_path)
+    assert "--output is a folder" in finished.stderr

@@ -8,7 +8,7 @@ import pytest
 
 from maskx.data.tag_lists import read_tag_list
 from maskx.data.tag_vectors import fold_in_words
-from maskx.data.word_table import load_word_table
+from maskx.data.word_table import explained_spectrum, load_word_table
 from maskx.data.word_vectors import load_class_vectors
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -51,7 +51,9 @@ def test_a_table_is_learned_and_looked_at(tags_file, tmp_path, run_tool, capsys)
     rows = [line.split() for line in lines[3:6]]
     assert [row[0] for row in rows] == ["1", "2", "4"]
     assert float(rows[0][1]) == pytest.approx(table.eigenvalues[0], rel=1e-3)
-    assert 0 < float(rows[2][2].rstrip("%")) <= 100
+    _, shares = explained_spectrum(table)
+    shown = [float(row[2].rstrip("%")) for row in rows]
+    assert shown == pytest.approx(100 * shares[[0, 1, 3]], abs=0.051)
     neighbours = dict(
         line.split(": ") for line in lines if line.startswith(("dog:", "fire truck:"))
     )
@@ -119,7 +121,10 @@ def test_new_words_are_folded_in(tags_file, tmp_path, run_tool):
     ("arguments", "message"),
     [
         ([], "give --tags, or --vectors"),
+        (["--tags", "x", "--output", "."], "--output is a folder"),
         (["--vectors", "v.txt"], "--vectors needs --vocabulary"),
+        (["--vectors", "v.txt", "--vocabulary", "v", "--dim", "8"], "from tags only"),
+        (["--table", "t", "--fold-in", "a", "--tags", "x", "--plain-pmi"], "from tags only"),
         (["--table", "t"], "--table and --fold-in belong together"),
         (["--table", "t", "--fold-in", "a", "--vocabulary", "v"], "do not go with it"),
         (["--table", "t", "--fold-in", "a", "--tags", "x"], "must end with .npy"),

@@ -38,7 +38,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--word-table", type=Path, help="word table, if the split lists no vocabulary")
     add("--output", type=Path, required=True, help=".npz file to write")
     add("--skip-bad", action="store_true", help="leave annotations with bad boxes out, counted")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.output.is_dir():
+        parser.error("--output is a folder; give a file")
+    return arguments
 
 
 def main() -> None:

@@ -50,12 +50,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--plain-pmi", action="store_true", help="keep negative entries of the PMI matrix")
     add("--skip-bad", action="store_true", help="leave unknown and repeated tags out, counted")
     arguments = parser.parse_args()
+    if arguments.output.is_dir():
+        parser.error("--output is a folder; give a file")
     if (arguments.table is None) != (arguments.fold_in is None):
         parser.error("--table and --fold-in belong together")
     if arguments.vectors and not arguments.vocabulary:
         parser.error("--vectors needs --vocabulary: the words to take from it")
     if arguments.table and (arguments.vectors or arguments.vocabulary):
         parser.error("--table has its words; --vectors and --vocabulary do not go with it")
+    learning = ("dim", "smoothing", "plain_pmi")
+    if (arguments.vectors or arguments.table) and any(
+        getattr(arguments, name) != parser.get_default(name) for name in learning
+    ):
+        parser.error("--dim, --smoothing and --plain-pmi are for learning a table from tags only")
     if not arguments.tags and not arguments.vectors:
         parser.error("give --tags, or --vectors to convert")
     if arguments.fold_in and arguments.output.suffix != ".npy":

@@ -129,6 +129,7 @@ def save_overlap(path: str | os.PathLike[str], overlap: Overlap, names: Sequence
             "given. Give the vocabulary that its concept indices count."
         )
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.partial")
     arrays = {key: getattr(overlap, key) for key in _ARRAYS}
     with scratch.open("wb") as file:  # a path would get another suffix

@@ -229,7 +229,7 @@ def concept_sets(
 
     Raises:
         ValueError: something is labelled as a concept that is neither in the vocabulary nor
-            unseen, or nothing usable is left of a file.
+            unseen, an image of a tag list has no file name, or nothing usable is left of a file.
     """
     withheld: Counter[str] = Counter()
     tagged = [] if tags is None else _tagged(split, tags, tag_images, withheld)
@@ -379,6 +379,11 @@ def _images_of_list(
     tags: TagList, folder: str | os.PathLike[str]
 ) -> Iterator[tuple[Record, list[int]]]:
     for position, image_id in enumerate(tags.image_ids):
+        if not isinstance(image_id, str):
+            raise ValueError(
+                f"{tags.source}: image {image_id!r} of the tag list has no file name, so it cannot "
+                "be trained on. Give every image its 'file_name'."
+            )
         image = {"file_name": os.path.join(folder, str(image_id)), "image_id": image_id}
         yield image, tags.tags_of(position).tolist()
 

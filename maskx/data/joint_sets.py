@@ -29,11 +29,13 @@ from maskx.data.label_maps import (
 from maskx.supervision import Supervision
 
 __all__ = [
+    "UNKNOWN",
     "JointBatches",
     "JointDataSet",
     "JointSchedule",
     "JointSets",
     "joint_sets",
+    "random_crop",
     "things_and_stuff",
     "things_and_stuff_label_map",
 ]
@@ -41,6 +43,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+UNKNOWN = -1
+"""Position of a pixel of which nothing is known."""
 
 _LEVELS = (Supervision.MASK.value, Supervision.IMAGE.value)
 _NUM_THINGS = "num_things"  # of a record whose classes are things, then stuff
@@ -166,7 +171,7 @@ class JointSets:
         positions = self._positions[data_set.name]
         labels = [0] if data_set.background else []
         labels += [label + 1 for label in record["image_labels"]]
-        return sorted(set(positions[labels].tolist()) - {-1})
+        return sorted(set(positions[labels].tolist()) - {UNKNOWN})
 
 
 def joint_sets(
@@ -301,6 +306,27 @@ class JointBatches:
             yield batch
 
 
+def random_crop(
+    size: tuple[int, int], min_crop: float, random_state: np.random.RandomState
+) -> tuple[slice, slice]:
+    """Draw the rows and columns of a random part of an image, of its aspect ratio.
+
+    Args:
+        size: Height and width of the image.
+        min_crop: Smallest side as a share of the image's, above 0; 1 draws nothing and is all.
+        random_state: Source of size and place.
+    """
+    if min_crop == 1:
+        return slice(0, size[0]), slice(0, size[1])
+    share = random_state.uniform(min_crop, 1)
+    lengths = [max(1, round(share * side)) for side in size]
+    starts = [
+        random_state.randint(side - length + 1) for side, length in zip(size, lengths, strict=True)
+    ]
+    rows, columns = (slice(a, a + n) for a, n in zip(starts, lengths, strict=True))
+    return rows, columns
+
+
 def things_and_stuff(data: CocoData) -> tuple[list[Record], tuple[str, ...]]:
     """Append the stuff categories of a file to its classes, so that every pixel has a class.
 
@@ -377,9 +403,9 @@ def _positions(data_set: JointDataSet, scored_names: Sequence[str]) -> np.ndarra
     """Positions by label of the data set's own label maps, -1 where it is not scored."""
     place = {name: position for position, name in enumerate(scored_names)}
     num_classes = len(data_set.class_names)
-    positions = np.full(ignore_label(num_classes) + 1, -1, np.int64)
+    positions = np.full(ignore_label(num_classes) + 1, UNKNOWN, np.int64)
     positions[: num_classes + 1] = [
-        place.get(name, -1) for name in (data_set.background, *data_set.class_names)
+        place.get(name, UNKNOWN) for name in (data_set.background, *data_set.class_names)
     ]
     return positions
 

@@ -338,7 +338,7 @@ def _coco_entries(path: Path) -> Iterator[tuple[Callable[[], str], str | int, li
     for image in tqdm(dataset["images"], desc="tags", unit="image", disable=None):
         given = image.get("image_labels", [])
         try:
-            names = [name_of[label] for label in {*given, *shown[image["id"]]}]
+            names = [name_of[label] for label in [*given, *(shown[image["id"]] - set(given))]]
         except (KeyError, TypeError):
             raise ValueError(
                 f"'{path}': image {image['id']!r} has image_labels {given!r}. Allowed: a list of "

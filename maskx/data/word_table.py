@@ -379,6 +379,6 @@ def load_word_table(path: str | os.PathLike[str]) -> WordTable:
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{damaged}: {error!r}. {remedy}") from error
-    if table.hash != content["hash"]:
+    if table.hash != content.get("hash"):
         raise ValueError(f"{damaged}: names and vectors do not have the hash it states. {remedy}")
     return table

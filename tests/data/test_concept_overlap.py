@@ -206,9 +206,9 @@ RECORDS = [record_of((0, 0, 0, 4, 4), (1, 2, 0, 12, 4), (2, 0, 0, 1, 1))]
 
 def test_an_overlap_is_read_as_it_was_written(tmp_path):
     overlap = concept_overlap(RECORDS, 3)
-    path = tmp_path / "overlap.npz"
+    path = tmp_path / "folder" / "overlap.npz"
     save_overlap(path, overlap, ["cat", "traffic_light", "grass"])
-    assert [file.name for file in tmp_path.iterdir()] == ["overlap.npz"]
+    assert [file.name for file in path.parent.iterdir()] == ["overlap.npz"]
     loaded = load_overlap(path, NAMES)
     assert loaded.num_concepts == 3
     assert as_dict(loaded) == as_dict(overlap)

@@ -93,7 +93,7 @@ def test_flipping_twice_is_doing_nothing_and_boxes_stay_inside(data, height, wid
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_mask_is_the_union_of_all_instances_of_its_concept(flip):
     first, second = rectangle(0, 0, 8, 4), rectangle(20, 10, 40, 20)
-    other = rectangle(4, 2, 12, 10)
+    other = rectangle(6, 3, 14, 9)  # whose edges tell centres of pixels from their corners
     record = record_of([masked(6, first), masked(3, other), masked(6, second)])
     concepts, masks = draw(record, size=10, flip=flip)
     assert concepts == [3, 6]

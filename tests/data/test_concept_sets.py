@@ -248,6 +248,11 @@ def test_a_tag_list_gives_images_by_name():
     assert sets.withheld == {"tags of unseen concepts": 1, "images without tags": 1}
 
 
+def test_images_of_a_tag_list_without_file_names_cannot_be_trained_on():
+    with pytest.raises(ValueError, match=r"given tags: image 0 .* no file name.*'file_name'"):
+        concept_sets(SPLIT, tags=tag_list([[0]], ["dog"]))
+
+
 @pytest.mark.parametrize("kind", ["tags", "boxes", "masks"])
 def test_a_concept_outside_the_vocabulary_is_refused_by_name(kind):
     data = data_of(("dog", "trafic light"), ([], [annotation(1, 0), annotation(2, 1)]))
@@ -285,6 +290,11 @@ def test_classes_that_label_nothing_may_be_outside_the_vocabulary():
 def test_a_file_of_which_nothing_is_left_is_refused(kind, image, message):
     with pytest.raises(ValueError, match=message):
         concept_sets(SPLIT, **{kind: data_of(CLASSES, image)})
+
+
+def test_what_has_no_mask_is_no_withheld_mask():
+    data = data_of(CLASSES, ([], [annotation(1, 0), annotation(2, 3, mask=False)]))
+    assert concept_sets(SPLIT, masks=data).withheld == {}
 
 
 def test_fully_masked_classes():

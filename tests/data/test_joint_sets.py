@@ -14,6 +14,7 @@ from maskx.data.joint_sets import (
     JointDataSet,
     JointSchedule,
     joint_sets,
+    random_crop,
     things_and_stuff,
     things_and_stuff_label_map,
 )
@@ -56,6 +57,41 @@ def mask_set(records, **changes):
     return JointDataSet(records=records, **values | changes)
 
 
+# --- crops
+
+
+@settings(deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    min_crop=st.floats(0.01, 1),
+    seed=st.integers(0, 99),
+)
+def test_a_crop_is_a_part_of_the_image_with_its_aspect_ratio(size, min_crop, seed):
+    crop = random_crop(size, min_crop, np.random.RandomState(seed))
+    shares = []
+    for part, side in zip(crop, size, strict=True):
+        length = part.stop - part.start
+        assert 0 <= part.start < part.stop <= side
+        assert length >= min_crop * side - 0.5
+        # A side is rounded, and not below one pixel.
+        shares.append(((length - 0.5) / side if length > 1 else 0, (length + 0.5) / side))
+    assert max(low for low, _ in shares) <= min(high for _, high in shares)
+
+
+def test_crops_reach_every_size_and_every_border():
+    state = np.random.RandomState(0)
+    crops = [random_crop((20, 40), 0.5, state) for _ in range(500)]
+    lengths = {(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in crops}
+    assert {rows for rows, _ in lengths} == set(range(10, 21))
+    assert all(abs(columns - 2 * rows) <= 1 for rows, columns in lengths)
+    for axis, side in enumerate((20, 40)):
+        assert min(crop[axis].start for crop in crops) == 0
+        assert max(crop[axis].stop for crop in crops if crop[axis].start) == side
+    before = state.get_state()[1].copy()
+    assert random_crop((20, 40), 1, state) == (slice(0, 20), slice(0, 40))
+    assert np.array_equal(state.get_state()[1], before)
+
+
 # --- whose turn it is
 
 
@@ -72,6 +108,7 @@ def test_turns_are_well_mixed(ratios, turns):
     assert JointSchedule(ratios).turns == turns
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(0, 40))
 def test_each_data_set_has_its_share_and_is_never_far_from_it(ratios, number):
     schedule = JointSchedule(ratios)
@@ -89,7 +126,7 @@ def test_each_data_set_has_its_share_and_is_never_far_from_it(ratios, number):
 @given(
     st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(1, 9), st.integers(0, 2**16)
 )
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_all_workers_together_follow_the_ratios(ratios, workers, seed):
     period = sum(ratios)
     steps = period // gcd(period, workers)

@@ -107,6 +107,13 @@ def test_files_that_cannot_be_used_are_refused(lines_file, lines, message):
         read_tag_list(lines_file(lines))
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "tags.jsonl"
+    text = "".join(json.dumps(line) + "\n" for line in LINES)
+    path.write_text(text, encoding="utf-8-sig")
+    assert len(read_tag_list(path)) == 4
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no tag list"):
         read_tag_list(tmp_path / "tags.jsonl")
@@ -133,6 +140,10 @@ def test_a_coco_file_gives_image_labels_and_annotated_categories(tmp_path, inden
     assert named(tags) == [["dog", "fire truck"], ["dog"]]
     with pytest.raises(ValueError, match="image 1 has the tag 'fire truck', which is not among"):
         read_tag_list(path, vocabulary=["dog"])
+    content["images"][1]["image_labels"] = [9, 4, 9]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"image 2 has tags twice.*: 'dog'\."):
+        read_tag_list(path)
     content["images"][1]["image_labels"] = [5]
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"image 2 has image_labels \[5\].*file's 2 categories"):

@@ -76,12 +76,13 @@ ROWS = st.lists(st.lists(st.integers(0, 6), max_size=5), min_size=1, max_size=12
 def test_counts_and_pmi_follow_their_definition(rows, block, positive, smoothing):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tag_vectors, "_ROWS", block)
+        patch.setattr(tag_vectors, "_ENTRIES", block)
         counted = co_counts(tag_list(rows, words(7)))
+        seen = counted._replace(counts=np.maximum(counted.counts, 1))  # on no image: no log of 0
+        matrix = symmetric(pmi_matrix(seen, positive=positive, smoothing=smoothing))
     expected = loop_counts(rows, 7)
     found = symmetric(counted.pairs)
     np.testing.assert_array_equal(found + np.diag(counted.counts), expected)
-    seen = counted._replace(counts=np.maximum(counted.counts, 1))  # words on no image: no log of 0
-    matrix = symmetric(pmi_matrix(seen, positive=positive, smoothing=smoothing))
     present = np.flatnonzero(expected.diagonal())
     reference = loop_pmi(rows, 7, positive=positive, smoothing=smoothing)
     inner = np.ix_(present, present)
@@ -125,14 +126,30 @@ def test_fewer_components_are_the_first_ones():
     np.testing.assert_array_equal(few.eigenvalues, every.eigenvalues[:5])
 
 
-def test_large_vocabularies_are_decomposed_alike(monkeypatch):
+@pytest.mark.parametrize(("filled", "precision"), [(9, 1e-9), (0, 1e-6)])
+def test_large_vocabularies_are_decomposed_alike(monkeypatch, filled, precision):
+    """Whether products are sparse or, for matrices with many entries, dense in float32."""
     tags = tag_list(topic_tags(num_words=60, images=900), words(60))
     dense = learn_word_vectors(tags, dim=12)
     monkeypatch.setattr(tag_vectors, "_DENSE_WORDS", 10)
-    sparse = learn_word_vectors(tags, dim=12)
-    np.testing.assert_allclose(sparse.eigenvalues, dense.eigenvalues, rtol=1e-9)
-    np.testing.assert_allclose(sparse.vectors, dense.vectors, atol=1e-5)
-    np.testing.assert_array_equal(sparse.vectors, learn_word_vectors(tags, dim=12).vectors)
+    monkeypatch.setattr(tag_vectors, "_FILLED", filled)
+    large = learn_word_vectors(tags, dim=12)
+    np.testing.assert_allclose(large.eigenvalues, dense.eigenvalues, rtol=precision)
+    np.testing.assert_allclose(large.vectors, dense.vectors, atol=1e-5)
+    np.testing.assert_array_equal(large.vectors, learn_word_vectors(tags, dim=12).vectors)
+
+
+@pytest.mark.parametrize("filled", [9, 0])
+def test_rounding_is_no_component(monkeypatch, filled):
+    """Of 60 words in 20 groups that are always together, 40 eigenvalues are 0."""
+    rng = np.random.default_rng(0)
+    rows = [
+        [3 * group + word for group in rng.choice(20, 3, replace=False) for word in range(3)]
+        for _ in range(300)
+    ]
+    monkeypatch.setattr(tag_vectors, "_DENSE_WORDS", 10)
+    monkeypatch.setattr(tag_vectors, "_FILLED", filled)
+    assert learn_word_vectors(tag_list(rows, words(60)), dim=25).dim == 20
 
 
 def test_words_of_one_topic_are_nearest():
@@ -142,10 +159,12 @@ def test_words_of_one_topic_are_nearest():
         assert {index % NUM_TOPICS for index in nearest} == {word % NUM_TOPICS}
 
 
-@pytest.mark.parametrize("positive", [True, False])
-def test_a_word_of_the_table_folds_in_to_its_own_vector(tmp_path, positive):
+@pytest.mark.parametrize(("positive", "smoothing"), [(True, 1.0), (False, 1.0), (False, 5.0)])
+def test_a_word_of_the_table_folds_in_to_its_own_vector(tmp_path, positive, smoothing):
     rows = topic_tags()
-    learned = learn_word_vectors(tag_list(rows, words(24)), dim=10, positive=positive)
+    learned = learn_word_vectors(
+        tag_list(rows, words(24)), dim=10, positive=positive, smoothing=smoothing
+    )
     save_word_table(tmp_path / "table.safetensors", learned)
     table = load_word_table(tmp_path / "table.safetensors")
     pairs = loop_counts(rows, 24)
@@ -167,6 +186,8 @@ def test_a_new_word_folds_in_near_its_topic():
     (vector,) = fold_in_words(table, backwards, ["word_7"])
     nearest = [table.names[index] for index, _ in table.nearest(vector, count=5)]
     assert set(nearest) == {"word 3", "word 11", "word 15", "word 19", "word 23"}
+    padded = tag_list([[23 - i for i in row] for row in [*more, *[[]] * 50]], names[::-1])
+    np.testing.assert_array_equal(fold_in_words(table, padded, ["word 7"]), [vector])
 
     pairs, counts, word_counts = count_words_with_table(table, backwards, ["word 7"])
     expected = loop_counts(more, 24)

@@ -79,6 +79,14 @@ def test_the_nearest_words_have_the_largest_cosine(table):
     assert [index for index, _ in table.nearest(np.ones(3), count=9)] == [2, 0, 1, 3]
 
 
+def test_of_equally_near_words_the_first_asked_for_comes_first():
+    names = tuple(f"word {index}" for index in range(100))
+    directions = np.eye(3)[np.arange(100) % 3]
+    among = list(range(99, -1, -1))
+    found = make_table(names, directions).nearest(np.array([3, 2, 1]), among=among, count=100)
+    assert [index for index, _ in found] == sorted(among, key=lambda index: index % 3)
+
+
 def test_nearest_refuses_what_cannot_be_compared(table):
     with pytest.raises(ValueError, match="1 words of 0 were asked for"):
         table.nearest(np.ones(3), among=[])
