@@ -8,15 +8,11 @@ Shape legend:
     vectors; H: hidden channels; h, w: size of the embedding map; P: (image, concept) pairs.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-# Values of each tensor that are compared before a kept product is used again.
-_SAMPLE = 1024
 
 
 def initial_attention(embedding_map: Tensor, vectors: Tensor, *, cosine: bool = False) -> Tensor:
@@ -44,8 +40,9 @@ class AttentionRefinement(nn.Module):
     matrix, and of the second only the rows that are asked for are used. No map of a concept that
     nobody asked for is made.
 
-    Without a gradient the product is computed once and used until either factor changes. It is
-    no part of the state dict.
+    In evaluation mode and without a gradient the product is computed once and used until either
+    factor changes. Changes that PyTorch does not count, through ``.data`` or a NumPy view, need a
+    call of ``train()`` or ``eval()``. The product is no part of the state dict.
 
     Args:
         vectors: (V, k) word vectors; a buffer, in the checkpoint.
@@ -86,7 +83,9 @@ class AttentionRefinement(nn.Module):
 
     def hidden(self, embedding_map: Tensor) -> Tensor:
         """Map (N, k, h, w) embeddings to the (N, H, h, w) layer that all concepts share."""
-        return F.relu(F.conv2d(embedding_map, self._product()[:, :, None, None], self.conv1.bias))
+        # Not F.conv2d, which rounds float32 to TF32 on a GPU.
+        columns = self._product() @ embedding_map.flatten(2) + self.conv1.bias[:, None]
+        return F.relu(columns).unflatten(2, embedding_map.shape[-2:])
 
     def logits(self, hidden: Tensor, concepts: Tensor | None = None) -> Tensor:
         """Compute the maps of some concepts.
@@ -132,11 +131,19 @@ class AttentionRefinement(nn.Module):
 
     def _product(self) -> Tensor:
         """Multiply the first convolution and the word vectors to (H, k)."""
-        weight, vectors = self.conv1.weight, self.vectors
-        if torch.is_grad_enabled() and (weight.requires_grad or vectors.requires_grad):
-            return _multiply(weight, vectors)
-        if self._kept is None or not self._kept.holds(weight, vectors):
-            self._kept = _keep_product(weight, vectors)
+        factors = (self.conv1.weight, self.vectors)
+        has_graph = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
+        # A graph means that an optimiser step follows, and fused optimisers do not count theirs.
+        # Nor are changes counted of tensors that were made in inference mode.
+        if has_graph or self.training or any(factor.is_inference() for factor in factors):
+            self._kept = None
+            return _multiply(*factors)
+        states = [(f.data_ptr(), f.device, f.dtype, f._version) for f in factors]
+        if self._kept is None or self._kept.states != states:
+            # Not an inference tensor, which no later graph could use.
+            with torch.inference_mode(False), torch.no_grad():
+                held = [factor.detach() for factor in factors]
+                self._kept = _KeptProduct(_multiply(*factors), states, held)
         return self._kept.product
 
 
@@ -145,54 +152,16 @@ class _KeptProduct(NamedTuple):
 
     Attributes:
         product: (H, k).
-        factors: that share the memory of the factors, so that nothing else can get it.
-        versions: torch's counts of the changes of each factor.
-        samples: some values of each factor. ``.data`` and NumPy views change what torch does not
-            count; ``train()`` and ``eval()`` catch what the samples miss of that.
+        states: address, device, type and count of changes of each factor.
+        held: share the memory of the factors, so that nothing else can get its address.
     """
 
     product: Tensor
-    factors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    samples: tuple[Tensor, ...]
-
-    def holds(self, *factors: Tensor) -> bool:
-        """Say whether the product of these factors is the one that was kept."""
-        return (
-            all(new.is_set_to(old) for new, old in zip(factors, self.factors, strict=True))
-            and self.versions == _versions(factors)
-            and all(
-                torch.equal(_sample(new), old)
-                for new, old in zip(factors, self.samples, strict=True)
-            )
-        )
-
-
-def _keep_product(*factors: Tensor) -> _KeptProduct:
-    # Not an inference tensor, which no later graph could use.
-    with torch.inference_mode(False), torch.no_grad():
-        return _KeptProduct(
-            product=_multiply(*factors),
-            factors=tuple(factor.detach() for factor in factors),
-            versions=_versions(factors),
-            samples=tuple(_sample(factor).clone() for factor in factors),
-        )
+    states: list[tuple[int, torch.device, torch.dtype, int]]
+    held: list[Tensor]
 
 
 def _multiply(weight: Tensor, vectors: Tensor) -> Tensor:
     # Sums of V products, which are worth full precision: autocast would round both factors.
     with torch.autocast(weight.device.type, enabled=False):
         return weight.flatten(1) @ vectors
-
-
-def _versions(factors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    # Tensors made in inference mode have no count.
-    return tuple(-1 if factor.is_inference() else factor._version for factor in factors)
-
-
-def _sample(factor: Tensor) -> Tensor:
-    step = factor.numel() // _SAMPLE + 1
-    # With a common divisor the samples would fall on some of the columns only.
-    while math.gcd(step, factor.shape[1]) > 1:
-        step += 1
-    return factor.detach().flatten()[::step]

@@ -80,19 +80,24 @@ class ConceptEmbedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, 3, H, W) normalised images to (N, k) embeddings."""
-        if len(images) == 1 and self.training and isinstance(self.layers.norm1, nn.BatchNorm1d):
-            raise ValueError(
-                "the embedding is trained on a batch of one image, which has no batch statistics. "
-                "Use at least 2 images per batch (per worker, without synchronised batch norm)."
-            )
-        return self.layers(self._features(images).mean(dim=(2, 3)))
+        return self._embed(self._features(images).mean(dim=(2, 3)))
 
     def embedding_map(self, images: Tensor) -> Tensor:
         """Map (N, 3, H, W) normalised images to (N, k, h, w), an embedding for every position."""
         features = self._features(images)
         num_images, _, height, width = features.shape
-        rows = self.layers(features.permute(0, 2, 3, 1).flatten(0, 2))
+        rows = self._embed(features.permute(0, 2, 3, 1).flatten(0, 2))
         return rows.reshape(num_images, height, width, self.dim).permute(0, 3, 1, 2)
+
+    def _embed(self, rows: Tensor) -> Tensor:
+        """Map (R, C) features to (R, k)."""
+        if len(rows) == 1 and self.training and isinstance(self.layers.norm1, nn.BatchNorm1d):
+            raise ValueError(
+                "the embedding is trained on a batch of one image and one position, which has no "
+                "batch statistics. Use at least 2 images per batch (per worker, without "
+                "synchronised batch norm)."
+            )
+        return self.layers(rows)
 
     def _features(self, images: Tensor) -> Tensor:
         if min(images.shape[-2:]) < self.stride:

@@ -132,9 +132,7 @@ def matching_loss(
     with torch.no_grad():
         original = _full_precision(initial_attention(embedding_map, vectors[concepts]))
         std, mean = torch.std_mean(original, dim=(2, 3), correction=0, keepdim=True)
-        # Rounding may leave the mean of a constant map below its value.
-        varies = original.amin(dim=(2, 3), keepdim=True) < original.amax(dim=(2, 3), keepdim=True)
-        targets = (original > mean + std) & varies
+        targets = original > mean + std
     total = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
     return total / len(logits)
 
@@ -167,8 +165,9 @@ def discrimination_loss(
 ) -> Tensor:
     """Push concepts down where others are that they do not overlap with (section 4.2).
 
-    The mean of ``-log(1 - alpha_j)`` over the cells of G_i, then over j with weights gamma_ij,
-    then over the pairs that have both cells and negatives.
+    The mean of ``-gamma_ij log(1 - alpha_j)`` over the cells of G_i and the negatives j, then over
+    the pairs that have both. As in the paper, a cell that a box of j covers too is no exception:
+    gamma is low where that is common.
 
     Args:
         logits: (N, U, h, w) refined attention of the negatives.
@@ -183,10 +182,10 @@ def discrimination_loss(
     losses = F.softplus(_full_precision(logits.flatten(2)))
     cells = targets.flatten(1).to(losses.dtype)
     weights = pair_weights.to(losses.dtype)
-    num_cells, total_weight = cells.sum(dim=1, keepdim=True), weights.sum(dim=1, keepdim=True)
-    count = ((num_cells > 0) & (total_weight > 0)).sum().clamp(min=1)
-    cells = cells / num_cells.clamp(min=1)
-    weights = weights / total_weight.masked_fill(total_weight == 0, 1)
+    num_cells = cells.sum(dim=1, keepdim=True)
+    num_negatives = (weights > 0).sum(dim=1, keepdim=True)
+    count = ((num_cells > 0) & (num_negatives > 0)).sum().clamp(min=1)
+    cells, weights = cells / num_cells.clamp(min=1), weights / num_negatives.clamp(min=1)
     # The pairs are summed before the logits are read: (N, U, P) instead of (P, U, h * w).
     member = pair_images == torch.arange(len(logits), device=logits.device)[:, None]
     share = (member[:, None] * weights.T) @ cells

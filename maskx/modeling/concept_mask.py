@@ -16,9 +16,7 @@ Shape legend:
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,65 +31,29 @@ from maskx.modeling.concept_losses import (
     matching_loss,
     negative_concepts,
 )
+from maskx.modeling.concept_query import (
+    ConceptQuery,
+    ConceptResults,
+    checked_query,
+    concept_query,
+)
 from maskx.modeling.concept_segmenter import (
     ConceptSegmenter,
     concept_segmentation_loss,
     normalise_maps,
     resize_maps,
 )
+from maskx.modeling.concept_stages import TABLE_KEYS, check_table, handed_on
 from maskx.modeling.weight_transfer import check_choice
 
 STAGES = (1, 2, 3)
 ATTENTION_KINDS = ("blended", "own", "nearest", "initial")
-
-# Name of the word table in the state dict of each stage.
-_TABLE_KEYS = {1: "table", 2: "refinement.vectors", 3: "refinement.vectors"}
 
 # Concepts whose maps are made at a time when only their maxima are wanted.
 _VOCABULARY_CHUNK = 2048
 # Pairs whose masks are made at a time.
 _SEGMENTED_PAIRS = 16
 _MASK_THRESHOLD = 0.5
-
-
-@dataclass(frozen=True)
-class ConceptQuery:
-    """Concepts that are asked for.
-
-    Attributes:
-        indices: (C,) int64, rows of the word table; -1 for an unseen word.
-        vectors: (C, k) float, read for unseen words only.
-    """
-
-    indices: Tensor
-    vectors: Tensor
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
-@dataclass(frozen=True)
-class ConceptResults:
-    """What is predicted of the concepts of one image.
-
-    Attributes:
-        indices: (C,) int64, rows of the word table; -1 for an unseen word.
-        attention: (C, h, w) in [0, 1], what the masks are made from: blended maps, mean over the
-            attention sizes. See :func:`maskx.modeling.concept_segmenter.resize_maps`.
-        initial: (C, h, w) in [0, 1], normalised maps of Eq. 1, mean over the attention sizes.
-        mask_prob: (C, H, W) probability, at the output's size.
-        masks: (C, H, W) bool, above 0.5.
-        existence: (C,) see :meth:`ConceptMask.existence`.
-        exists: (C,) bool, the existence is above the threshold.
-    """
-
-    indices: Tensor
-    attention: Tensor
-    initial: Tensor
-    mask_prob: Tensor
-    masks: Tensor
-    existence: Tensor
-    exists: Tensor
 
 
 class ConceptMask(nn.Module):
@@ -162,6 +124,14 @@ class ConceptMask(nn.Module):
                 f"The segmenter takes {segmenter.num_maps} attention maps, but there are "
                 f"{len(attention_sizes)} attention_sizes: {tuple(attention_sizes)}."
             )
+        for name, value, least in (
+            ("mask_size", mask_size, 1),
+            ("num_matched", num_matched, 0),
+            ("matching_weight", matching_weight, 0),
+            ("discrimination_weight", discrimination_weight, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} of ConceptMask must be at least {least}, got {value}.")
         self.stage = stage
         self.attention_sizes = tuple(attention_sizes)
         self.mask_size = mask_size
@@ -178,6 +148,7 @@ class ConceptMask(nn.Module):
         if stage == 2:
             self.original = deepcopy(embedding)
         self.segmenter = segmenter
+        self._supervised = frozenset(masked if stage == 3 else boxed)
         self.register_buffer("idf", idf.float().clone())
         for name, chosen in (("is_boxed", boxed), ("is_masked", masked)):
             flags = torch.zeros(num_concepts, dtype=torch.bool)
@@ -226,42 +197,8 @@ class ConceptMask(nn.Module):
             ValueError: `state_dict` is of another stage, word table or list of boxed concepts, or
                 does not fit.
         """
-        if self.stage == 1:
-            raise ValueError("Stage 1 of ConceptMask is the first: there is none to load.")
-        found = _stage_of(state_dict)
-        if found != self.stage - 1:
-            raise ValueError(
-                f"Stage {self.stage} of ConceptMask starts from a checkpoint of stage "
-                f"{self.stage - 1}, got one of {'no stage' if found is None else f'stage {found}'}."
-            )
-        _check_table(self.vectors, state_dict[_TABLE_KEYS[found]])
-        loaded = dict(state_dict)
-        if self.stage == 2:
-            embedding = _part(loaded, "embedding.")
-            loaded |= {f"original.{name}": value for name, value in embedding.items()}
-            del loaded[_TABLE_KEYS[1]]
-            fresh = "refinement."
-        else:
-            if not torch.equal(state_dict["is_boxed"].to(self.is_boxed.device), self.is_boxed):
-                raise ValueError(
-                    "The checkpoint of stage 2 was trained with boxes of other concepts. Give "
-                    "stage 3 the lists of stage 2."
-                )
-            loaded = {n: value for n, value in loaded.items() if not n.startswith("original.")}
-            fresh = "segmenter."
-        own = self.state_dict()
-        for name in ("is_boxed", "is_masked", "idf"):
-            loaded[name] = own[name]
-        missing = {name for name in own if not name.startswith(fresh)} - set(loaded)
-        wrong = sorted(missing | (set(loaded) - set(own)))
-        wrong += [n for n in loaded if n in own and loaded[n].shape != own[n].shape]
-        if wrong:
-            raise ValueError(
-                f"The checkpoint of stage {found} does not fit this network: "
-                f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}. Build both stages "
-                "with the same settings of embedding and refinement."
-            )
-        self.load_state_dict(loaded, strict=False)
+        weights = handed_on(state_dict, self.state_dict(), stage=self.stage)
+        self.load_state_dict(weights, strict=False)
 
     def set_fitted(
         self,
@@ -328,13 +265,13 @@ class ConceptMask(nn.Module):
             `gamma`, ``loss_discrimination``, weighted. Stage 3: ``loss_masks``.
 
         Raises:
-            ValueError: a concept is not in the word table, or the images are smaller than the
-                stride.
+            ValueError: a concept is not one of those with tags, boxes or masks, or the images are
+                smaller than the stride.
         """
         if self.stage == 1:
             topics = soft_topics(image_labels, self.vectors, self.idf)
             return {"loss_embedding": embedding_loss(self.embedding(images), topics)}
-        pairs = _concept_pairs(concepts, len(self.vectors), images.device)
+        pairs = self._pairs(concepts, images.device)
         if self.stage == 2:
             return self._refinement_losses(images, *pairs, boxes, box_rows)
         with torch.no_grad():
@@ -342,6 +279,23 @@ class ConceptMask(nn.Module):
         images = resize_maps(images, masks.shape[-2:], antialias=True)
         logits = self.segmenter(images, attention, pairs[0])
         return {"loss_masks": concept_segmentation_loss(logits, masks)}
+
+    def _pairs(
+        self, concepts: Sequence[Sequence[int]], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Return the (P,) image and the (P,) concept of each pair."""
+        pairs = [(image, int(concept)) for image, each in enumerate(concepts) for concept in each]
+        others = sorted({concept for _, concept in pairs} - self._supervised)
+        if others:
+            level = "boxed" if self.stage == 2 else "masked"
+            raise ValueError(
+                f"The batch has the concept indices {others}, which are not among the {level} "
+                f"concepts. Leave them out of the data, or list them as {level}."
+            )
+        images, concepts = (
+            torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(device).unbind(1)
+        )
+        return images, concepts
 
     def _refinement_losses(
         self,
@@ -427,7 +381,7 @@ class ConceptMask(nn.Module):
         check_choice("kind of attention", kind, ATTENTION_KINDS)
         if kind == "nearest" and self.stage == 1:
             raise ValueError("Stage 1 of ConceptMask has no refined maps. Allowed: own, initial.")
-        query = self._checked(query)
+        query = checked_query(query, self.vectors)
         if kind == "initial":
             return [initial_attention(each, query.vectors) for each in maps]
         if self.stage == 1:
@@ -450,7 +404,7 @@ class ConceptMask(nn.Module):
             normalised; for unseen words, and for all in stage 1, the largest cosine of the
             embedding of a position and the word vector.
         """
-        query = self._checked(query)
+        query = checked_query(query, self.vectors)
         scores = [_maxima(initial_attention(each, query.vectors, cosine=True)) for each in maps]
         if self.stage > 1:
             rows = query.indices.clamp(min=0)
@@ -535,7 +489,7 @@ class ConceptMask(nn.Module):
             query = concept_query(indices, self.vectors[indices])
         else:
             existence = self.existence(maps, query)[0]
-        query = self._checked(query)
+        query = checked_query(query, self.vectors)
         known = query.indices >= 0
         thresholds = self._thresholds()[query.indices.clamp(min=0)]
         thresholds = torch.where(known, thresholds, self.existence_threshold_unseen)
@@ -595,28 +549,6 @@ class ConceptMask(nn.Module):
         for concepts in every_concept.split(_VOCABULARY_CHUNK):
             yield self.refinement.logits(hidden, concepts).sigmoid()
 
-    def _checked(self, query: ConceptQuery) -> ConceptQuery:
-        """Bring a query to the device, with the vectors of the table for what is in it."""
-        table = self.vectors
-        indices, vectors = query.indices, query.vectors
-        if len(indices) == 0 and vectors.ndim == 2:
-            vectors = table[:0]
-        if vectors.shape != (len(indices), table.shape[1]):
-            raise ValueError(
-                f"A query of {len(indices)} concepts has vectors of shape {tuple(vectors.shape)}. "
-                f"Needed: ({len(indices)}, {table.shape[1]}), as in the word table."
-            )
-        outside = indices[(indices < -1) | (indices >= len(table))]
-        if len(outside):
-            raise ValueError(
-                f"The query has the concept indices {sorted(set(outside.tolist()))}. Allowed: 0 "
-                f"to {len(table) - 1}, and -1 for an unseen word with its vector."
-            )
-        indices = indices.to(table.device)
-        vectors = vectors.to(table.device, table.dtype)
-        known = (indices >= 0)[:, None]
-        return ConceptQuery(indices, torch.where(known, table[indices.clamp(min=0)], vectors))
-
     def _frozen(self) -> list[nn.Module]:
         """List what this stage does not train."""
         if self.stage == 3:
@@ -624,24 +556,10 @@ class ConceptMask(nn.Module):
         return [self.original] if self.stage == 2 else []
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        found = state_dict.get(prefix + _TABLE_KEYS[self.stage])
+        found = state_dict.get(prefix + TABLE_KEYS[self.stage])
         if found is not None:
-            _check_table(self.vectors, found)
+            check_table(self.vectors, found)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def concept_query(
-    indices: Sequence[int] | np.ndarray | Tensor, vectors: np.ndarray | Tensor
-) -> ConceptQuery:
-    """Make a query of what ``WordTable.resolve`` returns.
-
-    Args:
-        indices: (C,) rows of the word table; -1 for an unseen word.
-        vectors: (C, k).
-    """
-    return ConceptQuery(
-        torch.as_tensor(indices, dtype=torch.int64), torch.as_tensor(vectors, dtype=torch.float32)
-    )
 
 
 def _check_levels(
@@ -660,50 +578,6 @@ def _check_levels(
         )
     if needs_boxed and not boxed:
         raise ValueError("ConceptMask has no boxed concept. Stages 2 and 3 need at least one.")
-
-
-def _concept_pairs(
-    concepts: Sequence[Sequence[int]], num_concepts: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return the (P,) image and the (P,) concept of each pair."""
-    pairs = [(image, int(concept)) for image, each in enumerate(concepts) for concept in each]
-    outside = sorted({concept for _, concept in pairs if not 0 <= concept < num_concepts})
-    if outside:
-        raise ValueError(
-            f"The batch has the concept indices {outside}. Allowed: 0 to {num_concepts - 1}, the "
-            "rows of the word table."
-        )
-    images, concepts = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(device).unbind(1)
-    return images, concepts
-
-
-def _stage_of(state_dict: Mapping[str, Tensor]) -> int | None:
-    for stage, part in ((3, "segmenter."), (2, "original."), (1, "table")):
-        if any(name.startswith(part) for name in state_dict):
-            return stage
-    return None
-
-
-def _check_table(own: Tensor, found: Tensor) -> None:
-    if own.shape == found.shape:
-        if torch.equal(own, found.to(own.device, own.dtype)):
-            return
-        difference = "other vectors of the same size"
-    else:
-        difference = f"{found.shape[0]} vectors of length {found.shape[1]}"
-        difference += f", this network {own.shape[0]} of length {own.shape[1]}"
-    raise ValueError(
-        f"The checkpoint was made with another word table: it has {difference}. Use the table "
-        "that the checkpoint was trained with, or train again with this one."
-    )
-
-
-def _part(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in state_dict.items()
-        if name.startswith(prefix)
-    }
 
 
 def _fill_known(buffer: Tensor, values: Tensor | float) -> None:

@@ -101,7 +101,9 @@ class ConceptSegmenter(nn.Module):
         )
         self.classify = nn.Conv2d(decoder_channels[-1], 1, 1)
         nn.init.normal_(self.classify.weight, std=0.01)
-        nn.init.zeros_(self.classify.bias)
+        # A tenth of the pixels are of the concept. From an even start the first steps push all
+        # pixels down, which may leave a last layer that only pushes down: masks below 0.5.
+        nn.init.constant_(self.classify.bias, -2.2)
 
     def forward(self, images: Tensor, attention: Tensor, image_rows: Tensor) -> Tensor:
         """Predict the (P, H, W) mask logits of P pairs.

@@ -121,6 +121,9 @@ def test_a_batch_of_one_image_cannot_be_trained_on():
     embedding = pixel_embedding()
     with pytest.raises(ValueError, match=r"batch of one image.*at least 2 images"):
         embedding(torch.randn(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"batch of one image.*at least 2 images"):
+        embedding.embedding_map(torch.randn(1, 3, 1, 1))
+    assert embedding.embedding_map(torch.randn(1, 3, 1, 2)).shape == (1, 4, 1, 2)
     assert embedding.eval()(torch.randn(1, 3, 8, 8)).shape == (1, 4)
 
 

@@ -45,14 +45,19 @@ def slow_box_maps(boxes, box_rows, num_rows, image_size, map_size):
 def test_box_maps_are_those_drawn_by_hand():
     boxes = torch.tensor(
         [
-            [0.0, 0, 32, 15],  # no centre of the second row of cells
+            [
+                0.0,
+                0,
+                24,
+                15,
+            ],  # ends at the centre of the second column, above that of the second row
             [24, 25, 60, 64],
             [33, 1, 35, 7],  # no centre at all
         ]
     )
     maps = box_maps(boxes, torch.tensor([0, 0, 2]), 3, (64, 64), (4, 4))
     assert maps.tolist() == [
-        [[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]],
+        [[1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]],
         [[0, 0, 0, 0]] * 4,
         [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
     ]
@@ -148,9 +153,17 @@ def test_the_matching_loss_is_a_sum_over_cells_and_concepts_and_a_mean_over_imag
     assert matching_loss(logits, original, vectors, concepts).item() == pytest.approx(total / 2)
 
 
+def test_a_match_is_above_the_standard_deviation_of_the_map_itself_not_of_a_sample():
+    original, vectors = torch.tensor([0.0, 1.0, 2.0]).reshape(1, 1, 1, 3), torch.ones(2, 1)
+    logits = torch.zeros(1, 1, 1, 3, requires_grad=True)
+    matching_loss(logits, original, vectors, torch.tensor([[1]])).backward()
+    # At logit 0 the gradient is 0.5 - target; the threshold is 1 + 0.82, of a sample 1 + 1.
+    assert logits.grad.flatten().tolist() == [0.5, 0.5, -0.5]
+
+
 def test_a_constant_initial_map_matches_nothing():
-    # The float32 mean of so many 0.1 is not 0.1.
-    original, vectors = torch.full((1, 1, 37, 41), 0.1), torch.ones(2, 1)
+    # Its sum over its number of cells is less than its value.
+    original, vectors = torch.full((1, 1, 37, 41), 0.01), torch.ones(2, 1)
     logits = torch.zeros(1, 1, 37, 41, requires_grad=True)
     matching_loss(logits, original, vectors, torch.tensor([[1]])).backward()
     # At logit 0 the gradient is 0.5 - target.
@@ -208,14 +221,14 @@ def slow_discrimination_loss(every_logit, targets, pair_images, pair_concepts, g
     losses = []
     for row, (image, i) in enumerate(zip(pair_images, pair_concepts, strict=True)):
         cells = targets[row].nonzero().tolist()
-        total = gamma[i].sum().item()
-        if not cells or not total:
+        num_negatives = int((gamma[i] > 0).sum())
+        if not cells or not num_negatives:
             continue
         loss = 0.0
         for j in range(len(gamma)):
             values = [cross_entropy(every_logit[image, j, y, x].item(), False) for y, x in cells]
             loss += gamma[i, j].item() * sum(values) / len(values)
-        losses.append(loss / total)
+        losses.append(loss / num_negatives)
     return sum(losses) / len(losses) if losses else 0.0
 
 
@@ -245,8 +258,8 @@ def test_only_negatives_in_the_cells_of_the_concept_are_pushed_down():
     discrimination_loss(logits[:, negatives], targets, torch.tensor([1]), weights).backward()
     pushed = logits.grad.nonzero().tolist()
     assert pushed == [[1, 2, 0, 0], [1, 5, 0, 0]]
-    # 0.5 for -log(1 - sigmoid(0)), by the share of the weight.
-    torch.testing.assert_close(logits.grad[1, [2, 5], 0, 0], torch.tensor([0.3, 0.2]))
+    # 0.5 is the gradient of -log(1 - sigmoid(0)), times 0.9 and 0.6; mean of two negatives.
+    torch.testing.assert_close(logits.grad[1, [2, 5], 0, 0], torch.tensor([0.225, 0.15]))
 
 
 def test_a_very_sure_logit_has_a_finite_loss():

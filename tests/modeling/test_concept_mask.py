@@ -11,7 +11,7 @@ from maskx.modeling import concept_mask
 from maskx.modeling.backbones import SmallResNet
 from maskx.modeling.concept_embedding import ConceptEmbedding
 from maskx.modeling.concept_mask import ConceptMask, concept_query
-from maskx.modeling.concept_segmenter import ConceptSegmenter, resize_maps
+from maskx.modeling.concept_segmenter import ConceptSegmenter, normalise_maps, resize_maps
 
 V, DIM = 9, 5
 BOXED, MASKED = (0, 2, 3, 5), (2, 5)
@@ -181,7 +181,7 @@ def test_stage_2_is_the_slow_form_of_eqs_2_to_4():
                 weight * sum(cross_entropy(float(x), False) for x in logits[n, j][target > 0])
                 for j, weight in negatives[i].items()
             )
-            per_pair.append(total / float(target.sum()) / sum(negatives[i].values()))
+            per_pair.append(total / float(target.sum()) / len(negatives[i]))
     expected = 0.3 * sum(per_pair) / len(per_pair)
     assert found["loss_discrimination"].item() == pytest.approx(expected, rel=1e-4)
 
@@ -193,6 +193,9 @@ def test_without_overlaps_there_is_no_discrimination_loss():
 
 def test_stage_3_segments_with_the_normalised_maps_of_both_sizes():
     net = make_net(3).eval()
+    with torch.no_grad():  # far enough from 0 that a sigmoid is no line, and maps matter
+        net.refinement.conv2.weight.normal_(std=3)
+        net.segmenter.classify.weight.normal_(std=5)
     images = make_images()
     found = net.losses(images, **STAGE_3)
     total = 0
@@ -243,9 +246,14 @@ def test_concepts_may_come_in_any_order():
         torch.testing.assert_close(value, expected[name])
 
 
-def test_concepts_outside_of_the_table():
-    with pytest.raises(ValueError, match=r"has the concept indices \[-1, 9\]. Allowed: 0 to 8"):
-        make_net(2).losses(make_images(), **(STAGE_2 | {"concepts": [[0, 9], [-1]]}))
+@pytest.mark.parametrize(
+    ("stage", "level", "others"), [(2, "boxed", [-1, 1, 9]), (3, "masked", [0, 3, 9])]
+)
+def test_concepts_whose_boxes_or_masks_are_withheld_are_refused(stage, level, others):
+    targets = TARGETS[stage] | {"concepts": [[2, others[2]], others[:2]]}
+    message = rf"concept indices \[{', '.join(map(str, others))}\], .* among the {level} concepts"
+    with pytest.raises(ValueError, match=message):
+        make_net(stage).losses(make_images(), **targets)
 
 
 # Stages: what is frozen, what is handed on
@@ -381,6 +389,7 @@ def test_blending_by_hand():
     table[:, 0] = torch.arange(V) + 1.0
     table[0, 1], table[2, 2], table[3, 3], table[5, 4] = 10, 10, 20, 20
     table[1, 2], table[4, 1] = 3, -1  # 1 is nearest to 2
+    table[5] *= 10  # but its inner product is largest with 5
     net.refinement.vectors.copy_(table)
     net.set_fitted(theta_image=0.25, theta_unseen=0.75)
     probs = [0.5, 0.2, 0.6, 0.7, 0.9, 0.8, 0.3, 0.4, 0.1]
@@ -482,8 +491,30 @@ def test_masks_come_at_the_size_of_the_file():
     attention = net.attention(maps, query)
     expected = (resize_maps(attention[0], (3, 3)) + attention[1])[0] / 2
     torch.testing.assert_close(found.attention, expected)
+    initial = [normalise_maps(each) for each in net.attention(maps, query, kind="initial")]
+    expected = (resize_maps(initial[0], (3, 3)) + initial[1])[0] / 2
+    torch.testing.assert_close(found.initial, expected)
     prob = net.segment(image[None], attention, (60, 100))[0]
     torch.testing.assert_close(found.mask_prob, prob)
+
+
+def test_masks_are_made_of_the_normalised_maps_of_both_sizes():
+    net = make_net(3).eval()
+    with torch.no_grad():  # probabilities far from 0.5
+        net.segmenter.classify.weight.normal_(std=5)
+    image = make_images(1, 48, 80)
+    generator = torch.Generator().manual_seed(4)
+    attention = [0.4 + 0.2 * torch.rand(1, 2, side, side, generator=generator) for side in (2, 3)]
+    found = net.segment(image, attention, (60, 100))
+    warped = F.interpolate(image, (32, 32), mode="bilinear", antialias=True)
+    for concept in range(2):
+        maps = []
+        for each in attention:
+            large = F.interpolate(each[:, concept : concept + 1], (32, 32), mode="bilinear")
+            maps.append((large - large.min()) / (large.max() - large.min()))
+        logits = net.segmenter(warped, torch.cat(maps, dim=1), torch.tensor([0]))
+        expected = F.interpolate(logits[None], (60, 100), mode="bilinear").sigmoid()
+        torch.testing.assert_close(found[:, concept], expected[0])
 
 
 def test_masks_of_many_concepts_are_made_some_at_a_time(monkeypatch):
@@ -514,6 +545,18 @@ def test_all_concepts_above_their_threshold():
     assert found.exists.all()
     asked = net.predict(make_images()[0], query_of([3, 8]))
     assert asked.exists.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("margin", [-0.01, 0.01])
+def test_an_unseen_word_exists_above_its_own_threshold(margin):
+    net = make_net(3).eval()
+    query = query_of([-1, 8], torch.ones(2, DIM))
+    score = float(net.predict(make_images()[0], query).existence[0])
+    net.set_fitted(
+        existence_thresholds=torch.full((V,), 0.0), existence_threshold_unseen=score - margin
+    )
+    found = net.predict(make_images()[0], query)
+    assert found.exists.tolist() == [margin > 0, True]
 
 
 def test_no_concept_may_exist():
@@ -590,6 +633,10 @@ def test_prediction_runs_in_bfloat16():
         ({"attention_sizes": (32,)}, "takes 2 attention maps, but there are 1 attention_sizes"),
         ({"segmenter": None}, "needs a segmenter in stage 3"),
         ({"stage": 2, "segmenter": SimpleNamespace(num_maps=2)}, "takes none before"),
+        ({"mask_size": 0}, "mask_size of ConceptMask must be at least 1, got 0"),
+        ({"num_matched": -1}, "num_matched of ConceptMask must be at least 0, got -1"),
+        ({"matching_weight": -0.1}, "matching_weight of ConceptMask must be at least 0"),
+        ({"discrimination_weight": -1}, "discrimination_weight of ConceptMask must be at least 0"),
         ({"gamma": (np.zeros(4), *GAMMA[1:])}, "gamma has 3 rows for a word table of 9"),
     ],
 )

@@ -68,6 +68,10 @@ def test_no_maps_are_normalised_and_resized_to_none():
     assert resize_maps(torch.zeros(2, 0, 4, 4), (8, 6)).shape == (2, 0, 8, 6)
 
 
+def test_maps_are_resized_between_the_centres_of_their_cells():
+    assert resize_maps(torch.tensor([[[[0.0, 1.0]]]]), (1, 4)).tolist() == [[[[0, 0.25, 0.75, 1]]]]
+
+
 # Network
 
 
@@ -88,6 +92,10 @@ def test_the_two_stems_are_a_convolution_of_five_channels():
             y = block(y, skips.pop())
         y = resize_maps(segmenter.classify(y), (32, 48))[0, 0]
         torch.testing.assert_close(found[p], y, atol=1e-5, rtol=1e-4)
+
+
+def test_masks_start_with_a_tenth_of_the_pixels():
+    assert make_segmenter().classify.bias.sigmoid().item() == pytest.approx(0.1, abs=1e-3)
 
 
 def test_the_image_goes_through_the_stem_once_for_all_its_concepts():
@@ -173,3 +181,9 @@ def test_the_loss_is_the_mean_binary_cross_entropy_of_all_pixels():
         prob = 1 / (1 + math.exp(-logit))
         terms.append(-math.log(prob if inside else 1 - prob))
     assert concept_segmentation_loss(logits, masks).item() == pytest.approx(sum(terms) / 24)
+
+
+def test_half_precision_logits_are_summed_in_full_precision():
+    loss = concept_segmentation_loss(torch.zeros(1, 60, 60).bfloat16(), torch.ones(1, 60, 60))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-5)
