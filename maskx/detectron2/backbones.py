@@ -10,7 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from maskx.modeling.backbones import VGG16, DilatedResNet, SmallResNet
 from maskx.modeling.vit import ViTBackbone, timm_vit
 
-__all__ = ["MaskXResNet", "MaskXSmallResNet", "MaskXVGG16", "MaskXViT"]
+__all__ = ["MaskXResNet", "MaskXSmallResNet", "MaskXVGG16", "MaskXViT", "check_imagenet_images"]
 
 # What torchvision's ImageNet weights expect, for pixels in [0, 255].
 _FORMAT = "RGB"
@@ -202,13 +202,32 @@ def _imagenet_weights(cfg: CfgNode) -> str | None:
     return "DEFAULT"
 
 
-def _check_images(cfg: CfgNode, library: str, mean: Sequence[float], std: Sequence[float]) -> None:
+def check_imagenet_images(cfg: CfgNode, key: str) -> None:
+    """Refuse images that are not those that torchvision's ImageNet weights expect.
+
+    Args:
+        cfg: the configuration.
+        key: what asks for the weights.
+
+    Raises:
+        ValueError: format, mean or deviation are others.
+    """
+    _check_images(cfg, "torchvision", _MEAN, _STD, key)
+
+
+def _check_images(
+    cfg: CfgNode,
+    library: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    key: str = "MODEL.MASKX.BACKBONE.PRETRAINED",
+) -> None:
     """Refuse images that are not those that downloaded weights expect."""
     found = (cfg.INPUT.FORMAT, *cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD)
     if found != (_FORMAT, *mean, *std):
         raise ValueError(
             f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, MODEL.PIXEL_MEAN {cfg.MODEL.PIXEL_MEAN} and "
-            f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}, but MODEL.MASKX.BACKBONE.PRETRAINED loads "
-            f"weights of {library}, which expect {_FORMAT}, {list(mean)} and {list(std)}. Set "
-            "all three so, or PRETRAINED False."
+            f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}, but {key} loads weights of {library}, which "
+            f"expect {_FORMAT}, {list(mean)} and {list(std)}. Set all three so, or "
+            f"{key.rpartition('.')[2]} False."
         )

@@ -161,9 +161,14 @@ class MeanIoU:
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """Lay out what `MeanIoU.evaluate` returns, without single classes; NaN as "-"."""
+    """Lay out what `MeanIoU.evaluate` returns, without single classes; NaN as "-".
+
+    Where no pixel was background, neither in a prediction nor in truth, there is no row of it.
+    """
     rows = {f"mIoU {name}": value for name, value in result["mIoU"].items()}
-    rows |= {"IoU background": result["background"], "pixel accuracy": result["pixel_accuracy"]}
+    if not math.isnan(result["background"]):
+        rows["IoU background"] = result["background"]
+    rows["pixel accuracy"] = result["pixel_accuracy"]
     width = max(map(len, rows))
     cells = {name: "-" if math.isnan(value) else f"{value:.2f}" for name, value in rows.items()}
     return "\n".join(f"{name:<{width}}{cell:>8}" for name, cell in cells.items())

@@ -96,6 +96,16 @@ def test_what_is_scored_agrees_with_the_joint_sets(make_joint_cfg, train):
             assert set(found) == expected
 
 
+def test_labels_of_a_data_set_in_another_order_are_the_same_classes(make_joint_cfg, write_record):
+    cfg = make_joint_cfg("DATASETS.TRAIN", (TAGS, "other"), JOINT + "SUPERVISION", ("image",) * 2)
+    class_names = [*reversed(class_names_of(TAGS)), "heron"]
+    register("other", class_names, [write_record(1, image_labels=[0, 2, 4])])
+    names, sets = model_class_table(cfg).names, joint_sets_from_config(cfg)
+    sample = sample_of(cfg, sets.data_sets[1].records[0], sets)
+    found = {names[scored_indices(cfg)["other"][label]] for label in sample["image_labels"]}
+    assert found == {class_names[0], class_names[2], "heron"}
+
+
 def test_a_split_is_of_one_class_list(make_joint_cfg):
     cfg = make_joint_cfg("DATASETS.MASKX.SPLIT", "ade150_raw")
     assert split_of_dataset(cfg, MASKS) is None
@@ -204,10 +214,12 @@ def test_crops_and_flips_keep_image_and_label_map_together(make_joint_cfg, write
 def test_crop_level_labels_are_those_of_the_crop(make_joint_cfg, write_record):
     label_map = np.ones((40, 40), np.uint8)
     label_map[0, 0] = 2
+    label_map[20:, :] = 255  # unknown, in every crop
     record = write_record(1, size=(40, 40), label_map=label_map, image_labels=[0, 1])
     register("corner", ["most", "corner"], [{**record, "supervision": "mask"}])
     cfg = make_joint_cfg(JOINT + "CROP_LEVEL_LABELS", True, JOINT + "MIN_CROP", 0.5)
-    cfg.merge_from_list(["DATASETS.TRAIN", ("corner",), JOINT + "SUPERVISION", ("image",)])
+    train = ("DATASETS.TRAIN", ("corner", MASKS))
+    cfg.merge_from_list([*train, JOINT + "SUPERVISION", ("image", "mask")])
     found = Counter()
     for level in (True, False):
         cfg.merge_from_list([JOINT + "CROP_LEVEL_LABELS", level])
@@ -218,6 +230,7 @@ def test_crop_level_labels_are_those_of_the_crop(make_joint_cfg, write_record):
             found[level, tuple(sample["image_labels"])] += 1
     assert found[True, (0,)] > 10
     assert found[False, (0, 1)] == 20
+    assert sum(found.values()) - found[True, (0, 1)] - found[True, (0,)] == 20
 
 
 def test_test_samples_say_which_classes_to_choose_from(make_joint_cfg):
@@ -232,6 +245,8 @@ def test_test_samples_say_which_classes_to_choose_from(make_joint_cfg):
     assert np.array_equal(sample["image"].permute(1, 2, 0).numpy(), image)
     assert sample["class_indices"] == (0, 1, 2, 3)
     assert MaskXJointMapper(cfg, is_train=False, dataset_name=VAL).class_indices == tuple(range(9))
+    with pytest.raises(ValueError, match=r"which test set it is for: give dataset_name"):
+        MaskXJointMapper(cfg, is_train=False)
 
 
 # Loader
@@ -283,6 +298,8 @@ def test_eight_workers_keep_their_data_sets(make_joint_cfg, monkeypatch, ratios)
 def test_a_loader_goes_on_at_any_step(make_joint_cfg, num_workers):
     cfg = make_joint_cfg(JOINT + "MIN_CROP", 0.5)
     expected = summary(take(build_joint_loader(cfg), 7))
+    # Masks are of 8 samples of 6 images: one that is seen again has another crop.
+    assert len({sample for batch in expected for sample in batch}) == 14
     cfg.DATALOADER.NUM_WORKERS = num_workers
     state = np.random.get_state()[1].copy()
     assert summary(take(build_joint_loader(cfg), 3, start=4)) == expected[4:]

@@ -373,6 +373,7 @@ def test_base_and_novel_classes_are_scored_without_a_background(maps, write_maps
         }
     )
     assert "maps: 4 classes, 2 base and 2 novel (split" in caplog.text
+    assert "background" not in caplog.text
     assert f"mIoU novel{(iou[2] + iou[4]) / 2:>12.2f}" in caplog.text
 
 

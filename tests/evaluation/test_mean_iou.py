@@ -163,6 +163,11 @@ def test_table():
     )
 
 
+def test_the_table_has_no_row_of_a_background_that_is_not_there():
+    result = count([(np.array([[1, 2]]), np.array([[1, 1]]))], 2).evaluate()
+    assert format_table(result) == "mIoU all         25.00\npixel accuracy   50.00"
+
+
 ZEROS = np.zeros((2, 3), int)
 
 

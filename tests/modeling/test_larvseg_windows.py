@@ -95,6 +95,15 @@ def test_one_window_is_the_whole_image():
     torch.testing.assert_close(found, tuple(each[0] for each in expected))
 
 
+def test_large_images_are_resized_without_aliasing():
+    network, image, classes = make_network(), torch.randn(3, 48, 48), torch.arange(9)
+    options = {"window": 16, "stride": 16, "feature_stride": 4}
+    _, scores = predict_windows(network, image, (48, 48), class_indices=classes, **options)
+    small = F.interpolate(image[None], (16, 16), mode="bilinear", antialias=True)
+    _, expected = network.predict(small, (48, 48), class_indices=classes)
+    torch.testing.assert_close(scores, expected[0])
+
+
 @pytest.mark.parametrize(("window", "stride"), [(18, 16), (16, 6), (16, 20), (16, 0)])
 def test_windows_whose_tokens_do_not_meet_are_refused(window, stride):
     message = rf"windows of {window} pixels with stride {stride} do not fit: both must be multiples"

@@ -24,7 +24,14 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from maskx.data.class_table import ClassTable, class_table
-from maskx.data.joint_sets import JointBatches, JointDataSet, JointSets, joint_sets
+from maskx.data.joint_sets import (
+    UNKNOWN,
+    JointBatches,
+    JointDataSet,
+    JointSets,
+    joint_sets,
+    random_crop,
+)
 from maskx.detectron2.data.datasets import class_names_of, supervised_record
 from maskx.detectron2.data.image_mapper import transform_label_map
 from maskx.supervision import CategorySplit, Supervision, resolve_split
@@ -46,7 +53,6 @@ logger = logging.getLogger(__name__)
 
 _KEYS = "DATASETS.MASKX.JOINT"
 _CLASSES_OF = "MODEL.MASKX.LARVSEG.CLASSES_OF"
-_UNKNOWN = -1  # position of a pixel of which nothing is known
 _ENDLESS = sys.maxsize  # step that no training reaches
 
 
@@ -226,7 +232,7 @@ class JointLoader:
         num_workers: processes that read images; 0 reads them in this one.
 
     Attributes:
-        sets: as given.
+        sets: as given, without the records.
         start: step of the first batch that an iterator gives; to be set before it is made, so that
             a resumed training sees what the interrupted one would have seen.
     """
@@ -240,14 +246,15 @@ class JointLoader:
         seed: int,
         num_workers: int = 0,
     ) -> None:
-        self.sets, self.start = sets, 0
+        # The records are held once, serialised.
+        self.sets, self.start = _without_records(sets), 0
         self._mapped = _MappedSets(sets, mapper)
         self._batch_size, self._seed, self._num_workers = batch_size, seed, num_workers
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         """Begin with the batch of step `start`."""
         batches = JointBatches(
-            [len(each.records) for each in self.sets.data_sets],
+            self._mapped.num_records,
             [each.ratio for each in self.sets.data_sets],
             batch_size=self._batch_size,
             seed=self._seed,
@@ -322,9 +329,16 @@ class MaskXJointMapper:
             is_train: whether it is for training.
             sets: of :func:`joint_sets_from_config`; None reads them. In training only.
             dataset_name: the test set, in evaluation only.
+
+        Raises:
+            ValueError: no test set is given in evaluation, or the model lacks a class of it.
         """
         shared = {"is_train": is_train, "image_format": cfg.INPUT.FORMAT}
         if not is_train:
+            if dataset_name is None:
+                raise ValueError(
+                    "MaskXJointMapper needs to know which test set it is for: give dataset_name."
+                )
             return shared | {"class_indices": indices_of_dataset(cfg, dataset_name)}
         return shared | {
             "sets": _without_records(joint_sets_from_config(cfg)) if sets is None else sets,
@@ -358,20 +372,17 @@ class MaskXJointMapper:
         if is_mask:
             return sample | {"label_map": torch.from_numpy(label_map)}
         labels = np.unique(label_map)
-        return sample | {"image_labels": labels[labels != _UNKNOWN].tolist()}
+        return sample | {"image_labels": labels[labels != UNKNOWN].tolist()}
 
     def _transforms(
         self, image_size: tuple[int, int], size: int, random_state: np.random.RandomState
     ) -> T.TransformList:
-        height, width = image_size
-        transforms: list[T.Transform] = []
-        if self.min_crop < 1:
-            share = random_state.uniform(self.min_crop, 1)
-            h, w = (max(1, round(share * side)) for side in image_size)
-            y, x = random_state.randint(height - h + 1), random_state.randint(width - w + 1)
-            transforms.append(T.CropTransform(x, y, w, h, width, height))
-            height, width = h, w
-        transforms.append(T.ResizeTransform(height, width, size, size))
+        rows, columns = random_crop(image_size, self.min_crop, random_state)
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        transforms = [
+            T.CropTransform(columns.start, rows.start, width, height, *image_size[::-1]),
+            T.ResizeTransform(height, width, size, size),
+        ]
         if self.flip != "none" and random_state.randint(2):
             is_vertical = self.flip == "vertical"
             transforms.append((T.VFlipTransform if is_vertical else T.HFlipTransform)(size))
@@ -386,8 +397,12 @@ class _MappedSets(Dataset):
         self._records = [DatasetFromList(each.records, copy=False) for each in sets.data_sets]
         self._mapper = mapper
 
+    @property
+    def num_records(self) -> list[int]:
+        return [len(records) for records in self._records]
+
     def __len__(self) -> int:
-        return sum(map(len, self._records))
+        return sum(self.num_records)
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
         which, index, seed = key

@@ -12,6 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import Tensor
 
 from maskx.data.class_table import match_rows
+from maskx.data.joint_sets import UNKNOWN
 from maskx.detectron2.data.joint_data import (
     indices_of_dataset,
     model_class_table,
@@ -28,9 +29,6 @@ from maskx.modeling.larvseg_windows import check_windows, predict_windows
 __all__ = ["MaskXLarvSeg"]
 
 logger = logging.getLogger(__name__)
-
-UNKNOWN = -1
-"""Position in a label map of a pixel of which nothing is known."""
 
 _MAPPER = "Use the mapper of maskx.detectron2.data.joint_data, as the Trainer of maskx does."
 _LOSS_NAMES = {"loss_seg": "loss_pixels", "loss_cls": "loss_labels", "loss_aux": "loss_attention"}
@@ -230,8 +228,7 @@ class MaskXLarvSeg(ImageModel):
             if key not in found or own[key] is None:
                 state |= {key: found[key]} if key in found else {}  # Detectron2 reports it
                 continue
-            start_rows = torch.zeros_like(own[key]) if name == _TRAINED else own[key]
-            rows = take_rows(start_rows, match.new_rows, found[key], match.old_rows, what=key)
+            rows = take_rows(own[key], match.new_rows, found[key], match.old_rows, what=key)
             # What this training shows counts as trained, beside what the other one showed.
             state[key] = rows | own[key] if name == _TRAINED and self.training else rows
         for names_left, what in (
@@ -278,13 +275,15 @@ class MaskXLarvSeg(ImageModel):
         label_maps = image_labels = None
         if any("label_map" in sample for sample in batched_inputs):
             label_maps = [required(sample, "label_map", _MAPPER) for sample in batched_inputs]
-            largest = max(int(label_map.max()) for label_map in label_maps)
-            if largest >= len(scored):
-                raise ValueError(
-                    f"Data set '{name}' has the label {largest} in a label map. Allowed: 0 to "
-                    f"{len(scored) - 1}, positions among its classes, and {UNKNOWN} where nothing "
-                    f"is known. {_MAPPER}"
-                )
+            for sample, label_map in zip(batched_inputs, label_maps, strict=True):
+                for label in map(int, label_map.aminmax()):
+                    if not UNKNOWN <= label < len(scored):
+                        raise ValueError(
+                            f"Image {sample.get('image_id', 'without id')!r} of data set '{name}' "
+                            f"has the label {label} in its label map. Allowed: 0 to "
+                            f"{len(scored) - 1}, positions among its classes, and {UNKNOWN} where "
+                            f"nothing is known. {_MAPPER}"
+                        )
         else:
             image_labels = [required(sample, "image_labels", _MAPPER) for sample in batched_inputs]
         sizes = {tuple(tensor.shape[-2:]) for tensor in (*images, *(label_maps or ()))}

@@ -160,8 +160,12 @@ def test_mixed_precision_gives_finite_losses(name):
             r"data sets \['more'\]\. Allowed: samples of one of masks, tags",
         ),
         (
-            lambda s: s[1]["label_map"].fill_(4),
-            r"Data set 'masks' has the label 4 in a label map\. Allowed: 0 to 3, .* and -1 where",
+            lambda s: s[1]["label_map"][3:4, 5].fill_(4),
+            r"Image 2 of data set 'masks' has the label 4 in its label map\. Allowed: 0 to 3, .*-1",
+        ),
+        (
+            lambda s: s[0]["label_map"][3:4, 5].fill_(-2),
+            r"Image 1 of data set 'masks' has the label -2 in its label map",
         ),
         (
             lambda s: s[0].update(image=s[0]["image"][:, :16]),
@@ -372,11 +376,13 @@ def test_backbones_that_take_multiples_only(make_larvseg_cfg):
     whole = ("TEST.MASKX.WINDOW", 0, "TEST.MASKX.STRIDE", 0)
     with pytest.raises(ValueError, match=r"\(image_size\) is 40, but FPN .* 32\. Set it to 32"):
         build_model(make_larvseg_cfg(*whole, "INPUT.MASKX.SIZE", 40, **options))
+    with pytest.raises(ValueError, match=r"windows of 40 pixels .* must be multiples of 32"):
+        build_model(make_larvseg_cfg("TEST.MASKX.WINDOW", 40, "TEST.MASKX.STRIDE", 40, **options))
     model = build_model(make_larvseg_cfg(**options)).train()
     sample = {"data_set": "tiny_train", "image_labels": [0]}
-    words = r"images of data set 'tiny_train' have sides of 40 x 40 pixels, but FPN takes .* 32"
+    words = r"images of data set 'tiny_train' have sides of 64 x 40 pixels, but FPN takes .* 32"
     with pytest.raises(ValueError, match=words):
-        model([sample | {"image": torch.zeros(3, 40, 40)}])
+        model([sample | {"image": torch.zeros(3, 64, 40)}])
 
 
 # --- checkpoints
