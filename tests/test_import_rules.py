@@ -46,6 +46,7 @@ def test_a_room_imports_only_what_it_may(path):
         "supervision.py": HOSTS,
         # Science of several rooms, for both hosts.
         "class_patterns.py": HOSTS,
+        "concept_mask.py": HOSTS,
         # The lazy add_maskx_config is the one door from here into a host.
         "__init__.py": ("detectron2", "torchvision", "maskx.torchvision"),
     }[room(path)]
@@ -58,6 +59,7 @@ def test_every_room_is_known():
         "__init__.py",
         "supervision.py",
         "class_patterns.py",
+        "concept_mask.py",
         "modeling",
         "data",
         "evaluation",
@@ -86,6 +88,7 @@ def test_importing_maskx_loads_neither_torch_nor_a_host():
         "maskx.data.scenes",
         "maskx.evaluation.average_precision",
         "maskx.class_patterns",
+        "maskx.concept_mask",
     ],
 )
 def test_plain_rooms_work_without_detectron2(module):

@@ -1,8 +1,8 @@
 r"""Fit theta and the existence thresholds of a trained ConceptMask on validation images.
 
 Theta is the share that the own map of a concept without boxes has in its blend with the map of the
-nearest concept with boxes. The values are written into the checkpoint of the run; of Detectron2 into
-that of the run's config.yaml (OUTPUT_DIR/model_final.pth, or --opts MODEL.WEIGHTS FILE).
+nearest concept with boxes. The values are written into the checkpoint of the run. Of Detectron2
+that is model_final.pth in the OUTPUT_DIR of the config, or the MODEL.WEIGHTS of --opts.
 
 Examples:
     python tools/fit_concepts.py output/quickstart-concept_mask \

@@ -15,8 +15,11 @@ if importlib.util.find_spec("detectron2") is None:
 
 from maskx.detectron2.backbones import MaskXResNet, MaskXSmallResNet, MaskXVGG16, MaskXViT
 from maskx.detectron2.box_predictor import MaskXTextOutputLayers
+from maskx.detectron2.concept_evaluation import MaskXConceptEvaluator
+from maskx.detectron2.concept_predictor import ConceptPredictor
 from maskx.detectron2.config import add_maskx_config, get_cfg
 from maskx.detectron2.data import (
+    MaskXConceptMapper,
     MaskXDatasetMapper,
     MaskXImageMapper,
     MaskXJointMapper,
@@ -24,11 +27,13 @@ from maskx.detectron2.data import (
     register_all,
     register_coco,
     register_from_config,
+    register_tag_list,
 )
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.image_label_evaluation import MaskXImageLabelEvaluator
 from maskx.detectron2.mask_head import MaskHeadProtocol, MaskXMaskHead
 from maskx.detectron2.meta_arch import (
+    MaskXConceptMask,
     MaskXDeepLab,
     MaskXGrabCutRCNN,
     MaskXImageClassifier,
@@ -53,9 +58,13 @@ from maskx.detectron2.transfer_evaluation import (
 )
 
 __all__ = [
+    "ConceptPredictor",
     "MaskHeadProtocol",
     "MaskXCOCOEvaluator",
     "MaskXCascadeROIHeads",
+    "MaskXConceptEvaluator",
+    "MaskXConceptMapper",
+    "MaskXConceptMask",
     "MaskXDatasetMapper",
     "MaskXDeepLab",
     "MaskXGrabCutRCNN",
@@ -94,5 +103,6 @@ __all__ = [
     "register_all",
     "register_coco",
     "register_from_config",
+    "register_tag_list",
     "setup",
 ]

@@ -166,11 +166,45 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.LARVSEG.IMAGE_WEIGHT = 0.1
     keys.MODEL.MASKX.LARVSEG.ATTENTIVE_WEIGHT = 0.1
 
+    # What MaskXConceptMask reads. Its concepts are the words of the table; NUM_CLASSES is not read.
+    keys.MODEL.MASKX.CONCEPT_MASK = CN()
+    # 1 learns from tags to embed images among word vectors, 2 from boxes to refine attention maps,
+    # 3 from masks to segment; each starts from the one before (MODEL.WEIGHTS).
+    keys.MODEL.MASKX.CONCEPT_MASK.STAGE = 1
+    # File of the word table; see tools/learn_word_vectors.py.
+    keys.MODEL.MASKX.CONCEPT_MASK.WORD_TABLE = ""
+    # Which concepts have boxes, and which masks: a JSON file, see
+    # maskx.data.concept_sets.read_concept_split, or "scenes_concepts" for the generated scenes.
+    keys.MODEL.MASKX.CONCEPT_MASK.SPLIT = ""
+    # Hidden channels of the embedding, and whether it ends with a ReLU, as the paper has it: no
+    # embedding then has a negative entry, which word vectors do have.
+    keys.MODEL.MASKX.CONCEPT_MASK.EMBEDDING_CHANNELS = (2048, 2048)
+    keys.MODEL.MASKX.CONCEPT_MASK.FINAL_RELU = False
+    # Hidden channels of the refinement.
+    keys.MODEL.MASKX.CONCEPT_MASK.HIDDEN_CHANNELS = 1024
+    # Sides in pixels of the squares that attention maps are made of, a map of each.
+    keys.MODEL.MASKX.CONCEPT_MASK.ATTENTION_SIZES = (300, 700)
+    # N and c of the matching loss (Eq. 2).
+    keys.MODEL.MASKX.CONCEPT_MASK.NUM_MATCHED = 800
+    keys.MODEL.MASKX.CONCEPT_MASK.MATCHING_WEIGHT = 1e-6
+    # Weight of the spatial discrimination loss (Eq. 4), 0 for none, and the file of overlaps of
+    # tools/concept_overlap.py that it needs.
+    keys.MODEL.MASKX.CONCEPT_MASK.DISCRIMINATION_WEIGHT = 1.0
+    keys.MODEL.MASKX.CONCEPT_MASK.OVERLAP = ""
+    # Encoder of the segmentation network: depth of a ResNet (18, 34, 50, 101), or 0 for a small
+    # network; whether stage 3 starts it from ImageNet weights of torchvision, which are downloaded.
+    keys.MODEL.MASKX.CONCEPT_MASK.ENCODER_DEPTH = 50
+    keys.MODEL.MASKX.CONCEPT_MASK.ENCODER_PRETRAINED = False
+    keys.MODEL.MASKX.CONCEPT_MASK.DECODER_CHANNELS = (256, 128, 64, 64, 32)
+    # Most concepts of an image in a step of stage 3, drawn at random.
+    keys.MODEL.MASKX.CONCEPT_MASK.MAX_CONCEPTS = 4
+
     keys.INPUT = CN()
     keys.INPUT.MASKX = CN()
     # Side in pixels of the squares that image classifiers and semantic segmentation train on, and
     # that image classifiers predict on; images are warped to them. MaskXTransferNet predicts on
-    # such squares too, but pads images to squares first instead of warping them.
+    # such squares too, but pads images to squares first instead of warping them. The segmentation
+    # network of MaskXConceptMask sees such squares, in training and in prediction.
     keys.INPUT.MASKX.SIZE = 328
 
     keys.DATASETS = CN()
@@ -237,6 +271,10 @@ def _defaults() -> CN:
     # 0: the whole image. STRIDE 0: WINDOW. Logits are averaged where windows overlap.
     keys.TEST.MASKX.WINDOW = 0
     keys.TEST.MASKX.STRIDE = 0
+    # Concepts that MaskXConceptMask finds in an image, by name; (): all that exist in it.
+    keys.TEST.MASKX.CONCEPTS = ()
+    # Word table of concepts that are not in that of the model, found by their vectors alone.
+    keys.TEST.MASKX.UNSEEN_WORDS = ""
     return keys
 
 

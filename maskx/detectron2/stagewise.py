@@ -31,6 +31,7 @@ from maskx.detectron2.data import (
     split_from_config,
     training_class_names,
 )
+from maskx.detectron2.tasks import Task, task_of
 from maskx.detectron2.trainer import Trainer, check_config, setup
 
 __all__ = [
@@ -49,11 +50,19 @@ __all__ = [
 
 RECORD = "stage.json"
 
-# What may differ between a run and its continuation: it does not change what is learned, or, the
-# last three, what it stands for is in the record, so that folders and files may be moved.
+# Files that ConceptMask is made of, by their part of a record.
+_CONCEPT_FILES = {
+    "word_table": "MODEL.MASKX.CONCEPT_MASK.WORD_TABLE",
+    "concept_split": "MODEL.MASKX.CONCEPT_MASK.SPLIT",
+    "overlap": "MODEL.MASKX.CONCEPT_MASK.OVERLAP",
+}
+
+# What may differ between a run and its continuation: it does not change what is learned, or, from
+# MODEL.WEIGHTS on, what it stands for is in the record, so that folders and files may be moved.
 _FREE_KEYS = (
     *("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD"),
     *("MODEL.WEIGHTS", "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS", "DATASETS.MASKX.SPLIT"),
+    *_CONCEPT_FILES.values(),
 )
 
 # What makes a detector compute what it was trained to compute; a key stands for those below it.
@@ -66,8 +75,9 @@ _DETECTOR_KEYS = (
 )
 
 
-# Measures of the evaluation among what is logged: AP of boxes and masks, and those of whole images.
-_MEASURES = ("/AP", "image_labels/", "sem_seg/")
+# Measures of the evaluation among what is logged: AP of boxes and masks, and those of whole images
+# and of concepts.
+_MEASURES = ("/AP", "image_labels/", "sem_seg/", "concepts/")
 
 
 class MadeData(NamedTuple):
@@ -244,9 +254,10 @@ def stage_is_finished(stage: Stage) -> bool:
         ("weights", "MODEL.WEIGHTS"),
         ("classifier_weights", "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS"),
         ("made_data", "DATASETS.TRAIN"),
+        *_CONCEPT_FILES.items(),
     ):
         if record.get(part) != now[part]:  # older records lack what their runs did not have
-            value = functools.reduce(getattr, key.split("."), stage.cfg)
+            value = _value(stage.cfg, key)
             raise ValueError(
                 f"{key} '{value}' does not stand for what it did when the run in "
                 f"'{stage.output}' was started: other content, or another file. {remedy}."
@@ -292,7 +303,8 @@ def read_record(output: Path) -> dict[str, Any] | None:
         None without a run. Otherwise ``config`` (all keys), ``classes_with_masks`` (names),
         ``weights`` (SHA-256 of the initial weights, or their name if they are no local file),
         ``classifier_weights`` (the same for the classifier of TransferNet; None where none is
-        read),
+        read), ``word_table``, ``concept_split`` and ``overlap`` (the same for the files of
+        ConceptMask),
         ``made_data`` (SHA-256 of the annotation file and of the header of :class:`MadeData`, or
         None without), ``seconds`` (training and evaluation, of all sessions that were not killed)
         and ``results``, metrics by "task/metric" as in "segm_B/AP" or "sem_seg/mIoU" with None for
@@ -348,17 +360,26 @@ def _make_record(stage: Stage) -> dict[str, Any]:
     if data is not None:  # its files may move; their content is below
         keys = config["DATASETS"]["MASKX"]
         keys["REGISTER"] = _without(keys["REGISTER"], data.name)
+    of_concepts = task_of(stage.cfg) is Task.CONCEPTS  # whose split is a file
+    files = {part: _value(stage.cfg, key) for part, key in _CONCEPT_FILES.items()}
     return {
         "config": config,
-        "classes_with_masks": list(split_from_config(stage.cfg).with_masks),
+        "classes_with_masks": (
+            [] if of_concepts else list(split_from_config(stage.cfg).with_masks)
+        ),
         "weights": _content_or_name(weights),
         "classifier_weights": _content_or_name(classifier) or None,
         "made_data": (
             None if data is None else [sha256_of(file) for file in (data.json_file, data.header)]
         ),
+        **{part: _content_or_name(file) or None for part, file in files.items()},
         "seconds": 0.0,
         "results": None,
     }
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), cfg)
 
 
 def _content_or_name(file: str) -> str:

@@ -26,6 +26,11 @@ class Task(Enum):
 
     Their class lists make the classes; see :mod:`maskx.detectron2.data.joint_data`.
     """
+    CONCEPTS = "concepts"
+    """Masks of the concepts of a word table that are asked for, from tags, boxes and masks.
+
+    See :mod:`maskx.detectron2.data.concept_data`.
+    """
 
 
 def architecture_of(cfg: CfgNode) -> type:
@@ -61,7 +66,7 @@ def is_transfer(cfg: CfgNode) -> bool:
 def num_classes_of(cfg: CfgNode) -> tuple[str, int]:
     """Return the key that holds the number of classes of the model, and its value.
 
-    That of a large vocabulary is in no key.
+    That of a large vocabulary, or of concepts, is in no key.
     """
     if task_of(cfg) is Task.INSTANCES:
         return "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES

@@ -29,18 +29,23 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from maskx.detectron2.concept_evaluation import MaskXConceptEvaluator
 from maskx.detectron2.config import get_cfg
 from maskx.detectron2.data import (
     JointLoader,
+    MaskXConceptMapper,
     MaskXDatasetMapper,
     MaskXImageMapper,
     MaskXJointMapper,
     MaskXTransferMapper,
+    build_concept_loader,
     build_joint_loader,
     build_transfer_loader,
+    check_concept_data,
     check_joint_data,
     check_transfer_data,
     class_names_of,
+    concept_test_data,
     register_all,
     register_from_config,
     split_from_config,
@@ -53,6 +58,11 @@ from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.image_label_evaluation import (
     MaskXImageLabelEvaluator,
     check_all_classes_known,
+)
+from maskx.detectron2.meta_arch.concept_mask import (
+    MaskXConceptMask,
+    check_concept_mask,
+    check_started,
 )
 from maskx.detectron2.meta_arch.grabcut import predicts_masks
 from maskx.detectron2.meta_arch.larvseg import MaskXLarvSeg
@@ -119,7 +129,8 @@ class Trainer(DefaultTrainer):
 
         Raises:
             ValueError: the detector, or the encoder or attention of TransferNet, is to stay frozen,
-                but not all of its weights were loaded.
+                but not all of its weights were loaded; or a stage of ConceptMask lacks what it
+                starts from.
         """
         resume = resume and self.checkpointer.has_checkpoint()
         if resume:
@@ -134,6 +145,11 @@ class Trainer(DefaultTrainer):
         model = self.checkpointer.model
         if isinstance(model, MaskXTransferNet) and not resume:
             check_loaded(self.cfg, model, missing)
+        if isinstance(model, MaskXConceptMask) and not resume:
+            check_started(self.cfg, missing)
+            keys = self.cfg.MODEL.MASKX.CONCEPT_MASK
+            if keys.STAGE == 3 and keys.ENCODER_PRETRAINED and model.is_new:
+                model.start_encoder(keys.ENCODER_DEPTH)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -155,6 +171,8 @@ class Trainer(DefaultTrainer):
         task = task_of(cfg)
         if task is Task.LARGE_VOCABULARY:
             return build_joint_loader(cfg)
+        if task is Task.CONCEPTS:
+            return build_concept_loader(cfg)
         mapper = _build_mapper(cfg, is_train=True)
         if task is Task.INSTANCES:
             return build_detection_train_loader(cfg, mapper=mapper)
@@ -167,6 +185,8 @@ class Trainer(DefaultTrainer):
             mapper = MaskXTransferMapper(cfg, is_train=False, dataset_name=dataset_name)
         elif task_of(cfg) is Task.LARGE_VOCABULARY:
             mapper = MaskXJointMapper(cfg, is_train=False, dataset_name=dataset_name)
+        elif task_of(cfg) is Task.CONCEPTS:
+            mapper = MaskXConceptMapper(cfg, is_train=False, dataset_name=dataset_name)
         else:
             mapper = _build_mapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
@@ -190,6 +210,8 @@ class Trainer(DefaultTrainer):
         if task is Task.LARGE_VOCABULARY:
             own_split = split_of_dataset(cfg, dataset_name)
             return MaskXLargeVocabularyEvaluator(dataset_name, split=own_split)
+        if task is Task.CONCEPTS:
+            return MaskXConceptEvaluator(dataset_name, test=concept_test_data(cfg, dataset_name))
         return MaskXCOCOEvaluator(
             dataset_name,
             split=split,
@@ -254,6 +276,7 @@ def load_trained(cfg: CfgNode, *, resume: bool = False, exact: bool = False) -> 
     # All weights are loaded below.
     model_cfg.MODEL.MASKX.BACKBONE.PRETRAINED = False
     model_cfg.MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS = ""
+    model_cfg.MODEL.MASKX.CONCEPT_MASK.OVERLAP = ""  # read by its training alone
     model = Trainer.build_model(model_cfg).eval()
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     _keep_class_names(cfg, checkpointer)
@@ -336,12 +359,15 @@ def check_config(cfg: CfgNode) -> None:
     check_solver(cfg)
     _check_text_classifier(cfg)
     check_transfernet(cfg)
+    check_concept_mask(cfg)
     register_from_config(cfg)
     task = task_of(cfg)
     if is_transfer(cfg):
         check_transfer_data(cfg)
     elif task is Task.LARGE_VOCABULARY:
         check_joint_data(cfg)
+    elif task is Task.CONCEPTS:
+        check_concept_data(cfg)
     else:
         _check_classes(cfg)
         split_from_config(cfg)

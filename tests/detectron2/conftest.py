@@ -11,7 +11,18 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
+from maskx.data.coco import load_coco
+from maskx.data.concept_overlap import concept_overlap, save_overlap
+from maskx.data.concept_sets import concept_sets
+from maskx.data.scene_concepts import (
+    generate_concept_scenes,
+    scene_concept_split,
+    write_scene_tags,
+)
 from maskx.data.scenes import generate_scenes
+from maskx.data.tag_lists import read_tag_list
+from maskx.data.tag_vectors import fold_in_words, learn_word_vectors
+from maskx.data.word_table import WordTable, save_word_table
 from maskx.detectron2 import get_cfg, register_all, register_coco
 from maskx.detectron2.data import datasets
 
@@ -78,6 +89,20 @@ TINY_LARVSEG = (
     *("MODEL.MASKX.BACKBONE.PRETRAINED", False, "MODEL.MASKX.LARVSEG.BANK_SIZE", 2),
     *("MODEL.MASKX.LARVSEG.TOP_TOKENS", 4, "INPUT.MASKX.SIZE", 32),
     *("DATASETS.TEST", ("tiny_sparse",), "DATASETS.MASKX.SPLIT", "scenes_half"),
+    *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SEED", 1),
+)
+
+# And for ConceptMask, from the files of ConceptMask.
+TINY_CONCEPTS = (
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", 18),
+    *("MODEL.MASKX.BACKBONE.PRETRAINED", False, "MODEL.MASKX.BACKBONE.FROZEN_NORM", False),
+    *("MODEL.MASKX.CONCEPT_MASK.EMBEDDING_CHANNELS", (16, 16)),
+    *("MODEL.MASKX.CONCEPT_MASK.HIDDEN_CHANNELS", 16),
+    *("MODEL.MASKX.CONCEPT_MASK.NUM_MATCHED", 8),
+    *("MODEL.MASKX.CONCEPT_MASK.ENCODER_PRETRAINED", False),
+    *("MODEL.MASKX.CONCEPT_MASK.DECODER_CHANNELS", (8, 8, 8, 8, 8)),
+    *("MODEL.MASKX.CONCEPT_MASK.SPLIT", "scenes_concepts", "INPUT.MASKX.SIZE", 32),
+    *("DATASETS.TRAIN", ("tiny_concepts",), "DATASETS.TEST", ("tiny_concepts",)),
     *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SEED", 1),
 )
 LARVSEG_SETS = ("tiny_sparse", "tiny_train", "tiny_tags")
@@ -235,6 +260,55 @@ def make_larvseg_cfg(tmp_path, tiny_train, tiny_sparse, scenes):
             cfg.DATASETS.MASKX.JOINT.SIZES = (32,) * len(names)
         if cfg.TEST.MASKX.WINDOW:
             cfg.TEST.MASKX.WINDOW = cfg.TEST.MASKX.STRIDE = 32
+        cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / "output"), *opts])
+        return cfg
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def concept_files(tmp_path_factory):
+    """Files of 8 scenes with concepts: annotations, images, word table, overlaps, unseen words."""
+    root = tmp_path_factory.mktemp("concepts")
+    scenes = generate_concept_scenes(root / "scenes", count=8, size=64, seed=0)
+    split = scene_concept_split()
+    tags, all_tags = (
+        write_scene_tags(root / name, count=300, seed=2, unseen=unseen)
+        for name, unseen in (("tags.jsonl", False), ("all_tags.jsonl", True))
+    )
+    table = learn_word_vectors(read_tag_list(tags, vocabulary=split.vocabulary), dim=12)
+    save_word_table(root / "words.safetensors", table)
+    vectors = fold_in_words(table, read_tag_list(all_tags), split.unseen)
+    unseen = WordTable(split.unseen, vectors, np.ones(len(vectors)))
+    save_word_table(root / "unseen.safetensors", unseen)
+    boxed = concept_sets(split, boxes=load_coco(scenes, scenes.parent)).boxed
+    overlap = concept_overlap(boxed, len(split.vocabulary))
+    save_overlap(root / "overlap.npz", overlap, split.vocabulary)
+    return root
+
+
+@pytest.fixture
+def tiny_concepts(concept_files):
+    """These scenes, registered as the data set of the tiny configurations of ConceptMask."""
+    root = concept_files / "scenes"
+    register_coco("tiny_concepts", root / "concepts.json", root)
+    return "tiny_concepts"
+
+
+@pytest.fixture
+def make_concept_cfg(tmp_path, concept_files, tiny_concepts):
+    """The same for ConceptMask: ``make_concept_cfg(*opts, file=<under configs/ConceptMask>)``."""
+
+    def make(*opts, file="quick_schedules/stage3_segmentation_scenes_cpu.yaml"):
+        cfg = get_cfg()
+        cfg.merge_from_file(str(ROOT / "configs" / "ConceptMask" / file))
+        cfg.merge_from_list(list(TINY_CONCEPTS))
+        keys = cfg.MODEL.MASKX.CONCEPT_MASK
+        keys.ATTENTION_SIZES = (32, 48)[: len(keys.ATTENTION_SIZES)]
+        keys.ENCODER_DEPTH = min(keys.ENCODER_DEPTH, 18)
+        keys.WORD_TABLE = str(concept_files / "words.safetensors")
+        if keys.STAGE == 2 and keys.DISCRIMINATION_WEIGHT:
+            keys.OVERLAP = str(concept_files / "overlap.npz")
         cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / "output"), *opts])
         return cfg
 

@@ -8,6 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,8 +22,10 @@ from omegaconf import ListConfig
 
 import maskx
 from maskx.data.coco_stuff import coco_stuff_names
+from maskx.data.concept_sets import ConceptSplit, write_concept_split
 from maskx.data.large_vocabularies import ade20k_150_classes
 from maskx.data.vocabularies import VOC_CLASSES
+from maskx.data.word_table import WordTable, save_word_table
 from maskx.detectron2 import (
     MaskXCOCOEvaluator,
     MaskXDatasetMapper,
@@ -62,6 +65,11 @@ TRANSFER_EXPERIMENTS = [name for name in TRANSFER_YAMLS if "scenes" not in name]
 LARVSEG = ROOT / "configs" / "LarvSeg"
 LARVSEG_YAMLS = sorted(path.relative_to(LARVSEG).as_posix() for path in LARVSEG.rglob("*.yaml"))
 LARVSEG_EXPERIMENTS = [n for n in LARVSEG_YAMLS if "scenes" not in n and not n.startswith("Base-")]
+CONCEPT_MASK = ROOT / "configs" / "ConceptMask"
+CONCEPT_YAMLS = sorted(
+    path.relative_to(CONCEPT_MASK).as_posix() for path in CONCEPT_MASK.rglob("*.yaml")
+)
+CONCEPT_EXPERIMENTS = [name for name in CONCEPT_YAMLS if name.startswith("stage")]
 LAZY = str(CONFIGS / "lazy" / "maskx_rcnn_R_50_FPN_1x.py")
 
 
@@ -125,6 +133,7 @@ def test_misspelt_keys_and_wrong_types_fail(key, value, error, words):
         *((CLASS_PATTERNS, name) for name in IMAGE_YAMLS),
         *((TRANSFERNET, name) for name in TRANSFER_YAMLS),
         *((LARVSEG, name) for name in LARVSEG_YAMLS),
+        *((CONCEPT_MASK, name) for name in CONCEPT_YAMLS),
     ],
 )
 def test_every_file_loads_dumps_and_reloads(folder, name, tmp_path):
@@ -745,3 +754,88 @@ def test_full_larvseg_has_the_papers_layers(monkeypatch):
     union = {*coco_stuff_names(), *(entry.name for entry in ade20k_150_classes())}
     assert network.classifier.class_embeddings.shape == (len(union), 768)
     assert network.bank.means.shape == (len(union), 20, 768)
+
+
+@pytest.mark.parametrize("name", CONCEPT_YAMLS)
+def test_every_file_of_concept_mask_builds_trains_and_predicts(name, make_concept_cfg):
+    cfg = make_concept_cfg(file=name)
+    Trainer(cfg)  # checks the configuration with its data
+    keys = cfg.MODEL.MASKX.CONCEPT_MASK
+    torch.manual_seed(0)
+    model = build_model(cfg).train()
+    batch = next(iter(Trainer.build_train_loader(cfg)))
+    losses = model(batch)
+    assert losses.keys() == {
+        1: {"loss_embedding"},
+        2: {"loss_boxes", "loss_matching", "loss_discrimination"},
+        3: {"loss_masks"},
+    }[keys.STAGE] - ({"loss_discrimination"} if "no_negatives" in name else set())
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    optimizer = Trainer.build_optimizer(cfg, model)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    optimizer.step()
+    test = next(iter(Trainer.build_test_loader(cfg, "tiny_concepts")))
+    (result,) = model.eval()(test)
+    asked = len(test[0]["class_indices"])
+    assert result["masks"].shape == (asked, 64, 64)
+    assert model.network.embedding.layers.norm3.weight.shape == (12,)
+    assert hasattr(model.network.embedding.layers, "relu3") == ("final_relu" in name)
+
+
+@pytest.mark.parametrize("name", CONCEPT_EXPERIMENTS)
+def test_experiments_of_concept_mask_have_the_papers_settings(name):
+    """Section 3 and 4 of the paper; rates, batches and iterations are in its supplement."""
+    cfg = load(name, CONCEPT_MASK)
+    keys = cfg.MODEL.MASKX.CONCEPT_MASK
+    stage, what = re.match(r"stage(\d)_(\w+?)_(?:\w+_)?R_50\.yaml", name).groups()
+    assert int(stage) == keys.STAGE
+    assert what == {1: "embedding", 2: "refinement", 3: "segmentation"}[keys.STAGE]
+    assert (cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.DEPTH) == ("MaskXResNet", 50)
+    assert cfg.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE == 32
+    assert ((300,) if "one_size" in name else (300, 700)) == keys.ATTENTION_SIZES
+    assert (keys.NUM_MATCHED, keys.MATCHING_WEIGHT) == (800, 1e-6)
+    assert ("final_relu" in name) == keys.FINAL_RELU
+    assert (0.0 if "no_negatives" in name else 1.0) == keys.DISCRIMINATION_WEIGHT
+    assert (keys.STAGE == 1) == cfg.MODEL.MASKX.BACKBONE.PRETRAINED
+    assert f"output/ConceptMask/{name.removesuffix('.yaml')}" == cfg.OUTPUT_DIR
+
+
+def test_stages_of_concept_mask_start_from_one_another():
+    names = [name for name in CONCEPT_YAMLS if not name.startswith("Base-")]
+    written = {f"{load(name, CONCEPT_MASK).OUTPUT_DIR}/model_final.pth": name for name in names}
+    shared = ("EMBEDDING_CHANNELS", "FINAL_RELU", "SPLIT", "WORD_TABLE", "HIDDEN_CHANNELS")
+    for name in names:
+        cfg = load(name, CONCEPT_MASK)
+        keys = cfg.MODEL.MASKX.CONCEPT_MASK
+        if keys.STAGE == 1:
+            assert cfg.MODEL.WEIGHTS == ""
+            continue
+        before = load(written[cfg.MODEL.WEIGHTS], CONCEPT_MASK)
+        assert before.MODEL.MASKX.CONCEPT_MASK.STAGE == keys.STAGE - 1
+        for key in shared:
+            assert before.MODEL.MASKX.CONCEPT_MASK[key] == keys[key]
+        for key in ("BACKBONE", "RESNETS", "PIXEL_MEAN", "PIXEL_STD"):
+            assert before.MODEL[key] == cfg.MODEL[key]
+
+
+def test_full_concept_mask_has_the_papers_size(tmp_path):
+    """18K concepts of 512 numbers: 37 M weights of the refinement, as few maps as are asked for."""
+    count, dim = 18000, 512
+    names = tuple(f"concept {index}" for index in range(count))
+    vectors = np.random.default_rng(0).standard_normal((count, dim), np.float32)
+    save_word_table(tmp_path / "words", WordTable(names, vectors, np.ones(count)))
+    split = ConceptSplit(names, names[:750], names[:80])
+    write_concept_split(tmp_path / "split.json", split)
+    cfg = load("stage2_refinement_R_50.yaml", CONCEPT_MASK)
+    cfg.MODEL.DEVICE = "cpu"
+    keys = cfg.MODEL.MASKX.CONCEPT_MASK
+    keys.WORD_TABLE, keys.OVERLAP = str(tmp_path / "words"), ""
+    keys.SPLIT = str(tmp_path / "split.json")
+    network = build_model(cfg).network
+    assert network.refinement.conv1.weight.shape[:2] == (1024, count)
+    assert network.refinement.conv2.weight.shape[:2] == (count, 1024)
+    assert network.is_boxed.sum() == 750
+    assert network.embedding.stride == 32
+    widths = [network.embedding.layers[i].out_features for i in (0, 3, 6)]
+    assert widths == [2048, 2048, 512]

@@ -52,6 +52,7 @@ def test_importing_registers_our_model_components_and_no_data():
         ["BACKBONE_REGISTRY", "MaskXSmallResNet"],
         ["BACKBONE_REGISTRY", "MaskXVGG16"],
         ["BACKBONE_REGISTRY", "MaskXViT"],
+        ["META_ARCH_REGISTRY", "MaskXConceptMask"],
         ["META_ARCH_REGISTRY", "MaskXDeepLab"],
         ["META_ARCH_REGISTRY", "MaskXGrabCutRCNN"],
         ["META_ARCH_REGISTRY", "MaskXImageClassifier"],

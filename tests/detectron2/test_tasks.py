@@ -37,6 +37,12 @@ def test_a_large_vocabulary_is_in_the_data_sets_and_in_no_key(make_joint_cfg):
     assert not is_transfer(cfg)
 
 
+def test_concepts_are_in_the_word_table_and_in_no_key(make_concept_cfg):
+    cfg = make_concept_cfg()
+    assert task_of(cfg) is Task.CONCEPTS
+    assert not is_transfer(cfg)
+
+
 def test_the_architecture_of_another_project_may_say_so_too(make_classifier_cfg, registry):
     @registry.register()
     class Plain(GeneralizedRCNN):

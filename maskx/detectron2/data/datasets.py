@@ -19,18 +19,23 @@ from maskx.data.coco_stuff import coco_stuff_names
 from maskx.data.imagenet import IMAGENET_CLASS_LISTS
 from maskx.data.joint_sets import things_and_stuff
 from maskx.data.large_vocabularies import ade20k_150_classes, ade20k_847_classes
+from maskx.data.scene_concepts import generate_concept_scenes, scene_concept_kinds
 from maskx.data.scenes import STUFF_CATEGORIES, generate_scenes, scene_categories
+from maskx.data.tag_lists import read_tag_list
 from maskx.data.visual_genome import CATEGORIES_FILE, SPLITS, read_class_names
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES, VOC_CLASSES_IN_COCO
 from maskx.supervision import CategorySplit, Supervision, resolve_split
 
 __all__ = [
+    "check_file",
+    "check_registered",
     "class_names_of",
     "image_labels_of",
     "plain_record",
     "register_all",
     "register_coco",
     "register_from_config",
+    "register_tag_list",
     "split_from_config",
     "supervised_record",
     "training_class_names",
@@ -58,7 +63,40 @@ _SCENES_WITH_STUFF = {
         "maskx_scenes_sparse_stuff/train",
         _SPARSE | {"count": 750, "seed": 2},
     ),
+    "maskx_scenes_sparse_stuff_tags": _SCENES["maskx_scenes_sparse_train"],
     "maskx_scenes_sparse_stuff_val": _SCENES["maskx_scenes_sparse_val"],
+}
+
+# Scenes with concepts of every kind, in which training may see what scene_concept_split() says.
+_SCENES_WITH_CONCEPTS = {
+    "maskx_scenes_concepts_train": (
+        "maskx_scenes_concepts/train",
+        {"size": 128, "count": 1500, "seed": 0},
+    ),
+    "maskx_scenes_concepts_val": (
+        "maskx_scenes_concepts/val",
+        {"size": 128, "count": 200, "seed": 1},
+    ),
+}
+
+# Tags and boxes of large vocabularies: file and folder of the images, and the script that writes
+# the file. Their class lists are read with them.
+_OPEN_IMAGES = ("open_images/annotations", "prepare_open_images.py")
+_VG_CONCEPTS = ("visual_genome/annotations", "prepare_visual_genome_concepts.py")
+_CONCEPT_FILES = {
+    f"maskx_{name}_{part}_{what}": (f"{folder}/{prefix}{part}_{what}{ending}", images, script)
+    for name, (folder, script), prefix, images_of in (
+        (
+            *("open_images", _OPEN_IMAGES, ""),
+            {"train": "open_images/train", "val": "open_images/validation"},
+        ),
+        (
+            *("visual_genome", _VG_CONCEPTS, "concepts_"),
+            {"train": "visual_genome", "val": "visual_genome"},
+        ),
+    )
+    for part, images in images_of.items()
+    for what, ending in (("tags", ".jsonl"), ("boxes", ".json"))
 }
 
 _COCO_IN_VG = tuple(f"maskx_coco_2017_vg3k_{part}" for part in ("train", "val"))
@@ -172,6 +210,43 @@ def register_coco(
     )
 
 
+def register_tag_list(
+    name: str, file: str | os.PathLike, image_root: str | os.PathLike, *, remedy: str = ""
+) -> None:
+    """Register images with tags alone, see :func:`maskx.data.tag_lists.read_tag_list`.
+
+    ConceptMask reads it in its own vocabulary. For others the class list is that of the file, by
+    the alphabet.
+
+    Args:
+        name: name for ``DATASETS.TRAIN``. Registering it again with the same files does nothing.
+        file: JSON lines with ``file_name`` and ``tags``; it is read when the data set is used.
+        image_root: folder of the images.
+        remedy: what the message says if there is no such file.
+
+    Raises:
+        ValueError: the name stands for another data set.
+    """
+
+    def load() -> list[dict[str, Any]]:
+        check_file(file, remedy)
+        tags = read_tag_list(file, strict=False)
+        MetadataCatalog.get(name).set(thing_classes=list(tags.names))
+        return [
+            {
+                "file_name": os.path.join(image_root, str(image_id)),
+                "image_id": image_id,
+                "image_labels": tags.tags_of(index).tolist(),
+                "supervision": Supervision.IMAGE.value,
+            }
+            for index, image_id in enumerate(tags.image_ids)
+        ]
+
+    source = {"tag_list": os.fspath(file), "image_root": os.fspath(image_root)}
+    _register_lazily(name, load, source)
+    MetadataCatalog.get(name).remedy = remedy
+
+
 def register_all(root: str | os.PathLike | None = None) -> None:
     """Register the data sets that maskx knows. Calling it again adds only what is new.
 
@@ -181,7 +256,19 @@ def register_all(root: str | os.PathLike | None = None) -> None:
     - ``maskx_scenes_sparse_train`` and ``_val``: 1500 and 200 scenes of one or two objects with 12
       categories, in ``root/maskx_scenes_sparse``, from whose image labels much can be learned;
     - ``maskx_scenes_sparse_stuff_train`` and ``_val``: 750 more and the same 200, in which the 5
-      kinds of ground are classes too, after the 12, so that every pixel has a class.
+      kinds of ground are classes too, after the 12, so that every pixel has a class;
+    - ``maskx_scenes_sparse_stuff_tags``: the 1500 scenes of ``maskx_scenes_sparse_train``, with
+      image labels alone, of the ground too.
+
+    - ``maskx_scenes_concepts_train`` and ``_val``: 1500 and 200 scenes with 71 concepts, see
+      :mod:`maskx.data.scene_concepts`, in ``root/maskx_scenes_concepts``.
+
+    Whose files are looked for when they are used, and whose class lists are read with them:
+
+    - ``maskx_open_images_train_tags``, ``_train_boxes``, ``_val_tags`` and ``_val_boxes``, by
+      ``datasets/prepare_open_images.py``;
+    - ``maskx_visual_genome_train_tags``, ``_train_boxes``, ``_val_tags`` and ``_val_boxes``, by
+      ``datasets/prepare_visual_genome_concepts.py``.
 
     Without a background, with class lists that are known even where the data are not there:
 
@@ -241,8 +328,23 @@ def register_all(root: str | os.PathLike | None = None) -> None:
             strict=True,
             categories=functools.partial(_scene_categories, parameters),
             stuff=[category.name for category in STUFF_CATEGORIES],
+            labels_only=name.endswith("_tags"),
             prepare=functools.partial(_write_scenes, folder, parameters),
         )
+    for name, (place, parameters) in _SCENES_WITH_CONCEPTS.items():
+        folder = root / place
+        _register(
+            name,
+            folder / "concepts.json",
+            folder,
+            strict=True,
+            categories=lambda: dict(enumerate(scene_concept_kinds(), start=1)),
+            prepare=functools.partial(
+                _write_scenes, folder, parameters, generate=generate_concept_scenes
+            ),
+        )
+    for name, (file, images, script) in _CONCEPT_FILES.items():
+        _register_concept_file(name, root / file, root / images, script)
     for name, prepared in _LABEL_MAP_SETS.items():
         _register_prepared(name, root, prepared)
     for name, classes in _IMAGENET.items():
@@ -260,6 +362,8 @@ def register_all(root: str | os.PathLike | None = None) -> None:
 def register_from_config(cfg: CfgNode) -> None:
     """Register the data sets of ``DATASETS.MASKX.REGISTER``. Calling it again does nothing.
 
+    A file that ends with ``.jsonl`` is a tag list.
+
     Raises:
         ValueError: an entry is not of the form [name, json_file, image_root].
     """
@@ -270,7 +374,10 @@ def register_from_config(cfg: CfgNode) -> None:
                 f"DATASETS.MASKX.REGISTER holds {entry!r}. Allowed: entries "
                 "[name, json_file, image_root], all three strings."
             )
-        register_coco(*entry, strict=cfg.DATASETS.MASKX.STRICT)
+        if entry[1].endswith(".jsonl"):
+            register_tag_list(*entry)
+        else:
+            register_coco(*entry, strict=cfg.DATASETS.MASKX.STRICT)
 
 
 def class_names_of(dataset_name: str) -> list[str]:
@@ -300,15 +407,7 @@ def class_names_of(dataset_name: str) -> list[str]:
             f"datasets/{script} --root <folder of the data sets>` (see "
             "datasets/README.md), then call maskx.detectron2.register_all() or start again."
         )
-    # Not MetadataCatalog.get: it makes an empty entry for a misspelt name.
-    if dataset_name not in DatasetCatalog:
-        close = difflib.get_close_matches(dataset_name, DatasetCatalog.list(), n=3, cutoff=0.5)
-        hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
-        raise ValueError(
-            f"There is no data set '{dataset_name}' (DATASETS.TRAIN, DATASETS.TEST).{hint} Add "
-            "[name, json_file, image_root] to DATASETS.MASKX.REGISTER, or call "
-            "maskx.detectron2.register_all() or register_coco(...) first."
-        )
+    check_registered(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
     if not metadata.get("thing_classes"):
         DatasetCatalog.get(dataset_name)  # Detectron2's COCO reader knows them only then
@@ -318,6 +417,23 @@ def class_names_of(dataset_name: str) -> list[str]:
             f"MetadataCatalog.get('{dataset_name}').thing_classes to the names by class index."
         )
     return metadata.thing_classes
+
+
+def check_registered(dataset_name: str) -> None:
+    """Refuse the name of a data set that is not registered.
+
+    Raises:
+        ValueError: there is no such data set; the message names close ones.
+    """
+    # Not MetadataCatalog.get: it makes an empty entry for a misspelt name.
+    if dataset_name not in DatasetCatalog:
+        close = difflib.get_close_matches(dataset_name, DatasetCatalog.list(), n=3, cutoff=0.5)
+        hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+        raise ValueError(
+            f"There is no data set '{dataset_name}' (DATASETS.TRAIN, DATASETS.TEST).{hint} Add "
+            "[name, json_file, image_root] to DATASETS.MASKX.REGISTER, or call "
+            "maskx.detectron2.register_all() or register_coco(...) first."
+        )
 
 
 def training_class_names(cfg: CfgNode) -> list[str]:
@@ -385,6 +501,7 @@ def _register(
     categories: Callable[[], dict[int, str]],
     class_names: Sequence[str] | None = None,
     stuff: Sequence[str] = (),
+    labels_only: bool = False,
     prepare: Callable[[], None] | None = None,
 ) -> None:
     """Register a data set unless it is.
@@ -398,6 +515,7 @@ def _register(
         class_names: the class list they belong to by name; None if they are the class list.
         stuff: without ``class_names``, the stuff of the file, classes after its categories; see
             :func:`maskx.data.joint_sets.things_and_stuff`.
+        labels_only: keep no more than image labels.
         prepare: called before the annotation file is read.
     """
     source = {
@@ -429,7 +547,8 @@ def _register(
     def load() -> list[dict[str, Any]]:
         if prepare is not None:
             prepare()
-        return _load_records(json_file, image_root, strict, names, class_list, stuff)
+        records = _load_records(json_file, image_root, strict, names, class_list, stuff)
+        return [_with_labels_only(record) for record in records] if labels_only else records
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
@@ -515,6 +634,14 @@ def _load_records(
     return records
 
 
+def _with_labels_only(record: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("file_name", "height", "width", "image_id", "image_labels")
+    return {key: record[key] for key in kept} | {
+        "annotations": [],
+        "supervision": Supervision.IMAGE.value,
+    }
+
+
 def _register_coco_2017(
     name: str, root: Path, part: str, class_names: Sequence[str] | None = None
 ) -> None:
@@ -586,6 +713,48 @@ def _register_imagenet(name: str, root: Path, classes: str) -> None:
     )
 
 
+def _register_concept_file(name: str, file: Path, image_root: Path, script: str) -> None:
+    remedy = (
+        f"Write it with `python datasets/{script} --root <folder of the data sets>` (see "
+        "datasets/README.md)."
+    )
+    if file.suffix == ".jsonl":
+        register_tag_list(name, file, image_root, remedy=remedy)
+        return
+
+    def load() -> list[dict[str, Any]]:
+        check_file(file, remedy)
+        names = _read_categories(file)
+        MetadataCatalog.get(name).set(thing_classes=list(names.values()))
+        return _load_records(file, image_root, False, names, list(names.values()), ())
+
+    _register_lazily(name, load, {"json_file": str(file), "image_root": str(image_root)})
+
+
+def _register_lazily(
+    name: str, load: Callable[[], list[dict[str, Any]]], source: Mapping[str, str]
+) -> None:
+    """Register a data set, unless it is, whose class list is known once it is read."""
+    if name not in DatasetCatalog:
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(**source)
+        return
+    metadata = MetadataCatalog.get(name)
+    found = {key: metadata.get(key) for key in source}
+    if found != source:
+        raise ValueError(
+            f"Data set '{name}' is already registered with {found}; now {dict(source)} is asked "
+            "for. Choose another name, or register it once (register_all: pass the root in its "
+            "first call)."
+        )
+
+
+def check_file(file: str | os.PathLike, remedy: str) -> None:
+    """Refuse a file that is not there, with what to do."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"There is no file {os.fspath(file)}. {remedy or 'Correct it.'}")
+
+
 def _check_prepared(json_file: Path, script: str) -> None:
     if not json_file.is_file():
         raise FileNotFoundError(
@@ -632,13 +801,17 @@ def _scene_categories(parameters: Mapping[str, Any]) -> dict[int, str]:
     return {index: category.name for index, category in enumerate(categories, start=1)}
 
 
-def _write_scenes(folder: Path, parameters: Mapping[str, Any]) -> None:
+def _write_scenes(
+    folder: Path,
+    parameters: Mapping[str, Any],
+    generate: Callable[..., Path] = generate_scenes,
+) -> None:
     """Generate scenes unless they are there; several processes may do so at the same time."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             made = Path(scratch) / "scenes"
-            generate_scenes(made, **parameters)
+            generate(made, **parameters)
             with contextlib.suppress(OSError):  # another process was first, with the same scenes
                 made.rename(folder)
-    generate_scenes(folder, **parameters)  # writes nothing, but checks what is there
+    generate(folder, **parameters)  # writes nothing, but checks what is there

@@ -1,0 +1,297 @@
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+
+from maskx.data.coco import load_coco
+from maskx.data.concept_overlap import concept_overlap, load_overlap
+from maskx.data.concept_samples import box_target, mask_target
+from maskx.data.concept_sets import concept_sets, write_concept_split
+from maskx.data.scene_concepts import scene_concept_kinds, scene_concept_split
+from maskx.data.word_table import WordTable, load_word_table, save_word_table
+from maskx.detectron2 import MaskXConceptMapper, Trainer, register_all, register_tag_list
+from maskx.detectron2.data import class_names_of, concept_data, datasets
+from maskx.detectron2.data.concept_data import concept_records, make_overlap, make_word_table
+from maskx.detectron2.trainer import check_config
+
+KEYS = "MODEL.MASKX.CONCEPT_MASK."
+FILES = {
+    1: "quick_schedules/stage1_embedding_scenes_cpu.yaml",
+    2: "quick_schedules/stage2_refinement_scenes_cpu.yaml",
+    3: "quick_schedules/stage3_segmentation_scenes_cpu.yaml",
+}
+STAGES = {1: ("tags", "tagged"), 2: ("boxes", "boxed"), 3: ("masks", "masked")}
+
+
+@pytest.fixture
+def sets(concept_files):
+    """What the stages may see of the tiny data set, read without Detectron2."""
+    root = concept_files / "scenes"
+    data = load_coco(root / "concepts.json", root)
+    return concept_sets(scene_concept_split(), tags=data, boxes=data, masks=data)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_stage_sees_what_it_learns_from_and_nothing_else(stage, make_concept_cfg, sets):
+    records = concept_records(make_concept_cfg(file=FILES[stage]))
+    assert records == getattr(sets, STAGES[stage][1])
+    annotations = [a for record in records for a in record["annotations"]]
+    assert bool(annotations) == (stage > 1)
+    assert any("segmentation" in a for a in annotations) == (stage == 3)
+    twice = make_concept_cfg("DATASETS.TRAIN", ("tiny_concepts",) * 2, file=FILES[stage])
+    assert concept_records(twice) == records * 2
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_samples_are_those_of_the_data_room(stage, make_concept_cfg, sets):
+    cfg = make_concept_cfg("INPUT.RANDOM_FLIP", "none", file=FILES[stage])
+    mapper = MaskXConceptMapper(cfg, is_train=True)
+    for record in getattr(sets, STAGES[stage][1]):
+        before = json.dumps(record, default=str)
+        sample = mapper(record)
+        assert json.dumps(record, default=str) == before
+        # The largest attention map of stage 3 needs larger images than its masks.
+        assert sample["image"].shape == ((3, 48, 48) if stage == 3 else (3, 32, 32))
+        assert (sample["height"], sample["width"]) == (64, 64)
+        if stage == 1:
+            assert sample["image_labels"] == record["image_labels"]
+        elif stage == 2:
+            concepts, boxes, rows = box_target(record, size=32, flip=False)
+            assert sample["concepts"] == concepts
+            assert np.array_equal(sample["boxes"].numpy(), boxes)
+            assert np.array_equal(sample["box_rows"].numpy(), rows)
+        else:
+            every, masks = mask_target(
+                record,
+                masked=sets.split.masked_indices,
+                size=32,
+                flip=False,
+                max_concepts=99,
+                rng=np.random.default_rng(0),
+            )
+            assert len(sample["concepts"]) == min(2, len(every))
+            for concept, mask in zip(sample["concepts"], sample["masks"].numpy(), strict=True):
+                assert np.array_equal(mask, masks[every.index(concept)])
+
+
+def test_images_and_targets_are_mirrored_together(make_concept_cfg, sets, monkeypatch):
+    record = sets.masked[0]
+    plain, mirrored = {}, {}
+    for stage, size in ((2, 32), (3, 48)):
+        mapper = MaskXConceptMapper(make_concept_cfg(file=FILES[stage]), is_train=True)
+        mapper.max_concepts = 99
+        for flip, found in ((0, plain), (1, mirrored)):
+            monkeypatch.setattr(
+                concept_data.np.random, "randint", lambda high, flip=flip: flip if high == 2 else 0
+            )
+            found[stage] = mapper(record)
+        assert torch.equal(mirrored[stage]["image"], plain[stage]["image"].flip(-1))
+        assert mirrored[stage]["image"].shape[-1] == size
+    assert torch.equal(mirrored[3]["masks"], plain[3]["masks"].flip(-1))
+    boxes, again = plain[2]["boxes"], mirrored[2]["boxes"]
+    assert torch.allclose(again[:, [0, 2]], 32 - boxes[:, [2, 0]])
+
+
+def test_the_format_of_images_is_that_of_the_config(make_concept_cfg, sets):
+    record = sets.tagged[0]
+    samples = [
+        MaskXConceptMapper(
+            make_concept_cfg("INPUT.FORMAT", f, "INPUT.RANDOM_FLIP", "none", file=FILES[1])
+        )(record)
+        for f in ("RGB", "BGR")
+    ]
+    assert torch.equal(samples[0]["image"], samples[1]["image"].flip(0))
+    assert not torch.equal(samples[0]["image"], samples[1]["image"])
+
+
+def test_test_samples_ask_for_what_has_a_true_mask(make_concept_cfg, concept_files, tiny_concepts):
+    names = class_names_of(tiny_concepts)
+    unseen = set(scene_concept_split().unseen)
+    record = next(
+        r
+        for r in DatasetCatalog.get(tiny_concepts)
+        if unseen & {names[a["category_id"]] for a in r["annotations"]}
+    )
+    shown = sorted({a["category_id"] for a in record["annotations"]})
+    words = ("TEST.MASKX.UNSEEN_WORDS", str(concept_files / "unseen.safetensors"))
+    for opts, left_out in (((), unseen), (words, set())):
+        cfg = make_concept_cfg(*opts)
+        mapper = MaskXConceptMapper(cfg, is_train=False, dataset_name=tiny_concepts)
+        sample = mapper(record)
+        assert sample["image"].shape == (3, 64, 64)
+        asked = [c for c in shown if names[c] not in left_out]
+        assert sample["class_indices"] == asked
+        indices = sample["query"].indices.tolist()
+        table = concept_data.concept_table(cfg)
+        assert indices == [-1 if names[c] in unseen else table.index_of(names[c]) for c in asked]
+
+
+def test_a_tag_list_trains_stage_1(make_concept_cfg, concept_files, tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((20, 30, 3), 90, np.uint8))
+    lines = [{"file_name": "a.png", "tags": ["grass", "green", "never heard of"]}] * 4
+    path = tmp_path / "tags.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines[:1])))
+    register = [["own_tags", str(path), str(tmp_path)]]
+    opts = ("DATASETS.MASKX.REGISTER", register, "DATASETS.TRAIN", ("own_tags", "tiny_concepts"))
+    cfg = make_concept_cfg(*opts, file=FILES[1])
+    check_config(cfg)
+    records = concept_records(cfg)
+    assert len(records) == 9
+    names = scene_concept_split().vocabulary
+    assert {names[i] for i in records[0]["image_labels"]} == {"grass", "green"}
+    sample = MaskXConceptMapper(cfg)(records[0])
+    assert sample["image"].shape == (3, 32, 32)
+    assert (sample["height"], sample["width"]) == (20, 30)
+    batch = next(iter(Trainer.build_train_loader(cfg)))
+    assert all("image_labels" in each for each in batch)
+    assert class_names_of("own_tags") == ["grass", "green", "never heard of"]
+    register_tag_list("own_tags", path, tmp_path)  # changes nothing
+    with pytest.raises(ValueError, match="'own_tags' is already registered with"):
+        register_tag_list("own_tags", tmp_path / "other.jsonl", tmp_path)
+    with pytest.raises(ValueError, match=r"'own_tags' .* is a tag list, which has no boxes"):
+        concept_records(make_concept_cfg(*opts, file=FILES[2]))
+
+
+# --- files that are made
+
+
+def test_a_word_table_is_made_of_the_tags(make_concept_cfg, tmp_path):
+    path = tmp_path / "words.safetensors"
+    cfg = make_concept_cfg(file=FILES[1])
+    with pytest.raises(ValueError, match=r"no vector|never|tag"):  # 8 images show not all concepts
+        make_word_table(cfg, path)
+    lists = scene_concept_split()
+    lines = [
+        {"file_name": f"{i}.png", "tags": list(lists.vocabulary[i : i + 6])} for i in range(61)
+    ]
+    (tmp_path / "tags.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    register_tag_list("all_tags", tmp_path / "tags.jsonl", tmp_path)
+    cfg = make_concept_cfg("DATASETS.TRAIN", ("all_tags",), KEYS + "WORD_TABLE", "", file=FILES[1])
+    make_word_table(cfg, path)
+    table = load_word_table(path)
+    assert table.names == lists.vocabulary
+    assert "all_tags" in table.source
+    before = path.stat().st_mtime_ns
+    make_word_table(cfg, path)
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match=r"SPLIT and .*WORD_TABLE are empty"):
+        make_word_table(make_concept_cfg(KEYS + "SPLIT", "", file=FILES[1]), tmp_path / "other")
+
+
+def test_overlaps_are_made_of_the_boxes(make_concept_cfg, sets, tmp_path):
+    make_overlap(make_concept_cfg(file=FILES[2]), tmp_path / "overlap.npz")
+    found = load_overlap(tmp_path / "overlap.npz", sets.split.vocabulary)
+    expected = concept_overlap(sets.boxed, len(sets.split.vocabulary))
+    for key in ("rows", "columns", "intersection", "area"):
+        assert np.array_equal(getattr(found, key), getattr(expected, key))
+
+
+# --- registration
+
+
+def test_scenes_with_concepts_are_written_when_first_used(tmp_path, monkeypatch):
+    tiny = {"size": 64, "count": 2, "seed": 0}
+    name = "maskx_scenes_concepts_val"
+    monkeypatch.setitem(datasets._SCENES_WITH_CONCEPTS, name, ("scenes", tiny))
+    register_all(tmp_path)
+    assert class_names_of(name) == list(scene_concept_kinds())
+    assert not (tmp_path / "scenes").exists()
+    records = DatasetCatalog.get(name)
+    assert len(records) == 2
+    assert all("segmentation" in a for record in records for a in record["annotations"])
+    assert len(DatasetCatalog.get(name)) == 2
+
+
+def test_public_tags_and_boxes_are_read_when_used(make_concept_cfg, tmp_path):
+    register_all(tmp_path)
+    register_all(tmp_path)
+    for name, script in (
+        ("maskx_open_images_train_tags", "prepare_open_images.py"),
+        ("maskx_open_images_val_boxes", "prepare_open_images.py"),
+        ("maskx_visual_genome_train_boxes", "prepare_visual_genome_concepts.py"),
+        ("maskx_visual_genome_val_tags", "prepare_visual_genome_concepts.py"),
+    ):
+        with pytest.raises(FileNotFoundError, match=rf"There is no file .*{script} --root"):
+            DatasetCatalog.get(name)
+        cfg = make_concept_cfg("DATASETS.TRAIN", (name,), file=FILES[1])
+        check_config(cfg)
+        with pytest.raises(FileNotFoundError, match=rf"There is no file .*{script} --root"):
+            concept_records(cfg)
+    folder = tmp_path / "visual_genome" / "annotations"
+    folder.mkdir(parents=True)
+    content = {
+        "images": [{"id": 1, "file_name": "VG_100K/1.jpg", "height": 8, "width": 9}],
+        "categories": [{"id": 3, "name": "dog"}, {"id": 2, "name": "cat"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 3, "bbox": [1, 1, 4, 4]}],
+    }
+    (folder / "concepts_train_boxes.json").write_text(json.dumps(content))
+    (folder / "concepts_train_tags.jsonl").write_text(
+        json.dumps({"file_name": "VG_100K/1.jpg", "tags": ["dog"]})
+    )
+    cv2.imwrite(str(tmp_path / "1.jpg"), np.zeros((8, 9, 3), np.uint8))
+    (tmp_path / "visual_genome" / "VG_100K").mkdir()
+    (tmp_path / "1.jpg").rename(tmp_path / "visual_genome" / "VG_100K" / "1.jpg")
+    (record,) = DatasetCatalog.get("maskx_visual_genome_train_boxes")
+    assert class_names_of("maskx_visual_genome_train_boxes") == ["cat", "dog"]
+    assert record["annotations"][0]["category_id"] == 1
+    (record,) = DatasetCatalog.get("maskx_visual_genome_train_tags")
+    assert record["file_name"] == str(tmp_path / "visual_genome" / "VG_100K" / "1.jpg")
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("stage", "opts", "error", "words"),
+    [
+        (1, (KEYS + "WORD_TABLE", ""), ValueError, r"WORD_TABLE is empty.*train_concept_mask\.py"),
+        (1, (KEYS + "WORD_TABLE", "gone"), FileNotFoundError, r"no word table 'gone'"),
+        (2, (KEYS + "SPLIT", ""), ValueError, r"SPLIT is empty, but stage 2 .*scenes_concepts"),
+        (2, (KEYS + "SPLIT", "gone.json"), FileNotFoundError, r"gone\.json"),
+        (1, ("DATASETS.TRAIN", ("tiny_concept",)), ValueError, r"mean 'tiny_concepts'"),
+        (1, ("SOLVER.IMS_PER_BATCH", 1), ValueError, r"IMS_PER_BATCH is 1 .*from 2 on.*batch norm"),
+        (1, ("INPUT.RANDOM_FLIP", "vertical"), ValueError, r"RANDOM_FLIP is 'vertical'"),
+        (3, ("INPUT.MASKX.SIZE", 0), ValueError, r"SIZE is 0"),
+        (3, (KEYS + "MAX_CONCEPTS", 0), ValueError, r"MAX_CONCEPTS is 0"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(stage, opts, error, words, make_concept_cfg):
+    with pytest.raises(error, match=words):
+        check_config(make_concept_cfg(*opts, file=FILES[stage]))
+
+
+def test_tables_and_splits_that_do_not_fit_are_refused(make_concept_cfg, concept_files, tmp_path):
+    table = load_word_table(concept_files / "words.safetensors")
+    short = WordTable(table.names[:-1], table.vectors[:-1], table.idf[:-1])
+    save_word_table(tmp_path / "short.safetensors", short)
+    cfg = make_concept_cfg(KEYS + "WORD_TABLE", str(tmp_path / "short.safetensors"))
+    with pytest.raises(ValueError, match=r"SPLIT is 'scenes_concepts', but .*65 concepts, not 66"):
+        check_config(cfg)
+    wide = WordTable(("x",), np.ones((1, 5)), np.ones(1))
+    save_word_table(tmp_path / "wide.safetensors", wide)
+    cfg = make_concept_cfg("TEST.MASKX.UNSEEN_WORDS", str(tmp_path / "wide.safetensors"))
+    with pytest.raises(ValueError, match=r"UNSEEN_WORDS .* length 5, .*WORD_TABLE of length 12"):
+        check_config(cfg)
+    lists = scene_concept_split()
+    no_masks = type(lists)(lists.vocabulary, lists.boxed, (), lists.unseen)
+    write_concept_split(tmp_path / "split.json", no_masks)
+    cfg = make_concept_cfg(KEYS + "SPLIT", str(tmp_path / "split.json"))
+    with pytest.raises(ValueError, match=r"has no concept with masks, which stage 3 learns from"):
+        check_config(cfg)
+
+
+def test_boxes_of_a_concept_that_is_not_listed_are_refused(make_concept_cfg, tmp_path):
+    lists = scene_concept_split()
+    without = type(lists)(lists.vocabulary, lists.boxed, lists.masked)
+    write_concept_split(tmp_path / "split.json", without)
+    cfg = make_concept_cfg(KEYS + "SPLIT", str(tmp_path / "split.json"), file=FILES[2])
+    with pytest.raises(ValueError, match=r"concepts\.json: image \d+ is labelled with .*'unseen'"):
+        concept_records(cfg)
+
+
+def test_a_model_without_data_is_not_trained(make_concept_cfg):
+    with pytest.raises(ValueError, match=r"DATASETS\.TRAIN is empty"):
+        concept_records(make_concept_cfg("DATASETS.TRAIN", ()))

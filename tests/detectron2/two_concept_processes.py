@@ -1,0 +1,128 @@
+"""One of two CPU processes that train ConceptMask together; rank 1 has nothing to learn from.
+
+test_concept_training.py calls ``run`` for rank 0 and runs ``two_concept_processes.py 1 <port>``
+beside it.
+"""
+
+import sys
+import warnings
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pycocotools import mask as mask_utils
+from torch.nn.parallel import DistributedDataParallel
+
+from maskx.concept_mask import ConceptTest
+from maskx.data.word_table import WordTable
+from maskx.detectron2 import MaskXConceptEvaluator, MaskXConceptMask, MaskXSmallResNet
+from maskx.modeling.backbones import SmallResNet
+from maskx.modeling.concept_embedding import ConceptEmbedding
+from maskx.modeling.concept_mask import ConceptMask
+from maskx.modeling.concept_segmenter import ConceptSegmenter
+
+LOSSES = {1: "loss_embedding", 2: "loss_boxes", 3: "loss_masks"}
+
+
+def run(rank, port):
+    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
+    try:
+        for stage in LOSSES:
+            take_steps(stage, rank)
+        measure(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def make_model(stage):
+    vectors = np.random.default_rng(0).standard_normal((5, 6))
+    table = WordTable(tuple("abcde"), vectors, np.ones(5))
+    backbone = MaskXSmallResNet(widths=(4, 4, 4, 8))
+    form = {"in_feature": "layer4", "in_channels": 8, "dim": 6, "hidden_channels": (8, 8)}
+    encoder = SmallResNet(widths=(4, 4, 4, 8), output_stride=16)
+    gamma = (torch.tensor([0, 1, 2, 2, 2, 2]), torch.tensor([1, 3]), torch.tensor([0.9, 0.8]))
+    network = ConceptMask(
+        ConceptEmbedding(backbone, **form),
+        vectors=torch.from_numpy(table.vectors),
+        idf=torch.ones(5),
+        boxed=(0, 1, 2),
+        masked=(0, 1),
+        stage=stage,
+        hidden_channels=8,
+        attention_sizes=(32, 48),
+        gamma=gamma,
+        segmenter=ConceptSegmenter(encoder, decoder_channels=(4,) * 5) if stage == 3 else None,
+    )
+    return MaskXConceptMask(
+        network=network, table=table, pixel_mean=[128.0] * 3, pixel_std=[58.0] * 3
+    )
+
+
+def make_batch(rank):
+    is_empty = rank == 1
+    count = 0 if is_empty else 2
+    return [
+        {
+            "image": torch.rand(3, 32, 32) * 255,
+            "image_labels": [] if is_empty else [0, 3],
+            "concepts": [] if is_empty else [0, 1],
+            "boxes": torch.tensor([[0.0, 0, 16, 16], [8, 8, 30, 30]])[:count],
+            "box_rows": torch.arange(count),
+            "masks": torch.rand(count, 32, 32) > 0.5,
+        }
+        for _ in range(2)
+    ]
+
+
+def take_steps(stage, rank):
+    torch.manual_seed(0)
+    model = make_model(stage).train()
+    # As Detectron2 wraps it: without find_unused_parameters a missing gradient is a hang.
+    parallel = DistributedDataParallel(model, broadcast_buffers=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-2)
+    torch.manual_seed(rank)
+    batch = make_batch(rank)
+    for sample in batch:
+        for name in {1: ("masks",), 2: ("masks",), 3: ("boxes", "box_rows")}[stage]:
+            del sample[name]
+    for _ in range(2):
+        losses = parallel(batch)
+        assert (losses[LOSSES[stage]] > 0) == (rank == 0)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        own = torch.cat([p.detach().flatten() for p in trained])
+        others = [torch.empty_like(own) for _ in range(2)]
+        dist.all_gather(others, own)
+        assert torch.isfinite(own).all()
+        assert torch.equal(*others)
+
+
+def measure(rank):
+    """Each process measures its own image; the main one has the means over both."""
+    truth = np.zeros((8, 8), bool)
+    truth[:4] = True
+    segmentation = mask_utils.encode(np.asfortranarray(truth.astype(np.uint8)))
+    annotation = {"class_index": 0, "segmentation": segmentation}
+    records = [
+        {"image_id": i, "height": 8, "width": 8, "annotations": [annotation]} for i in range(2)
+    ]
+    test = ConceptTest(records, ("a",), np.array([0]), np.ones((1, 6), np.float32), ("box",))
+    evaluator = MaskXConceptEvaluator("x", test=test)
+    masks = torch.from_numpy(truth)[None] if rank == 0 else torch.zeros(1, 8, 8, dtype=torch.bool)
+    output = {"masks": masks, "attention": masks.float()}
+    evaluator.process([{"image_id": rank, "class_indices": [0]}], [output])
+    found = evaluator.evaluate()
+    if rank == 0:
+        assert found["concepts"]["iou_box"] == found["concepts"]["pointing_box"] == 0.5
+        assert found["concepts"]["num_concepts_box"] == 1
+    else:
+        assert found == {}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    run(int(sys.argv[1]), int(sys.argv[2]))
