@@ -269,15 +269,15 @@ def fit_theta(
 
 
 def fit_existence_threshold(scores: np.ndarray, present: np.ndarray) -> float:
-    """Choose from which score on a concept is said to be in an image: that of the best F1.
+    """Choose above which score a concept is said to be in an image: that of the best F1.
 
     Args:
         scores: (N,) of images.
         present: (N,) bool, whether they show the concept.
 
     Returns:
-        Halfway between two scores, of equally good ones the largest; NaN where no image or every
-        image shows the concept: nothing can be told from them.
+        Halfway between two scores, or just below the lowest, of equally good ones the largest; NaN
+        where no image or every image shows the concept: nothing can be told from them.
 
     Raises:
         ValueError: the arrays do not fit, or a score is not a number.
@@ -296,8 +296,10 @@ def fit_existence_threshold(scores: np.ndarray, present: np.ndarray) -> float:
     # Equal scores are on one side: only the last of them can be the lowest above the threshold.
     is_last = np.append(ordered[1:] < ordered[:-1], True)
     best = int(np.argmax(np.where(is_last, f1, -1.0)))
-    below = ordered[best + 1] if best + 1 < len(ordered) else ordered[best]
-    return float((ordered[best] + below) / 2)
+    if best + 1 < len(ordered):
+        return float((ordered[best] + ordered[best + 1]) / 2)
+    # In the precision of the scores and of what the threshold is kept in.
+    return float(np.nextafter(np.float32(ordered[best]), np.float32(-np.inf)))
 
 
 def _by_measure(means: np.ndarray) -> dict[str, float]:

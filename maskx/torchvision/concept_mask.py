@@ -5,6 +5,7 @@ steps of :class:`maskx.torchvision.concept_mask_chain.ConceptMaskChain`, from da
 a picture.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from maskx.concept_mask import ConceptTest, concept_test, fit_concepts
 from maskx.data.coco import CocoData, load_coco
 from maskx.data.concept_sets import ConceptSplit, concept_sets
 from maskx.data.scene_concepts import (
@@ -22,20 +24,13 @@ from maskx.data.scene_concepts import (
 )
 from maskx.data.tag_lists import read_tag_list, tag_list
 from maskx.data.tag_vectors import fold_in_words, learn_word_vectors
-from maskx.data.word_table import WordTable, save_word_table
+from maskx.data.word_table import WordTable
 from maskx.evaluation.concept_scores import LEVELS, format_concept_table
 from maskx.supervision import CategorySplit
 from maskx.torchvision.concept_mask_chain import ConceptMaskChain, ConceptMaskSettings
-from maskx.torchvision.concept_mask_evaluation import (
-    ConceptTest,
-    concept_test,
-    evaluate_concepts,
-    evaluate_existence,
-    fit_concepts,
-)
-from maskx.torchvision.concept_mask_models import UNSEEN_NAME
+from maskx.torchvision.concept_mask_evaluation import evaluate_concepts, evaluate_existence
 from maskx.torchvision.concept_mask_predictor import ConceptPredictor, ConceptRow, draw_concepts
-from maskx.torchvision.concept_mask_samples import Record, concept_truths, read_sample
+from maskx.torchvision.concept_mask_samples import Record, read_sample
 
 __all__ = [
     "ConceptData",
@@ -59,7 +54,9 @@ class ConceptData:
 
     Attributes:
         train: images of which training may see what the split says.
-        fitting: images that theta and the existence thresholds are fitted on, of no training.
+        fitting: images of no training. Theta and the existence thresholds are fitted on them,
+            with their true masks of image-level concepts and all their tags of the vocabulary; not
+            with anything of an unseen concept.
         val: images with true masks.
         split: levels of the concepts.
         table: vectors of the vocabulary.
@@ -75,7 +72,14 @@ class ConceptData:
 
     def test(self, data: CocoData) -> ConceptTest:
         """Take images to measure on."""
-        return concept_test(data, self.split, self.table, self.unseen)
+        return concept_test(
+            data.records,
+            data.class_names,
+            self.split,
+            self.table,
+            self.unseen,
+            source=str(data.json_file),
+        )
 
 
 def scene_concept_data(
@@ -87,14 +91,15 @@ def scene_concept_data(
         folder: of the files; it is created.
         num_train: scenes to train on.
         num_val: scenes to measure on.
-        num_tags: lists of tags, of scenes that are not drawn.
+        num_tags: lists of tags, of scenes of which there is no image. Of the same lists with the
+            names of the unseen concepts, the vectors of these are folded in.
         size: of the scenes in pixels.
         seed: of everything.
     """
     files = []
     for name, count, number in (
-        ("train", num_train, 2 * seed),
-        ("val", num_val, 2 * seed + 1),
+        ("train", num_train, 3 * seed),
+        ("val", num_val, 3 * seed + 1),
     ):
         json_file = generate_concept_scenes(
             folder / name, count=count, size=size, seed=number, progress=True
@@ -102,7 +107,9 @@ def scene_concept_data(
         files.append(load_coco(json_file, folder / name))
     split = scene_concept_split()
     tags, all_tags = (
-        write_scene_tags(folder / name, count=num_tags, seed=seed, unseen=unseen, progress=True)
+        write_scene_tags(
+            folder / name, count=num_tags, seed=3 * seed + 2, unseen=unseen, progress=True
+        )
         for name, unseen in (("tags.jsonl", False), ("tags_unseen.jsonl", True))
     )
     table = learn_word_vectors(read_tag_list(tags, vocabulary=split.vocabulary))
@@ -174,18 +181,16 @@ def open_chain(
         ValueError: there is nothing to learn from at some level.
     """
     sets = concept_sets(data.split, tags=data.train, boxes=data.train, masks=data.train)
-    chain = ConceptMaskChain(
+    return ConceptMaskChain(
         sets,
         data.table,
         settings,
         output=output,
         resume=resume,
+        unseen=data.unseen,
         identity={"annotation file": data.train.json_file.name},
         device=device,
     )
-    if data.unseen is not None:
-        save_word_table(output / UNSEEN_NAME, data.unseen)
-    return chain
 
 
 def learn_concept_mask(
@@ -226,7 +231,7 @@ def learn_concept_mask(
     test = data.test(data.val)
     models = {stage: chain.model(stage) for stage in (1, 2, 3)}
     with chain.timed("fitting"):
-        fitted = fit_concepts(models[3], data.test(data.fitting))
+        fitted = fit_concepts(models[3].network, data.test(data.fitting), models[3].read_image)
         chain.save_fitted(3)
     with chain.timed("evaluation"):
         found = evaluate_concepts(models[3], test, description="evaluation")
@@ -269,6 +274,8 @@ def draw_test_concepts(
 ) -> None:
     """Draw concepts of every level: image, map of stage 1, refined map, mask and truth.
 
+    Every row is of another image. Where no image shows a concept, nothing is drawn.
+
     Args:
         path: PNG file to write.
         predictor: of the final model.
@@ -279,11 +286,15 @@ def draw_test_concepts(
     used: set[int | str] = set()
     for level, count in _FIGURE_ROWS.items():
         of_level = [c for c, each in enumerate(test.levels) if each == level]
-        # Spread over the list, whose neighbours are of one kind.
-        for concept in of_level[:: max(1, len(of_level) // count)][:count]:
+        # Spread over the list, whose neighbours are of one kind; then those between.
+        step = max(1, len(of_level) // count)
+        for concept in itertools.chain(*(of_level[start::step] for start in range(step))):
+            if count == 0:
+                break
             record, truth = _largest(test, concept, used)
             if record is None:
                 continue
+            count -= 1
             used.add(record["image_id"])
             image = np.ascontiguousarray(read_sample(record)["image"].permute(1, 2, 0).numpy())
             asked = test.vectors[concept] if test.indices[concept] < 0 else test.names[concept]
@@ -296,7 +307,8 @@ def draw_test_concepts(
                     masks={"mask": found.mask, "truth": truth},
                 )
             )
-    draw_concepts(path, rows)
+    if rows:
+        draw_concepts(path, rows)
 
 
 def _largest(
@@ -305,11 +317,9 @@ def _largest(
     """Find the image, not yet used, in which a concept is largest, and its truth there."""
     best, best_truth, best_share = None, None, 0.0
     for record in test.records:
-        if test.indices[concept] < -1 or record["image_id"] in used:
+        if record["image_id"] in used or concept not in record["image_labels"]:
             continue
-        if concept not in record["image_labels"]:
-            continue
-        truth = dict(concept_truths(record)).get(concept)
+        truth = test.truths(record).get(concept)
         if truth is not None and truth.mean() > best_share:
             best, best_truth, best_share = record, truth, truth.mean()
     return best, best_truth

@@ -18,6 +18,7 @@ from maskx.data.word_table import WordTable, save_word_table
 from maskx.modeling.class_patterns import network_hash
 from maskx.torchvision.concept_mask_models import (
     MODEL_NAME,
+    UNSEEN_NAME,
     WORDS_NAME,
     ConceptNetwork,
     SampleConceptMask,
@@ -100,7 +101,7 @@ class ConceptMaskChain:
     """The trainings of one seed.
 
     Stage 1 learns from tags, stage 2 from boxes, stage 3 from masks. Each leaves its checkpoint in
-    a folder of its own, and methods that do not differ up to a stage share it. The word table is
+    a folder of its own, and methods that do not differ up to a stage share it. The word tables are
     saved beside them.
 
     Args:
@@ -109,6 +110,7 @@ class ConceptMaskChain:
         settings: what to do.
         output: folder of the checkpoints.
         resume: go on from the checkpoints that are there.
+        unseen: vectors of words that are not in the vocabulary, to be kept with the run.
         identity: what else a checkpoint belongs to, such as its annotation file.
         device: where to compute.
 
@@ -127,6 +129,7 @@ class ConceptMaskChain:
         *,
         output: Path,
         resume: bool = False,
+        unseen: WordTable | None = None,
         identity: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -147,11 +150,10 @@ class ConceptMaskChain:
             "masked concepts": list(sets.split.masked),
             "images": [len(sets.tagged), len(sets.boxed), len(sets.masked)],
         }
+        self._tables = {WORDS_NAME: table, UNSEEN_NAME: unseen}
         self.seconds: dict[str, float] = {}
         self._models: dict[str, SampleConceptMask] = {}
         self._hashes: dict[str, str] = {}
-        output.mkdir(parents=True, exist_ok=True)
-        save_word_table(output / WORDS_NAME, table)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -212,6 +214,8 @@ class ConceptMaskChain:
         if before is not None:
             model.network.load_previous_stage(before.network.state_dict())
             identity["start"] = self._hashes[method.folder(stage - 1)]
+        if stage == 3:
+            identity["max_concepts"] = settings.max_concepts
         records = (self.sets.tagged, self.sets.boxed, self.sets.masked)[stage - 1]
         mapper = ConceptMapper(
             stage,
@@ -238,6 +242,10 @@ class ConceptMaskChain:
                 device=self.device,
                 description=f"stage {stage}: {name}",
             )
+        # Not before: a checkpoint of another table would lose its own.
+        for file_name, table in self._tables.items():
+            if table is not None:
+                save_word_table(self.output / file_name, table)
         write_json(self.output / name / MODEL_NAME, content)
         # Before anything is fitted, which is no part of what the next stage starts from.
         self._hashes[name] = network_hash(model.network)

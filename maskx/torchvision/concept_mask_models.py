@@ -2,14 +2,15 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from maskx.concept_mask import batch_targets
 from maskx.data.concept_sets import ConceptSplit
 from maskx.data.word_table import WordTable, load_word_table
 from maskx.modeling.backbones import SmallResNet
@@ -17,7 +18,7 @@ from maskx.modeling.concept_embedding import ConceptEmbedding
 from maskx.modeling.concept_mask import ConceptMask, ConceptQuery, ConceptResults
 from maskx.modeling.concept_segmenter import ConceptSegmenter
 from maskx.torchvision.backbones import build_backbone, choose_feature
-from maskx.torchvision.concept_mask_samples import batch_targets
+from maskx.torchvision.concept_mask_samples import Record, read_sample
 from maskx.torchvision.semantic import Sample, SampleModel
 from maskx.torchvision.training import CHECKPOINT_NAME, load_state, read_checkpoint
 
@@ -108,6 +109,28 @@ class SampleConceptMask(SampleModel):
             targets[name] = targets[name].to(images.device)
         return self.network.losses(images, **targets)
 
+    def preprocess(self, samples: Sequence[Sample]) -> Tensor:
+        """Make a batch of images; see :meth:`SampleModel.preprocess`.
+
+        Raises:
+            ValueError: an image is smaller than the stride of the embedding network.
+        """
+        # The network sees the squares alone, which are large enough.
+        stride = self.network.embedding.stride
+        for sample in samples:
+            height, width = sample["image"].shape[-2:]
+            if min(height, width) < stride:
+                named = f"Image {sample['image_id']!r}" if "image_id" in sample else "The image"
+                raise ValueError(
+                    f"{named} has {height} x {width} pixels, less than the {stride} of one "
+                    "position of an attention map. Leave it out or give a larger one."
+                )
+        return super().preprocess(samples)
+
+    def read_image(self, record: Record) -> Tensor:
+        """Read the image of a record as the network takes it, (3, S, S)."""
+        return self.preprocess([read_sample(record)])[0]
+
     def predict(self, sample: Sample, query: ConceptQuery | None) -> ConceptResults:
         """Find concepts in one image; see :meth:`ConceptMask.predict`."""
         (image,) = self.preprocess([sample])
@@ -146,9 +169,6 @@ def build_concept_mask(
     if content["stage"] == 3:
         encoder = SmallResNet(widths=tuple(settings.encoder_widths), output_stride=16)
         segmenter = ConceptSegmenter(encoder, decoder_channels=settings.decoder_channels)
-        # A tenth of the pixels are of the concept. From an even start the first steps push all
-        # pixels down, which may leave a last layer that only pushes down: masks below 0.5.
-        nn.init.constant_(segmenter.classify.bias, -2.2)
     boxed, masked = ([table.index_of(name) for name in content[key]] for key in ("boxed", "masked"))
     network = ConceptMask(
         embedding,

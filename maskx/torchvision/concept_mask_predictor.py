@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from maskx.data.word_table import WordTable, load_word_table, spelled
+from maskx.concept_mask import FoundConcept, found_concepts, named_query
+from maskx.data.word_table import WordTable, load_word_table
 from maskx.evaluation.figures import (
     contact_sheet,
     draw_heat_map,
@@ -17,8 +18,6 @@ from maskx.evaluation.figures import (
     plain_tile,
     save_png,
 )
-from maskx.modeling.concept_mask import concept_query
-from maskx.modeling.concept_segmenter import resize_maps
 from maskx.torchvision.concept_mask_models import (
     UNSEEN_NAME,
     SampleConceptMask,
@@ -29,34 +28,12 @@ from maskx.torchvision.concept_mask_models import (
 __all__ = [
     "ConceptPredictor",
     "ConceptRow",
-    "FoundConcept",
     "draw_concepts",
     "read_rgb",
     "segment_files",
 ]
 
 _TILE_SIDE = 256
-
-
-@dataclass(frozen=True, eq=False)
-class FoundConcept:
-    """One concept in one image.
-
-    Attributes:
-        initial: (H, W) in [0, 1], the map of its word vector alone (Eq. 1).
-        attention: (H, W) in [0, 1], the refined or blended map.
-        mask_prob: (H, W) in [0, 1].
-        mask: (H, W) bool, above 0.5.
-        existence: how much it seems to be in the image.
-        exists: whether that is above its threshold.
-    """
-
-    initial: np.ndarray
-    attention: np.ndarray
-    mask_prob: np.ndarray
-    mask: np.ndarray
-    existence: float
-    exists: bool
 
 
 class ConceptPredictor:
@@ -68,22 +45,14 @@ class ConceptPredictor:
         unseen: words that are not in the table, found by their vectors alone.
 
     Raises:
-        ValueError: the table is another, or a word of `unseen` is in it.
+        ValueError: the table is another.
     """
 
     def __init__(
         self, model: SampleConceptMask, table: WordTable, *, unseen: WordTable | None = None
     ) -> None:
         check_table(table, model.table_hash, Path("model"))
-        self.model, self.table = model.eval(), table
-        self.unseen = {}
-        if unseen is not None:
-            self.unseen = dict(zip(unseen.names, unseen.vectors, strict=True))
-        both = sorted(set(self.unseen) & set(table.names))
-        if both:
-            raise ValueError(
-                f"'{both[0]}' is among the unseen words, but the word table has it. Leave it out."
-            )
+        self.model, self.table, self.unseen = model.eval(), table, unseen
 
     @classmethod
     def open(cls, run: str | Path, *, device: torch.device | str = "cpu") -> "ConceptPredictor":
@@ -124,39 +93,11 @@ class ConceptPredictor:
         sample = {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))}
         names, query = None, None
         if concepts is not None:
-            if isinstance(concepts, str) or len(concepts) == 0:
-                self.table.resolve(concepts)  # says what is wrong
-            names = [self._name(concept, place) for place, concept in enumerate(concepts)]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise ValueError(f"'{twice[0]}' is asked for twice. Name each concept once.")
-            vectors = [self._vector_if_unseen(concept) for concept in concepts]
-            query = concept_query(*self.table.resolve(vectors))
+            names, query = named_query(self.table, self.unseen, concepts)
         result = self.model.predict(sample, query)
         if names is None:
             names = [self.table.names[index] for index in result.indices.tolist()]
-        size = image.shape[:2]
-        maps = [
-            resize_maps(each[None], size)[0].cpu().numpy()
-            for each in (result.initial, result.attention)
-        ]
-        arrays = [each.cpu().numpy() for each in (result.mask_prob, result.masks)]
-        scores = zip(result.existence.tolist(), result.exists.tolist(), strict=True)
-        return {
-            name: FoundConcept(*parts, *score)
-            for name, score, *parts in zip(names, scores, *maps, *arrays, strict=True)
-        }
-
-    def _name(self, concept: str | int | np.ndarray, place: int) -> str:
-        if isinstance(concept, str):
-            return spelled(concept)
-        if np.ndim(concept) == 0:
-            index = int(self.table.resolve([concept])[0][0])
-            return self.table.names[index]
-        return f"vector {place}"
-
-    def _vector_if_unseen(self, concept: str | int | np.ndarray) -> str | int | np.ndarray:
-        return self.unseen.get(spelled(concept), concept) if isinstance(concept, str) else concept
+        return found_concepts(result, names, image.shape[:2])
 
 
 @dataclass(frozen=True, eq=False)

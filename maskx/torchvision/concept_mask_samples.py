@@ -1,19 +1,17 @@
-"""Samples of ConceptMask: tags, boxes or masks of concepts, true masks in evaluation."""
+"""Samples of ConceptMask: images with tags, boxes or masks of concepts."""
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from maskx.data.concept_samples import box_target, mask_target
-from maskx.data.masks import decode_segmentation
 from maskx.torchvision.data import InstanceMapper
 from maskx.torchvision.images import warp_image
 from maskx.torchvision.semantic import Sample
 
-__all__ = ["ConceptMapper", "batch_targets", "concept_truths", "read_sample"]
+__all__ = ["ConceptMapper", "read_sample"]
 
 Record = Mapping[str, Any]
 
@@ -75,56 +73,6 @@ class ConceptMapper:
         return sample | {"concepts": concepts}
 
 
-def batch_targets(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Put the targets of samples of stage 2 or 3 behind each other.
-
-    The concepts of all images are the P pairs.
-
-    Args:
-        samples: as of :class:`ConceptMapper`, at least one.
-
-    Returns:
-        ``concepts`` of each image; and of stage 2 ``boxes`` (B, 4), ``box_rows`` (B,) positions in
-        the pairs; of stage 3 ``masks`` (P, S, S) bool.
-    """
-    targets: dict[str, Any] = {"concepts": [sample["concepts"] for sample in samples]}
-    if "masks" in samples[0]:
-        return targets | {"masks": torch.cat([sample["masks"] for sample in samples])}
-    ends = itertools.accumulate(len(concepts) for concepts in targets["concepts"])
-    rows = [
-        sample["box_rows"] + end - len(sample["concepts"])
-        for sample, end in zip(samples, ends, strict=True)
-    ]
-    boxes = torch.cat([sample["boxes"] for sample in samples])
-    return targets | {"boxes": boxes, "box_rows": torch.cat(rows)}
-
-
 def read_sample(record: Record) -> Sample:
     """Read an image alone, as it is."""
     return InstanceMapper(()).read_image(record)
-
-
-def concept_truths(record: Record) -> Iterator[tuple[int, np.ndarray]]:
-    """Draw the true mask of each concept of an image: the union of its annotations.
-
-    A concept of which an annotation has no mask is left out, since part of a mask is no truth, and
-    so is one of which nothing is visible.
-
-    Args:
-        record: as of :func:`maskx.data.coco.load_coco`.
-
-    Yields:
-        Class index and (H, W) bool, in the order of the indices.
-    """
-    height, width = record["height"], record["width"]
-    found: dict[int, list[Any]] = {}
-    for annotation in record["annotations"]:
-        found.setdefault(annotation["class_index"], []).append(annotation.get("segmentation"))
-    for index in sorted(found):
-        if any(segmentation is None for segmentation in found[index]):
-            continue
-        truth = np.zeros((height, width), bool)
-        for segmentation in found[index]:
-            truth |= decode_segmentation(segmentation, height, width)
-        if truth.any():
-            yield index, truth

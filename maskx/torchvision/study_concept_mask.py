@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from maskx.concept_mask import fit_concepts
 from maskx.torchvision.concept_mask import open_chain
 from maskx.torchvision.concept_mask_chain import ConceptMaskMethod, ConceptMaskSettings
-from maskx.torchvision.concept_mask_evaluation import evaluate_concepts, fit_concepts
+from maskx.torchvision.concept_mask_evaluation import evaluate_concepts
 from maskx.torchvision.quickstart_concept_mask import make_scene_data
 from maskx.torchvision.study_core import (
     Measure,
@@ -93,6 +94,7 @@ class _SeedRuns:
         with process_lock(self.folder):
             self.data = make_scene_data(self.folder / "scenes", seed)
         self.test = self.data.test(self.data.val)
+        self._fitted: set[ConceptMaskMethod] = set()
         self.chain = open_chain(
             self.data,
             _concept_settings(options, seed),
@@ -106,8 +108,9 @@ class _SeedRuns:
         # Stages are shared: one process trains while the others wait.
         with process_lock(self.folder):
             model = self.chain.model(stage, method)
-        if stage == 3 and kind == "blended":
-            fit_concepts(model, self.data.test(self.data.fitting))
+        if kind == "blended" and method not in self._fitted:
+            fit_concepts(model.network, self.data.test(self.data.fitting), model.read_image)
+            self._fitted.add(method)
         found = evaluate_concepts(
             model, self.test, kind=kind, masks=masks, description=f"{setting}: evaluation"
         )

@@ -132,6 +132,9 @@ def test_theta_is_where_the_blend_fits_best():
     fit = fit_theta([("q", own, nearest, LEFT)], thetas=(0.0, 0.5, 1.0))
     assert fit.theta == 0.5
     assert fit.scores == {0.0: 0.5, 0.5: 1.0, 1.0: 0.5}
+    for own, nearest, theta in ((LEFT, ~LEFT, 1.0), (~LEFT, LEFT, 0.0)):
+        maps = (own[None] * 1.0, nearest[None] * 1.0)
+        assert fit_theta([("q", *maps, LEFT)], thetas=(0.0, 1.0)).theta == theta
     # Of equal ones the largest: that with least blending.
     assert fit_theta([("q", LEFT[None] * 1.0, LEFT[None] * 1.0, LEFT)]).theta == 1.0
 
@@ -165,11 +168,11 @@ def test_the_existence_threshold_separates_what_can_be_separated():
     )
 )
 def test_no_other_existence_threshold_has_a_higher_f1(rows):
-    scores = np.array([score / 6 for score, _ in rows])
+    scores = np.array([score / 6 for score, _ in rows], np.float32)
     present = np.array([present for _, present in rows])
 
     def f1(threshold):
-        said = scores >= threshold
+        said = scores > np.float32(threshold)
         return 2 * (said & present).sum() / (said.sum() + present.sum())
 
     best = max(f1(step / 6 - 1 / 12) for step in range(8))

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from maskx.concept_mask import batch_targets, concept_truths
 from maskx.data.concept_sets import concept_sets
 from maskx.data.masks import decode_segmentation
-from maskx.data.word_table import WordTable
-from maskx.torchvision import concept_mask_chain
+from maskx.data.word_table import WordTable, load_word_table
+from maskx.torchvision import concept_mask, concept_mask_chain
 from maskx.torchvision.concept_mask import (
     coco_concept_data,
     learn_concept_mask,
@@ -26,20 +28,13 @@ from maskx.torchvision.concept_mask_chain import (
     ConceptMaskSettings,
 )
 from maskx.torchvision.concept_mask_evaluation import (
-    concept_test,
     evaluate_concepts,
     evaluate_existence,
-    fit_concepts,
     fit_run,
 )
 from maskx.torchvision.concept_mask_models import ConceptNetwork, open_concept_mask
 from maskx.torchvision.concept_mask_predictor import ConceptPredictor, read_rgb, segment_files
-from maskx.torchvision.concept_mask_samples import (
-    ConceptMapper,
-    batch_targets,
-    concept_truths,
-    read_sample,
-)
+from maskx.torchvision.concept_mask_samples import ConceptMapper, read_sample
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TINY = ConceptMaskSettings(
@@ -130,7 +125,13 @@ def test_each_stage_reads_only_what_it_may(data):
     sample = ConceptMapper(1, size=32)(sets.tagged[0], np.random.RandomState(0))
     assert set(sample) == {"image", "height", "width", "image_id", "image_labels"}
     assert sample["image"].shape == (3, 32, 32)
-    assert not any("segmentation" in a for r in sets.boxed for a in r["annotations"])
+    for records, allowed, keys in (
+        (sets.boxed, data.split.boxed_indices, {"bbox"}),
+        (sets.masked, data.split.masked_indices, {"bbox", "segmentation"}),
+    ):
+        annotations = [annotation for record in records for annotation in record["annotations"]]
+        assert {a["class_index"] for a in annotations} <= set(allowed)
+        assert all(keys == {"bbox", "segmentation"} & set(a) for a in annotations)
     few = ConceptMapper(3, size=32, masked=data.split.masked_indices, max_concepts=1)
     assert all(len(few(r, np.random.RandomState(0))["concepts"]) <= 1 for r in sets.masked)
 
@@ -168,12 +169,16 @@ def test_a_concept_with_an_instance_without_mask_has_no_truth():
 def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(
     data, tmp_path, monkeypatch
 ):
-    made = []
+    made, how, starts = [], {}, {}
     original = concept_mask_chain.train
 
-    def train(model, *args, **kwargs):
-        made.append(kwargs["output_dir"].name)
-        return original(model, *args, **kwargs)
+    def train(model, batches, settings, **kwargs):
+        name = kwargs["output_dir"].name
+        made.append(name)
+        records, mapper = batches.args
+        how[name] = (len(records), mapper.stage, mapper.size, settings, kwargs["identity"])
+        starts[name] = {key: value.clone() for key, value in model.network.state_dict().items()}
+        return original(model, batches, settings, **kwargs)
 
     monkeypatch.setattr(concept_mask_chain, "train", train)
     chain = chain_of(data, tmp_path)
@@ -191,6 +196,37 @@ def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(
     ]
     assert chain.model(3, ConceptMaskMethod(two_sizes=False)).network.attention_sizes == (32, 32)
     assert len(made) == 6
+
+    # Each stage has the data, sizes and rates of its own, and starts from the one before.
+    sets = chain.sets
+    expected = [(sets.tagged, 32), (sets.boxed, 32), (sets.masked, 64)]
+    for stage, (name, (records, size)) in enumerate(zip(made, expected, strict=False), 1):
+        assert how[name][:3] == (len(records), stage, size)
+    slow = [how[name][3].lr_multipliers for name in made[:3]]
+    assert slow == [{}, {"network.embedding.": pytest.approx(0.15)}, {}]
+    assert how["segmentation"][4]["max_concepts"] == TINY.max_concepts
+    assert len({how[name][4].get("start") for name in made[:3]}) == 3
+    for before, after in itertools.pairwise(made[:3]):
+        trained = chain.model(made.index(before) + 1).network.embedding.state_dict()
+        assert all(
+            torch.equal(value, starts[after][f"embedding.{key}"]) for key, value in trained.items()
+        )
+
+    # And each method what makes it another.
+    refinements = [
+        chain.model(2).network,
+        chain.model(2, ConceptMaskMethod(negatives=False)).network,
+    ]
+    assert [network.gamma_indptr is None for network in refinements] == [False, True]
+    assert {network.matching_weight for network in refinements} == {TINY.matching_weight}
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    lowest = [
+        chain.model(1, ConceptMaskMethod(final_relu=final_relu))
+        .network.embedding.embedding_map(images)
+        .min()
+        for final_relu in (False, True)
+    ]
+    assert lowest[0] < 0 <= lowest[1]
 
 
 def test_a_run_that_is_interrupted_in_any_stage_ends_with_the_same_weights(
@@ -228,6 +264,7 @@ def test_a_checkpoint_of_another_word_table_is_refused(data, trained, tmp_path):
     other = dataclasses.replace(data.table, vectors=data.table.vectors * 2)
     with pytest.raises(ValueError, match="was made with word table"):
         chain_of(dataclasses.replace(data, table=other), tmp_path / "run", resume=True).model(1)
+    assert load_word_table(tmp_path / "run" / "words.safetensors").hash == data.table.hash
     with pytest.raises(ValueError, match=r"made with the word table \w{12}, but the one given"):
         open_concept_mask(trained[0], table=other)
 
@@ -253,6 +290,27 @@ def test_files_of_a_run_that_are_missing_or_damaged_are_named(trained, tmp_path)
         path.write_text(bad)
         with pytest.raises(ValueError, match=r"'.*model.json' is damaged"):
             open_concept_mask(run)
+
+
+def test_images_and_lists_of_tags_are_of_different_scenes_also_of_other_seeds(
+    tmp_path, monkeypatch
+):
+    seeds = []
+    for name in ("generate_concept_scenes", "write_scene_tags"):
+        original = getattr(concept_mask, name)
+
+        def make(*args, original=original, **kwargs):
+            seeds.append((args[0].name, kwargs["seed"]))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(concept_mask, name, make)
+    for seed in (0, 1):
+        scene_concept_data(
+            tmp_path / str(seed), num_train=2, num_val=1, num_tags=400, size=64, seed=seed
+        )
+    # Both lists of tags of a seed are of the same scenes.
+    assert len({number for _, number in seeds}) == 6
+    assert len(set(seeds)) == len(seeds) == 8
 
 
 def test_images_to_fit_on_are_of_no_training(data):
@@ -287,14 +345,21 @@ def test_categories_of_a_file_become_concepts_and_loners_are_left_out(data):
 def test_perfect_maps_have_perfect_measures(data, trained, monkeypatch):
     model = open_concept_mask(trained[0])[0]
     test = data.test(data.val)
-    truths = iter([dict(concept_truths(record)) for record in data.val.records])
+    truths = [dict(concept_truths(record)) for record in data.val.records]
 
-    def attention(maps, query, kind):
-        found = torch.from_numpy(np.stack(list(next(truths).values()))).float()
-        return [found[None], 3 * found[None] + 1]
+    def evaluate(second):
+        images = iter(truths)
 
-    monkeypatch.setattr(model.network, "attention", attention)
-    found = evaluate_concepts(model, test, masks="attention")
+        def attention(maps, query, kind):
+            found = torch.from_numpy(np.stack(list(next(images).values()))).float()
+            return [found[None], second(found[None])]
+
+        monkeypatch.setattr(model.network, "attention", attention)
+        return evaluate_concepts(model, test, masks="attention")
+
+    # The maps of the two sizes are averaged; a constant one becomes 0.
+    assert evaluate(torch.ones_like)["levels"]["image"]["soft_iou"] == 0.5
+    found = evaluate(lambda each: 3 * each + 1)
     for level in ("mask", "box", "image"):
         measures = found["levels"][level]
         for name in ("pointing", "soft_iou", "precision", "recall", "iou"):
@@ -320,9 +385,10 @@ def test_theta_and_thresholds_are_fitted_and_kept_in_the_checkpoint(data, traine
     assert not weights_equal(model, fitted)
     # With everything that exists above its threshold, nothing is missed.
     fitted.network.existence_thresholds.fill_(-1)
-    assert evaluate_existence(fitted, data.test(data.val))["recall"] == 1
-    with pytest.raises(ValueError, match="There is no image to fit theta and thresholds on"):
-        fit_concepts(model, data.test(dataclasses.replace(data.val, records=[])))
+    test = data.test(data.val)
+    shown = [c for r in test.records for c in r["image_labels"] if test.indices[c] >= 0]
+    share = len(shown) / (len(test.records) * len(data.table.names))
+    assert evaluate_existence(fitted, test) == {"precision": pytest.approx(share), "recall": 1}
 
 
 def test_fitting_goes_on_with_the_checkpoint_of_a_resumed_run(data, trained, tmp_path):
@@ -334,11 +400,10 @@ def test_fitting_goes_on_with_the_checkpoint_of_a_resumed_run(data, trained, tmp
 def test_images_of_other_concepts_are_refused(data):
     names = tuple(f"other {i}" for i in range(len(data.val.class_names)))
     other = dataclasses.replace(data.val, class_names=names)
-    with pytest.raises(ValueError, match=r"None of the 71 categories of .* is in the word table"):
-        concept_test(other, data.split, data.table)
+    with pytest.raises(ValueError, match=r"None of the 71 classes of '.*concepts.json' is in"):
+        data.test(other)
     some = dataclasses.replace(data.val, class_names=(*names[:-1], data.val.class_names[-1]))
-    test = concept_test(some, data.split, data.table)
-    assert (test.indices >= 0).sum() == 1
+    assert (data.test(some).indices >= 0).sum() == 1
 
 
 # --- use
@@ -366,6 +431,39 @@ def test_a_model_in_evaluation_answers_samples(predictor, data, image):
     expected = predictor(image, ["grass"])["grass"]
     assert names[found.indices.item()] == "grass"
     assert np.array_equal(found.mask_prob[0].numpy(), expected.mask_prob)
+
+
+def test_the_picture_has_concepts_of_every_level_that_images_show(
+    data, predictor, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(concept_mask, "draw_concepts", lambda path, rows: drawn.append(rows))
+    test = data.test(data.val)
+    # Concepts that no image shows are passed over, wherever they stand.
+    shown = {c for record in test.records for c in record["image_labels"]}
+    concept_mask.draw_test_concepts(tmp_path / "a.png", predictor, predictor, test)
+    (rows,) = drawn
+    wanted = {"masks": 1, "boxes": 2, "tags only": 3, "unseen word": 2}
+    levels = [row.title.rstrip(")").split(" (")[1] for row in rows]
+    assert 0 < len(rows) <= len(test.records)
+    assert levels == [level for level, count in wanted.items() for _ in range(count)][: len(rows)]
+    assert {test.names.index(row.title.split(" (")[0]) for row in rows} <= shown
+    for row in rows:
+        assert list(row.maps) == ["stage 1", "refined"]
+        name = row.title.split(" (")[0]
+        asked = [test.vectors[test.names.index(name)]] if "unseen" in row.title else [name]
+        (found,) = predictor(row.image, asked).values()
+        assert np.array_equal(row.maps["refined"], found.attention)
+        truths = [
+            test.truths(record).get(test.names.index(name))
+            for record in test.records
+            if np.array_equal(read_rgb(record["file_name"]), row.image)
+        ]
+        assert np.array_equal(truths[0], row.masks["truth"])
+    assert len({row.image.tobytes() for row in rows}) == len(rows)
+    nothing = dataclasses.replace(test, records=[])
+    concept_mask.draw_test_concepts(tmp_path / "a.png", predictor, predictor, nothing)
+    assert len(drawn) == 1
 
 
 def test_without_names_all_that_exist_are_found(predictor, image, monkeypatch):
@@ -404,6 +502,9 @@ def test_queries_that_cannot_be_answered_are_named(predictor, image, concepts, w
 def test_what_is_no_image_is_named(predictor, tmp_path):
     with pytest.raises(ValueError, match=r"shape \(4, 4\) and dtype float64. Allowed: \(H, W, 3\)"):
         predictor(np.zeros((4, 4)), ["grass"])
+    with pytest.raises(ValueError, match="has 7 x 40 pixels, less than the 8 of one position"):
+        predictor(np.zeros((7, 40, 3), np.uint8), ["grass"])
+    assert predictor(np.zeros((8, 40, 3), np.uint8), ["grass"])["grass"].mask.shape == (8, 40)
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         read_rgb(tmp_path / "nothing.png")
     (tmp_path / "text.png").write_text("text")
@@ -411,10 +512,11 @@ def test_what_is_no_image_is_named(predictor, tmp_path):
         read_rgb(tmp_path / "text.png")
 
 
-def test_unseen_words_must_not_be_in_the_table(predictor):
+def test_unseen_words_must_not_be_in_the_table(predictor, image):
     table = predictor.table
+    both = ConceptPredictor(predictor.model, table, unseen=table)
     with pytest.raises(ValueError, match="'blue' is among the unseen words"):
-        ConceptPredictor(predictor.model, table, unseen=table)
+        both(image, ["grass"])
 
 
 def test_pictures_and_masks_of_files_are_written(predictor, data, tmp_path):

@@ -211,6 +211,9 @@ def test_crops_cut_image_and_label_map_alike_and_labels_come_from_the_whole_imag
         mapper = JointMapper(sets, min_crop=0.2)
         sample = mapper(sets.data_sets[0].records[0], np.random.RandomState(seed))
         assert sample["image_labels"] == [0, 1, 2, 3]
+        # Mirrored from left to right, never upside down.
+        whole = JointMapper(sets)(sets.data_sets[0].records[0], np.random.RandomState(seed))
+        assert whole["image"][0, 0].unique().tolist() == [40, 80]
     with pytest.raises(ValueError, match="min_crop must be above 0 and at most 1"):
         JointMapper(sets, min_crop=1.5)
 

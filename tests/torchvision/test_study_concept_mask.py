@@ -1,6 +1,6 @@
 import pytest
 
-from maskx.torchvision import concept_mask_chain, quickstart_concept_mask
+from maskx.torchvision import concept_mask_chain, quickstart_concept_mask, study_concept_mask
 from maskx.torchvision.studies import StudyOptions, run_study
 from maskx.torchvision.study_concept_mask import SETTINGS
 
@@ -31,7 +31,24 @@ def test_settings_share_the_stages_that_do_not_differ(tiny, monkeypatch):
         trained.append(kwargs["output_dir"].name)
         return original(model, *args, **kwargs)
 
+    fitted, evaluated, found = [], {}, {}
+    fit, evaluate = study_concept_mask.fit_concepts, study_concept_mask.evaluate_concepts
+
+    def fit_concepts(network, test, read_image):
+        fitted.append((network.attention_sizes, len(test.records)))
+        return fit(network, test, read_image)
+
+    def evaluate_concepts(model, test, *, kind, masks, description):
+        network = model.network
+        setting = description.removesuffix(": evaluation")
+        theta = network.theta_unseen.item() if network.stage == 3 else None
+        evaluated[setting] = (network.stage, kind, masks, len(test.records), theta)
+        found[setting] = evaluate(model, test, kind=kind, masks=masks)["concepts"].values()
+        return {"concepts": dict(enumerate(found[setting]))}
+
     monkeypatch.setattr(concept_mask_chain, "train", train)
+    monkeypatch.setattr(study_concept_mask, "fit_concepts", fit_concepts)
+    monkeypatch.setattr(study_concept_mask, "evaluate_concepts", evaluate_concepts)
     lines = []
     rows = run_study(StudyOptions(**tiny), lines.append)
     assert [row["setting"] for row in rows] == list(SETTINGS)
@@ -50,9 +67,29 @@ def test_settings_share_the_stages_that_do_not_differ(tiny, monkeypatch):
         "setting",
         *(f"iou_{level}" for level in ("mask", "box", "image", "unseen")),
     }
-    # Blending and what makes masks change no weight, but numbers.
-    for other in ("no_blending", "thresholded_attention"):
-        assert by_setting["segmentation"] != by_setting[other] | {"setting": "segmentation"}
+    # Each model of stage 3 is fitted once, on a tenth of the training images.
+    assert fitted == [((64, 128), 2), ((64, 64), 2)]
+    theta = evaluated["segmentation"][-1]
+    assert evaluated == {
+        "original": (1, "own", "attention", 3, None),
+        "original_final_relu": (1, "own", "attention", 3, None),
+        "finetuned": (2, "initial", "attention", 3, None),
+        "refined_no_negatives": (2, "own", "attention", 3, None),
+        "refined": (2, "own", "attention", 3, None),
+        "segmentation": (3, "blended", "segmentation", 3, theta),
+        "one_size": (3, "blended", "segmentation", 3, evaluated["one_size"][-1]),
+        "no_blending": (3, "own", "segmentation", 3, theta),
+        "thresholded_attention": (3, "blended", "attention", 3, theta),
+    }
+    for setting, measure, levels in (
+        ("refined", "pointing_boxed", ("mask", "box")),
+        ("refined", "soft_iou_boxed", ("mask", "box")),
+        ("refined", "soft_iou_image", ("image",)),
+        ("segmentation", "iou_image", ("image",)),
+    ):
+        name = measure.rsplit("_", 1)[0]
+        values = [each[name] for each in found[setting] if each["level"] in levels]
+        assert by_setting[setting][measure] == [pytest.approx(sum(values) / len(values), abs=1e-4)]
     assert "| finetuned above original: pointing, boxed |" in lines[-1]
     assert run_study(StudyOptions(**tiny), lines.append) == rows
     assert len(trained) == 6
