@@ -1,18 +1,16 @@
 """How good the maps and masks of ConceptMask are, and the values that are fitted for it."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from maskx.concept_mask import ConceptTest, concept_test, fit_concepts
 from maskx.data.coco import load_coco
 from maskx.evaluation.concept_scores import ConceptScores
-from maskx.modeling.concept_segmenter import normalise_maps, resize_maps
+from maskx.modeling.concept_segmenter import mean_maps
 from maskx.modeling.weight_transfer import check_choice
 from maskx.torchvision.concept_mask_models import (
     SEGMENTATION,
@@ -65,7 +63,7 @@ def evaluate_concepts(
             image = model.read_image(record)[None]
             maps = network.embedding_maps(image)
             attention = network.attention(maps, test.query(list(truths)), kind=kind)
-            shown = _full_size(attention, size).mean(dim=0).cpu().numpy()
+            shown = mean_maps(attention, size)[0].cpu().numpy()
             if masks == "attention":
                 found = shown > 0.5
             else:
@@ -140,8 +138,3 @@ def fit_run(
     fitted = fit_concepts(model.network, test, model.read_image)
     save_fitted(model, Path(run) / SEGMENTATION)
     return fitted
-
-
-def _full_size(attention: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Bring maps of one image to its size and to [0, 1]: (sizes, C, H, W)."""
-    return torch.stack([normalise_maps(resize_maps(each, size))[0] for each in attention])

@@ -235,7 +235,7 @@ def open_concept_mask(
         content = json.loads(path.read_bytes())
         check_table(table, content["word_table"], path)
         model = build_concept_mask(content, table)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(
             f"'{path}' is damaged ({type(error).__name__}: {error}). Train the model again."
         ) from error

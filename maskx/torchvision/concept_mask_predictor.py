@@ -97,7 +97,7 @@ class ConceptPredictor:
         result = self.model.predict(sample, query)
         if names is None:
             names = [self.table.names[index] for index in result.indices.tolist()]
-        return found_concepts(result, names, image.shape[:2])
+        return found_concepts(result, names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +175,8 @@ def segment_files(
     """Find concepts in image files and write a picture and masks of each image.
 
     Of image ``photos/a.jpg`` the picture is ``a/concepts.png`` in ``output``; the mask of a concept
-    is ``a/CONCEPT.png``, 0 or 255, with "_" for all but letters and digits in the name.
+    is ``a/CONCEPT.png``, 0 or 255, with "_" for all but letters and digits in the name, and "_"
+    behind it where another file has that name.
 
     Args:
         predictor: of a trained model.
@@ -205,12 +206,15 @@ def segment_files(
         if not found:
             continue
         (output / stem).mkdir(parents=True, exist_ok=True)
-        rows = []
+        rows, written = [], {"concepts"}
         for name, each in found.items():
             title = f"{name} ({'exists' if each.exists else 'seems not to be there'})"
             maps = {"initial map": each.initial, "refined map": each.attention}
             rows.append(ConceptRow(title, image, maps, {"mask": each.mask}))
             file_name = "".join(c if c.isalnum() else "_" for c in name)
+            while file_name in written:
+                file_name += "_"
+            written.add(file_name)
             mask = each.mask[:, :, None].repeat(3, axis=2) * np.uint8(255)
             save_png(output / stem / f"{file_name}.png", mask)
         draw_concepts(output / stem / "concepts.png", rows)

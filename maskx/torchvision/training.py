@@ -358,6 +358,25 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def _misfit(own: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
+    """Say which weights do not fit: of a checkpoint of another network there are hundreds."""
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    sentences = [
+        f"{words} ({len(found)}): {', '.join(found[:3])}{' and more' if len(found) > 3 else ''}."
+        for words, found in (
+            ("Missing", [name for name in own if name not in weights]),
+            ("Not of this model", [name for name in weights if name not in own]),
+            ("Of another shape", shapes),
+        )
+        if found
+    ]
+    return " ".join(sentences)
+
+
 def load_state(model: nn.Module, weights: dict, path: Path) -> None:
     """Load weights into a model.
 
@@ -366,5 +385,11 @@ def load_state(model: nn.Module, weights: dict, path: Path) -> None:
     """
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:  # of a module, which says more than names
         raise ValueError(f"'{path}' does not fit this model. {error}") from error
+    except RuntimeError as error:
+        found = _misfit(model.state_dict(), weights) or error
+        raise ValueError(
+            f"'{path}' does not fit this model. {found} Give the checkpoint of such a model, or "
+            "train this one anew."
+        ) from error

@@ -36,7 +36,7 @@ from maskx.detectron2 import (
     get_cfg,
     register_all,
 )
-from maskx.detectron2.data import split_from_config
+from maskx.detectron2.data import class_names_of, split_from_config
 from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
 from maskx.modeling import backbones
 from maskx.modeling.mask_head import PREDICTORS
@@ -64,6 +64,7 @@ TRANSFER_YAMLS = sorted(
 TRANSFER_EXPERIMENTS = [name for name in TRANSFER_YAMLS if "scenes" not in name]
 LARVSEG = ROOT / "configs" / "LarvSeg"
 LARVSEG_YAMLS = sorted(path.relative_to(LARVSEG).as_posix() for path in LARVSEG.rglob("*.yaml"))
+LARVSEG_START = "quick_schedules/classifier_scenes_cpu.yaml"
 LARVSEG_EXPERIMENTS = [n for n in LARVSEG_YAMLS if "scenes" not in n and not n.startswith("Base-")]
 CONCEPT_MASK = ROOT / "configs" / "ConceptMask"
 CONCEPT_YAMLS = sorted(
@@ -489,7 +490,7 @@ def test_the_lazy_config_makes_its_mapper_and_its_evaluator(lazy, tmp_path):
     assert isinstance(evaluator, MaskXCOCOEvaluator)
 
 
-@pytest.mark.parametrize("name", IMAGE_YAMLS)
+@pytest.mark.parametrize("name", [*IMAGE_YAMLS, f"../LarvSeg/{LARVSEG_START}"])
 def test_every_file_of_class_patterns_builds_trains_and_predicts(name, make_image_cfg, tiny_train):
     cfg = make_image_cfg(file=name)
     model = Trainer.build_model(cfg).train()
@@ -652,7 +653,26 @@ def test_full_transfernet_has_the_papers_layers():
     assert sizes["encoder"] == 14_714_688
 
 
-@pytest.mark.parametrize("name", LARVSEG_YAMLS)
+def test_the_quick_schedules_of_larvseg_start_from_their_classifier(tmp_path):
+    register_all(tmp_path)
+    start = load(LARVSEG_START, LARVSEG)
+    classifier = build_model(start)
+    backbone = classifier.classifier.backbone.state_dict()
+    assert len(class_names_of(start.DATASETS.TRAIN[0])) == start.MODEL.MASKX.NUM_CLASSES
+    for name in ("larvseg", "baseline"):
+        cfg = load(f"quick_schedules/{name}_scenes_cpu.yaml", LARVSEG)
+        assert f"{start.OUTPUT_DIR}/model_final.pth" == cfg.MODEL.WEIGHTS
+        model = build_model(cfg)
+        model.load_state_dict(classifier.state_dict(), strict=False)
+        found = model.network.backbone.state_dict()
+        assert found.keys() == backbone.keys()
+        assert all(torch.equal(found[key], value) for key, value in backbone.items())
+        # The tags are of the scenes that the classifier saw; the masks are of others.
+        assert cfg.DATASETS.TRAIN[1:] == start.DATASETS.TRAIN
+        assert cfg.DATASETS.TEST == start.DATASETS.TEST
+
+
+@pytest.mark.parametrize("name", [name for name in LARVSEG_YAMLS if name != LARVSEG_START])
 def test_every_file_of_larvseg_builds_trains_and_predicts(name, make_larvseg_cfg, tiny_sparse):
     cfg = make_larvseg_cfg(file=name)
     if cfg.MODEL.BACKBONE.NAME == "MaskXViT":

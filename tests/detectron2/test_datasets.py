@@ -166,6 +166,30 @@ def test_scenes_are_generated_when_first_used(tmp_path, monkeypatch, folder, num
     assert DatasetCatalog.get(name) == records
 
 
+def test_tags_of_scenes_name_the_ground_and_nothing_more_is_there(tmp_path, monkeypatch):
+    source, tags = "maskx_scenes_sparse_train", "maskx_scenes_sparse_stuff_tags"
+    place, parameters = datasets._SCENES_WITH_STUFF[tags]
+    assert (place, parameters) == datasets._SCENES[source]
+    few = (place, parameters | {"count": 3, "size": 64})
+    monkeypatch.setitem(datasets._SCENES, source, few)
+    monkeypatch.setitem(datasets._SCENES_WITH_STUFF, tags, few)
+    register_all(tmp_path)
+    assert class_names_of(tags) == class_names_of("maskx_scenes_sparse_stuff_val")
+    pairs = list(zip(DatasetCatalog.get(tags), DatasetCatalog.get(source), strict=True))
+    images = json.loads((tmp_path / place / "annotations.json").read_text())["images"]
+    assert len(pairs) == len(images) == 3
+    for image, (record, plain) in zip(images, pairs, strict=True):
+        assert image["stuff_labels"]
+        ground = [12 + label - 1 for label in image["stuff_labels"]]
+        kept = {key: plain[key] for key in ("file_name", "image_id", "height", "width")}
+        labels = sorted([*plain["image_labels"], *ground])
+        assert record == kept | {
+            "image_labels": labels,
+            "annotations": [],
+            "supervision": "image",
+        }
+
+
 def test_scenes_may_be_generated_by_several_processes_at_once(tmp_path):
     folder = tmp_path / "scenes" / "val"
     parameters = {"count": 3, "size": 64, "num_categories": 4, "seed": 1}

@@ -1,8 +1,8 @@
 import dataclasses
 import itertools
 import json
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from maskx.concept_mask import batch_targets, concept_truths
 from maskx.data.concept_sets import concept_sets
 from maskx.data.masks import decode_segmentation
 from maskx.data.word_table import WordTable, load_word_table
-from maskx.torchvision import concept_mask, concept_mask_chain
+from maskx.torchvision import concept_mask, concept_mask_chain, concept_mask_models
 from maskx.torchvision.concept_mask import (
     coco_concept_data,
     learn_concept_mask,
@@ -32,7 +32,11 @@ from maskx.torchvision.concept_mask_evaluation import (
     evaluate_existence,
     fit_run,
 )
-from maskx.torchvision.concept_mask_models import ConceptNetwork, open_concept_mask
+from maskx.torchvision.concept_mask_models import (
+    ConceptNetwork,
+    build_concept_mask,
+    open_concept_mask,
+)
 from maskx.torchvision.concept_mask_predictor import ConceptPredictor, read_rgb, segment_files
 from maskx.torchvision.concept_mask_samples import ConceptMapper, read_sample
 
@@ -62,11 +66,30 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
+def used():
+    """Stage and images of each step after the trainings of `trained`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def trained(data, used, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    metrics = learn_concept_mask(
-        data, TINY, output=output, device=torch.device("cpu"), report=lambda line: None
-    )
+    steps = ("fit_concepts", "evaluate_concepts", "evaluate_existence")
+
+    def recorded(original):
+        def step(model, test, *args, **kwargs):
+            network = getattr(model, "network", model)
+            used.append((original.__name__, network.stage, test.records))
+            return original(model, test, *args, **kwargs)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in steps:
+            patch.setattr(concept_mask, name, recorded(getattr(concept_mask, name)))
+        metrics = learn_concept_mask(
+            data, TINY, output=output, device=torch.device("cpu"), report=lambda line: None
+        )
     return output, metrics
 
 
@@ -171,17 +194,19 @@ def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(
 ):
     made, how, starts = [], {}, {}
     original = concept_mask_chain.train
+    tiny = dataclasses.replace(TINY, seed=7, discrimination_weight=0.5)
 
     def train(model, batches, settings, **kwargs):
         name = kwargs["output_dir"].name
         made.append(name)
         records, mapper = batches.args
-        how[name] = (len(records), mapper.stage, mapper.size, settings, kwargs["identity"])
+        assert batches.keywords["seed"] == settings.seed == torch.initial_seed() == 7
+        how[name] = (records, mapper.stage, mapper.size, settings, kwargs["identity"])
         starts[name] = {key: value.clone() for key, value in model.network.state_dict().items()}
         return original(model, batches, settings, **kwargs)
 
     monkeypatch.setattr(concept_mask_chain, "train", train)
-    chain = chain_of(data, tmp_path)
+    chain = chain_of(data, tmp_path, tiny)
     chain.model(3)
     chain.model(3, ConceptMaskMethod(two_sizes=False))
     chain.model(2, ConceptMaskMethod(negatives=False))
@@ -201,7 +226,9 @@ def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(
     sets = chain.sets
     expected = [(sets.tagged, 32), (sets.boxed, 32), (sets.masked, 64)]
     for stage, (name, (records, size)) in enumerate(zip(made, expected, strict=False), 1):
-        assert how[name][:3] == (len(records), stage, size)
+        assert how[name][1:3] == (stage, size)
+        assert how[name][0] is records
+    assert [how[name][3].learning_rate for name in made[:3]] == [4e-3, 2e-3, 1e-3]
     slow = [how[name][3].lr_multipliers for name in made[:3]]
     assert slow == [{}, {"network.embedding.": pytest.approx(0.15)}, {}]
     assert how["segmentation"][4]["max_concepts"] == TINY.max_concepts
@@ -219,6 +246,8 @@ def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(
     ]
     assert [network.gamma_indptr is None for network in refinements] == [False, True]
     assert {network.matching_weight for network in refinements} == {TINY.matching_weight}
+    assert refinements[0].discrimination_weight == 0.5
+    assert chain.model(3).network.mask_size == TINY.network.image_size
     images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     lowest = [
         chain.model(1, ConceptMaskMethod(final_relu=final_relu))
@@ -286,24 +315,29 @@ def test_files_of_a_run_that_are_missing_or_damaged_are_named(trained, tmp_path)
     shutil.copytree(trained[0], run)
     path = run / "segmentation" / "model.json"
     content = json.loads(path.read_text())
-    for bad in ("{", "[]", json.dumps(content | {"network": {"depth": 3}})):
-        path.write_text(bad)
+    for bad in ("{", "\xff", "[]", json.dumps(content | {"network": {"depth": 3}})):
+        path.write_text(bad, encoding="latin-1")
         with pytest.raises(ValueError, match=r"'.*model.json' is damaged"):
             open_concept_mask(run)
 
 
 def test_images_and_lists_of_tags_are_of_different_scenes_also_of_other_seeds(
-    tmp_path, monkeypatch
+    data, tmp_path, monkeypatch
 ):
-    seeds = []
-    for name in ("generate_concept_scenes", "write_scene_tags"):
-        original = getattr(concept_mask, name)
+    seeds, generate = [], concept_mask.generate_concept_scenes
 
-        def make(*args, original=original, **kwargs):
-            seeds.append((args[0].name, kwargs["seed"]))
-            return original(*args, **kwargs)
+    def generate_concept_scenes(folder, **kwargs):
+        seeds.append((folder.name, kwargs["seed"]))
+        return generate(folder, **kwargs)
 
-        monkeypatch.setattr(concept_mask, name, make)
+    def write_scene_tags(path, *, seed, unseen, **kwargs):
+        seeds.append((path.name, seed))
+        written = data.train.json_file.parents[1] / path.name
+        assert unseen == any(f'"{name}"' in written.read_text() for name in data.split.unseen)
+        return written
+
+    monkeypatch.setattr(concept_mask, "generate_concept_scenes", generate_concept_scenes)
+    monkeypatch.setattr(concept_mask, "write_scene_tags", write_scene_tags)
     for seed in (0, 1):
         scene_concept_data(
             tmp_path / str(seed), num_train=2, num_val=1, num_tags=400, size=64, seed=seed
@@ -313,10 +347,16 @@ def test_images_and_lists_of_tags_are_of_different_scenes_also_of_other_seeds(
     assert len(set(seeds)) == len(seeds) == 8
 
 
-def test_images_to_fit_on_are_of_no_training(data):
+def test_images_to_fit_on_are_of_no_training_and_no_evaluation(data, trained, used):
     train, fitting = ({r["image_id"] for r in d.records} for d in (data.train, data.fitting))
     assert (len(train), len(fitting)) == (18, 2)
     assert not train & fitting
+    assert used == [
+        ("fit_concepts", 3, data.fitting.records),
+        ("evaluate_concepts", 3, data.val.records),
+        ("evaluate_concepts", 1, data.val.records),
+        ("evaluate_existence", 3, data.val.records),
+    ]
 
 
 def test_categories_of_a_file_become_concepts_and_loners_are_left_out(data):
@@ -351,11 +391,12 @@ def test_perfect_maps_have_perfect_measures(data, trained, monkeypatch):
         images = iter(truths)
 
         def attention(maps, query, kind):
+            assert kind == "own"
             found = torch.from_numpy(np.stack(list(next(images).values()))).float()
             return [found[None], second(found[None])]
 
         monkeypatch.setattr(model.network, "attention", attention)
-        return evaluate_concepts(model, test, masks="attention")
+        return evaluate_concepts(model, test, kind="own", masks="attention")
 
     # The maps of the two sizes are averaged; a constant one becomes 0.
     assert evaluate(torch.ones_like)["levels"]["image"]["soft_iou"] == 0.5
@@ -397,6 +438,23 @@ def test_fitting_goes_on_with_the_checkpoint_of_a_resumed_run(data, trained, tmp
     assert weights_equal(model, open_concept_mask(trained[0])[0])
 
 
+@pytest.mark.parametrize(("pretrained", "initial"), [(True, True), (True, False), (False, True)])
+def test_imagenet_weights_are_loaded_where_training_starts_alone(
+    data, monkeypatch, pretrained, initial
+):
+    asked, original = {}, concept_mask_models.build_backbone
+
+    def build_backbone(name, *, frozen_norm, pretrained):
+        asked.update(frozen_norm=frozen_norm, pretrained=pretrained)
+        return original(name, frozen_norm=False, pretrained=False)
+
+    monkeypatch.setattr(concept_mask_models, "build_backbone", build_backbone)
+    network = dataclasses.asdict(dataclasses.replace(TINY.network, pretrained=pretrained))
+    content = {"stage": 1, "network": network, "boxed": [], "masked": []}
+    build_concept_mask(content, data.table, initial=initial)
+    assert asked == {"frozen_norm": pretrained, "pretrained": pretrained and initial}
+
+
 def test_images_of_other_concepts_are_refused(data):
     names = tuple(f"other {i}" for i in range(len(data.val.class_names)))
     other = dataclasses.replace(data.val, class_names=names)
@@ -434,14 +492,16 @@ def test_a_model_in_evaluation_answers_samples(predictor, data, image):
 
 
 def test_the_picture_has_concepts_of_every_level_that_images_show(
-    data, predictor, tmp_path, monkeypatch
+    data, trained, predictor, tmp_path, monkeypatch
 ):
+    model, table, _ = open_concept_mask(trained[0], "embedding")
+    stage_1 = ConceptPredictor(model, table)
     drawn = []
     monkeypatch.setattr(concept_mask, "draw_concepts", lambda path, rows: drawn.append(rows))
     test = data.test(data.val)
     # Concepts that no image shows are passed over, wherever they stand.
     shown = {c for record in test.records for c in record["image_labels"]}
-    concept_mask.draw_test_concepts(tmp_path / "a.png", predictor, predictor, test)
+    concept_mask.draw_test_concepts(tmp_path / "a.png", predictor, stage_1, test)
     (rows,) = drawn
     wanted = {"masks": 1, "boxes": 2, "tags only": 3, "unseen word": 2}
     levels = [row.title.rstrip(")").split(" (")[1] for row in rows]
@@ -454,6 +514,8 @@ def test_the_picture_has_concepts_of_every_level_that_images_show(
         asked = [test.vectors[test.names.index(name)]] if "unseen" in row.title else [name]
         (found,) = predictor(row.image, asked).values()
         assert np.array_equal(row.maps["refined"], found.attention)
+        (found,) = stage_1(row.image, asked).values()
+        assert np.array_equal(row.maps["stage 1"], found.attention)
         truths = [
             test.truths(record).get(test.names.index(name))
             for record in test.records
@@ -462,7 +524,7 @@ def test_the_picture_has_concepts_of_every_level_that_images_show(
         assert np.array_equal(truths[0], row.masks["truth"])
     assert len({row.image.tobytes() for row in rows}) == len(rows)
     nothing = dataclasses.replace(test, records=[])
-    concept_mask.draw_test_concepts(tmp_path / "a.png", predictor, predictor, nothing)
+    concept_mask.draw_test_concepts(tmp_path / "a.png", predictor, stage_1, nothing)
     assert len(drawn) == 1
 
 
@@ -521,41 +583,43 @@ def test_unseen_words_must_not_be_in_the_table(predictor, image):
 
 def test_pictures_and_masks_of_files_are_written(predictor, data, tmp_path):
     files = [record["file_name"] for record in data.val.records[:2]]
-    found = segment_files(predictor, files, tmp_path / "out", ["grass", "green lamp stand"])
+    # Names that differ in what is no letter do not replace each other, or the picture.
+    names = ["grass", "green lamp stand", "t-shirt", "t.shirt", "concepts"]
+    unseen = WordTable(tuple(names[2:]), predictor.table.vectors[:3], np.ones(3))
+    with_unseen = ConceptPredictor(predictor.model, predictor.table, unseen=unseen)
+
+    def halves(image, concepts):  # three steps of training leave the masks empty
+        found = with_unseen(image, concepts).items()
+        return {name: dataclasses.replace(each, mask=each.attention > 0.5) for name, each in found}
+
+    found = segment_files(halves, files, tmp_path / "out", names)
     for path in files:
         folder = tmp_path / "out" / Path(path).stem
         assert cv2.imread(str(folder / "concepts.png")).shape[1] == 4 * 256
-        mask = cv2.imread(str(folder / "green_lamp_stand.png"), cv2.IMREAD_GRAYSCALE)
-        assert np.array_equal(mask > 0, found[Path(path).stem]["green lamp stand"].mask)
-        assert set(np.unique(mask)) <= {0, 255}
+        file_names = ("grass", "green_lamp_stand", "t_shirt", "t_shirt_", "concepts_")
+        for name, file_name in zip(names, file_names, strict=True):
+            mask = cv2.imread(str(folder / f"{file_name}.png"), cv2.IMREAD_GRAYSCALE)
+            assert set(np.unique(mask)) == {0, 255}
+            assert np.array_equal(mask > 0, found[folder.name][name].mask)
     with pytest.raises(ValueError, match="Two images are named '000000'"):
         segment_files(predictor, [files[0], files[0]], tmp_path / "out")
 
 
-def run_tool(name, *arguments):
-    return subprocess.run(
-        [sys.executable, str(TOOLS / f"{name}.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_the_tools_fit_and_segment(trained, data, tmp_path, monkeypatch, capsys):
+    def run_tool(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
 
-
-def test_the_tools_fit_and_segment(trained, data, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained[0], run)
     json_file = data.val.json_file
-    finished = run_tool("fit_concepts", run, json_file, json_file.parent)
-    assert finished.returncode == 0, finished.stderr
-    assert "theta image: " in finished.stdout
+    assert "theta image: " in run_tool("fit_concepts", run, json_file, json_file.parent)
     image = data.val.records[0]["file_name"]
     asked = (image, "--run", run, "--output", tmp_path / "out", "--concepts")
-    finished = run_tool("segment_concepts", *asked, "grass", "crescent")
-    assert finished.returncode == 0, finished.stderr
-    assert "| 000000 | crescent |" in finished.stdout
+    assert "| 000000 | crescent |" in run_tool("segment_concepts", *asked, "grass", "crescent")
     assert (tmp_path / "out" / "000000" / "crescent.png").is_file()
-    finished = run_tool("segment_concepts", *asked, "gras")
-    assert finished.returncode == 1
-    assert finished.stderr.splitlines()[-1].startswith("error: 'gras' is not among the 66 concepts")
-    finished = run_tool("fit_concepts", tmp_path / "nothing", json_file, json_file.parent)
-    assert finished.stderr.startswith("error: There is no file")
+    with pytest.raises(SystemExit, match=r"^error: 'gras' is not among the 66 concepts"):
+        run_tool("segment_concepts", *asked, "gras")
+    with pytest.raises(SystemExit, match=r"^error: There is no file"):
+        run_tool("fit_concepts", tmp_path / "nothing", json_file, json_file.parent)

@@ -1,6 +1,9 @@
+import functools
+
 import pytest
 
 from maskx.torchvision import concept_mask_chain, quickstart_concept_mask, study_concept_mask
+from maskx.torchvision.concept_mask_models import ConceptNetwork
 from maskx.torchvision.studies import StudyOptions, run_study
 from maskx.torchvision.study_concept_mask import SETTINGS
 
@@ -11,6 +14,14 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(quickstart_concept_mask, "TAG_SCENES", 400)
     monkeypatch.setattr(quickstart_concept_mask, "VAL_SCENES", 3)
     monkeypatch.setattr(quickstart_concept_mask, "SCENE_SIZE", 64)
+    narrow = ConceptNetwork(
+        hidden_channels=(16, 16),
+        refinement_channels=16,
+        encoder_widths=(4, 6, 8, 8),
+        decoder_channels=(8, 8, 8, 8, 4),
+    )
+    settings = functools.partial(study_concept_mask.ConceptMaskSettings, network=narrow)
+    monkeypatch.setattr(study_concept_mask, "ConceptMaskSettings", settings)
     return {
         "output": tmp_path / "study",
         "system": "concept_mask",
@@ -29,6 +40,7 @@ def test_settings_share_the_stages_that_do_not_differ(tiny, monkeypatch):
 
     def train(model, *args, **kwargs):
         trained.append(kwargs["output_dir"].name)
+        assert args[1].iterations == args[1].batch_size == 2
         return original(model, *args, **kwargs)
 
     fitted, evaluated, found = [], {}, {}

@@ -206,6 +206,21 @@ def test_unusable_checkpoints_are_named(run, make_detector, tmp_path):
             load_weights(make_detector(), tmp_path / name)
 
 
+def test_of_the_weights_of_another_network_a_few_are_named(tmp_path):
+    path = tmp_path / CHECKPOINT_NAME
+    weights = nn.Sequential(*(nn.Linear(2, 3) for _ in range(4))).state_dict()
+    torch.save({"model": weights, "run": {}, "iteration": 1}, path)
+    with pytest.raises(ValueError, match="does not fit this model") as caught:
+        load_weights(nn.Sequential(nn.Linear(5, 3), nn.Identity(), nn.PReLU()), path)
+    assert str(caught.value).splitlines() == [
+        f"'{path}' does not fit this model. Not of this model (5): 1.weight, 1.bias, 2.bias and "
+        "more. Of another shape (2): 0.weight (3, 2) instead of (3, 5), 2.weight (3, 2) instead of "
+        "(1,). Give the checkpoint of such a model, or train this one anew."
+    ]
+    with pytest.raises(ValueError, match=r"model\. Missing \(2\): 4\.weight, 4\.bias\. Give the"):
+        load_weights(nn.Sequential(*(nn.Linear(2, 3) for _ in range(5))), path)
+
+
 def test_a_checkpoint_with_other_classes_is_refused(run, tmp_path):
     run()
     other = SampleDetector(maskx_rcnn_small(4, min_size=64, channels=8, num_convs=1))
