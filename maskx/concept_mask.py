@@ -8,8 +8,10 @@ are those of :mod:`maskx.modeling.concept_mask`, in evaluation mode; records tho
 import itertools
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,8 @@ from tqdm import tqdm
 
 from maskx.data.concept_sets import ConceptSplit, fully_masked
 from maskx.data.masks import decode_segmentation
-from maskx.data.word_table import WordTable, spelled
+from maskx.data.tag_lists import read_vocabulary
+from maskx.data.word_table import WordTable, load_word_table, spelled, word_table_from_file
 from maskx.evaluation.concept_scores import fit_existence_threshold, fit_theta
 from maskx.modeling.concept_mask import ConceptMask, ConceptQuery, ConceptResults, concept_query
 from maskx.modeling.concept_segmenter import resize_maps
@@ -33,6 +36,7 @@ __all__ = [
     "fit_concepts",
     "found_concepts",
     "named_query",
+    "read_unseen_words",
 ]
 
 logger = logging.getLogger(__name__)
@@ -53,7 +57,8 @@ class FoundConcept:
 
     Attributes:
         initial: (H, W) in [0, 1], the map of its word vector alone (Eq. 1).
-        attention: (H, W) in [0, 1], the refined or blended map.
+        attention: (H, W) in [0, 1], the refined or blended map. Both are normalised: `existence`
+            tells how strong the map is.
         mask_prob: (H, W) in [0, 1].
         mask: (H, W) bool, above 0.5.
         existence: how much it seems to be in the image.
@@ -66,6 +71,39 @@ class FoundConcept:
     mask: np.ndarray
     existence: float
     exists: bool
+
+
+def read_unseen_words(path: str | os.PathLike[str], table: WordTable) -> WordTable:
+    """Read words that are found by their vectors alone.
+
+    Args:
+        path: ``.npy`` file of ``tools/learn_word_vectors.py --fold-in``, or CLIP's, with its words
+            beside it in a ``.txt`` or ``.json`` file of the same name; or a word table.
+        table: of the model.
+
+    Raises:
+        FileNotFoundError: there is no such file, or none with the words.
+        ValueError: the file cannot be used, or its vectors have another length than the table's.
+    """
+    path = Path(path)
+    if path.suffix == ".npy" and path.is_file():
+        text, other = path.with_suffix(".txt"), path.with_suffix(".json")
+        words = text if text.is_file() else other
+        if not words.is_file():
+            raise FileNotFoundError(
+                f"The unseen words '{path}' need their names beside them: '{text}', one per line, "
+                f"or '{other}', a list."
+            )
+        unseen = word_table_from_file(path, read_vocabulary(words))
+    else:
+        unseen = load_word_table(path)
+    if unseen.dim != table.dim:
+        raise ValueError(
+            f"The unseen words '{path}' have vectors of length {unseen.dim}, the word table of "
+            f"length {table.dim}. Fold the words into that table, see tools/learn_word_vectors.py "
+            "--fold-in."
+        )
+    return unseen
 
 
 def named_query(
@@ -106,25 +144,19 @@ def named_query(
     return names, concept_query(indices, vectors)
 
 
-def found_concepts(
-    result: ConceptResults, names: Sequence[str], size: tuple[int, int]
-) -> dict[str, FoundConcept]:
+def found_concepts(result: ConceptResults, names: Sequence[str]) -> dict[str, FoundConcept]:
     """Take apart what was predicted for one image.
 
     Args:
         result: of :meth:`maskx.modeling.concept_mask.ConceptMask.predict`.
         names: of its concepts.
-        size: height and width of its masks, to which the maps are brought.
     """
-    maps = [
-        resize_maps(each[None], size)[0].cpu().numpy()
-        for each in (result.initial, result.attention)
-    ]
-    arrays = [each.cpu().numpy() for each in (result.mask_prob, result.masks)]
+    tensors = (result.initial, result.attention, result.mask_prob, result.masks)
+    arrays = (each.cpu().numpy() for each in tensors)
     scores = zip(result.existence.tolist(), result.exists.tolist(), strict=True)
     return {
         name: FoundConcept(*parts, *score)
-        for name, score, *parts in zip(names, scores, *maps, *arrays, strict=True)
+        for name, score, *parts in zip(names, scores, *arrays, strict=True)
     }
 
 

@@ -11,9 +11,10 @@ from maskx.concept_mask import (
     fit_concepts,
     found_concepts,
     named_query,
+    read_unseen_words,
 )
 from maskx.data.concept_sets import ConceptSplit
-from maskx.data.word_table import WordTable
+from maskx.data.word_table import WordTable, save_word_table
 from maskx.evaluation.concept_scores import fit_existence_threshold, soft_iou
 from maskx.modeling.backbones import SmallResNet
 from maskx.modeling.concept_embedding import ConceptEmbedding
@@ -115,17 +116,39 @@ def test_an_unseen_word_that_the_table_has_is_refused():
         named_query(TABLE, WordTable(("cat",), UNSEEN.vectors, np.ones(1)), ["dog"])
 
 
+def test_unseen_words_come_from_an_array_with_its_words_or_from_a_table(tmp_path):
+    vectors = RNG.standard_normal((2, 6)).astype(np.float32)
+    np.save(tmp_path / "new.npy", vectors)
+    with pytest.raises(FileNotFoundError, match=r"need their names .*new\.txt'.*new\.json'"):
+        read_unseen_words(tmp_path / "new.npy", TABLE)
+    (tmp_path / "new.json").write_text('["owl", "sea_horse"]')
+    from_json = read_unseen_words(tmp_path / "new.npy", TABLE)
+    (tmp_path / "new.txt").write_text("sea horse\nowl\n")  # the one that the vectors are read by
+    from_text = read_unseen_words(tmp_path / "new.npy", TABLE)
+    assert from_json.names == ("owl", "sea horse")
+    assert from_text.names == ("sea horse", "owl")
+    assert np.array_equal(from_json.vectors, vectors)
+    assert np.array_equal(from_text.vectors, vectors)
+    save_word_table(tmp_path / "owl.safetensors", UNSEEN)
+    assert read_unseen_words(tmp_path / "owl.safetensors", TABLE).hash == UNSEEN.hash
+    np.save(tmp_path / "new.npy", vectors[:, :5])
+    with pytest.raises(ValueError, match=r"new\.npy' have vectors of length 5, .* 6\. Fold"):
+        read_unseen_words(tmp_path / "new.npy", TABLE)
+    with pytest.raises(FileNotFoundError, match=r"no word table '.*gone\.npy'"):
+        read_unseen_words(tmp_path / "gone.npy", TABLE)
+
+
 def test_what_is_found_is_taken_apart_at_the_size_of_the_masks(network):
     names, query = named_query(TABLE, UNSEEN, ["dog", "owl"])
     result = network.predict(read_image({"image_id": 0}), query, output_size=(20, 30))
-    found = found_concepts(result, names, (20, 30))
+    found = found_concepts(result, names)
     assert list(found) == names
     for row, each in enumerate(found.values()):
         assert np.array_equal(each.mask, result.masks[row].numpy())
         assert np.array_equal(each.mask_prob, result.mask_prob[row].numpy())
-        expected = resize_maps(result.attention[None], (20, 30))[0, row].numpy()
-        assert np.array_equal(each.attention, expected)
-        assert each.initial.shape == (20, 30)
+        assert np.array_equal(each.attention, result.attention[row].numpy())
+        assert np.array_equal(each.initial, result.initial[row].numpy())
+        assert each.initial.shape == each.attention.shape == (20, 30)
         assert each.existence == result.existence[row].item()
         assert each.exists == result.exists[row].item()
 
@@ -214,6 +237,16 @@ def test_fitted_values_are_the_best_of_their_grids(network, records):
         threshold = fit_existence_threshold(scores[:, concept], present)
         assert network.existence_thresholds[concept].item() == pytest.approx(threshold)
     assert fitted["own_thresholds"] == 3  # no image shows a fire truck
+    labels = {0: 3, 1: 1, 3: 0}  # of the images, by concept
+    present = np.array([[labels.get(c) in r["image_labels"] for c in range(4)] for r in records])
+    of_all = fit_existence_threshold(scores.ravel(), present.ravel())
+    assert network.existence_thresholds[2].item() == pytest.approx(of_all)
+    query = concept_query([-1] * 4, TABLE.vectors)
+    cosines = torch.cat([network.existence(each, query) for each in maps]).detach().numpy()
+    unseen = fit_existence_threshold(cosines.ravel(), present.ravel())
+    assert unseen != pytest.approx(of_all)
+    assert network.existence_threshold_unseen.item() == pytest.approx(unseen)
+    assert fitted["existence_threshold_unseen"] == pytest.approx(unseen)
 
 
 def test_what_cannot_be_fitted_is_said(network, records, caplog):

@@ -6,8 +6,8 @@ Examples:
     python tools/segment_concepts.py photo.jpg --run output/quickstart-concept_mask \
         --concepts "green plus" lamp grass
     python tools/segment_concepts.py photos/*.jpg --run output/quickstart-concept_mask
-    python tools/segment_concepts.py photo.jpg \
-        --config-file output/concept_mask/stage3/config.yaml --concepts dog grass
+    python tools/segment_concepts.py photo.jpg --unseen-words new_words.npy \
+        --config-file output/concept_mask/stage3/config.yaml --concepts dog unicorn
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from maskx.concept_mask import read_unseen_words
 from maskx.torchvision.concept_mask_predictor import ConceptPredictor, segment_files
 from maskx.torchvision.training import select_device
 
@@ -32,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--config-file", help="of a run of Detectron2")
     add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="pairs over --config-file")
     add("--concepts", nargs="+", metavar="NAME", help="default: all that seem to exist")
+    add("--unseen-words", help=".npy file of tools/learn_word_vectors.py --fold-in, or a table")
     add("--output", type=Path, default=Path("output/concepts"), help="default: output/concepts")
     add("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()
@@ -40,11 +42,16 @@ def parse_arguments() -> argparse.Namespace:
 def open_predictor(arguments: argparse.Namespace) -> Callable[..., dict[str, Any]]:
     """Open the model of either host, to be called with an RGB image and names."""
     device = select_device(arguments.device)
+    words = arguments.unseen_words
     if arguments.run is not None:
-        return ConceptPredictor.open(arguments.run, device=device)
+        opened = ConceptPredictor.open(arguments.run, device=device)
+        if words is not None:
+            opened.unseen = read_unseen_words(words, opened.table)
+        return opened
     from maskx.detectron2 import concept_predictor
 
-    cfg = concept_predictor.trained_config(arguments.config_file, arguments.opts, device=device)
+    opts = [*arguments.opts, *([] if words is None else ["TEST.MASKX.UNSEEN_WORDS", words])]
+    cfg = concept_predictor.trained_config(arguments.config_file, opts, device=device)
     predict = concept_predictor.ConceptPredictor(cfg)
     return lambda image, concepts: predict(image[:, :, ::-1], concepts)
 

@@ -8,7 +8,6 @@ from detectron2.utils import comm
 
 from maskx.concept_mask import ConceptTest
 from maskx.evaluation.concept_scores import ConceptScores, format_concept_table
-from maskx.modeling.concept_segmenter import normalise_maps
 
 __all__ = ["MaskXConceptEvaluator"]
 
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 class MaskXConceptEvaluator(DatasetEvaluator):
     """Pointing game, soft IoU, precision, recall and IoU, by what concepts were learned from.
 
-    Maps are brought to [0, 1] by their minimum and maximum, as the segmentation network gets them.
+    Maps are measured as :func:`maskx.modeling.concept_segmenter.mean_maps` makes them.
     The measures are means over the images of a concept, then over the concepts of a level.
 
     Args:
@@ -51,7 +50,8 @@ class MaskXConceptEvaluator(DatasetEvaluator):
 
         Args:
             inputs: with ``image_id`` and ``class_indices``, those that were asked for.
-            outputs: with ``attention`` and ``masks`` of them, of the size of the original image.
+            outputs: with ``attention``, in [0, 1], and ``masks`` of them, of the size of the
+                original image.
 
         Raises:
             ValueError: an image is not in the data set, or other concepts were predicted.
@@ -70,7 +70,7 @@ class MaskXConceptEvaluator(DatasetEvaluator):
                     f"{len(asked)} asked for. Make the samples with Trainer.build_test_loader."
                 )
             truths = self._test.truths(self._records[image_id])
-            attention = normalise_maps(output["attention"]).cpu().numpy()
+            attention = output["attention"].cpu().numpy()
             masks = output["masks"].cpu().numpy()
             for row, concept in enumerate(asked):
                 if concept in truths:

@@ -38,7 +38,6 @@ class ConceptPredictor:
     def __init__(self, cfg: CfgNode) -> None:
         self.model, self._format = _load(cfg), cfg.INPUT.FORMAT
 
-    @torch.no_grad()
     def __call__(
         self, image: np.ndarray, concepts: Sequence[str | int | np.ndarray] | None = None
     ) -> dict[str, FoundConcept]:
@@ -67,10 +66,8 @@ class ConceptPredictor:
         if self._format == "RGB":
             image = image[:, :, ::-1]
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        result = self.model.network.predict(self.model.normalised(pixels), query)
-        if names is None:
-            names = [self.model.table.names[index] for index in result.indices.tolist()]
-        return found_concepts(result, names, image.shape[:2])
+        own_names, result = self.model.find(pixels, query, image.shape[:2])
+        return found_concepts(result, own_names if names is None else names)
 
 
 def trained_config(

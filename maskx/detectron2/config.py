@@ -273,7 +273,8 @@ def _defaults() -> CN:
     keys.TEST.MASKX.STRIDE = 0
     # Concepts that MaskXConceptMask finds in an image, by name; (): all that exist in it.
     keys.TEST.MASKX.CONCEPTS = ()
-    # Word table of concepts that are not in that of the model, found by their vectors alone.
+    # Words that are not in the table of the model, found by their vectors alone: the .npy file of
+    # tools/learn_word_vectors.py --fold-in, with the words beside it in a .txt file, or a table.
     keys.TEST.MASKX.UNSEEN_WORDS = ""
     return keys
 

@@ -40,6 +40,7 @@ from maskx.modeling.concept_query import (
 from maskx.modeling.concept_segmenter import (
     ConceptSegmenter,
     concept_segmentation_loss,
+    mean_maps,
     normalise_maps,
     resize_maps,
 )
@@ -54,6 +55,7 @@ _VOCABULARY_CHUNK = 2048
 # Pairs whose masks are made at a time.
 _SEGMENTED_PAIRS = 16
 _MASK_THRESHOLD = 0.5
+_EXISTENCE_THRESHOLD = 0.5  # until it is fitted
 
 
 class ConceptMask(nn.Module):
@@ -166,7 +168,8 @@ class ConceptMask(nn.Module):
             self.register_buffer(f"gamma_{name}", values, persistent=False)
         self.register_buffer("theta_image", torch.ones(()))
         self.register_buffer("theta_unseen", torch.ones(()))
-        self.register_buffer("existence_thresholds", torch.full((num_concepts,), 0.5))
+        thresholds = torch.full((num_concepts,), _EXISTENCE_THRESHOLD)
+        self.register_buffer("existence_thresholds", thresholds)
         self.register_buffer("existence_threshold_unseen", torch.zeros(()))
         for module in self._frozen():
             module.requires_grad_(False)
@@ -176,6 +179,11 @@ class ConceptMask(nn.Module):
     def vectors(self) -> Tensor:
         """The (V, k) word table."""
         return self.table if self.stage == 1 else self.refinement.vectors
+
+    @property
+    def has_fitted_thresholds(self) -> bool:
+        """Whether the existence thresholds of the word table were fitted, on any images."""
+        return self.stage > 1 and bool((self.existence_thresholds != _EXISTENCE_THRESHOLD).any())
 
     def train(self, mode: bool = True) -> "ConceptMask":
         """Set training or evaluation mode; what is frozen stays in evaluation mode."""
@@ -444,8 +452,7 @@ class ConceptMask(nn.Module):
         """
         size = images.shape[-2:] if size is None else size
         if self.segmenter is None:
-            large = torch.stack([normalise_maps(resize_maps(each, size)) for each in attention])
-            return large.mean(dim=0)
+            return mean_maps(attention, size)
         side = (self.mask_size, self.mask_size)
         images = resize_maps(images, side, antialias=True)
         num_images, num_concepts = attention[0].shape[:2]
@@ -494,12 +501,12 @@ class ConceptMask(nn.Module):
         thresholds = self._thresholds()[query.indices.clamp(min=0)]
         thresholds = torch.where(known, thresholds, self.existence_threshold_unseen)
         attention = self.attention(maps, query)
-        initial = [normalise_maps(each) for each in self.attention(maps, query, kind="initial")]
+        initial = self.attention(maps, query, kind="initial")
         mask_prob = self.segment(image[None], attention, size)[0]
         return ConceptResults(
             indices=query.indices,
-            attention=_mean_map(attention)[0],
-            initial=_mean_map(initial)[0],
+            attention=mean_maps(attention, size)[0],
+            initial=mean_maps(initial, size)[0],
             mask_prob=mask_prob,
             masks=mask_prob > _MASK_THRESHOLD,
             existence=existence,
@@ -588,9 +595,3 @@ def _fill_known(buffer: Tensor, values: Tensor | float) -> None:
 
 def _maxima(maps: Tensor) -> Tensor:
     return maps.amax(dim=(-2, -1))
-
-
-def _mean_map(maps: Sequence[Tensor]) -> Tensor:
-    """Return the mean over the attention sizes of (N, C, h, w) maps, at the size of the largest."""
-    size = max((each.shape[-2:] for each in maps), key=lambda shape: shape.numel())
-    return torch.stack([resize_maps(each, size) for each in maps]).mean(dim=0)

@@ -2,7 +2,7 @@
 
 Shape legend:
     V: concepts of the word table; k: length of a word vector; C: asked concepts; H, W: size of the
-    masks; h, w: size of an attention map.
+    masks.
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ class ConceptResults:
 
     Attributes:
         indices: (C,) int64, rows of the word table; -1 for an unseen word.
-        attention: (C, h, w) in [0, 1], what the masks are made from: blended maps, mean over the
-            attention sizes. See :func:`maskx.modeling.concept_segmenter.resize_maps`.
-        initial: (C, h, w) in [0, 1], normalised maps of Eq. 1, mean over the attention sizes.
+        attention: (C, H, W) in [0, 1], what the masks are made from: blended maps, see
+            :func:`maskx.modeling.concept_segmenter.mean_maps`.
+        initial: (C, H, W) in [0, 1], the same of the maps of Eq. 1.
         mask_prob: (C, H, W) probability, at the output's size.
         masks: (C, H, W) bool, above 0.5.
         existence: (C,) see :meth:`ConceptMask.existence`.

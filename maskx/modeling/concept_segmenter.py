@@ -51,6 +51,22 @@ def resize_maps(maps: Tensor, size: Sequence[int], *, antialias: bool = False) -
     )
 
 
+def mean_maps(maps: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """Make of the maps of all attention sizes those that are shown and measured.
+
+    Each is brought to `size` and then to [0, 1], as the segmenter gets them; the mean is taken of
+    what results.
+
+    Args:
+        maps: for each attention size (N, C, h, w).
+        size: of the result, (H, W).
+
+    Returns:
+        (N, C, H, W) in [0, 1].
+    """
+    return sum(normalise_maps(resize_maps(each, size)) for each in maps) / len(maps)
+
+
 class ConceptSegmenter(nn.Module):
     """Encoder-decoder with skips on an image and the attention maps of one concept.
 

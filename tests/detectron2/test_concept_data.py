@@ -39,6 +39,9 @@ def test_a_stage_sees_what_it_learns_from_and_nothing_else(stage, make_concept_c
     records = concept_records(make_concept_cfg(file=FILES[stage]))
     assert records == getattr(sets, STAGES[stage][1])
     annotations = [a for record in records for a in record["annotations"]]
+    split = scene_concept_split()
+    allowed = {1: (), 2: split.boxed, 3: split.masked}[stage]
+    assert {split.vocabulary[a["class_index"]] for a in annotations} <= set(allowed)
     assert bool(annotations) == (stage > 1)
     assert any("segmentation" in a for a in annotations) == (stage == 3)
     twice = make_concept_cfg("DATASETS.TRAIN", ("tiny_concepts",) * 2, file=FILES[stage])
@@ -273,7 +276,7 @@ def test_tables_and_splits_that_do_not_fit_are_refused(make_concept_cfg, concept
     wide = WordTable(("x",), np.ones((1, 5)), np.ones(1))
     save_word_table(tmp_path / "wide.safetensors", wide)
     cfg = make_concept_cfg("TEST.MASKX.UNSEEN_WORDS", str(tmp_path / "wide.safetensors"))
-    with pytest.raises(ValueError, match=r"UNSEEN_WORDS .* length 5, .*WORD_TABLE of length 12"):
+    with pytest.raises(ValueError, match=r"wide\.safetensors' have .* length 5, .* of length 12"):
         check_config(cfg)
     lists = scene_concept_split()
     no_masks = type(lists)(lists.vocabulary, lists.boxed, (), lists.unseen)

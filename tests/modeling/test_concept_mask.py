@@ -482,18 +482,18 @@ def test_masks_come_at_the_size_of_the_file():
     found = net.predict(image, query, output_size=(60, 100))
     assert found.indices.tolist() == [3, -1, 1]
     assert found.mask_prob.shape == found.masks.shape == (3, 60, 100)
-    assert found.attention.shape == found.initial.shape == (3, 3, 3)
+    assert found.attention.shape == found.initial.shape == (3, 60, 100)
     assert torch.equal(found.masks, found.mask_prob > 0.5)
     assert found.existence.shape == found.exists.shape == (3,)
     assert net.predict(image, query).masks.shape == (3, 48, 80)
 
     maps = net.embedding_maps(image[None])
     attention = net.attention(maps, query)
-    expected = (resize_maps(attention[0], (3, 3)) + attention[1])[0] / 2
-    torch.testing.assert_close(found.attention, expected)
-    initial = [normalise_maps(each) for each in net.attention(maps, query, kind="initial")]
-    expected = (resize_maps(initial[0], (3, 3)) + initial[1])[0] / 2
-    torch.testing.assert_close(found.initial, expected)
+    initial = net.attention(maps, query, kind="initial")
+    for shown, each in ((found.attention, attention), (found.initial, initial)):
+        large = [resize_maps(values, (60, 100))[0] for values in each]
+        expected = (normalise_maps(large[0]) + normalise_maps(large[1])) / 2
+        torch.testing.assert_close(shown, expected)
     prob = net.segment(image[None], attention, (60, 100))[0]
     torch.testing.assert_close(found.mask_prob, prob)
 
@@ -561,11 +561,13 @@ def test_an_unseen_word_exists_above_its_own_threshold(margin):
 
 def test_no_concept_may_exist():
     net = make_net(3).eval()
+    assert not net.has_fitted_thresholds
     net.set_fitted(existence_thresholds=torch.ones(V))
+    assert net.has_fitted_thresholds
     found = net.predict(make_images()[0], output_size=(20, 30))
     assert found.indices.shape == found.existence.shape == found.exists.shape == (0,)
     assert found.masks.shape == found.mask_prob.shape == (0, 20, 30)
-    assert found.attention.shape == found.initial.shape == (0, 3, 3)
+    assert found.attention.shape == found.initial.shape == (0, 20, 30)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -18,7 +18,7 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.utils import comm
 
-from maskx.concept_mask import UNSEEN, ConceptTest, concept_test
+from maskx.concept_mask import UNSEEN, ConceptTest, concept_test, read_unseen_words
 from maskx.data.coco import CocoData
 from maskx.data.concept_overlap import concept_overlap, save_overlap
 from maskx.data.concept_samples import box_target, mask_target
@@ -77,22 +77,9 @@ def concept_table(cfg: CfgNode) -> WordTable:
 
 
 def unseen_words(cfg: CfgNode) -> WordTable | None:
-    """Read ``TEST.MASKX.UNSEEN_WORDS``, words that are asked for by their vectors.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no word table, or its vectors have another length.
-    """
+    """Read ``TEST.MASKX.UNSEEN_WORDS``; see :func:`maskx.concept_mask.read_unseen_words`."""
     path = cfg.TEST.MASKX.UNSEEN_WORDS
-    if not path:
-        return None
-    unseen, table = load_word_table(path), concept_table(cfg)
-    if unseen.dim != table.dim:
-        raise ValueError(
-            f"TEST.MASKX.UNSEEN_WORDS '{path}' has vectors of length {unseen.dim}, {_KEYS}."
-            f"WORD_TABLE of length {table.dim}. Fold the words into that table."
-        )
-    return unseen
+    return read_unseen_words(path, concept_table(cfg)) if path else None
 
 
 def concept_split(cfg: CfgNode) -> ConceptSplit:

@@ -1,11 +1,13 @@
 """ConceptMask: masks of the concepts of a word table, learned from tags, boxes and masks."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
 from maskx.concept_mask import batch_targets, named_query
@@ -18,7 +20,9 @@ from maskx.detectron2.tasks import Task, task_of
 from maskx.modeling.backbones import DilatedResNet, SmallResNet
 from maskx.modeling.concept_embedding import ConceptEmbedding
 from maskx.modeling.concept_mask import STAGES, ConceptMask, ConceptQuery
-from maskx.modeling.concept_segmenter import ConceptSegmenter, resize_maps
+from maskx.modeling.concept_query import ConceptResults
+from maskx.modeling.concept_segmenter import ConceptSegmenter
+from maskx.modeling.concept_stages import stage_of
 
 __all__ = ["MaskXConceptMask", "check_concept_mask", "check_started"]
 
@@ -158,7 +162,8 @@ class MaskXConceptMask(ImageModel):
             - ``concepts``: their names, but for those of a ``query``;
             - ``concept_indices``: (C,) rows of the word table, -1 for unseen words;
             - ``masks_prob`` (C, height, width), and ``masks``, bool, where that is above 0.5;
-            - ``attention``: (C, height, width) in [0, 1], the maps that the masks are made from;
+            - ``attention``: (C, height, width) in [0, 1], the normalised maps that the masks are
+              made from;
             - ``existence``: (C,) how much each seems to be in the image, and ``exists``, bool.
 
         Raises:
@@ -184,7 +189,6 @@ class MaskXConceptMask(ImageModel):
                 targets[name] = targets[name].to(self.device)
         return self.network.losses(torch.stack(images), **targets)
 
-    @torch.no_grad()
     def predict(self, sample: dict[str, Any]) -> dict[str, Any]:
         """Find concepts in one image, in evaluation mode; see :meth:`forward`."""
         names, query = None, sample.get("query")
@@ -192,22 +196,47 @@ class MaskXConceptMask(ImageModel):
             names, query = self.ask(self.concepts)
         image = sample["image"]
         size = (sample.get("height", image.shape[1]), sample.get("width", image.shape[2]))
-        found = self.network.predict(self.normalised(image), query, output_size=size)
-        if names is None:
-            indices = found.indices.tolist()
-            names = [
-                self.table.names[index] if index >= 0 else f"vector {place}"
-                for place, index in enumerate(indices)
-            ]
+        own_names, found = self.find(image, query, size)
         return {
-            "concepts": names,
+            "concepts": own_names if names is None else names,
             "concept_indices": found.indices,
             "masks_prob": found.mask_prob,
             "masks": found.masks,
-            "attention": resize_maps(found.attention[None], size)[0],
+            "attention": found.attention,
             "existence": found.existence,
             "exists": found.exists,
         }
+
+    @torch.no_grad()
+    def find(
+        self, image: Tensor, query: ConceptQuery | None, size: tuple[int, int]
+    ) -> tuple[list[str], ConceptResults]:
+        """Find concepts in one image, in evaluation mode.
+
+        Args:
+            image: (3, H, W) from 0 to 255.
+            query: of :meth:`ask`; None for all of the word table that exist in the image.
+            size: height and width of the result.
+
+        Returns:
+            Their names, "vector" and its position for one that was given as a vector; and what was
+            found.
+        """
+        if query is None and not self.network.has_fitted_thresholds:
+            log_first_n(
+                logging.WARNING,
+                "All concepts that exist are asked for, but no threshold of existence was fitted: "
+                f"there may be maps and masks of most of the {len(self.table)} concepts. Fit a "
+                "model of stage 2 or 3 with tools/fit_concepts.py, or name concepts, as in "
+                "TEST.MASKX.CONCEPTS.",
+                name=__name__,
+            )
+        found = self.network.predict(self.normalised(image), query, output_size=size)
+        names = [
+            self.table.names[index] if index >= 0 else f"vector {place}"
+            for place, index in enumerate(found.indices.tolist())
+        ]
+        return names, found
 
     def start_encoder(self, depth: int) -> None:
         """Start the encoder of the segmentation network from ImageNet weights of torchvision.
@@ -233,7 +262,7 @@ class MaskXConceptMask(ImageModel):
             )
         start = prefix + _NETWORK
         network = {n.removeprefix(start): v for n, v in state_dict.items() if n.startswith(start)}
-        stage = _stage_of(network) if found is not None else self.network.stage
+        stage = stage_of(network) if found is not None else self.network.stage
         self.is_new = found is None or stage != self.network.stage
         if stage != self.network.stage:
             if not self.training:
@@ -319,10 +348,3 @@ def _check_sizes(cfg: CfgNode, divisor: int) -> None:
 
 def _build_encoder(depth: int) -> torch.nn.Module:
     return DilatedResNet(depth=depth, output_stride=32) if depth else SmallResNet(output_stride=16)
-
-
-def _stage_of(network: dict[str, Tensor]) -> int | None:
-    for stage, part in ((3, "segmenter."), (2, "original."), (1, "table")):
-        if any(name.startswith(part) for name in network):
-            return stage
-    return None
