@@ -4,12 +4,14 @@ Theta is the share that the own map of a concept without boxes has in its blend 
 nearest concept with boxes. The values are written into the checkpoint of the run. Of Detectron2
 that is model_final.pth in the OUTPUT_DIR of the config, or the MODEL.WEIGHTS of --opts.
 
+The masks of these images are read, of concepts without masks too: results are to be reported on
+other images than those given here.
+
 Examples:
     python tools/fit_concepts.py output/quickstart-concept_mask \
-        output/quickstart-concept_mask/scenes/val/concepts.json \
-        output/quickstart-concept_mask/scenes/val
+        annotations/held_out.json held_out
     python tools/fit_concepts.py --config-file output/concept_mask/stage3/config.yaml \
-        annotations/val.json val
+        annotations/held_out.json held_out
 """
 
 import argparse

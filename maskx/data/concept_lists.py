@@ -110,7 +110,10 @@ def format_concept_lists(split: ConceptSplit, summary: ConceptListSummary) -> st
 def _images_by_category(path: str | os.PathLike[str]) -> Counter[str]:
     """Count the images with a box of each category of a file, in its order, also 0."""
     content = read_coco_json(Path(path))
-    pairs = {(a["category_id"], a["image_id"]) for a in content["annotations"]}
-    images = Counter(category for category, _ in pairs)
     categories = sorted(content["categories"], key=lambda category: category["id"])
-    return Counter({spelled(c["name"]): images[c["id"]] for c in categories})
+    name_of = {category["id"]: spelled(category["name"]) for category in categories}
+    images = Counter(
+        name
+        for name, _ in {(name_of[a["category_id"]], a["image_id"]) for a in content["annotations"]}
+    )
+    return Counter({name: images[name] for name in name_of.values()})

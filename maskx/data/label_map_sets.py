@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from maskx.data.images import read_image
@@ -25,6 +26,7 @@ __all__ = [
     "image_size",
     "label_table",
     "list_problems",
+    "oriented_size",
     "read_values",
     "relabel_by_value",
     "write_label_map_set",
@@ -228,7 +230,19 @@ def list_problems(problems: Mapping[str, str]) -> str:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an image, from its header.
+    """Return height and width of an image as it is read, see `oriented_size`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no image.
+    """
+    return oriented_size(path)[:2]
+
+
+def oriented_size(path: Path) -> tuple[int, int, int]:
+    """Return height, width and orientation (EXIF, 1 to 8) of an image, from its header.
+
+    Readers turn images by this tag, so height and width are those of the turned image.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -236,7 +250,8 @@ def image_size(path: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            return image.height, image.width
+            (width, height), orientation = image.size, _orientation(image)
+        return (width, height, orientation) if orientation > 4 else (height, width, orientation)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: there is no such image, but it is listed. Unpack the images again."
@@ -245,6 +260,18 @@ def image_size(path: Path) -> tuple[int, int]:
         raise ValueError(
             f"{path}: cannot be read as image ({error}). Unpack the images again."
         ) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    # Not getexif, which also takes the tag from XMP, as OpenCV does not, and from TIFF files, which
+    # Pillow turns itself.
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif"))
+        orientation = exif.get(ExifTags.Base.Orientation)
+    except (SyntaxError, ValueError, struct.error):  # OpenCV passes over a damaged tag, too
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def read_values(path: Path, *, kind: str) -> np.ndarray:

@@ -6,8 +6,9 @@ each box. Rows are read one after another; `open_images_names.py` says what clas
 - A label with confidence 1 of any source but "machine" was verified by people, 0 is one they
   denied. Machine labels have a confidence in between; they are used on request, where people have
   not judged.
-- Boxes are in units of the image; the sizes of images are not published and are read from their
-  headers. "GroupOf" boxes, around more than five objects that touch, become crowd regions.
+- Boxes are in units of the image as its pixels are stored; the sizes of images are not published
+  and are read from their headers. Readers turn an image by its EXIF tag, so its boxes are turned,
+  too. "GroupOf" boxes, around more than five objects that touch, become crowd regions.
 - Image ids are 16 hexadecimal digits, the stem of the file name.
 """
 
@@ -25,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maskx.data.csv_files import csv_rows
-from maskx.data.label_map_sets import image_size, list_problems
+from maskx.data.label_map_sets import list_problems, oriented_size
 from maskx.data.processes import run_jobs
 from maskx.data.tag_files import whole_file, write_tag_lines
 
@@ -38,7 +39,7 @@ __all__ = [
 
 _LABEL_COLUMNS = ("ImageID", "Source", "LabelName", "Confidence")
 _BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsGroupOf")
-_SIZE_COLUMNS = ("ImageID", "Width", "Height")
+_SIZE_COLUMNS = ("ImageID", "Width", "Height", "Orientation")
 _IMAGE_ID = re.compile("[0-9a-f]{16}")
 _MACHINE, _VERIFIED, _DENIED = range(3)  # of several verdicts on a label the highest counts
 _FILES_PER_JOB = 500
@@ -138,8 +139,9 @@ def prepare_open_images_boxes(
         names: Of classes by id, see `read_open_images_names`.
         images: Folder of the images, ID.jpg.
         output: File to write; its folder is created.
-        sizes: CSV file ImageID,Width,Height. Images that are not in it are read and added to it,
-            also when the run is interrupted, so that a repeated run reads no image twice.
+        sizes: CSV file ImageID,Width,Height,Orientation, of images as readers turn them. Images
+            that are not in it are read and added to it, also when the run is interrupted, so that
+            a repeated run reads no image twice.
         existing_only: Leave images out that are not there, counted. Otherwise that is an error.
         workers: Processes that read images.
         progress: Show progress bars.
@@ -252,6 +254,14 @@ def _tag_lines(
             bar.update()
 
 
+class _Size(NamedTuple):
+    """Size of an image as it is read, and the EXIF orientation by which it is turned then."""
+
+    height: int
+    width: int
+    orientation: int
+
+
 class _Box(NamedTuple):
     image: int
     category: int
@@ -276,7 +286,7 @@ def _boxed_images(path: Path, progress: bool) -> tuple[list[int], set[str]]:
 def _read_boxes(
     path: Path,
     rows: Iterable[tuple[int, Sequence[str]]],
-    size_of: Mapping[int, tuple[int, int]],
+    size_of: Mapping[int, _Size],
     categories: Sequence[Mapping[str, Any]],
     left_out: Counter[str],
 ) -> Iterator[_Box]:
@@ -296,10 +306,22 @@ def _read_boxes(
         elif x1 >= x2 or y1 >= y2:
             left_out["boxes without width or height"] += 1
         else:
-            height, width = size_of[number]
+            height, width, orientation = size_of[number]
+            x1, x2, y1, y2 = _turned(x1, x2, y1, y2, orientation)
             box = [x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height]
             # -1 says that nobody has looked.
             yield _Box(number, id_of[label], box, group == "1")
+
+
+def _turned(
+    x1: float, x2: float, y1: float, y2: float, orientation: int
+) -> tuple[float, float, float, float]:
+    """Turn a box, in units of the image, as the EXIF orientation turns the image."""
+    if orientation in (2, 3, 7, 8):
+        x1, x2 = 1 - x2, 1 - x1
+    if orientation in (3, 4, 6, 7):
+        y1, y2 = 1 - y2, 1 - y1
+    return (y1, y2, x1, x2) if orientation > 4 else (x1, x2, y1, y2)
 
 
 def _write_annotations(file: TextIO, boxes: Iterable[_Box]) -> tuple[dict[int, int], Counter[int]]:
@@ -324,17 +346,16 @@ def _write_annotations(file: TextIO, boxes: Iterable[_Box]) -> tuple[dict[int, i
 def _write_rest(
     file: TextIO,
     image_ids: Mapping[int, int],
-    size_of: Mapping[int, tuple[int, int]],
+    size_of: Mapping[int, _Size],
     categories: Sequence[Mapping[str, Any]],
 ) -> None:
     file.write('\n],\n"images":[')
     for position, (number, image_id) in enumerate(image_ids.items()):
-        height, width = size_of[number]
         image = {
             "id": image_id,
             "file_name": _file_name(number),
-            "width": width,
-            "height": height,
+            "width": size_of[number].width,
+            "height": size_of[number].height,
         }
         file.write(f"{',' if position else ''}\n{json.dumps(image)}")
     file.write(f'\n],\n"categories":{json.dumps(categories)}}}\n')
@@ -342,8 +363,8 @@ def _write_rest(
 
 def _image_sizes(
     numbers: Sequence[int], images: Path, sizes: Path, workers: int, progress: bool
-) -> dict[int, tuple[int, int]]:
-    """Return (height, width) by image number, from the file of sizes or the images."""
+) -> dict[int, _Size]:
+    """Return sizes by image number, from the file of sizes or the images."""
     known = _read_sizes(sizes) if sizes.is_file() else {}
     unread = [number for number in numbers if number not in known]
     if unread and not images.is_dir():
@@ -377,34 +398,37 @@ def _image_sizes(
     return {number: known[number] for number in numbers}
 
 
-def _read_headers(files: Sequence[str]) -> tuple[dict[int, tuple[int, int]], dict[str, str]]:
+def _read_headers(files: Sequence[str]) -> tuple[dict[int, _Size], dict[str, str]]:
     """Read the sizes of images; return them by number, and what is wrong with a file by path."""
     found, bad = {}, {}
     for file in files:
         try:
-            found[int(Path(file).stem, 16)] = image_size(Path(file))
+            found[int(Path(file).stem, 16)] = _Size(*oriented_size(Path(file)))
         except (ValueError, FileNotFoundError) as error:
             bad[file] = str(error)
     return found, bad
 
 
-def _read_sizes(path: Path) -> dict[int, tuple[int, int]]:
+def _read_sizes(path: Path) -> dict[int, _Size]:
     sizes = {}
-    for line, (image_id, width, height) in csv_rows(path, _SIZE_COLUMNS):
-        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+    for line, (image_id, *values) in csv_rows(path, _SIZE_COLUMNS):
+        width, height, orientation = (int(v) if v.isdecimal() else 0 for v in values)
+        if not (width and height and 1 <= orientation <= 8):
             raise ValueError(
-                f"{path}, line {line} (image {image_id}) has the size {width} x {height}. Allowed: "
-                "pixels, above 0. Delete the file to have it made again."
+                f"{path}, line {line} (image {image_id}) has the size {' x '.join(values[:2])} and "
+                f"the orientation {values[2]}. Allowed: pixels, above 0; 1 to 8. Delete the file "
+                "to have it made again."
             )
-        sizes[_image_number(image_id, path, line)] = (int(height), int(width))
+        sizes[_image_number(image_id, path, line)] = _Size(height, width, orientation)
     return sizes
 
 
-def _write_sizes(path: Path, sizes: Mapping[int, tuple[int, int]]) -> None:
+def _write_sizes(path: Path, sizes: Mapping[int, _Size]) -> None:
     with whole_file(path) as file:
         file.write(",".join(_SIZE_COLUMNS) + "\n")
         file.writelines(
-            f"{number:016x},{width},{height}\n" for number, (height, width) in sizes.items()
+            f"{number:016x},{size.width},{size.height},{size.orientation}\n"
+            for number, size in sizes.items()
         )
 
 

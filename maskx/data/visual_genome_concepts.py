@@ -37,12 +37,12 @@ class VisualGenomeConceptSummary:
     """What `prepare_visual_genome_concepts` wrote.
 
     Attributes:
-        splits: Of each split the number of images with a tag, tags and boxes.
+        splits: Of each split the number of images with a tag, tags, boxes, and images without one.
         kept_synsets: Classes that keep the synset as their name, with their boxes.
         most_frequent: Concepts with the most boxes.
     """
 
-    splits: dict[str, tuple[int, int, int]]
+    splits: dict[str, tuple[int, int, int, int]]
     kept_synsets: Counter[str]
     most_frequent: list[tuple[str, int]]
 
@@ -111,7 +111,8 @@ def word_names(
 
 def format_concept_summary(summary: VisualGenomeConceptSummary) -> str:
     """Lay out a summary for people."""
-    lines = [f"{'split':<8}{'images':>10}{'tags':>10}{'boxes':>10}"]
+    columns = ("images", "tags", "boxes", "left out")
+    lines = [f"{'split':<8}" + "".join(f"{column:>10}" for column in columns)]
     for split, numbers in summary.splits.items():
         lines.append(f"{split:<8}" + "".join(f"{number:>10}" for number in numbers))
     for what, named in (
@@ -145,8 +146,8 @@ def _write(
     split: str,
     content: Mapping[str, Any],
     categories: Sequence[Mapping[str, Any]],
-) -> tuple[int, int, int]:
-    """Write the two files of a split; return its images, tags and boxes."""
+) -> tuple[int, int, int, int]:
+    """Write the two files of a split; return its images, tags, boxes, and images left out."""
     shown: dict[int, set[int]] = defaultdict(set)
     for annotation in content["annotations"]:
         shown[annotation["image_id"]].add(annotation["category_id"])
@@ -158,6 +159,8 @@ def _write(
         ((i["file_name"], sorted(place[id_] for id_ in shown[i["id"]])) for i in images),
         words,
     )
-    content = {**content, "images": images, "categories": categories}
-    write_json(folder / f"concepts_{split}_boxes.json", content, compact=True)
-    return len(images), sum(map(len, shown.values())), len(content["annotations"])
+    boxes = {**content, "images": images, "categories": categories}
+    write_json(folder / f"concepts_{split}_boxes.json", boxes, compact=True)
+    num_tags = sum(map(len, shown.values()))
+    num_left_out = len(content["images"]) - len(images)
+    return len(images), num_tags, len(content["annotations"]), num_left_out

@@ -66,6 +66,12 @@ def test_rare_boxes_are_dropped_over_all_files_and_masks_never(files):
     assert "apple" in choose_concepts(VOCABULARY, **files, min_images=1)[0].boxed
 
 
+def test_spellings_of_a_name_in_one_file_are_one_concept(files, tmp_path):
+    path = coco_file(tmp_path / "c.json", [["big_dog", "big dog"], ["big dog"], ["big_dog"]])
+    _, summary = choose_concepts(VOCABULARY, boxes=[path], masks=files["masks"])
+    assert summary.box_images["big dog"] == 3
+
+
 def test_the_files_can_be_used_with_their_lists(files):
     split, _ = choose_concepts(VOCABULARY, **files, min_images=2)
     boxes = [load_coco(path, "", check_images=False) for path in files["boxes"]]

@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from maskx.data import open_images as open_images_module
 from maskx.data.coco import load_coco
-from maskx.data.label_map_sets import image_size
+from maskx.data.images import read_image
+from maskx.data.label_map_sets import oriented_size
 from maskx.data.open_images import (
     format_open_images_summary,
     prepare_open_images_boxes,
@@ -233,12 +235,49 @@ def test_boxes_become_a_coco_file(files):
     }
 
 
+@pytest.mark.parametrize("orientation", range(1, 10))  # 9 is not allowed and turns nothing
+def test_boxes_are_turned_with_their_image(files, orientation):
+    pixels = np.zeros((24, 40, 3), np.uint8)
+    pixels[6:12, 4:20] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    for image_id in SIZES:
+        Image.fromarray(pixels).save(files.images / f"{image_id}.jpg", exif=exif, quality=100)
+    files.boxes.write_text(f"{BOX_HEADER}\n{A},xclick,{DOG},1,0.1,0.5,0.25,0.5,0,0,0,0,0\n")
+    files.prepare_boxes()
+    for _ in range(2):  # from the images, from the file of sizes
+        files.prepare_boxes()
+        (record,) = load_coco(files.output / "val_boxes.json", files.images).records
+        image = read_image(record["file_name"], record["height"], record["width"], A)
+        left, top, width, height = cv2.boundingRect((image[:, :, 0] > 127).astype(np.uint8))
+        (annotation,) = record["annotations"]
+        assert annotation["bbox"] == [left, top, left + width, top + height]
+
+
+def test_the_size_of_an_image_is_that_of_its_readers(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    damaged = exif.tobytes()[:8] + b"xx"
+    xmp = b"<x:xmpmeta><rdf:Description tiff:Orientation='6' tiff:Orientation=\"6\"/></x:xmpmeta>"
+    for name, options in (
+        ("a.png", {"exif": exif}),
+        ("a.webp", {"exif": exif}),
+        ("a.tiff", {"exif": exif}),
+        ("damaged.jpg", {"exif": damaged}),
+        ("no.jpg", {"exif": b"Exif\0\0no tags"}),
+        ("xmp.jpg", {"xmp": xmp}),
+    ):
+        Image.fromarray(np.zeros((3, 5, 3), np.uint8)).save(tmp_path / name, **options)
+        height, width, _ = oriented_size(tmp_path / name)
+        assert read_image(tmp_path / name, height, width, name).shape == (height, width, 3)
+
+
 def test_sizes_are_read_once(files):
     files.prepare_boxes()
     before = (files.output / "val_boxes.json").read_text()
     assert set((files.output / "val_sizes.csv").read_text().splitlines()) == {
-        "ImageID,Width,Height",
-        *(f"{image},{width},{height}" for image, (height, width) in SIZES.items()),
+        "ImageID,Width,Height,Orientation",
+        *(f"{image},{width},{height},1" for image, (height, width) in SIZES.items()),
     }
     for image in files.images.iterdir():
         image.unlink()
@@ -251,15 +290,15 @@ def test_sizes_that_were_read_are_kept_when_the_run_is_interrupted(files, monkey
     def size(path):
         if path.stem == B:  # the last one
             raise KeyboardInterrupt
-        return image_size(path)
+        return oriented_size(path)
 
     monkeypatch.setattr(open_images_module, "_FILES_PER_JOB", 1)
-    monkeypatch.setattr(open_images_module, "image_size", size)
+    monkeypatch.setattr(open_images_module, "oriented_size", size)
     with pytest.raises(KeyboardInterrupt):
         files.prepare_boxes()
     assert [path.name for path in files.output.iterdir()] == ["val_sizes.csv"]
     assert len((files.output / "val_sizes.csv").read_text().splitlines()) == 3
-    monkeypatch.setattr(open_images_module, "image_size", None)
+    monkeypatch.setattr(open_images_module, "oriented_size", None)
     (files.images / f"{B}.jpg").unlink()
     assert files.prepare_boxes(existing_only=True).num_images == 2
 
@@ -309,8 +348,16 @@ def test_bad_boxes_are_named(files, row, message):
 def test_bad_sizes_and_folders_are_named(files):
     files.output.mkdir()
     sizes = files.output / "val_sizes.csv"
-    sizes.write_text(f"ImageID,Width,Height\n{A},0,30\n")
-    with pytest.raises(ValueError, match=r"line 2 \(image .*the size 0 x 30\. Allowed: pix"):
+    for row, message in (
+        ("0,30,1", r"line 2 \(image .*the size 0 x 30 and the orientation 1\. Allowed: pix"),
+        ("40,30.5,1", "the size 40 x 30.5 and"),
+        ("40,30,9", "the orientation 9"),
+    ):
+        sizes.write_text(f"ImageID,Width,Height,Orientation\n{A},{row}\n")
+        with pytest.raises(ValueError, match=message):
+            files.prepare_boxes()
+    sizes.write_text(f"ImageID,Width,Height\n{A},40,30\n")
+    with pytest.raises(ValueError, match="lacks the column Orientation"):
         files.prepare_boxes()
     sizes.unlink()
     files.images.rename(files.root / "elsewhere")

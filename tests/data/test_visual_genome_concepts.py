@@ -58,6 +58,7 @@ def test_tags_and_boxes_have_the_same_words(root):
             len(data.records),
             len(tags.indices),
             len(before["annotations"]),
+            len(before["images"]) - len(data.records),
         )
         expected = {}
         for annotation in before["annotations"]:
@@ -77,7 +78,15 @@ def test_tags_and_boxes_have_the_same_words(root):
     assert {"orange.n.02", "bank.n.02"} <= set(summary.kept_synsets)
     assert {"orange", "bank"} <= set(data.class_names)
     assert set(COCO_THING_CLASSES) <= set(data.class_names)
+    assert any(left_out for *_, left_out in summary.splits.values())
     text = format_concept_summary(summary)
+    assert text.splitlines()[0].split(maxsplit=4) == [
+        "split",
+        "images",
+        "tags",
+        "boxes",
+        "left out",
+    ]
     assert f"{len(summary.kept_synsets)} concepts keep their synset as name: " in text
     assert Counter(dict(summary.most_frequent)).most_common() == summary.most_frequent
 
