@@ -35,6 +35,7 @@ __all__ = [
     "concept_truths",
     "fit_concepts",
     "found_concepts",
+    "image_tensor",
     "named_query",
     "read_unseen_words",
 ]
@@ -142,6 +143,25 @@ def named_query(
     if twice:
         raise ValueError(f"'{twice[0]}' is asked for twice. Name each concept once.")
     return names, concept_query(indices, vectors)
+
+
+def image_tensor(image: np.ndarray, channels: str) -> Tensor:
+    """Turn an image that a user gives into (3, H, W) uint8.
+
+    Args:
+        image: (H, W, 3) uint8.
+        channels: their order, for messages.
+
+    Raises:
+        ValueError: the image is of another kind.
+    """
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"The image has shape {image.shape} and dtype {image.dtype}. Allowed: (H, W, 3) "
+            f"uint8, {channels}."
+        )
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def found_concepts(result: ConceptResults, names: Sequence[str]) -> dict[str, FoundConcept]:

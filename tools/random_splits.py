@@ -20,7 +20,6 @@ Examples:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from maskx.detectron2 import check_num_gpus  # says what is missing
@@ -33,7 +32,7 @@ from maskx.detectron2.random_splits import (
     RandomSplits,
     write_summary,
 )
-from maskx.detectron2.stagewise import Stage
+from maskx.detectron2.stagewise import Stage, exit_with_message
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "MaskX" / "random_splits"
 
@@ -96,12 +95,8 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run the protocol; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with exit_with_message("the same command goes on"):
         run(arguments)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ Examples:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from maskx.data.proxy_masks import ProxyMaskSettings
@@ -28,6 +27,7 @@ from maskx.detectron2 import check_num_gpus  # says what is missing
 
 # isort: split
 from maskx.detectron2.class_patterns import TagChain, format_results
+from maskx.detectron2.stagewise import exit_with_message
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,12 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run all steps; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with exit_with_message("the same command with --resume goes on where it stopped"):
         run(arguments)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on where it stopped")
 
 
 if __name__ == "__main__":

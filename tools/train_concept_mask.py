@@ -23,14 +23,13 @@ Examples:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from maskx.detectron2 import check_num_gpus  # says what is missing
 
 # isort: split
 from maskx.detectron2.concept_stages import check_concept_stages, concept_stages
-from maskx.detectron2.stagewise import run_stage
+from maskx.detectron2.stagewise import exit_with_message, run_stages
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,22 +69,15 @@ def run(arguments: argparse.Namespace) -> None:
         output=arguments.output,
         opts=tuple(arguments.opts),
     )
-    for stage, done in zip(stages, check_concept_stages(stages), strict=True):
-        if done:
-            print(f"{stage.output}: finished before, not run again")
-        else:
-            run_stage(stage, num_gpus=arguments.num_gpus, resume=arguments.resume)
+    finished = check_concept_stages(stages)
+    run_stages(stages, finished, num_gpus=arguments.num_gpus, resume=arguments.resume)
 
 
 def main() -> None:
     """Run the stages; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with exit_with_message("the same command with --resume goes on from the last checkpoint"):
         run(arguments)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pathlib import Path
 from maskx.detectron2 import check_num_gpus  # says what is missing
 
 # isort: split
-from maskx.detectron2.stagewise import Stage, check_stages, run_stage, stage_is_finished
+from maskx.detectron2.stagewise import Stage, check_stages, run_stages, stage_is_finished
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,11 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     stages.append(second)
     check_stages(first, second)
     finished = [stage_is_finished(stage) for stage in stages]  # of all, before hours go into one
-    for stage, done in zip(stages, finished, strict=True):
-        if done:
-            print(f"{stage.output}: finished before, not run again")
-        else:
-            run_stage(stage, num_gpus=arguments.num_gpus, resume=arguments.resume)
+    run_stages(stages, finished, num_gpus=arguments.num_gpus, resume=arguments.resume)
 
 
 def main() -> None:

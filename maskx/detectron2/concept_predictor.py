@@ -10,7 +10,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils as utils
 
-from maskx.concept_mask import FoundConcept, concept_test, fit_concepts, found_concepts
+from maskx.concept_mask import (
+    FoundConcept,
+    concept_test,
+    fit_concepts,
+    found_concepts,
+    image_tensor,
+)
 from maskx.data.coco import load_coco
 from maskx.detectron2.data.concept_data import concept_split, concept_table, unseen_words
 from maskx.detectron2.meta_arch.concept_mask import MaskXConceptMask
@@ -56,17 +62,11 @@ class ConceptPredictor:
             ValueError: the image is of another kind or too small, the list is empty, or a concept
                 is not known or asked for twice.
         """
-        image = np.asarray(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                f"The image has shape {image.shape} and dtype {image.dtype}. Allowed: (H, W, 3) "
-                "uint8, BGR."
-            )
+        pixels = image_tensor(image, "BGR")
         names, query = (None, None) if concepts is None else self.model.ask(concepts)
         if self._format == "RGB":
-            image = image[:, :, ::-1]
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-        own_names, result = self.model.find(pixels, query, image.shape[:2])
+            pixels = pixels.flip(0)
+        own_names, result = self.model.find(pixels, query, tuple(pixels.shape[1:]))
         return found_concepts(result, own_names if names is None else names)
 
 

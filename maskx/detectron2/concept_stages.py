@@ -3,7 +3,6 @@
 Stage 1 learns from tags, stage 2 from boxes, stage 3 from masks; each starts from the one before.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from maskx.data.word_table import load_word_table
 from maskx.detectron2.data import register_all, register_from_config
 from maskx.detectron2.data.concept_data import make_overlap, make_word_table
 from maskx.detectron2.meta_arch import MaskXConceptMask
-from maskx.detectron2.stagewise import Stage, build_on_cpu, config_values, stage_is_finished
+from maskx.detectron2.stagewise import Stage, build_on_cpu, check_chain
 from maskx.detectron2.tasks import architecture_of
 from maskx.detectron2.trainer import check_config
 
@@ -26,9 +25,9 @@ WORDS_NAME, OVERLAP_NAME = "words.safetensors", "overlap.npz"
 
 # What every stage must have alike, to compute the same features of the same concepts.
 _SHARED_KEYS = (
-    *("MODEL.BACKBONE.NAME", "MODEL.RESNETS", "MODEL.MASKX.IN_FEATURE", "MODEL.PIXEL_MEAN"),
+    *("MODEL.BACKBONE.NAME", "MODEL.RESNETS", "MODEL.FPN", "MODEL.MASKX.IN_FEATURE"),
     *("MODEL.MASKX.BACKBONE.OUTPUT_STRIDE", "MODEL.MASKX.BACKBONE.FROZEN_NORM"),
-    *("MODEL.MASKX.BACKBONE.VIT", "MODEL.PIXEL_STD", "INPUT.FORMAT", _TABLE),
+    *("MODEL.MASKX.BACKBONE.VIT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT", _TABLE),
     *(f"{_KEYS}.{key}" for key in ("SPLIT", "EMBEDDING_CHANNELS", "FINAL_RELU")),
 )
 # What stage 3 must have like stage 2, whose maps it segments.
@@ -107,26 +106,11 @@ def check_concept_stages(stages: Sequence[Stage]) -> list[bool]:
         cfg.MODEL.MASKX.BACKBONE.PRETRAINED = False
         check_config(cfg)
         build_on_cpu(cfg)
-    finished = [stage_is_finished(stage) for stage in stages]
-    for first, second in itertools.pairwise(stages):
-        keys = _SHARED_KEYS
-        if first.output.name == "stage2":
-            keys += _REFINEMENT_KEYS
-        before, after = (config_values(stage.cfg, keys) for stage in (first, second))
-        for key, value in before.items():
-            if after[key] != value:
-                raise ValueError(
-                    f"{key} is {after[key]!r} in {second.config_file}, but {value!r} in "
-                    f"{first.config_file}, the stage before it, whose weights it starts from. Set "
-                    "it alike in both."
-                )
-    for index, stage in enumerate(stages):
-        if finished[index] and not all(finished[:index]):
-            raise ValueError(
-                f"'{stage.output}' is finished, but the stage before it is not, whose weights it "
-                "started from. Remove that folder, or choose another --output."
-            )
-    return finished
+    return check_chain(stages, _shared_with_next)
+
+
+def _shared_with_next(stage: Stage) -> tuple[str, ...]:
+    return _SHARED_KEYS + (_REFINEMENT_KEYS if stage.output.name == "stage2" else ())
 
 
 def _check_kind(stage: Stage) -> None:
@@ -145,10 +129,17 @@ def _check_kind(stage: Stage) -> None:
 
 
 def _with_table(stages: list[Stage], output: Path) -> list[Stage]:
-    """Name the table of the output folder where a stage names none; make it if need be."""
-    unnamed = [stage for stage in stages if not stage.cfg.MODEL.MASKX.CONCEPT_MASK.WORD_TABLE]
+    """Name a table where a stage names none: that of another stage, or of the output folder.
+
+    The latter is made if need be.
+    """
+    named = [stage.cfg.MODEL.MASKX.CONCEPT_MASK.WORD_TABLE for stage in stages]
+    unnamed = [stage for stage, table in zip(stages, named, strict=True) if not table]
     if not unnamed:
         return stages
+    if any(named):
+        pair = (_TABLE, next(filter(None, named)))
+        return [replace(s, opts=(*s.opts, *pair)) if s in unnamed else s for s in stages]
     path = output / WORDS_NAME
     first = stages[0]
     if first.output.name == "stage1":
@@ -163,7 +154,7 @@ def _with_table(stages: list[Stage], output: Path) -> list[Stage]:
         path = beside
     load_word_table(path)  # says what is wrong with it
     pair = (_TABLE, str(path.resolve()))
-    return [replace(s, opts=(*s.opts, *pair)) if s in unnamed else s for s in stages]
+    return [replace(s, opts=(*s.opts, *pair)) for s in stages]
 
 
 def _with_overlap(stage: Stage, output: Path) -> Stage:

@@ -7,11 +7,13 @@ detector serves many second stages, which is why the paper's ablations work stag
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +40,15 @@ __all__ = [
     "MadeData",
     "Stage",
     "build_on_cpu",
+    "check_chain",
     "check_stages",
     "config_difference",
     "config_values",
+    "exit_with_message",
     "read_config",
     "read_record",
     "run_stage",
+    "run_stages",
     "sha256_of",
     "stage_is_finished",
 ]
@@ -216,6 +221,43 @@ def check_stages(first: Stage | Path, second: Stage) -> None:
     build_on_cpu(second.cfg)
 
 
+def check_chain(
+    stages: Sequence[Stage], shared_keys: Callable[[Stage], tuple[str, ...]]
+) -> list[bool]:
+    """Check that stages fit together of which each starts from the weights of the one before.
+
+    Args:
+        stages: in order.
+        shared_keys: keys that a stage and the next must have alike; a key stands for those below
+            it.
+
+    Returns:
+        Whether each was trained and evaluated before.
+
+    Raises:
+        FileNotFoundError: as :func:`stage_is_finished`.
+        ValueError: as it, or something does not fit; the message names the key and the remedy.
+    """
+    finished = [stage_is_finished(stage) for stage in stages]
+    for first, second in itertools.pairwise(stages):
+        keys = shared_keys(first)
+        before, after = (config_values(stage.cfg, keys) for stage in (first, second))
+        for key, value in before.items():
+            if after[key] != value:
+                raise ValueError(
+                    f"{key} is {after[key]!r} in {second.config_file}, but {value!r} in "
+                    f"{first.config_file}, the stage before it, whose weights it starts from. Set "
+                    "it alike in both."
+                )
+    for index, stage in enumerate(stages):
+        if finished[index] and not all(finished[:index]):
+            raise ValueError(
+                f"'{stage.output}' is finished, but the stage before it is not, whose weights it "
+                "started from. Remove that folder, or choose another --output."
+            )
+    return finished
+
+
 def stage_is_finished(stage: Stage) -> bool:
     """Whether a stage was trained and evaluated.
 
@@ -294,6 +336,48 @@ def run_stage(stage: Stage, *, num_gpus: int = 1, resume: bool = True) -> dict[s
         with _own_log_handlers():
             launch(_train, num_gpus, dist_url="auto", args=(stage, record))
     return read_record(stage.output)
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    finished: Sequence[bool],
+    *,
+    num_gpus: int = 1,
+    resume: bool = True,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Run the stages that are not finished, in order.
+
+    Args:
+        stages: in the order in which they need each other.
+        finished: of each, see :func:`stage_is_finished`; known of all before hours go into one.
+        num_gpus: see :func:`run_stage`, as for ``resume``.
+        resume: whether an interrupted run may go on.
+        report: told what happens, in sentences.
+
+    Raises:
+        ValueError: as :func:`run_stage`.
+    """
+    for stage, done in zip(stages, finished, strict=True):
+        if done:
+            report(f"{stage.output}: finished before, not run again")
+        else:
+            run_stage(stage, num_gpus=num_gpus, resume=resume)
+
+
+@contextmanager
+def exit_with_message(goes_on: str) -> Iterator[None]:
+    """Let user errors inside end a command-line tool with their message, without a traceback.
+
+    Args:
+        goes_on: what to say of an interrupted run, such as "the same command goes on".
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; {goes_on}")
 
 
 def read_record(output: Path) -> dict[str, Any] | None:

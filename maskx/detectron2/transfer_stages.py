@@ -4,14 +4,13 @@ Stage 0 trains the classifier of image labels, whose backbone is the encoder; st
 (Eq. 6); stage 2 attention and decoder (Eq. 9). A baseline has no stage 1.
 """
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from maskx.detectron2.data import register_all
 from maskx.detectron2.meta_arch import MaskXTransferClassifier, MaskXTransferNet
-from maskx.detectron2.stagewise import Stage, build_on_cpu, config_values, stage_is_finished
+from maskx.detectron2.stagewise import Stage, build_on_cpu, check_chain
 from maskx.detectron2.tasks import architecture_of
 from maskx.detectron2.trainer import check_config
 
@@ -92,28 +91,16 @@ def check_transfer_stages(stages: Sequence[Stage]) -> list[bool]:
     register_all()
     for stage in stages:
         _check_stage(stage)
-    finished = [stage_is_finished(stage) for stage in stages]
-    for first, second in itertools.pairwise(stages):
-        keys = _SHARED_KEYS
-        if first.output.name == "stage1":
-            keys += _ATTENTION_KEYS
-            if first.cfg.MODEL.MASKX.TRANSFERNET.ATTENTION == "fc":
-                keys += ("INPUT.MASKX.SIZE",)  # its weights are for one size
-        before, after = (config_values(stage.cfg, keys) for stage in (first, second))
-        for key, value in before.items():
-            if after[key] != value:
-                raise ValueError(
-                    f"{key} is {after[key]!r} in {second.config_file}, but {value!r} in "
-                    f"{first.config_file}, the stage before it, whose weights it starts from. Set "
-                    "it alike in both."
-                )
-    for index, stage in enumerate(stages):
-        if finished[index] and not all(finished[:index]):
-            raise ValueError(
-                f"'{stage.output}' is finished, but the stage before it is not, whose weights it "
-                "started from. Remove that folder, or choose another --output."
-            )
-    return finished
+    return check_chain(stages, _shared_with_next)
+
+
+def _shared_with_next(stage: Stage) -> tuple[str, ...]:
+    keys = _SHARED_KEYS
+    if stage.output.name == "stage1":
+        keys += _ATTENTION_KEYS
+        if stage.cfg.MODEL.MASKX.TRANSFERNET.ATTENTION == "fc":
+            keys += ("INPUT.MASKX.SIZE",)  # its weights are for one size
+    return keys
 
 
 def _check_stage(stage: Stage) -> None:

@@ -2,9 +2,7 @@
 
 import functools
 import json
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from maskx.torchvision.concept_mask_models import (
 )
 from maskx.torchvision.concept_mask_samples import ConceptMapper
 from maskx.torchvision.data import training_batches
-from maskx.torchvision.training import TrainingSettings, train
+from maskx.torchvision.training_chain import TrainingChain
 
 __all__ = ["ConceptMaskChain", "ConceptMaskMethod", "ConceptMaskSettings"]
 
@@ -97,7 +95,7 @@ class ConceptMaskMethod:
         return "_".join(words)
 
 
-class ConceptMaskChain:
+class ConceptMaskChain(TrainingChain):
     """The trainings of one seed.
 
     Stage 1 learns from tags, stage 2 from boxes, stage 3 from masks. Each leaves its checkpoint in
@@ -142,25 +140,17 @@ class ConceptMaskChain:
         for name in ("tagged", "boxed", "masked"):
             if not getattr(sets, name):
                 raise ValueError(f"There is no {name} image to train on. Give at least one.")
-        self.sets, self.table, self.settings = sets, table, settings
-        self.output, self.resume, self.device = output, resume, torch.device(device)
-        self.identity = dict(identity or {}) | {
+        self.sets, self.table = sets, table
+        identity = dict(identity or {}) | {
             "word table": table.hash,
             "boxed concepts": list(sets.split.boxed),
             "masked concepts": list(sets.split.masked),
             "images": [len(sets.tagged), len(sets.boxed), len(sets.masked)],
         }
+        super().__init__(settings, output=output, resume=resume, identity=identity, device=device)
         self._tables = {WORDS_NAME: table, UNSEEN_NAME: unseen}
-        self.seconds: dict[str, float] = {}
         self._models: dict[str, SampleConceptMask] = {}
         self._hashes: dict[str, str] = {}
-
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Add what runs inside to `seconds`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
 
     def model(self, stage: int, method: ConceptMaskMethod | None = None) -> SampleConceptMask:
         """Return the trained model of a stage, in evaluation mode; what it needs is trained first.
@@ -172,7 +162,7 @@ class ConceptMaskChain:
         method = method or ConceptMaskMethod()
         name = method.folder(stage)
         if name not in self._models:
-            self._models[name] = self._train(stage, method)
+            self._models[name] = self._train_stage(stage, method)
         return self._models[name]
 
     def folder(self, stage: int, method: ConceptMaskMethod | None = None) -> Path:
@@ -189,7 +179,7 @@ class ConceptMaskChain:
         overlap = concept_overlap(self.sets.boxed, len(self.table.names))
         return tuple(torch.from_numpy(part) for part in negative_weights(overlap))
 
-    def _train(self, stage: int, method: ConceptMaskMethod) -> SampleConceptMask:
+    def _train_stage(self, stage: int, method: ConceptMaskMethod) -> SampleConceptMask:
         settings, name = self.settings, method.folder(stage)
         before = self.model(stage - 1, method) if stage > 1 else None
         network = replace(settings.network, final_relu=method.final_relu)
@@ -223,25 +213,14 @@ class ConceptMaskChain:
             masked=self.sets.split.masked_indices,
             max_concepts=settings.max_concepts,
         )
-        batches = functools.partial(
-            training_batches,
-            records,
-            mapper,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            num_workers=settings.workers,
+        self._train(
+            model,
+            name,
+            functools.partial(training_batches, records, mapper),
+            json.loads(json.dumps(identity)),
+            **self._schedule(stage),
+            description=f"stage {stage}: {name}",
         )
-        with self.timed(name):
-            train(
-                model,
-                batches,
-                self._training(stage),
-                output_dir=self.output / name,
-                resume=self.resume,
-                identity=json.loads(json.dumps(identity)),
-                device=self.device,
-                description=f"stage {stage}: {name}",
-            )
         # Not before: a checkpoint of another table would lose its own.
         for file_name, table in self._tables.items():
             if table is not None:
@@ -249,25 +228,21 @@ class ConceptMaskChain:
         write_json(self.output / name / MODEL_NAME, content)
         # Before anything is fitted, which is no part of what the next stage starts from.
         self._hashes[name] = network_hash(model.network)
-        return model.eval()
+        return model
 
-    def _training(self, stage: int) -> TrainingSettings:
+    def _schedule(self, stage: int) -> dict[str, Any]:
+        """Steps and learning rates of a stage."""
         settings = self.settings
         steps = (
             settings.embedding_iterations,
             settings.refinement_iterations,
             settings.segmentation_iterations,
-        )[stage - 1]
-        start = "imagenet" if settings.network.pretrained else "random"
-        rate = (_EMBEDDING_RATES[start], _REFINEMENT_RATE, _SEGMENTATION_RATE)[stage - 1]
-        factor = _FINE_TUNING_RATES[start] / _REFINEMENT_RATE
-        return TrainingSettings(
-            iterations=steps,
-            batch_size=settings.batch_size,
-            learning_rate=rate,
-            weight_decay=0.0,
-            seed=settings.seed,
-            checkpoint_every=max(50, steps // 20),
-            optimizer="adam",
-            lr_multipliers={"network.embedding.": factor} if stage == 2 else {},
         )
+        start = "imagenet" if settings.network.pretrained else "random"
+        rates = (_EMBEDDING_RATES[start], _REFINEMENT_RATE, _SEGMENTATION_RATE)
+        factor = _FINE_TUNING_RATES[start] / _REFINEMENT_RATE
+        return {
+            "iterations": steps[stage - 1],
+            "rate": rates[stage - 1],
+            "lr_multipliers": {"network.embedding.": factor} if stage == 2 else {},
+        }

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from maskx.concept_mask import FoundConcept, found_concepts, named_query
+from maskx.concept_mask import FoundConcept, found_concepts, image_tensor, named_query
 from maskx.data.word_table import WordTable, load_word_table
 from maskx.evaluation.figures import (
     contact_sheet,
@@ -84,13 +84,7 @@ class ConceptPredictor:
             ValueError: the image is of another kind or too small, the list is empty, or a concept
                 is not known or asked for twice.
         """
-        image = np.asarray(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                f"The image has shape {image.shape} and dtype {image.dtype}. Allowed: (H, W, 3) "
-                "uint8, RGB."
-            )
-        sample = {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))}
+        sample = {"image": image_tensor(image, "RGB")}
         names, query = None, None
         if concepts is not None:
             names, query = named_query(self.table, self.unseen, concepts)

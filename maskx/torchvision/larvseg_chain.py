@@ -1,9 +1,7 @@
 """The trainings of LarvSeg and its baseline, from one start."""
 
 import functools
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from maskx.torchvision.backbones import build_backbone, choose_feature
 from maskx.torchvision.larvseg_checkpoints import MODEL_NAME, build_larvseg
 from maskx.torchvision.larvseg_models import SampleJointClassifier, SampleLarvSeg
 from maskx.torchvision.larvseg_samples import JointMapper, joint_batches
-from maskx.torchvision.training import TrainingSettings, train
+from maskx.torchvision.training_chain import TrainingChain
 
 __all__ = [
     "BANKS",
@@ -124,7 +122,7 @@ class LarvSegMethod:
         return "_".join(words)
 
 
-class LarvSegChain:
+class LarvSegChain(TrainingChain):
     """The trainings of one seed; all methods start from the same backbone.
 
     The steps: train a classifier of the image labels, whose backbone stands for the paper's
@@ -153,9 +151,8 @@ class LarvSegChain:
         identity: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.sets, self.settings = sets, settings
-        self.output, self.resume, self.device = output, resume, torch.device(device)
-        self.identity = dict(identity or {}) | {
+        self.sets = sets
+        identity = dict(identity or {}) | {
             "classes": list(sets.table.names),
             "data sets": [
                 [each.name, each.supervision, each.ratio, each.image_size, len(each.records)]
@@ -164,14 +161,7 @@ class LarvSegChain:
             "scored": {name: list(indices) for name, indices in sets.scored.items()},
             **{name.replace("_", " "): getattr(settings, name) for name in _IDENTITY},
         }
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Add what runs inside to `seconds`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
+        super().__init__(settings, output=output, resume=resume, identity=identity, device=device)
 
     @functools.cached_property
     def backbone(self) -> nn.Module:
@@ -201,8 +191,8 @@ class LarvSegChain:
         model = SampleJointClassifier(classifier, size=settings.image_size, scored=self.sets.scored)
         sets = replace(self.sets, data_sets=tagged)
         rate = _CLASSIFIER_RATES["imagenet" if settings.pretrained else "random"]
-        mapper = JointMapper(sets, min_crop=settings.min_crop)
-        self._train(model, "start", settings.start_iterations, rate, sets, mapper, {})
+        batches = self._batches(sets)
+        self._train(model, "start", batches, {}, iterations=settings.start_iterations, rate=rate)
         return backbone.to("cpu")
 
     def train_method(self, method: LarvSegMethod) -> SampleLarvSeg:
@@ -215,10 +205,14 @@ class LarvSegChain:
         model.network.backbone.load_state_dict(backbone.state_dict())
         model.network.classifier.set_trained(self.sets.trained)
         identity = {"method": method.name, "start": network_hash(backbone)}
-        mapper = JointMapper(self.sets, min_crop=settings.min_crop)
-        self._train(model, method.name, settings.iterations, _RATE, self.sets, mapper, identity)
+        batches, iterations = self._batches(self.sets), settings.iterations
+        self._train(model, method.name, batches, identity, iterations=iterations, rate=_RATE)
         write_json(self.output / method.name / MODEL_NAME, content)
         return model
+
+    def _batches(self, sets: JointSets) -> functools.partial:
+        mapper = JointMapper(sets, min_crop=self.settings.min_crop)
+        return functools.partial(joint_batches, sets, mapper)
 
     def _description(self, method: LarvSegMethod) -> dict[str, Any]:
         """What `build_larvseg` needs to make the network again."""
@@ -239,44 +233,3 @@ class LarvSegChain:
                 "attentive_weight": settings.attentive_weight,
             },
         }
-
-    def _train(
-        self,
-        model: nn.Module,
-        name: str,
-        iterations: int,
-        rate: float,
-        sets: JointSets,
-        mapper: JointMapper,
-        identity: Mapping[str, Any],
-    ) -> None:
-        settings = self.settings
-        training = TrainingSettings(
-            iterations=iterations,
-            batch_size=settings.batch_size,
-            learning_rate=rate,
-            weight_decay=0.0,
-            seed=settings.seed,
-            checkpoint_every=max(50, iterations // 20),
-            optimizer="adam",
-        )
-        batches = functools.partial(
-            joint_batches,
-            sets,
-            mapper,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            num_workers=settings.workers,
-        )
-        with self.timed(name):
-            train(
-                model,
-                batches,
-                training,
-                output_dir=self.output / name,
-                resume=self.resume,
-                identity=self.identity | dict(identity),
-                device=self.device,
-                description=f"{name}: training",
-            )
-        model.eval()

@@ -6,9 +6,7 @@ target images tags; see :mod:`maskx.data.transfer_sets`.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +74,7 @@ from maskx.torchvision.semantic import (
     SampleModel,
     predict_image_labels,
 )
-from maskx.torchvision.training import TrainingSettings, train
+from maskx.torchvision.training_chain import TrainingChain
 
 __all__ = [
     "METHODS",
@@ -488,7 +486,7 @@ class TransferMethod:
         return "_".join(words)
 
 
-class TransferChain:
+class TransferChain(TrainingChain):
     """The trainings of one seed; methods share its classifier, encoder and first stage.
 
     The steps: train a classifier of the tags of source and target images, whose backbone becomes
@@ -522,15 +520,14 @@ class TransferChain:
         identity: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.sets, self.split, self.settings = sets, split, settings
-        self.output, self.resume, self.device = output, resume, torch.device(device)
-        self.identity = dict(identity or {}) | {
+        self.sets, self.split = sets, split
+        identity = dict(identity or {}) | {
             "source categories": list(split.with_masks),
             "source images": len(sets.source),
             "target images": len(sets.target),
             **{name.replace("_", " "): getattr(settings, name) for name in _IDENTITY},
         }
-        self.seconds: dict[str, float] = {}
+        super().__init__(settings, output=output, resume=resume, identity=identity, device=device)
         with torch.device("meta"):  # what does not fit is refused before anything is trained
             self._mask_feature(self._backbone())
 
@@ -538,13 +535,6 @@ class TransferChain:
     def num_classes(self) -> int:
         """K of source and target."""
         return len(self.split.class_names)
-
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Add what runs inside to `seconds`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
 
     @functools.cached_property
     def classifier(self) -> SampleClassifier:
@@ -567,13 +557,13 @@ class TransferChain:
             ),
             size=self.settings.image_size,
         )
+        records = [*self.sets.source, *self.sets.target]
         self._train(
             model,
             "classifier",
-            self.settings.iterations,
-            functools.partial(training_batches, [*self.sets.source, *self.sets.target]),
-            self._tags_mapper(),
+            functools.partial(training_batches, records, mapper=self._tags_mapper()),
             {},
+            iterations=self.settings.iterations,
             rate=_CLASSIFIER_RATES["imagenet" if self.settings.pretrained else "random"],
         )
         return model
@@ -585,10 +575,10 @@ class TransferChain:
         self._train(
             model,
             "attention",
-            self.settings.attention_iterations,
-            functools.partial(alternating_batches, self.sets.source, self.sets.target),
-            self._tags_mapper(),
+            self._batches(self.sets.source, self._tags_mapper()),
             {"encoder": self._encoder_hash},
+            iterations=self.settings.attention_iterations,
+            rate=_RATE,
         )
         return model
 
@@ -604,10 +594,12 @@ class TransferChain:
         else:
             iterations += settings.attention_iterations
         source = source_subset(self.sets.source, method.source_fraction, settings.seed)
-        batches = functools.partial(alternating_batches, source, self.sets.target)
-        mapper = TransferMapper(self.num_classes, size=settings.image_size)
-        self._train(model, method.name, iterations, batches, mapper, identity)
+        batches = self._batches(source, TransferMapper(self.num_classes, size=settings.image_size))
+        self._train(model, method.name, batches, identity, iterations=iterations, rate=_RATE)
         return model
+
+    def _batches(self, source: Sequence[Record], mapper: RecordMapper) -> functools.partial:
+        return functools.partial(alternating_batches, source, self.sets.target, mapper=mapper)
 
     def predict_labels(self, records: Sequence[Record]) -> tuple[list[list[int]], np.ndarray]:
         """Predict the labels of images by the separate classifier.
@@ -708,46 +700,6 @@ class TransferChain:
                 **shared,
             )
         return SampleTransferNet(network, size=settings.image_size, num_classes=self.num_classes)
-
-    def _train(
-        self,
-        model: nn.Module,
-        name: str,
-        iterations: int,
-        batches: Callable[..., DataLoader],
-        mapper: RecordMapper,
-        identity: Mapping[str, Any],
-        *,
-        rate: float = _RATE,
-    ) -> None:
-        settings = self.settings
-        training = TrainingSettings(
-            iterations=iterations,
-            batch_size=settings.batch_size,
-            learning_rate=rate,
-            weight_decay=0.0,
-            seed=settings.seed,
-            checkpoint_every=max(50, iterations // 20),
-            optimizer="adam",
-        )
-        with self.timed(name):
-            train(
-                model,
-                functools.partial(
-                    batches,
-                    mapper=mapper,
-                    batch_size=settings.batch_size,
-                    seed=settings.seed,
-                    num_workers=settings.workers,
-                ),
-                training,
-                output_dir=self.output / name,
-                resume=self.resume,
-                identity=self.identity | dict(identity),
-                device=self.device,
-                description=f"{name}: training",
-            )
-        model.eval()
 
 
 # --- from data to results

@@ -1,6 +1,11 @@
 import contextlib
 import functools
 import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -146,6 +151,35 @@ def tiny_train(scenes):
     """The scenes, registered as the data set of the tiny configurations."""
     register_coco("tiny_train", *scenes)
     return "tiny_train"
+
+
+@pytest.fixture
+def run_two_processes():
+    """Run a script of this folder in two processes: ``run_two_processes(name)``.
+
+    Rank 0, the script's ``run(0, port)``, is this process, which has Detectron2 imported already;
+    rank 1 is ``<script> 1 <port>``.
+    """
+
+    def run(name):
+        script = str(Path(__file__).with_name(name))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        other = subprocess.Popen(
+            [sys.executable, script, "1", str(port)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        try:
+            runpy.run_path(script)["run"](0, port)
+            _, errors = other.communicate(timeout=60)
+            assert other.returncode == 0, errors[-3000:]
+        finally:
+            other.kill()
+
+    return run
 
 
 @pytest.fixture

@@ -1,11 +1,8 @@
 """Training, evaluation and prediction of ConceptMask in Detectron2, and the chain of its stages."""
 
 import json
-import os
 import runpy
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +13,9 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from detectron2.utils.logger import _LOG_COUNTER
 
-from maskx.concept_mask import concept_test, concept_truths
+from maskx.concept_mask import concept_test, concept_truths, fit_concepts
 from maskx.data.coco import load_coco
 from maskx.data.scene_concepts import scene_concept_split
 from maskx.data.word_table import WordTable, load_word_table, save_word_table
@@ -138,15 +136,20 @@ def test_the_evaluator_measures_what_the_scores_measure(trained, tiny_concepts):
         truths = {c: t for c, t in concept_truths(record) if test.indices[c] >= -1}
         image = cv2.imread(record["file_name"])[:, :, ::-1].transpose(2, 0, 1)
         pixels = model.normalised(torch.from_numpy(np.ascontiguousarray(image)))
-        found = model.network.predict(pixels, test.query(list(truths)))
+        query = test.query(list(truths))
+        with torch.no_grad():
+            found = model.network.predict(pixels, query)
+            maps = model.network.attention(model.network.embedding_maps(pixels[None]), query)
         for row, (concept, truth) in enumerate(truths.items()):
-            attention = torch.nn.functional.interpolate(
-                found.attention[None, [row]], truth.shape, mode="bilinear"
-            )[0, 0].numpy()
-            low, high = attention.min(), attention.max()
+            shown = []
+            for each in maps:  # of one image size
+                large = torch.nn.functional.interpolate(
+                    each[:, [row]], truth.shape, mode="bilinear"
+                )[0, 0].numpy()
+                shown.append((large - large.min()) / (large.max() - large.min()))
             scores.update(
                 test.names[concept],
-                attention=(attention - low) / (high - low),
+                attention=(shown[0] + shown[1]) / 2,
                 mask=found.masks[row].numpy(),
                 truth=truth,
                 image_id=record["image_id"],
@@ -159,11 +162,31 @@ def test_the_evaluator_measures_what_the_scores_measure(trained, tiny_concepts):
     assert not any(name.endswith("unseen") for name in result)
 
 
-def test_unseen_words_are_measured_by_their_vectors(trained, concept_files):
+def test_unseen_words_are_measured_by_their_vectors(
+    trained, concept_files, tmp_path, monkeypatch, capsys
+):
     trained.TEST.MASKX.UNSEEN_WORDS = str(concept_files / "unseen.safetensors")
     result = evaluate(trained)["concepts"]
     assert 1 <= result["num_concepts_unseen"] <= 5
     assert 0 <= result["pointing_unseen"] <= 1
+    # The same words as the tool for word vectors folds them in.
+    words, tags = (str(concept_files / name) for name in ("words.safetensors", "all_tags.jsonl"))
+    arguments = ["learn_word_vectors.py", "--table", words, "--tags", tags, "--fold-in"]
+    file = str(tmp_path / "new_words.npy")
+    arguments += [*scene_concept_split().unseen, "--output", file]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(TOOLS / "learn_word_vectors.py"), run_name="__main__")
+    trained.TEST.MASKX.UNSEEN_WORDS = file
+    assert evaluate(trained)["concepts"] == pytest.approx(result, nan_ok=True)
+    config = tmp_path / "run.yaml"
+    trained.TEST.MASKX.UNSEEN_WORDS = ""
+    config.write_text(trained.dump())
+    photo = DatasetCatalog.get("tiny_concepts")[0]["file_name"]
+    arguments = ["segment_concepts.py", photo, "--config-file", str(config), "--unseen-words", file]
+    arguments += ["--concepts", "green plus", "--output", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--opts", "MODEL.WEIGHTS", trained.MODEL.WEIGHTS])
+    runpy.run_path(str(TOOLS / "segment_concepts.py"), run_name="__main__")
+    assert "| green plus |" in capsys.readouterr().out
 
 
 def test_the_evaluator_refuses_what_it_cannot_measure(trained, tiny_concepts):
@@ -223,6 +246,21 @@ def test_the_predictor_finds_what_it_is_asked_for(trained, concept_files, image)
     assert predictor(image) == {}
 
 
+def test_all_concepts_without_fitted_thresholds_are_said_to_be_many(trained, image, caplog):
+    _LOG_COUNTER.clear()
+    predictor = ConceptPredictor(trained)
+    said = "no threshold of existence was fitted: there may be maps and masks of most of the 66"
+    predictor(image, ["grass"])
+    assert said not in caplog.text
+    predictor(image)
+    predictor(image)
+    assert caplog.text.count(said) == 1
+    _LOG_COUNTER.clear()
+    predictor.model.network.set_fitted(existence_thresholds=torch.full((66,), 2.0))
+    predictor(image)
+    assert caplog.text.count(said) == 1
+
+
 @pytest.mark.parametrize(
     ("concepts", "words"),
     [
@@ -277,7 +315,16 @@ def test_fitted_values_are_written_into_the_checkpoint(trained, concept_files):
     model = ConceptPredictor(trained).model
     assert torch.equal(model.network.existence_thresholds, after["network.existence_thresholds"])
     data = load_coco(folder / "concepts.json", folder)
-    assert fitted["own_thresholds"] <= len(data.class_names)
+    table = load_word_table(concept_files / "words.safetensors")
+    test = concept_test(data.records, data.class_names, scene_concept_split(), table, source="x")
+
+    def read_image(record):
+        image = cv2.imread(record["file_name"])[:, :, ::-1]  # RGB, as the configuration says
+        return model.normalised(torch.from_numpy(image.transpose(2, 0, 1).copy()))
+
+    assert fit_concepts(model.network, test, read_image) == fitted
+    refitted = model.network.existence_thresholds
+    torch.testing.assert_close(refitted, after["network.existence_thresholds"])
 
 
 def test_the_tools_work_on_a_run_of_detectron2(
@@ -362,6 +409,14 @@ def test_the_chain_goes_on_where_it_was_interrupted(
             assert torch.equal(states[2][trained], states[1][trained])
     assert (output / "overlap.npz").is_file()
 
+    # What a training writes is fitted and asked.
+    folder = concept_files / "scenes"
+    cfg = trained_config(output / "stage3" / "config.yaml")
+    fitted = fit_checkpoint(cfg, folder / "concepts.json", folder)
+    network = ConceptPredictor(cfg).model.network
+    assert network.theta_image.item() == pytest.approx(fitted["theta_image"])
+    assert network.has_fitted_thresholds
+
     # Another chain starts from the first stage, and takes the table that lies beside it.
     shutil.copy(concept_files / "words.safetensors", output / "words.safetensors")
     other = tmp_path / "other"
@@ -397,12 +452,27 @@ def test_the_chain_makes_the_files_that_are_not_named(write_config, tmp_path):
     assert load_word_table(keys[0].WORD_TABLE).names == names
 
 
-def test_the_record_knows_the_word_table(write_config, concept_files, tmp_path):
+def test_a_table_that_one_stage_names_is_that_of_all(write_config, concept_files, tmp_path):
+    configs = {f"stage{stage}": write_config(stage, KEYS + "WORD_TABLE", "") for stage in (1, 3)}
+    stages = chain(write_config, tmp_path / "out", **configs)
+    assert {stage.cfg.MODEL.MASKX.CONCEPT_MASK.WORD_TABLE for stage in stages} == {
+        str(concept_files / "words.safetensors")
+    }
+    assert check_concept_stages(stages) == [False] * 3
+    assert not (tmp_path / "out" / "words.safetensors").exists()
+
+
+def test_the_record_knows_the_word_table(write_config, concept_files, tmp_path, monkeypatch):
     table = tmp_path / "words.safetensors"
     shutil.copy(concept_files / "words.safetensors", table)
     stages = chain(write_config, tmp_path / "out", KEYS + "WORD_TABLE", str(table))
     run_stage(stages[0])
     assert check_concept_stages(stages) == [True, False, False]
+    with monkeypatch.context() as patch:
+        finished = "maskx.detectron2.stagewise.stage_is_finished"
+        patch.setattr(finished, lambda stage: stage == stages[1])
+        with pytest.raises(ValueError, match=r"stage2' is finished, but the stage before it is"):
+            check_concept_stages(stages)
     moved = shutil.move(table, tmp_path / "moved.safetensors")
     stages = chain(write_config, tmp_path / "out", KEYS + "WORD_TABLE", str(moved))
     assert check_concept_stages(stages) == [True, False, False]
@@ -435,6 +505,7 @@ def test_stages_that_do_not_fit_together_are_refused(write_config, tmp_path):
             output,
             stage1=tmp_path / "weights.pth",
             stage2=write_config(2, KEYS + "WORD_TABLE", ""),
+            stage3=write_config(3, KEYS + "WORD_TABLE", ""),
         )
     stages = chain(write_config, output, stage3=write_config(3, KEYS + "HIDDEN_CHANNELS", 8))
     with pytest.raises(ValueError, match=r"HIDDEN_CHANNELS is 8 in .*but 16 in .*Set it alike"):
@@ -458,21 +529,5 @@ def test_the_tool_says_what_is_missing(arguments, words, monkeypatch, capsys, tm
     assert words in capsys.readouterr().err
 
 
-def test_two_processes_train_and_measure_together():
-    """See two_concept_processes.py; rank 0 is this process, which has Detectron2 imported."""
-    script = str(Path(__file__).with_name("two_concept_processes.py"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    other = subprocess.Popen(
-        [sys.executable, script, "1", str(port)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    try:
-        runpy.run_path(script)["run"](0, port)
-        _, errors = other.communicate(timeout=60)
-        assert other.returncode == 0, errors[-3000:]
-    finally:
-        other.kill()
+def test_two_processes_train_and_measure_together(run_two_processes):
+    run_two_processes("two_concept_processes.py")

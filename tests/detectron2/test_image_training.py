@@ -2,8 +2,6 @@
 
 import json
 import os
-import runpy
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -231,21 +229,5 @@ def test_weights_of_another_number_of_classes_are_not_evaluated(kind, register_o
         evaluate(kind[0](*register_opt, "MODEL.WEIGHTS", path))
 
 
-def test_two_processes_train_and_evaluate_together():
-    """See two_image_processes.py; rank 0 is this process, which has Detectron2 imported already."""
-    script = str(Path(__file__).with_name("two_image_processes.py"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    other = subprocess.Popen(
-        [sys.executable, script, "1", str(port)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    try:
-        runpy.run_path(script)["run"](0, port)
-        _, errors = other.communicate(timeout=60)
-        assert other.returncode == 0, errors[-3000:]
-    finally:
-        other.kill()
+def test_two_processes_train_and_evaluate_together(run_two_processes):
+    run_two_processes("two_image_processes.py")

@@ -1,10 +1,5 @@
 import functools
 import re
-import runpy
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -203,24 +198,9 @@ def test_autocast_trains_in_bfloat16(make_model, make_sample):
     assert model.roi_heads.mask_head.deconv.weight.grad.abs().sum() > 0
 
 
-def test_two_processes_of_which_one_sees_no_mask_stay_equal():
-    """See two_processes.py: neither hangs, and weights are equal after each step.
-
-    Rank 0 is this process, which has Detectron2 imported already.
-    """
-    script = str(Path(__file__).with_name("two_processes.py"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    other = subprocess.Popen(
-        [sys.executable, script, "1", str(port)], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        runpy.run_path(script)["train"](0, port)
-        _, errors = other.communicate(timeout=60)
-        assert other.returncode == 0, errors[-3000:]
-    finally:
-        other.kill()
+def test_two_processes_of_which_one_sees_no_mask_stay_equal(run_two_processes):
+    """Neither hangs, and weights are equal after each step."""
+    run_two_processes("two_processes.py")
 
 
 @pytest.fixture

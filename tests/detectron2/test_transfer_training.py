@@ -4,7 +4,6 @@ import json
 import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -408,21 +407,5 @@ def test_stages_with_other_networks_are_named(write_config, tmp_path, both, seco
         check_transfer_stages(transfer_stages(*paths, output=tmp_path / "out"))
 
 
-def test_two_processes_train_together():
-    """See two_transfer_processes.py; rank 0 is this process, which has Detectron2 imported."""
-    script = str(Path(__file__).with_name("two_transfer_processes.py"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    other = subprocess.Popen(
-        [sys.executable, script, "1", str(port)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    try:
-        runpy.run_path(script)["run"](0, port)
-        _, errors = other.communicate(timeout=60)
-        assert other.returncode == 0, errors[-3000:]
-    finally:
-        other.kill()
+def test_two_processes_train_together(run_two_processes):
+    run_two_processes("two_transfer_processes.py")

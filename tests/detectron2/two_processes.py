@@ -1,6 +1,6 @@
 """One of two CPU processes that train together; on rank 1 there is no mask.
 
-test_roi_heads.py calls ``train`` for rank 0 and runs ``two_processes.py 1 <port>`` beside it.
+test_roi_heads.py calls ``run`` for rank 0 and runs ``two_processes.py 1 <port>`` beside it.
 """
 
 import os
@@ -38,7 +38,7 @@ def make_batch(rank, has_objects):
     return [{"image": torch.rand(3, 64, 64) * 255, "instances": instances}]
 
 
-def train(rank, port):
+def run(rank, port):
     address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
     dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
     try:
@@ -75,4 +75,4 @@ def take_steps(rank):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    train(int(sys.argv[1]), int(sys.argv[2]))
+    run(int(sys.argv[1]), int(sys.argv[2]))

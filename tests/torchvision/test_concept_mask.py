@@ -15,7 +15,12 @@ from maskx.concept_mask import batch_targets, concept_truths
 from maskx.data.concept_sets import concept_sets
 from maskx.data.masks import decode_segmentation
 from maskx.data.word_table import WordTable, load_word_table
-from maskx.torchvision import concept_mask, concept_mask_chain, concept_mask_models
+from maskx.torchvision import (
+    concept_mask,
+    concept_mask_chain,
+    concept_mask_models,
+    training_chain,
+)
 from maskx.torchvision.concept_mask import (
     coco_concept_data,
     learn_concept_mask,
@@ -193,7 +198,7 @@ def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(
     data, tmp_path, monkeypatch
 ):
     made, how, starts = [], {}, {}
-    original = concept_mask_chain.train
+    original = training_chain.train
     tiny = dataclasses.replace(TINY, seed=7, discrimination_weight=0.5)
 
     def train(model, batches, settings, **kwargs):
@@ -205,7 +210,7 @@ def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(
         starts[name] = {key: value.clone() for key, value in model.network.state_dict().items()}
         return original(model, batches, settings, **kwargs)
 
-    monkeypatch.setattr(concept_mask_chain, "train", train)
+    monkeypatch.setattr(training_chain, "train", train)
     chain = chain_of(data, tmp_path, tiny)
     chain.model(3)
     chain.model(3, ConceptMaskMethod(two_sizes=False))

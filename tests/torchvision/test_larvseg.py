@@ -16,7 +16,7 @@ from maskx.modeling.backbones import FeatureShape
 from maskx.modeling.image_classifier import ImageClassifier
 from maskx.modeling.larvseg import LarvSeg
 from maskx.supervision import resolve_split
-from maskx.torchvision import larvseg_chain, larvseg_samples
+from maskx.torchvision import larvseg_chain, larvseg_samples, training_chain
 from maskx.torchvision.larvseg import attention_of
 from maskx.torchvision.larvseg_chain import LarvSegChain, LarvSegMethod, LarvSegSettings
 from maskx.torchvision.larvseg_checkpoints import (
@@ -396,7 +396,7 @@ def test_methods_start_alike_and_share_the_backbone(trained, sets, monkeypatch, 
     def kept(model, *args, output_dir, **options):
         before[output_dir.name] = {k: v.clone() for k, v in model.state_dict().items()}
 
-    monkeypatch.setattr(larvseg_chain, "train", kept)
+    monkeypatch.setattr(training_chain, "train", kept)
     chain = make_chain(sets, tmp_path)
     for method in (
         LarvSegMethod("baseline"),

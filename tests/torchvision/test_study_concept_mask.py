@@ -2,7 +2,7 @@ import functools
 
 import pytest
 
-from maskx.torchvision import concept_mask_chain, quickstart_concept_mask, study_concept_mask
+from maskx.torchvision import quickstart_concept_mask, study_concept_mask, training_chain
 from maskx.torchvision.concept_mask_models import ConceptNetwork
 from maskx.torchvision.studies import StudyOptions, run_study
 from maskx.torchvision.study_concept_mask import SETTINGS
@@ -36,7 +36,7 @@ def tiny(monkeypatch, tmp_path):
 
 def test_settings_share_the_stages_that_do_not_differ(tiny, monkeypatch):
     trained = []
-    original = concept_mask_chain.train
+    original = training_chain.train
 
     def train(model, *args, **kwargs):
         trained.append(kwargs["output_dir"].name)
@@ -58,7 +58,7 @@ def test_settings_share_the_stages_that_do_not_differ(tiny, monkeypatch):
         found[setting] = evaluate(model, test, kind=kind, masks=masks)["concepts"].values()
         return {"concepts": dict(enumerate(found[setting]))}
 
-    monkeypatch.setattr(concept_mask_chain, "train", train)
+    monkeypatch.setattr(training_chain, "train", train)
     monkeypatch.setattr(study_concept_mask, "fit_concepts", fit_concepts)
     monkeypatch.setattr(study_concept_mask, "evaluate_concepts", evaluate_concepts)
     lines = []

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from maskx.torchvision import larvseg_chain, quickstart
+from maskx.torchvision import quickstart, training_chain
 from maskx.torchvision.studies import StudyOptions, run_study
 from maskx.torchvision.study_larvseg import METHODS
 
@@ -27,7 +27,7 @@ def test_all_methods_start_from_one_backbone_and_only_supervised_sees_novel_mask
     tiny, monkeypatch
 ):
     trained, classes = [], {}
-    original = larvseg_chain.train
+    original = training_chain.train
 
     def train(model, batches, *args, **kwargs):
         folder = kwargs["output_dir"]
@@ -35,7 +35,7 @@ def test_all_methods_start_from_one_backbone_and_only_supervised_sees_novel_mask
         classes[trained[-1]] = len(kwargs["identity"]["scored"]["masks"])
         return original(model, batches, *args, **kwargs)
 
-    monkeypatch.setattr(larvseg_chain, "train", train)
+    monkeypatch.setattr(training_chain, "train", train)
     lines = []
     rows = run_study(StudyOptions(**tiny), lines.append)
     assert [row["setting"] for row in rows] == list(METHODS)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from maskx.torchvision import quickstart, study_transfernet, transfernet
+from maskx.torchvision import quickstart, study_transfernet, training_chain, transfernet
 from maskx.torchvision.studies import StudyOptions, run_study
 from maskx.torchvision.study_transfernet import METHODS
 
@@ -31,13 +31,13 @@ def tiny(monkeypatch, tmp_path):
 @pytest.fixture
 def trained(monkeypatch):
     names = []
-    original = transfernet.train
+    original = training_chain.train
 
     def train(*args, **kwargs):
         names.append(kwargs["output_dir"].name)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(transfernet, "train", train)
+    monkeypatch.setattr(training_chain, "train", train)
     return names
 
 

@@ -19,7 +19,7 @@ from maskx.modeling.transfernet import TransferNet
 from maskx.modeling.transfernet_baselines import BaselineNet, DecoupledNet
 from maskx.modeling.transfernet_decoder import UnpoolingDecoder
 from maskx.supervision import resolve_split
-from maskx.torchvision import transfernet
+from maskx.torchvision import training_chain, transfernet
 from maskx.torchvision.images import ImageMapper
 from maskx.torchvision.semantic import SampleClassifier
 from maskx.torchvision.training import CHECKPOINT_NAME, load_weights
@@ -409,7 +409,7 @@ def test_every_step_sees_its_images_for_its_number_of_steps(make_chain, sets, mo
         samples = [sample for batch in batches(start=0, stop=12) for sample in batch]
         steps[output_dir.name] = (settings.iterations, samples)
 
-    monkeypatch.setattr(transfernet, "train", train)
+    monkeypatch.setattr(training_chain, "train", train)
     chain = make_chain(iterations=2, attention_iterations=3, joint_iterations=4)
     for name in transfernet.METHODS:
         chain.train_masks(TransferMethod(name))
