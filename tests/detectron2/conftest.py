@@ -174,7 +174,7 @@ def run_two_processes():
         )
         try:
             runpy.run_path(script)["run"](0, port)
-            _, errors = other.communicate(timeout=60)
+            _, errors = other.communicate(timeout=240)
             assert other.returncode == 0, errors[-3000:]
         finally:
             other.kill()
