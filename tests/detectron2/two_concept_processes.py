@@ -26,7 +26,7 @@ LOSSES = {1: "loss_embedding", 2: "loss_boxes", 3: "loss_masks"}
 
 
 def run(rank, port):
-    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=180)
     dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
     try:
         for stage in LOSSES:

@@ -26,7 +26,7 @@ NAMES = ["cat", "dog", "owl", "yak"]
 
 
 def run(rank, port):
-    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=180)
     dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
     try:
         for cls, in_feature in ((MaskXImageClassifier, "layer3"), (MaskXDeepLab, "")):

@@ -39,7 +39,7 @@ def make_batch(rank, has_objects):
 
 
 def run(rank, port):
-    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=180)
     dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
     try:
         take_steps(rank)

@@ -24,7 +24,7 @@ from maskx.modeling.transfernet_decoder import TransposedDecoder
 
 
 def run(rank, port):
-    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=180)
     dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
     try:
         for method in (TransferNet, BaselineNet, DecoupledNet):
