@@ -10,6 +10,7 @@ class of ADE20K is, nobody has published with it; `match_synsets` finds it by na
 - If that leaves several, as WordNet has more than one "wall", it is the one with most images, then
   the one with the lowest id.
 - A synset is of one class, the one it shares most names with; the others go without.
+- Synsets that have the name by accident, such as the flounder "windowpane", are no candidates.
 """
 
 import json
@@ -34,6 +35,7 @@ from maskx.data.large_vocabularies import (
 from maskx.data.processes import run_jobs
 
 __all__ = [
+    "HOMONYMS",
     "IMAGENET_CLASS_LISTS",
     "PAPER_COUNTS",
     "ImageNetSummary",
@@ -43,6 +45,55 @@ __all__ = [
     "prepare_imagenet21k",
     "synset_names",
 ]
+
+# Synsets that share a name with a class of ADE20K or COCO-Stuff, but show another thing. Found by
+# reading the definitions of most matches; there may be finer ones left.
+HOMONYMS = {
+    "n00440039": "track, running",
+    "n00474568": "the game of baseball",
+    "n01323493": "dam, a mother animal",
+    "n01608432": "kite, a bird",
+    "n01858845": "pen, a swan",
+    "n01906749": "sponge, an animal",
+    "n02012849": "crane, a bird",
+    "n02043808": "skimmer, a bird",
+    "n02387722": "poster, a horse",
+    "n02576575": "jack, a fish",
+    "n02662825": "windowpane, a flounder",
+    "n02848921": "dummy, a cartridge",
+    "n02890351": "drum of a brake",
+    "n02936921": "cage, the goal of ice hockey",
+    "n02969010": "carriage of a machine",
+    "n02998563": "sink, a cesspool",
+    "n03149135": "curb, a horse's bit",
+    "n03188531": "napkin, a diaper",
+    "n03201208": "board, a dining table",
+    "n03341153": "finger of a glove",
+    "n03459914": "grill, a restaurant",
+    "n03462747": "earth, an electrical connection",
+    "n03945615": "pipe, a wind instrument",
+    "n04111414": "rotisserie, a restaurant",
+    "n04113194": "roulette, a toothed wheel",
+    "n04198797": "cushion, a shock absorber",
+    "n04464125": "track of a record",
+    "n04597066": "wood, a golf club",
+    "n04598582": "wood, an instrument",
+    "n04961331": "bone, a colour",
+    "n04966941": "straw, a colour",
+    "n04981658": "ring, a sound",
+    "n07565083": "menu, the dishes of a meal",
+    "n09435739": "sink, a hole in the ground",
+    "n10070563": "exhibitor, a person",
+    "n10324560": "model, a person",
+    "n10492727": "punching bag, a person",
+    "n10501453": "sponge, a person",
+    "n10542608": "runner, a person",
+    "n10542761": "runner, a person",
+    "n10542888": "runner, a person",
+    "n10562509": "scourer, a person",
+    "n12111238": "chess, a weed",
+    "n13133613": "ear of a plant",
+}
 
 IMAGENET_CLASS_LISTS = ("all", "ade150", "ade847")
 """Named lists of synsets: those that have a folder, or those of ADE20K's classes."""
@@ -235,6 +286,7 @@ def match_synsets(
     names_of = {
         synset: frozenset(name.lower() for name in names)
         for synset, names in (imagenet_synsets() if synsets is None else synsets).items()
+        if synset not in HOMONYMS
     }
     synsets_with = defaultdict(set)
     for synset, names in names_of.items():
@@ -267,6 +319,9 @@ def match_synsets(
 def synset_names(synsets: Sequence[str]) -> dict[str, str]:
     """Return unique class names by synset: its first name, with the synset where it is shared.
 
+    A name is shared if any other synset of ImageNet has it first, whichever are asked for: classes
+    have the same names whatever part of ImageNet is at hand.
+
     Raises:
         ValueError: A synset is not known.
     """
@@ -278,10 +333,10 @@ def synset_names(synsets: Sequence[str]) -> dict[str, str]:
             f"those of ImageNet-21K ({len(known)} are known), or name them in a JSON file {{synset:"
             " class name}."
         )
-    uses = Counter(known[synset][0] for synset in synsets)
+    uses = Counter(names[0] for synset, names in known.items() if synset not in HOMONYMS)
     return {
         synset: known[synset][0]
-        if uses[known[synset][0]] == 1
+        if uses[known[synset][0]] == 1 and synset not in HOMONYMS
         else f"{known[synset][0]} ({synset})"
         for synset in synsets
     }
@@ -330,17 +385,25 @@ def _list_images(images: Path, progress: bool) -> dict[str, list[str]]:
 
 def _read_classes(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Objects as tuples of their entries: a dict would drop all names of a synset but the last.
+        entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error}). Give {{synset: class name}}.") from None
-    if not isinstance(content, dict) or not content:
+    if not isinstance(entries, tuple) or not entries:
         raise ValueError(f"{path}: must be a JSON object {{synset: class name}} with entries.")
-    for synset, name in content.items():
+    for synset, name in entries:
         if not _SYNSET.fullmatch(synset) or not isinstance(name, str) or not name.strip():
             raise ValueError(
                 f"{path}: has the entry {synset!r}: {name!r}. Allowed: a synset such as n01440764 "
                 "and a class name."
             )
+    repeated = [synset for synset, uses in Counter(s for s, _ in entries).items() if uses > 1]
+    if repeated:
+        raise ValueError(
+            f"{path}: has {len(repeated)} synsets several times, such as {repeated[0]!r}. Give "
+            "each synset once."
+        )
+    content = dict(entries)
     shared = [name for name, uses in Counter(content.values()).items() if uses > 1]
     if shared:
         raise ValueError(

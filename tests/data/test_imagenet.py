@@ -11,6 +11,7 @@ from PIL import Image
 from maskx.data import imagenet as imagenet_module
 from maskx.data.coco import load_coco
 from maskx.data.imagenet import (
+    HOMONYMS,
     choose_synsets,
     format_imagenet_summary,
     match_synsets,
@@ -69,8 +70,8 @@ def test_every_image_has_its_synset(folders, workers):
     assert [(c["synset"], c["name"]) for c in content["categories"]] == [
         ("n01440764", "tench"),
         ("n02012849", "crane (n02012849)"),
-        ("n03126707", "crane (n03126707)"),
-        ("n04547592", "wall"),
+        ("n03126707", "crane"),
+        ("n04547592", "wall (n04547592)"),
         ("n09436708", "sky"),
     ]
     synset_of = {category["id"]: category["synset"] for category in content["categories"]}
@@ -105,15 +106,33 @@ def test_the_classes_of_ade20k_have_its_names_and_the_synset_with_images(folders
 
 
 def test_synsets_without_images_are_an_error(folders):
-    with pytest.raises(ValueError, match=r"of 131 synsets have no images, such as .*--allow-other"):
+    with pytest.raises(ValueError, match=r"of 126 synsets have no images, such as .*--allow-other"):
         folders.prepare(classes="ade150")
     assert not folders.output.exists()
 
 
-def test_the_intersections_have_131_and_597_classes():
+def test_the_intersections_have_126_and_576_classes():
     """124 and 585 in the paper, which does not say how it matched them."""
-    assert len(match_synsets(ade20k_150_classes())) == 131
-    assert len(match_synsets(ade20k_847_classes())) == 597
+    assert len(match_synsets(ade20k_150_classes())) == 126
+    assert len(match_synsets(ade20k_847_classes())) == 576
+
+
+def test_synsets_that_share_only_the_name_are_no_match():
+    found = {name: s for s, name in match_synsets(ade20k_847_classes()).items()}
+    assert found["crane"] == "n03126707"  # the machine, not the bird
+    assert found["pen"] == "n03906997"  # to write with, not the swan
+    small = {name: s for s, name in match_synsets(ade20k_150_classes()).items()}
+    assert small["ball"] == "n02778669"  # not the game
+    # The only synset of the name is a flounder, a horse, a hole in the ground.
+    assert not {"windowpane", "poster", "sink"} & small.keys()
+
+
+def test_names_do_not_depend_on_what_part_of_imagenet_is_there():
+    everything = synset_names(list(imagenet_synsets()))
+    # The bird, and the flounder: "windowpane" is a class of COCO-Stuff.
+    for synset, name in (("n02012849", "crane"), ("n02662825", "windowpane")):
+        assert synset_names([synset]) == {synset: f"{name} ({synset})"}
+        assert everything[synset] == f"{name} ({synset})"
 
 
 def best_synsets(entry, synsets):
@@ -135,7 +154,7 @@ def test_matches_share_most_names():
         if entry.name in found:
             assert found[entry.name] in best
         else:
-            assert best <= set(class_of)
+            assert best <= set(class_of) | set(HOMONYMS)
     assert found["car"] == "n02958343"
     assert found["sofa"] == "n04256520"
 
@@ -178,6 +197,10 @@ def test_a_file_names_synsets(folders):
         (
             '{"n09436708": "sky", "n01440764": "sky"}',
             "has 1 class names of several synsets, such as 'sky'",
+        ),
+        (
+            '{"n09436708": "sky", "n09436708": "heaven"}',
+            "has 1 synsets several times, such as 'n09436708'",
         ),
     ],
 )

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from maskx.modeling import concept_losses
 from maskx.modeling.concept_benchmark import (
     attention_cases,
     attention_sizes,
@@ -49,6 +51,31 @@ def test_a_training_step_trains_with_all_three_losses():
     assert {name.partition(".")[0] for name in moved} == {"embedding", "refinement"}
     assert small.settings["peak_resident_growth_bytes"] >= 0
     assert "process grew by" in large.name
+
+
+def test_a_training_step_makes_no_maps_of_the_whole_vocabulary(monkeypatch):
+    num_vocabulary, made = 1500, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            results = result if isinstance(result, tuple | list) else (result,)
+            made.extend(each.shape for each in results if isinstance(each, torch.Tensor))
+            return result
+
+    def full_maps():
+        # 2 images of 2 x 2 positions; nothing else of the network is 4 or 2 x 2 wide.
+        return [s for s in made if num_vocabulary in s and (s[-1:] == (4,) or s[-2:] == (2, 2))]
+
+    sizes = SIZES | {"vocabularies": (num_vocabulary,)}
+    (case,) = training_cases(**sizes, num_images=2)
+    with Watch():
+        case.step()
+        assert made
+        assert not full_maps()
+        monkeypatch.setattr(concept_losses, "_CONCEPT_CHUNK", num_vocabulary)
+        case.step()
+        assert full_maps()
 
 
 @pytest.mark.parametrize("section", ["training", "attention"])

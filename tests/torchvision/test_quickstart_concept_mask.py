@@ -4,6 +4,7 @@ import cv2
 import pytest
 
 from maskx.data.scenes import generate_scenes
+from maskx.supervision import resolve_split
 from maskx.torchvision import quickstart, quickstart_concept_mask
 from maskx.torchvision.quickstart import QuickstartOptions
 from maskx.torchvision.systems import SYSTEMS
@@ -62,6 +63,29 @@ def test_own_files_have_tags_and_boxes_of_all_and_masks_of_some(tmp_path, tiny):
     assert found["fitted"]["theta_image"] is None
     with pytest.raises(ValueError, match="names 'person', which is not among the 8 categories"):
         run(tiny, **files | {"masks_for": None})
+
+
+def test_real_photographs(shared_data, tiny, tmp_path):
+    """The whole way on COCO images: tags and boxes of all categories, masks of those of VOC."""
+    coco = shared_data / "coco_mini"
+    files = {}
+    for part, count in (("train", 40), ("val", 10)):
+        name = f"instances_{part}2017.json"
+        content = json.loads((coco / "annotations" / name).read_text())
+        content["images"] = content["images"][:count]
+        kept = {image["id"] for image in content["images"]}
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+        (tmp_path / name).write_text(json.dumps(content))
+        files[f"coco_{part}"] = (str(tmp_path / name), str(coco / f"{part}2017"))
+    found = run(tiny, **files)
+    split = found["split"]
+    assert split["boxed"] == split["vocabulary"]
+    assert len(split["vocabulary"]) + len(split["unseen"]) == 80
+    with_masks = resolve_split("coco_voc", split["vocabulary"] + split["unseen"]).with_masks
+    assert set(split["masked"]) == set(with_masks) & set(split["vocabulary"])
+    for level in ("mask", "box"):
+        assert found["levels"][level]["num_concepts"] > 0
+    assert found["levels"]["image"] is None
 
 
 @pytest.mark.parametrize(
