@@ -24,8 +24,7 @@ REQUIRES = [
     "safetensors>=0.4",
 ]
 PLOTS = ["matplotlib>=3.7"]
-VOC = ["scipy>=1.8"]
-TEST = [*PLOTS, *VOC, "pytest>=8", "hypothesis>=6"]
+TEST = [*PLOTS, "pytest>=8", "hypothesis>=6"]
 
 setup(
     # The distribution name `maskx` belongs to an unrelated project.
@@ -44,7 +43,7 @@ setup(
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6"],
         "plots": PLOTS,
-        "voc": VOC,
         "crf": ["pydensecrf2"],
+        "vit": ["timm>=1.0"],
     },
 )

@@ -2,7 +2,7 @@
 """Make PASCAL VOC 2012 with the masks of SBD (trainaug, 10582 images) and VOC's val.
 
 Reads ROOT/VOCdevkit/VOC2012 and, whichever is there, its folder SegmentationClassAug (PNG) or
-ROOT/benchmark_RELEASE/dataset (SBD as published, needs scipy); writes ROOT/voc2012.
+ROOT/benchmark_RELEASE/dataset (SBD as published); writes ROOT/voc2012.
 
 Examples:
     python datasets/prepare_voc.py
@@ -57,7 +57,7 @@ def main() -> None:
             strict=not arguments.skip_bad,
             progress=True,
         )
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(format_voc_summary(summary))
     print(f"Written to {root / 'voc2012'}.")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.io import loadmat
 from tqdm import tqdm
 
 from maskx.data.json_files import write_json
@@ -189,16 +190,8 @@ def read_sbd_mask(path: str | os.PathLike[str]) -> np.ndarray:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ImportError: scipy is not installed.
         ValueError: It is no such file.
     """
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ImportError(
-            f"{path}: the .mat files of SBD need scipy. Install it with: pip install scipy (the "
-            "extra 'voc'), or give a folder of the masks as PNG, SegmentationClassAug."
-        ) from error
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"{path}: there is no such mask, but its image is listed. Unpack SBD again."

@@ -65,8 +65,8 @@ def timm_vit(
         import timm
     except ImportError as error:
         raise ImportError(
-            f"the vision transformer {name!r} needs timm: pip install timm. Any other transformer "
-            "can be given to maskx.modeling.vit.ViTBackbone directly."
+            f"the vision transformer {name!r} needs timm: pip install timm (the extra 'vit'). Any "
+            "other transformer can be given to maskx.modeling.vit.ViTBackbone directly."
         ) from error
     transformer = timm.create_model(
         name,

@@ -382,16 +382,6 @@ def test_masks_of_sbd_are_integers(devkit):
         read_sbd_mask(path)
 
 
-def test_without_scipy_only_png_masks_can_be_read(devkit, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(ImportError, match=r"need scipy.*pip install scipy.*SegmentationClassAug"):
-        devkit.prepare("mat")
-    with pytest.raises(ImportError, match="need scipy"):
-        read_sbd_mask(devkit.sbd_mat / "cls" / f"{devkit.sbd[0]}.mat")
-    assert not devkit.output.exists()
-    devkit.prepare("png")
-
-
 def test_an_interrupted_run_leaves_the_files_of_the_last(devkit, monkeypatch):
     devkit.prepare("mat")
     before = {path: path.read_bytes() for path in devkit.output.rglob("*") if path.is_file()}
