@@ -2,7 +2,6 @@ import contextlib
 import functools
 import json
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -155,10 +154,10 @@ def tiny_train(scenes):
 
 @pytest.fixture
 def run_two_processes():
-    """Run a script of this folder in two processes: ``run_two_processes(name)``.
+    """Run a script of this folder as two processes: ``run_two_processes(name)``.
 
-    Rank 0, the script's ``run(0, port)``, is this process, which has Detectron2 imported already;
-    rank 1 is ``<script> 1 <port>``.
+    The ranks are ``<script> 0 <port>`` and ``<script> 1 <port>``. None is the process of the tests:
+    Detectron2 keeps its process group, and the next test would get one that is no more.
     """
 
     def run(name):
@@ -166,18 +165,22 @@ def run_two_processes():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        other = subprocess.Popen(
-            [sys.executable, script, "1", str(port)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, script, str(rank), str(port)],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )
+            for rank in range(2)
+        ]
         try:
-            runpy.run_path(script)["run"](0, port)
-            _, errors = other.communicate(timeout=240)
-            assert other.returncode == 0, errors[-3000:]
+            for process in ranks:
+                _, errors = process.communicate(timeout=240)
+                assert process.returncode == 0, errors[-3000:]
         finally:
-            other.kill()
+            for process in ranks:
+                process.kill()
 
     return run
 
