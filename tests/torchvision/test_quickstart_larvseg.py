@@ -24,6 +24,11 @@ def run(options, report=print, **changes):
     return quickstart_larvseg(QuickstartOptions(**options | changes), report)
 
 
+def attentive_weight(output):
+    content = json.loads((output / "larvseg" / "model.json").read_text())
+    return content["network"]["attentive_weight"]
+
+
 def test_generated_data_to_metrics_and_picture(tiny):
     lines = []
     run(tiny, lines.append)
@@ -46,6 +51,7 @@ def test_generated_data_to_metrics_and_picture(tiny):
     assert "12 training images with masks of 11 base classes" in text
     assert "12 with image labels of 17 classes, 6 of them novel" in text
     assert "| larvseg |" in text
+    assert attentive_weight(tiny["output"]) == 10
     assert SYSTEMS["larvseg"] is quickstart_larvseg
 
 
@@ -83,6 +89,7 @@ def test_own_data_with_masks_for_some_photos_and_tags_for_others(tmp_path, tiny)
     }
     found = run(tiny, **files, masks_for=str(tmp_path / "base.txt"))
     assert found["num_images"] == {"masks": 4, "image labels": 8}
+    assert attentive_weight(tiny["output"]) == 0.1  # the paper's
     for of_method in found["IoU"].values():
         assert list(of_method) == [*names[1:], "background"]
     with pytest.raises(ValueError, match="'all' leaves no novel class: all 4 have masks"):
