@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskx.modeling.feature_maps import named_feature
+from maskx.modeling.feature_maps import check_feature, named_feature
 from maskx.modeling.larvseg_attention import label_pairs
 from maskx.modeling.weight_init import msra_fill
 
@@ -50,23 +50,14 @@ class ConceptEmbedding(nn.Module):
         final_relu: bool = False,
     ) -> None:
         super().__init__()
-        shapes = getattr(backbone, "feature_shapes", None)
-        if shapes is not None and in_feature not in shapes:
-            raise ValueError(
-                f"in_feature must be a feature of {type(backbone).__name__}, one of "
-                f"{', '.join(shapes)}; got {in_feature!r}."
-            )
-        if shapes is not None and shapes[in_feature].channels != in_channels:
-            raise ValueError(
-                f"in_channels must be the channels of {in_feature!r}, "
-                f"{shapes[in_feature].channels}; got {in_channels}."
-            )
+        check_feature(backbone, in_feature, in_channels)
         widths = (in_channels, *hidden_channels, dim)
         if min(widths) < 1:
             raise ValueError(f"the layers must be at least 1 wide, got {widths}.")
         self.backbone = backbone
         self.in_feature = in_feature
         self.dim = dim
+        shapes = getattr(backbone, "feature_shapes", None)
         self.stride = 1 if shapes is None else shapes[in_feature].stride
         self.layers = nn.Sequential()
         for number, (before, after) in enumerate(itertools.pairwise(widths), start=1):

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskx.modeling.feature_maps import check_feature
+
 
 class ImageClassifier(nn.Module):
     """Global average pooling and a linear layer on one feature map of a backbone.
@@ -31,17 +33,7 @@ class ImageClassifier(nn.Module):
         self, backbone: nn.Module, *, in_feature: str, in_channels: int, num_classes: int
     ) -> None:
         super().__init__()
-        shapes = getattr(backbone, "feature_shapes", None)
-        if shapes is not None and in_feature not in shapes:
-            raise ValueError(
-                f"in_feature must be a feature of {type(backbone).__name__}, one of "
-                f"{', '.join(shapes)}; got {in_feature!r}."
-            )
-        if shapes is not None and shapes[in_feature].channels != in_channels:
-            raise ValueError(
-                f"in_channels must be the channels of {in_feature!r}, "
-                f"{shapes[in_feature].channels}; got {in_channels}."
-            )
+        check_feature(backbone, in_feature, in_channels)
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
         self.backbone = backbone
