@@ -237,9 +237,8 @@ class MaskXTransferMapper:
       record has masks, and ``image_labels`` are then those of at least one pixel of it;
     - in evaluation, records are those of a test set in its own class list, and labels are
       translated;
-    - ``candidate_labels`` are the class indices that ``image_labels`` were chosen among: of a
-      target image the target categories, as nobody looked for the others, of a test image the
-      classes of its data set. No other label is learned or predicted of the image.
+    - in evaluation ``candidate_labels`` are the class indices of the data set. No other label is
+      predicted of the image.
 
     Args:
         is_train: whether it is used in training.
@@ -247,7 +246,6 @@ class MaskXTransferMapper:
         image_format: "BGR" or "RGB".
         num_classes: number of source and target classes.
         label_maps: whether label maps are made in training.
-        target_labels: class indices of the target categories.
         dataset_labels: class indices of the model by class index of the test set; not in training.
     """
 
@@ -260,7 +258,6 @@ class MaskXTransferMapper:
         image_format: str,
         num_classes: int,
         label_maps: bool,
-        target_labels: Sequence[int],
         dataset_labels: Sequence[int] = (),
     ) -> None:
         shared = {
@@ -269,8 +266,6 @@ class MaskXTransferMapper:
             "num_classes": num_classes,
         }
         self.is_train = is_train
-        self.all_labels = list(range(num_classes))
-        self.target_labels = list(target_labels)
         self.dataset_labels = list(dataset_labels)
         self._with_tags = MaskXImageMapper(is_train, label_maps=False, **shared)
         self._with_masks = _UnionImageMapper(is_train, label_maps=label_maps, **shared)
@@ -282,11 +277,9 @@ class MaskXTransferMapper:
         """Read the arguments from a configuration; ``dataset_name`` is the test set."""
         arguments = MaskXImageMapper.from_config(cfg, is_train)
         del arguments["classes_with_masks"]  # transfer_records has removed what must not be used
-        split = transfer_split(cfg)
-        return arguments | {
-            "target_labels": split.indices_without_masks,
-            "dataset_labels": () if is_train else labels_of_dataset(dataset_name, split),
-        }
+        if not is_train:
+            arguments["dataset_labels"] = labels_of_dataset(dataset_name, transfer_split(cfg))
+        return arguments
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """Map a record to a sample; the record stays as it is."""
@@ -299,8 +292,6 @@ class MaskXTransferMapper:
         sample = (self._with_masks if has_masks else self._with_tags)(record)
         # Not those of all annotations: a target image with masks has some of source categories.
         sample["image_labels"] = list(labels)
-        is_source = set(labels).isdisjoint(self.target_labels)
-        sample["candidate_labels"] = self.all_labels if is_source else self.target_labels
         if "sem_seg" in sample:
             sample["image_labels"] = visible_labels(labels, sample["sem_seg"].numpy())
         return sample

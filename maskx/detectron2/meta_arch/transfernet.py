@@ -23,12 +23,7 @@ from maskx.detectron2.meta_arch.image_model import (
     required,
 )
 from maskx.detectron2.tasks import Task, architecture_of
-from maskx.modeling.image_classifier import (
-    ImageClassifier,
-    choose_labels,
-    multi_hot,
-    multi_label_loss,
-)
+from maskx.modeling.image_classifier import ImageClassifier, choose_labels, multi_hot
 from maskx.modeling.transfernet import (
     PairNetwork,
     TransferNet,
@@ -56,35 +51,14 @@ _ENTROPY_PERIOD = 20  # iterations; Detectron2 writes as often, and reading it w
 class MaskXTransferClassifier(MaskXImageClassifier):
     """:class:`MaskXImageClassifier` for the tags of source and target images.
 
-    What source categories a target image shows is not known, so they have no part in its loss: that
-    is over the ``candidate_labels`` of each sample.
+    What source categories a target image shows is not known, and taken as absent: without, source
+    categories are predicted on target images, see the page of TransferNet.
 
     Args:
         **kwargs: arguments of ``MaskXImageClassifier``.
     """
 
     maskx_transfer = True
-
-    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """As :meth:`MaskXImageClassifier.forward`.
-
-        Raises:
-            ValueError: in training, a sample has no ``image_labels`` or no ``candidate_labels``, or
-                a label is no class index.
-        """
-        if not self.training:
-            return super().forward(batched_inputs)
-        labels, is_known = (
-            multi_hot(
-                [required(sample, key, "Use MaskXTransferMapper.") for sample in batched_inputs],
-                self.classifier.num_classes,
-                self.device,
-            )
-            for key in ("image_labels", "candidate_labels")
-        )
-        logits = self.classifier(self.preprocess(batched_inputs))
-        is_known = is_known.bool()
-        return {"loss_labels": multi_label_loss(logits[is_known], labels[is_known])}
 
 
 @META_ARCH_REGISTRY.register()
