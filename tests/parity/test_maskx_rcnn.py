@@ -318,13 +318,12 @@ def test_targets_of_bit_masks_are_the_same_and_those_of_polygons_differ_at_the_b
     differing = total = 0
     for target, shapes in zip(targets[:2], polygons[:2], strict=True):
         boxes, rows = target["boxes"], torch.arange(len(target["boxes"]))
-        found = crop_mask_targets(target["masks"], boxes, rows, 2 * P)
-        assert torch.equal(found, BitMasks(target["masks"]).crop_and_resize(boxes, 2 * P))
-        drawn = PolygonMasks(shapes).crop_and_resize(boxes, 2 * P)
-        kernel = {"kernel_size": 3, "stride": 1, "padding": 1}
-        grown, shrunk = (s * F.max_pool2d(s * found.float(), **kernel) for s in (1, -1))
-        inner = (shrunk > 0) & (grown > 0)
+        found = crop_mask_targets(target["masks"], boxes, rows, 28)
+        assert torch.equal(found, BitMasks(target["masks"]).crop_and_resize(boxes, 28))
+        drawn = PolygonMasks(shapes).crop_and_resize(boxes, 28)
+        # A pixel of an image is up to two of these targets, as no side of a box is below 14.
+        near = [F.max_pool2d(x.float(), 5, stride=1, padding=2) > 0 for x in (found, ~found)]
         differs = found != drawn
-        assert not (differs & (inner | (grown == 0))).any()
+        assert not (differs & ~(near[0] & near[1])).any()
         differing, total = differing + differs.sum().item(), total + differs.numel()
-    assert differing < 0.15 * total
+    assert 0 < differing < 0.05 * total
