@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from maskx.data.ade20k import prepare_ade20k_full
-from maskx.data.label_map_sets import format_label_map_summary
+from maskx.data.prepare.ade20k import prepare_ade20k_full
+from maskx.data.prepare.label_map_sets import format_label_map_summary
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from maskx.data.ccp import format_ccp_summary, prepare_ccp
+from maskx.data.prepare.ccp import format_ccp_summary, prepare_ccp
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from maskx.data.coco_subsets import format_coco60_summary, write_coco60
+from maskx.data.prepare.coco_subsets import format_coco60_summary, write_coco60
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-from maskx.data.coco_stuff import COCO_STUFF_NAMINGS, prepare_coco_stuff
-from maskx.data.label_map_sets import format_label_map_summary
+from maskx.data.prepare.coco_stuff import COCO_STUFF_NAMINGS, prepare_coco_stuff
+from maskx.data.prepare.label_map_sets import format_label_map_summary
 
 
 def parse_arguments() -> argparse.Namespace:

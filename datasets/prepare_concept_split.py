@@ -15,9 +15,9 @@ import os
 import sys
 from pathlib import Path
 
-from maskx.data.concept_lists import choose_concepts, format_concept_lists
-from maskx.data.concept_sets import write_concept_split
-from maskx.data.word_table import load_word_table
+from maskx.core.word_table import load_word_table
+from maskx.systems.concept_mask.concept_lists import choose_concepts, format_concept_lists
+from maskx.systems.concept_mask.concept_sets import write_concept_split
 
 
 def parse_arguments() -> argparse.Namespace:

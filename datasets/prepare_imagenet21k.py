@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from maskx.data.imagenet import (
+from maskx.data.prepare.imagenet import (
     IMAGENET_CLASS_LISTS,
     format_imagenet_summary,
     prepare_imagenet21k,

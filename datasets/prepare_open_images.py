@@ -17,12 +17,12 @@ import os
 import sys
 from pathlib import Path
 
-from maskx.data.open_images import (
+from maskx.data.prepare.open_images import (
     format_open_images_summary,
     prepare_open_images_boxes,
     prepare_open_images_tags,
 )
-from maskx.data.open_images_names import read_open_images_names
+from maskx.data.prepare.open_images_names import read_open_images_names
 
 # Of each split the published names of its labels, its boxes and its folder of images.
 _FILES = {

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from maskx.data.visual_genome import format_summary, prepare_visual_genome
+from maskx.data.prepare.visual_genome import format_summary, prepare_visual_genome
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from maskx.data.visual_genome_concepts import (
+from maskx.data.prepare.visual_genome_concepts import (
     format_concept_summary,
     prepare_visual_genome_concepts,
 )

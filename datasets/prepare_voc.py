@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from maskx.data.voc import format_voc_summary, prepare_voc
+from maskx.data.prepare.voc import format_voc_summary, prepare_voc
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -5,9 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskx.data.large_vocabularies import ade20k_150_classes, ade20k_847_classes
-from maskx.data.scenes import half_split_names
+from maskx.data.scenes.generator import half_split_names
+from maskx.data.splits import resolve_split, split_names
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES_IN_COCO
-from maskx.supervision import CategorySplit, Supervision, resolve_split, split_names
+from maskx.supervision import CategorySplit, Supervision
 
 # Class indices of the VOC classes in COCO, from the reference.
 VOC_INDICES = (*range(7), 8, *range(14, 20), 39, 56, 57, 58, 60, 62)
@@ -55,7 +56,7 @@ def test_every_named_split_is_a_partition(name):
 def test_all_and_scenes_half():
     assert resolve_split("all", ("a", "b")).without_masks == ()
     names = tuple(half_split_names(8))
-    from maskx.data.scenes import THING_CATEGORIES
+    from maskx.data.scenes.generator import THING_CATEGORIES
 
     classes = [category.name for category in THING_CATEGORIES[:8]]
     assert resolve_split("scenes_half", classes).with_masks == names

@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from benchmarks import concept_mask as concept_benchmark
+from benchmarks.class_patterns import discovery_cases
+from benchmarks.large_vocabulary import inference_cases, training_cases
+from benchmarks.mask_head import head_cases, mlp_cases, predictor_cases, trunk_cases
+from benchmarks.measure import Case, describe_machine, format_table, measure
+from benchmarks.tag_vectors import measure_learning, write_generated_tags
 
-from maskx.data.json_files import write_json
-from maskx.data.tag_vectors_benchmark import measure_learning, write_generated_tags
-from maskx.evaluation.benchmark import describe_machine, format_table, measure
-from maskx.modeling import concept_benchmark
-from maskx.modeling.benchmark import Case, head_cases, mlp_cases, predictor_cases, trunk_cases
-from maskx.modeling.class_patterns_benchmark import discovery_cases
-from maskx.modeling.large_vocabulary_benchmark import inference_cases, training_cases
+from maskx.core.files import write_json
 
 CONFIG = Path(__file__).parents[1] / "configs" / "MaskX" / "Base-MaskX-RCNN-FPN.yaml"
 MASK_HEAD_SECTIONS = ("predictor", "head", "mlp", "trunk", "model")
@@ -58,7 +58,7 @@ def mask_head_tables(
         if not arguments.section and importlib.util.find_spec("detectron2") is None:
             print("The section 'model' is left out: it needs Detectron2.\n")
             return
-        from maskx.detectron2.benchmark import benchmark_cfg, model_cases
+        from benchmarks.whole_model import benchmark_cfg, model_cases
 
         size = arguments.image_size
         for num_classes in arguments.model_classes:

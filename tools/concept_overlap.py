@@ -14,15 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
+from maskx.core.word_table import load_word_table
 from maskx.data.coco import load_coco
-from maskx.data.concept_overlap import (
+from maskx.systems.concept_mask.concept_sets import concept_sets, read_concept_split
+from maskx.systems.concept_mask.overlap import (
     concept_overlap,
     merge_overlaps,
     negative_weights,
     save_overlap,
 )
-from maskx.data.concept_sets import concept_sets, read_concept_split
-from maskx.data.word_table import load_word_table
 
 _NUM_EXAMPLES = 5
 

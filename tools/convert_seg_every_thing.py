@@ -24,7 +24,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from maskx.modeling.caffe2_weights import (
+from converters.caffe2_weights import (
     Caffe2Architecture,
     ConvertedWeights,
     convert_caffe2_file,

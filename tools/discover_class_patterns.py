@@ -17,9 +17,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskx.class_patterns import PATTERNS_NAME, discover
-from maskx.torchvision.class_patterns import open_tagged_images
-from maskx.torchvision.training import select_device
+from maskx.engine.training import select_device
+from maskx.systems.class_patterns.pipeline import open_tagged_images
+from maskx.systems.class_patterns.steps import PATTERNS_NAME, discover
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,7 +74,7 @@ def main() -> None:
                 arguments.model, *arguments.coco, device=device, strict=not arguments.skip_bad
             )
         else:
-            from maskx.detectron2.class_patterns import open_classifier
+            from maskx.systems.class_patterns.detectron2.chain import open_classifier
 
             source, records, class_names = open_classifier(
                 arguments.config_file, arguments.weights, arguments.opts

@@ -10,8 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskx.data.word_table import load_word_table
-from maskx.evaluation.word_vectors import format_neighbours, format_spectrum, plot_spectrum
+from maskx.core.word_table import load_word_table
+from maskx.systems.concept_mask.word_vector_report import (
+    format_neighbours,
+    format_spectrum,
+    plot_spectrum,
+)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -21,15 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from maskx.core.word_table import WordTable, load_word_table, save_word_table, word_table_from_file
 from maskx.data.tag_lists import TagList, read_tag_list, read_vocabulary
-from maskx.data.tag_vectors import fold_in_words, learn_word_vectors
-from maskx.data.word_table import (
-    WordTable,
-    load_word_table,
-    save_word_table,
-    word_table_from_file,
-)
-from maskx.evaluation.word_vectors import format_spectrum
+from maskx.systems.concept_mask.tag_vectors import fold_in_words, learn_word_vectors
+from maskx.systems.concept_mask.word_vector_report import format_spectrum
 
 
 def parse_arguments() -> argparse.Namespace:

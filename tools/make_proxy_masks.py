@@ -17,12 +17,13 @@ import os
 import sys
 from pathlib import Path
 
-from maskx.class_patterns import make_masks, project
+from maskx.core.digests import network_hash
 from maskx.data.dense_crf import check_crf
-from maskx.data.proxy_masks import ProxyMaskSettings
-from maskx.modeling.class_patterns import load_patterns, network_hash
-from maskx.torchvision.class_patterns import open_tagged_images
-from maskx.torchvision.training import select_device
+from maskx.engine.training import select_device
+from maskx.systems.class_patterns.patterns import load_patterns
+from maskx.systems.class_patterns.pipeline import open_tagged_images
+from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
+from maskx.systems.class_patterns.steps import make_masks, project
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,7 +72,7 @@ def main() -> None:
             )
             root = arguments.coco[1]
         else:
-            from maskx.detectron2.class_patterns import open_classifier
+            from maskx.systems.class_patterns.detectron2.chain import open_classifier
 
             source, records, class_names = open_classifier(
                 arguments.config_file, arguments.weights, arguments.opts

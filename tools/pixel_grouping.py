@@ -14,11 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskx.data.json_files import write_json
+from maskx.core.files import write_json
+from maskx.engine.quickstart import nan_to_null
+from maskx.engine.training import select_device
 from maskx.evaluation.mean_iou import format_table
-from maskx.torchvision.larvseg_evaluation import evaluate_grouping, open_with_images
-from maskx.torchvision.quickstart import nan_to_null
-from maskx.torchvision.training import select_device
+from maskx.systems.larvseg.evaluation import evaluate_grouping, open_with_images
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,8 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskx.torchvision.quickstart import QuickstartOptions
-from maskx.torchvision.systems import SYSTEMS
+from maskx.engine.quickstart import QuickstartOptions
+from maskx.systems.quickstarts import SYSTEMS
 
 
 def parse_arguments() -> argparse.Namespace:

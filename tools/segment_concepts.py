@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from maskx.concept_mask import read_unseen_words
-from maskx.torchvision.concept_mask_predictor import ConceptPredictor, segment_files
-from maskx.torchvision.training import select_device
+from maskx.engine.training import select_device
+from maskx.systems.concept_mask.predictor import ConceptPredictor, segment_files
+from maskx.systems.concept_mask.steps import read_unseen_words
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def open_predictor(arguments: argparse.Namespace) -> Callable[..., dict[str, Any
         if words is not None:
             opened.unseen = read_unseen_words(words, opened.table)
         return opened
-    from maskx.detectron2 import concept_predictor
+    from maskx.systems.concept_mask.detectron2 import predictor as concept_predictor
 
     opts = [*arguments.opts, *([] if words is None else ["TEST.MASKX.UNSEEN_WORDS", words])]
     cfg = concept_predictor.trained_config(arguments.config_file, opts, device=device)

@@ -18,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskx.torchvision.studies import SYSTEMS, StudyOptions, run_study
+from studies.run import SYSTEMS, StudyOptions, run_study
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -22,12 +22,12 @@ Examples:
 import argparse
 from pathlib import Path
 
-from maskx.data.proxy_masks import ProxyMaskSettings
 from maskx.detectron2 import check_num_gpus  # says what is missing
+from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
 
 # isort: split
-from maskx.detectron2.class_patterns import TagChain, format_results
 from maskx.detectron2.stagewise import exit_with_message
+from maskx.systems.class_patterns.detectron2.chain import TagChain, format_results
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -26,7 +26,7 @@ from maskx.detectron2 import check_num_gpus  # says what is missing
 
 # isort: split
 from maskx.detectron2.stagewise import exit_with_message, run_stages
-from maskx.detectron2.transfer_stages import check_transfer_stages, transfer_stages
+from maskx.systems.transfernet.detectron2.stages import check_transfer_stages, transfer_stages
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,13 +13,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from maskx.core.files import write_json
+from maskx.core.processes import run_jobs
 from maskx.data.coco import AnnotationProblem, read_box, read_coco_json
 from maskx.data.grabcut import GRABCUT_ITERATIONS, box_pixels, grabcut_mask
 from maskx.data.images import read_image
-from maskx.data.json_files import write_json
 from maskx.data.masks import encode_masks
-from maskx.data.processes import run_jobs
-from maskx.supervision import resolve_split
+from maskx.data.splits import resolve_split
 
 __all__ = ["GrabCutSummary", "write_grabcut_json"]
 
@@ -77,7 +77,7 @@ def write_grabcut_json(
         json_file: annotation file.
         image_root: folder of the images.
         output: file to write; it must not exist.
-        split: category split, see :func:`maskx.supervision.resolve_split`, whose categories
+        split: category split, see :func:`maskx.data.splits.resolve_split`, whose categories
             without masks (B) get GrabCut's; None for all categories.
         strict: whether a bad box in B is an error. If False its annotation is left out, counted.
         workers: processes.

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from maskx.core.text import listed
+from maskx.core.word_table import spelled
 from maskx.data.coco import read_coco_json
-from maskx.data.word_table import listed, spelled
 
 __all__ = ["TagList", "read_tag_list", "read_vocabulary", "tag_list"]
 

@@ -14,48 +14,46 @@ if importlib.util.find_spec("detectron2") is None:
     )
 
 from maskx.detectron2.backbones import MaskXResNet, MaskXSmallResNet, MaskXVGG16, MaskXViT
-from maskx.detectron2.box_predictor import MaskXTextOutputLayers
-from maskx.detectron2.concept_evaluation import MaskXConceptEvaluator
-from maskx.detectron2.concept_predictor import ConceptPredictor
 from maskx.detectron2.config import add_maskx_config, get_cfg
-from maskx.detectron2.data import (
-    MaskXConceptMapper,
-    MaskXDatasetMapper,
-    MaskXImageMapper,
-    MaskXJointMapper,
-    MaskXTransferMapper,
+from maskx.detectron2.datasets import (
     register_all,
     register_coco,
     register_from_config,
     register_tag_list,
 )
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
+from maskx.detectron2.image_classifier import MaskXImageClassifier
 from maskx.detectron2.image_label_evaluation import MaskXImageLabelEvaluator
-from maskx.detectron2.mask_head import MaskHeadProtocol, MaskXMaskHead
-from maskx.detectron2.meta_arch import (
-    MaskXConceptMask,
-    MaskXDeepLab,
-    MaskXGrabCutRCNN,
-    MaskXImageClassifier,
-    MaskXLarvSeg,
-    MaskXRCNN,
-    MaskXTransferClassifier,
-    MaskXTransferNet,
-)
-from maskx.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
-from maskx.detectron2.proposal_generator import MaskXRPN
-from maskx.detectron2.roi_heads import MaskXCascadeROIHeads, MaskXROIHeads, MaskXROIHeadsMixin
-from maskx.detectron2.sem_seg_evaluation import (
-    MaskXLargeVocabularyEvaluator,
-    MaskXSemSegEvaluator,
-)
+from maskx.detectron2.image_mapper import MaskXImageMapper
+from maskx.detectron2.sem_seg_evaluation import MaskXLargeVocabularyEvaluator, MaskXSemSegEvaluator
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer
 from maskx.detectron2.tasks import Task
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
-from maskx.detectron2.transfer_evaluation import (
+from maskx.systems.class_patterns.detectron2.deeplab import MaskXDeepLab
+from maskx.systems.concept_mask.detectron2.data import MaskXConceptMapper
+from maskx.systems.concept_mask.detectron2.evaluation import MaskXConceptEvaluator
+from maskx.systems.concept_mask.detectron2.model import MaskXConceptMask
+from maskx.systems.concept_mask.detectron2.predictor import ConceptPredictor
+from maskx.systems.larvseg.detectron2.data import MaskXJointMapper
+from maskx.systems.larvseg.detectron2.model import MaskXLarvSeg
+from maskx.systems.maskx_rcnn.detectron2.box_predictor import MaskXTextOutputLayers
+from maskx.systems.maskx_rcnn.detectron2.dataset_mapper import MaskXDatasetMapper
+from maskx.systems.maskx_rcnn.detectron2.grabcut import MaskXGrabCutRCNN
+from maskx.systems.maskx_rcnn.detectron2.mask_head import MaskHeadProtocol, MaskXMaskHead
+from maskx.systems.maskx_rcnn.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
+from maskx.systems.maskx_rcnn.detectron2.proposal_generator import MaskXRPN
+from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXRCNN
+from maskx.systems.maskx_rcnn.detectron2.roi_heads import (
+    MaskXCascadeROIHeads,
+    MaskXROIHeads,
+    MaskXROIHeadsMixin,
+)
+from maskx.systems.transfernet.detectron2.data import MaskXTransferMapper
+from maskx.systems.transfernet.detectron2.evaluation import (
     MaskXTransferLabelEvaluator,
     MaskXTransferSemSegEvaluator,
 )
+from maskx.systems.transfernet.detectron2.model import MaskXTransferClassifier, MaskXTransferNet
 
 __all__ = [
     "ConceptPredictor",

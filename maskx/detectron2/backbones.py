@@ -7,8 +7,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
-from maskx.modeling.backbones import VGG16, DilatedResNet, SmallResNet
-from maskx.modeling.vit import ViTBackbone, timm_vit
+from maskx.core.backbones import VGG16, DilatedResNet, SmallResNet
+from maskx.core.vit import ViTBackbone, timm_vit
 
 __all__ = ["MaskXResNet", "MaskXSmallResNet", "MaskXVGG16", "MaskXViT", "check_imagenet_images"]
 
@@ -42,7 +42,7 @@ class _MaskXBackbone(Backbone):
 
 @BACKBONE_REGISTRY.register()
 class MaskXSmallResNet(SmallResNet, _MaskXBackbone):
-    """A network to train from scratch on a CPU: :class:`maskx.modeling.backbones.SmallResNet`.
+    """A network to train from scratch on a CPU: :class:`maskx.core.backbones.SmallResNet`.
 
     Args:
         **kwargs: arguments of ``SmallResNet``.
@@ -66,7 +66,7 @@ class MaskXSmallResNet(SmallResNet, _MaskXBackbone):
 
 @BACKBONE_REGISTRY.register()
 class MaskXResNet(DilatedResNet, _MaskXBackbone):
-    """torchvision's ResNet: :class:`maskx.modeling.backbones.DilatedResNet`.
+    """torchvision's ResNet: :class:`maskx.core.backbones.DilatedResNet`.
 
     ``MODEL.RESNETS.DEPTH`` is its depth. No other key of ``MODEL.RESNETS`` is read, and neither is
     ``MODEL.BACKBONE.FREEZE_AT``.
@@ -97,7 +97,7 @@ class MaskXResNet(DilatedResNet, _MaskXBackbone):
 
 @BACKBONE_REGISTRY.register()
 class MaskXVGG16(VGG16, _MaskXBackbone):
-    """torchvision's VGG-16, convolutions only: :class:`maskx.modeling.backbones.VGG16`.
+    """torchvision's VGG-16, convolutions only: :class:`maskx.core.backbones.VGG16`.
 
     Args:
         **kwargs: arguments of ``VGG16``.
@@ -128,7 +128,7 @@ class MaskXVGG16(VGG16, _MaskXBackbone):
 
 @BACKBONE_REGISTRY.register()
 class MaskXViT(ViTBackbone, _MaskXBackbone):
-    """A vision transformer of timm: :class:`maskx.modeling.vit.ViTBackbone`.
+    """A vision transformer of timm: :class:`maskx.core.vit.ViTBackbone`.
 
     ``MODEL.MASKX.BACKBONE.OUTPUT_STRIDE`` is not read: the stride is the size of a patch.
 

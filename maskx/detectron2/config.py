@@ -62,13 +62,13 @@ def _defaults() -> CN:
     # Length of a classifier row, where a box predictor of another code base gives its rows by a
     # method detector_weights(); 0: the length of the features that enter the box predictor.
     keys.MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS = 0
-    # File for INPUTS "vectors"; see maskx.data.word_vectors.load_class_vectors.
+    # File for INPUTS "vectors"; see maskx.core.word_vectors.load_class_vectors.
     keys.MODEL.MASKX.TRANSFER.VECTORS = ""
 
     # Classify boxes by fixed vectors of the class names, as open-vocabulary detectors do. Needs
     # ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True; TRANSFER.INPUTS "cls" are then these vectors.
     keys.MODEL.MASKX.TEXT_CLASSIFIER = CN()
-    # File of the vectors, see maskx.data.word_vectors.load_class_vectors; "": a learned classifier.
+    # File of the vectors, see maskx.core.word_vectors.load_class_vectors; "": a learned classifier.
     keys.MODEL.MASKX.TEXT_CLASSIFIER.VECTORS = ""
     # Class names by class index; []: those of the training data. Other names than those of the
     # training give a model that detects and segments other classes with the same checkpoint.
@@ -174,7 +174,8 @@ def _defaults() -> CN:
     # File of the word table; see tools/learn_word_vectors.py.
     keys.MODEL.MASKX.CONCEPT_MASK.WORD_TABLE = ""
     # Which concepts have boxes, and which masks: a JSON file, see
-    # maskx.data.concept_sets.read_concept_split, or "scenes_concepts" for the generated scenes.
+    # maskx.systems.concept_mask.concept_sets.read_concept_split, or "scenes_concepts" for the
+    # generated scenes.
     keys.MODEL.MASKX.CONCEPT_MASK.SPLIT = ""
     # Hidden channels of the embedding, and whether it ends with a ReLU, as the paper has it: no
     # embedding then has a negative entry, which word vectors do have.
@@ -210,7 +211,7 @@ def _defaults() -> CN:
     keys.DATASETS = CN()
     keys.DATASETS.MASKX = CN()
     # Which categories have masks (A); the masks of all others (B) are withheld in training. A
-    # name of maskx.supervision.split_names(), or a file; see maskx.supervision.resolve_split.
+    # name of maskx.data.splits.split_names(), or a file; see maskx.data.splits.resolve_split.
     # MaskXTransferNet takes A as its source and B as its target categories; with two data sets in
     # DATASETS.TRAIN, the source and the target, it needs "all".
     keys.DATASETS.MASKX.SPLIT = "all"

@@ -13,8 +13,8 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from maskx.data.splits import resolve_split
 from maskx.evaluation.average_precision import evaluate_detections, format_table
-from maskx.supervision import resolve_split
 
 __all__ = ["MaskXCOCOEvaluator"]
 
@@ -31,7 +31,7 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
 
     Args:
         dataset_name: a registered data set with ``json_file`` in its metadata.
-        split: the category split, a name or a file; see :func:`maskx.supervision.resolve_split`.
+        split: the category split, a name or a file; see :func:`maskx.data.splits.resolve_split`.
         iou_types: what is evaluated, of "bbox" and "segm".
         distributed: gather the predictions of all processes; otherwise each evaluates its own.
         output_dir: where ``coco_instances_results.json`` is written; None to write nothing.

@@ -9,9 +9,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from maskx.detectron2.data.datasets import class_names_of, image_labels_of
+from maskx.data.splits import resolve_split
+from maskx.detectron2.datasets import class_names_of, image_labels_of
 from maskx.evaluation.image_labels import evaluate_image_labels
-from maskx.supervision import resolve_split
 
 __all__ = ["MaskXImageLabelEvaluator"]
 
@@ -26,7 +26,7 @@ class MaskXImageLabelEvaluator(DatasetEvaluator):
 
     Args:
         dataset_name: a registered data set.
-        split: the category split, a name or a file; see :func:`maskx.supervision.resolve_split`.
+        split: the category split, a name or a file; see :func:`maskx.data.splits.resolve_split`.
         distributed: gather the predictions of all processes; otherwise each evaluates its own.
 
     Raises:

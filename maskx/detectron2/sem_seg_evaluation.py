@@ -11,11 +11,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from maskx.data.joint_sets import things_and_stuff_label_map
 from maskx.data.label_maps import ignore_label, semantic_label_map
-from maskx.detectron2.data.datasets import class_names_of, plain_record
+from maskx.data.splits import resolve_split
+from maskx.detectron2.datasets import class_names_of, plain_record
 from maskx.evaluation.mean_iou import MeanIoU, format_table
-from maskx.supervision import CategorySplit, resolve_split
+from maskx.supervision import CategorySplit
+from maskx.systems.larvseg.joint_sets import things_and_stuff_label_map
 
 __all__ = ["MaskXLargeVocabularyEvaluator", "MaskXSemSegEvaluator"]
 
@@ -30,7 +31,7 @@ class MaskXSemSegEvaluator(DatasetEvaluator):
 
     Args:
         dataset_name: a registered data set.
-        split: the category split, a name or a file; see :func:`maskx.supervision.resolve_split`.
+        split: the category split, a name or a file; see :func:`maskx.data.splits.resolve_split`.
         distributed: add up the counts of all processes; otherwise each evaluates its own images.
 
     Raises:
@@ -160,7 +161,7 @@ class MaskXLargeVocabularyEvaluator(MaskXSemSegEvaluator):
     Args:
         dataset_name: a registered data set.
         split: A the base and B the novel classes, of the unique class names, such as of
-            :func:`maskx.detectron2.data.split_of_dataset`. None knows neither.
+            :func:`maskx.systems.larvseg.detectron2.data.split_of_dataset`. None knows neither.
         distributed: see :class:`MaskXSemSegEvaluator`.
 
     Raises:

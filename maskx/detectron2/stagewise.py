@@ -6,7 +6,6 @@ detector serves many second stages, which is why the paper's ablations work stag
 
 import argparse
 import functools
-import hashlib
 import itertools
 import json
 import logging
@@ -25,9 +24,10 @@ from detectron2.engine import launch
 from detectron2.utils import comm
 from torch import nn
 
-from maskx.data.json_files import write_json
+from maskx.core.digests import sha256_of
+from maskx.core.files import write_json
 from maskx.detectron2.config import get_cfg
-from maskx.detectron2.data import (
+from maskx.detectron2.datasets import (
     register_all,
     register_from_config,
     split_from_config,
@@ -468,17 +468,6 @@ def _value(cfg: CfgNode, key: str) -> Any:
 
 def _content_or_name(file: str) -> str:
     return sha256_of(Path(file)) if Path(file).is_file() else file
-
-
-def sha256_of(path: Path) -> str:
-    """Digest of what a file holds."""
-    return _sha256(path, path.stat().st_mtime_ns)
-
-
-@functools.cache
-def _sha256(path: Path, mtime_ns: int) -> str:
-    """Digest of a file; the modification time serves the cache alone."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _is_started(output: Path, record: dict[str, Any]) -> bool:

@@ -24,12 +24,12 @@ class Task(Enum):
     LARGE_VOCABULARY = "large_vocabulary"
     """``sem_seg`` without a background, learned from data sets of different supervision together.
 
-    Their class lists make the classes; see :mod:`maskx.detectron2.data.joint_data`.
+    Their class lists make the classes; see :mod:`maskx.systems.larvseg.detectron2.data`.
     """
     CONCEPTS = "concepts"
     """Masks of the concepts of a word table that are asked for, from tags, boxes and masks.
 
-    See :mod:`maskx.detectron2.data.concept_data`.
+    See :mod:`maskx.systems.concept_mask.detectron2.data`.
     """
 
 
@@ -58,7 +58,7 @@ def is_transfer(cfg: CfgNode) -> bool:
     """Whether the model learns from source images with masks and target images with tags.
 
     Its meta-architecture says so by a class attribute ``maskx_transfer``, beside ``maskx_task``;
-    see :mod:`maskx.detectron2.data.transfer_data`.
+    see :mod:`maskx.systems.transfernet.detectron2.data`.
     """
     return getattr(architecture_of(cfg), "maskx_transfer", False)
 

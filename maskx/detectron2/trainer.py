@@ -29,66 +29,62 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from maskx.detectron2.concept_evaluation import MaskXConceptEvaluator
 from maskx.detectron2.config import get_cfg
-from maskx.detectron2.data import (
-    JointLoader,
-    MaskXConceptMapper,
-    MaskXDatasetMapper,
-    MaskXImageMapper,
-    MaskXJointMapper,
-    MaskXTransferMapper,
-    build_concept_loader,
-    build_joint_loader,
-    build_transfer_loader,
-    check_concept_data,
-    check_joint_data,
-    check_transfer_data,
+from maskx.detectron2.datasets import (
     class_names_of,
-    concept_test_data,
     register_all,
     register_from_config,
     split_from_config,
-    split_of_dataset,
-    trained_indices,
-    training_records,
-    transfer_split,
 )
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.image_label_evaluation import (
     MaskXImageLabelEvaluator,
     check_all_classes_known,
 )
-from maskx.detectron2.meta_arch.concept_mask import (
+from maskx.detectron2.image_mapper import MaskXImageMapper, training_records
+from maskx.detectron2.sem_seg_evaluation import MaskXLargeVocabularyEvaluator, MaskXSemSegEvaluator
+from maskx.detectron2.solver import build_lr_scheduler, build_optimizer, check_solver
+from maskx.detectron2.tasks import Task, architecture_of, is_transfer, num_classes_of, task_of
+from maskx.systems.concept_mask.detectron2.data import (
+    MaskXConceptMapper,
+    build_concept_loader,
+    check_concept_data,
+    concept_test_data,
+)
+from maskx.systems.concept_mask.detectron2.evaluation import MaskXConceptEvaluator
+from maskx.systems.concept_mask.detectron2.model import (
     MaskXConceptMask,
     check_concept_mask,
     check_started,
 )
-from maskx.detectron2.meta_arch.grabcut import predicts_masks
-from maskx.detectron2.meta_arch.larvseg import MaskXLarvSeg
-from maskx.detectron2.meta_arch.rcnn import check_can_freeze
-from maskx.detectron2.meta_arch.transfernet import (
+from maskx.systems.larvseg.detectron2.data import (
+    JointLoader,
+    MaskXJointMapper,
+    build_joint_loader,
+    check_joint_data,
+    split_of_dataset,
+    trained_indices,
+)
+from maskx.systems.larvseg.detectron2.model import MaskXLarvSeg
+from maskx.systems.maskx_rcnn.detectron2.dataset_mapper import MaskXDatasetMapper
+from maskx.systems.maskx_rcnn.detectron2.grabcut import predicts_masks
+from maskx.systems.maskx_rcnn.detectron2.proposal_generator import MaskXRPN
+from maskx.systems.maskx_rcnn.detectron2.rcnn import check_can_freeze
+from maskx.systems.maskx_rcnn.detectron2.roi_heads import MaskXROIHeadsMixin
+from maskx.systems.transfernet.detectron2.data import (
+    MaskXTransferMapper,
+    build_transfer_loader,
+    check_transfer_data,
+    transfer_split,
+)
+from maskx.systems.transfernet.detectron2.evaluation import (
+    MaskXTransferLabelEvaluator,
+    MaskXTransferSemSegEvaluator,
+)
+from maskx.systems.transfernet.detectron2.model import (
     MaskXTransferNet,
     check_loaded,
     check_transfernet,
-)
-from maskx.detectron2.proposal_generator import MaskXRPN
-from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
-from maskx.detectron2.sem_seg_evaluation import (
-    MaskXLargeVocabularyEvaluator,
-    MaskXSemSegEvaluator,
-)
-from maskx.detectron2.solver import build_lr_scheduler, build_optimizer, check_solver
-from maskx.detectron2.tasks import (
-    Task,
-    architecture_of,
-    is_transfer,
-    num_classes_of,
-    task_of,
-)
-from maskx.detectron2.transfer_evaluation import (
-    MaskXTransferLabelEvaluator,
-    MaskXTransferSemSegEvaluator,
 )
 
 __all__ = ["Trainer", "check_num_gpus", "evaluate", "load_trained", "setup"]

@@ -18,12 +18,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval, Params
 
-from maskx.data.coco import (
-    AnnotationProblem,
-    check_coco_structure,
-    read_coco_json,
-    read_mask,
-)
+from maskx.data.coco import AnnotationProblem, check_coco_structure, read_coco_json, read_mask
 
 __all__ = [
     "METRICS",

@@ -1,4 +1,18 @@
-"""The embedded host: torchvision's detectors with maskx heads, and one training loop.
+"""What plugs into torchvision: a mask branch for its detectors, and detectors that have one."""
 
-This is what installing with pip alone gives; no Detectron2 is needed.
-"""
+from maskx.systems.maskx_rcnn.torchvision.detection import SampleDetector, detect
+from maskx.systems.maskx_rcnn.torchvision.models import (
+    add_mask_branch,
+    faster_rcnn_small,
+    maskx_rcnn_resnet_fpn,
+    maskx_rcnn_small,
+)
+
+__all__ = [
+    "SampleDetector",
+    "add_mask_branch",
+    "detect",
+    "faster_rcnn_small",
+    "maskx_rcnn_resnet_fpn",
+    "maskx_rcnn_small",
+]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from maskx.data.coco import load_coco
 from maskx.data.grabcut import box_pixels, grabcut_mask, grabcut_masks
 from maskx.data.masks import decode_segmentation
-from maskx.data.scenes import render_scene
+from maskx.data.scenes.generator import render_scene
 
 HEIGHT, WIDTH = 80, 100
 

@@ -9,7 +9,7 @@ from maskx.data.coco import load_coco
 from maskx.data.grabcut import grabcut_mask
 from maskx.data.grabcut_coco import write_grabcut_json
 from maskx.data.masks import decode_segmentation
-from maskx.data.scenes import generate_scenes
+from maskx.data.scenes.generator import generate_scenes
 
 
 @pytest.fixture(scope="module")

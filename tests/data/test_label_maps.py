@@ -18,7 +18,7 @@ from maskx.data.label_maps import (
     write_label_map,
 )
 from maskx.data.masks import encode_masks
-from maskx.data.scenes import generate_scenes
+from maskx.data.scenes.generator import generate_scenes
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES, VOC_TO_COCO
 
 VOC_COLOURS = {  # of the devkit's label map

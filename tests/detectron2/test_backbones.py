@@ -2,11 +2,11 @@ import pytest
 import torch
 from detectron2.modeling import build_backbone
 
+from maskx.core import backbones
+from maskx.core.backbones import VGG16, DilatedResNet, SmallResNet
+from maskx.core.image_classifier import LayerTaps
+from maskx.core.vit import timm_vit
 from maskx.detectron2 import MaskXResNet, MaskXSmallResNet, MaskXVGG16, MaskXViT
-from maskx.modeling import backbones
-from maskx.modeling.backbones import VGG16, DilatedResNet, SmallResNet
-from maskx.modeling.image_classifier import LayerTaps
-from maskx.modeling.vit import timm_vit
 
 
 @pytest.fixture

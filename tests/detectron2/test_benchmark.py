@@ -2,9 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.whole_model import benchmark_cfg, make_batch, model_cases
 from detectron2.utils.events import EventStorage
-
-from maskx.detectron2.benchmark import benchmark_cfg, make_batch, model_cases
 
 CONFIG = Path(__file__).parents[2] / "configs" / "MaskX" / "Base-MaskX-RCNN-FPN.yaml"
 

@@ -15,8 +15,8 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from maskx.core.word_vectors import load_class_vectors
 from maskx.data.vocabularies import COCO_THING_CLASSES
-from maskx.data.word_vectors import load_class_vectors
 from maskx.detectron2 import MaskXROIHeadsMixin, MaskXTextOutputLayers
 
 K, D, E = 5, 6, 4

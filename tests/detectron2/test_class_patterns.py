@@ -14,17 +14,18 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-import maskx.detectron2.class_patterns
-from maskx.class_patterns import PATTERNS_NAME, discover, project
+import maskx.systems.class_patterns.detectron2.chain
+from maskx.core import backbones
+from maskx.core.digests import network_hash, sha256_of
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import read_label_map
-from maskx.data.proxy_masks import ProxyMaskSettings, mask_path
-from maskx.data.scenes import generate_scenes
+from maskx.data.scenes.generator import generate_scenes
 from maskx.detectron2 import Trainer, register_coco
-from maskx.detectron2.class_patterns import TagChain, format_results, open_classifier
-from maskx.detectron2.stagewise import read_record, sha256_of
-from maskx.modeling import backbones
-from maskx.modeling.class_patterns import load_patterns, network_hash
+from maskx.detectron2.stagewise import read_record
+from maskx.systems.class_patterns.detectron2.chain import TagChain, format_results, open_classifier
+from maskx.systems.class_patterns.patterns import load_patterns
+from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, mask_path
+from maskx.systems.class_patterns.steps import PATTERNS_NAME, discover, project
 
 ROOT = Path(__file__).parents[2]
 QUICK = ROOT / "configs" / "ClassPatterns" / "quick_schedules"
@@ -147,7 +148,7 @@ def test_nothing_finished_is_run_again(finished, opts, monkeypatch):
     output, results, _ = finished
     before = files_of(output)
     monkeypatch.setattr(Trainer, "train", None)
-    monkeypatch.setattr(maskx.detectron2.class_patterns, "_load_trained", None)
+    monkeypatch.setattr(maskx.systems.class_patterns.detectron2.chain, "_load_trained", None)
     lines = []
     assert make_chain(output, opts).run(report=lines.append) == results
     assert len(lines) == 5
@@ -183,7 +184,10 @@ MASKS = ("classifier",)
 FIRST = (*MASKS, "patterns", "proxy")
 PREDICTIONS = (*FIRST, "segmenter")
 SECOND = (*PREDICTIONS, "retraining")
-HERE, PIPELINE = "maskx.detectron2.class_patterns", "maskx.class_patterns"
+HERE, PIPELINE = (
+    "maskx.systems.class_patterns.detectron2.chain",
+    "maskx.systems.class_patterns.steps",
+)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +198,7 @@ HERE, PIPELINE = "maskx.detectron2.class_patterns", "maskx.class_patterns"
         ((), "Trainer.test", 1, True, True),
         (MASKS, f"{HERE}._map_image", 3, True, True),
         (MASKS, f"{PIPELINE}.write_projections", 3, True, True),
-        (MASKS, "maskx.data.proxy_masks.write_label_map", 3, True, True),
+        (MASKS, "maskx.systems.class_patterns.proxy_masks.write_label_map", 3, True, True),
         (MASKS, f"{PIPELINE}.write_proxy_json", 1, True, True),
         (MASKS, f"{HERE}.write_json", 1, True, True),
         (FIRST, "Trainer.before_step", 1, False, True),

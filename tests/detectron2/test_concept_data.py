@@ -6,16 +6,21 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 
+from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.data.coco import load_coco
-from maskx.data.concept_overlap import concept_overlap, load_overlap
-from maskx.data.concept_samples import box_target, mask_target
-from maskx.data.concept_sets import concept_sets, write_concept_split
-from maskx.data.scene_concepts import scene_concept_kinds, scene_concept_split
-from maskx.data.word_table import WordTable, load_word_table, save_word_table
-from maskx.detectron2 import MaskXConceptMapper, Trainer, register_all, register_tag_list
-from maskx.detectron2.data import class_names_of, concept_data, datasets
-from maskx.detectron2.data.concept_data import concept_records, make_overlap, make_word_table
+from maskx.detectron2 import MaskXConceptMapper, Trainer, datasets, register_all, register_tag_list
+from maskx.detectron2.datasets import class_names_of
 from maskx.detectron2.trainer import check_config
+from maskx.systems.concept_mask.concept_sets import concept_sets, write_concept_split
+from maskx.systems.concept_mask.detectron2 import data as concept_data
+from maskx.systems.concept_mask.detectron2.data import (
+    concept_records,
+    make_overlap,
+    make_word_table,
+)
+from maskx.systems.concept_mask.overlap import concept_overlap, load_overlap
+from maskx.systems.concept_mask.samples import box_target, mask_target
+from maskx.systems.concept_mask.scenes import scene_concept_kinds, scene_concept_split
 
 KEYS = "MODEL.MASKX.CONCEPT_MASK."
 FILES = {

@@ -15,22 +15,17 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.utils.logger import _LOG_COUNTER
 
-from maskx.concept_mask import concept_test, concept_truths, fit_concepts
+from maskx.core import backbones
+from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.data.coco import load_coco
-from maskx.data.scene_concepts import scene_concept_split
-from maskx.data.word_table import WordTable, load_word_table, save_word_table
-from maskx.detectron2 import (
-    ConceptPredictor,
-    MaskXConceptEvaluator,
-    Trainer,
-    evaluate,
-)
-from maskx.detectron2.concept_predictor import fit_checkpoint, trained_config
-from maskx.detectron2.concept_stages import check_concept_stages, concept_stages
-from maskx.detectron2.data import concept_test_data
+from maskx.detectron2 import ConceptPredictor, MaskXConceptEvaluator, Trainer, evaluate
 from maskx.detectron2.stagewise import read_record, run_stage
-from maskx.evaluation.concept_scores import ConceptScores
-from maskx.modeling import backbones
+from maskx.systems.concept_mask.detectron2.data import concept_test_data
+from maskx.systems.concept_mask.detectron2.predictor import fit_checkpoint, trained_config
+from maskx.systems.concept_mask.detectron2.stages import check_concept_stages, concept_stages
+from maskx.systems.concept_mask.scenes import scene_concept_split
+from maskx.systems.concept_mask.scores import ConceptScores
+from maskx.systems.concept_mask.steps import concept_test, concept_truths, fit_concepts
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools"

@@ -21,11 +21,12 @@ from detectron2.utils.events import EventStorage
 from omegaconf import ListConfig
 
 import maskx
-from maskx.data.coco_stuff import coco_stuff_names
-from maskx.data.concept_sets import ConceptSplit, write_concept_split
+from maskx.core import backbones
+from maskx.core.word_table import WordTable, save_word_table
 from maskx.data.large_vocabularies import ade20k_150_classes
+from maskx.data.prepare.coco_stuff import coco_stuff_names
+from maskx.data.splits import split_names
 from maskx.data.vocabularies import VOC_CLASSES
-from maskx.data.word_table import WordTable, save_word_table
 from maskx.detectron2 import (
     MaskXCOCOEvaluator,
     MaskXDatasetMapper,
@@ -36,12 +37,11 @@ from maskx.detectron2 import (
     get_cfg,
     register_all,
 )
-from maskx.detectron2.data import class_names_of, split_from_config
-from maskx.detectron2.roi_heads import MaskXROIHeadsMixin
-from maskx.modeling import backbones
-from maskx.modeling.mask_head import PREDICTORS
-from maskx.modeling.weight_transfer import ACTIVATIONS, TRANSFER_INPUTS
-from maskx.supervision import split_names
+from maskx.detectron2.datasets import class_names_of, split_from_config
+from maskx.systems.concept_mask.concept_sets import ConceptSplit, write_concept_split
+from maskx.systems.maskx_rcnn.detectron2.roi_heads import MaskXROIHeadsMixin
+from maskx.systems.maskx_rcnn.mask_head import PREDICTORS
+from maskx.systems.maskx_rcnn.weight_transfer import ACTIVATIONS, TRANSFER_INPUTS
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "MaskX"

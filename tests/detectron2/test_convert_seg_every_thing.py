@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from converters.caffe2_weights import convert_caffe2_blobs, save_detectron2_checkpoint
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torchvision.ops import roi_align
 
 from maskx.detectron2 import get_cfg
-from maskx.modeling.caffe2_weights import convert_caffe2_blobs, save_detectron2_checkpoint
-from maskx.modeling.mask_head import MaskXHead
+from maskx.systems.maskx_rcnn.mask_head import MaskXHead
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_seg_every_thing.py"

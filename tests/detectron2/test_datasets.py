@@ -10,17 +10,17 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import BoxMode
 
 from maskx.data.label_maps import write_label_map
-from maskx.data.visual_genome import COCO_SYNSETS, prepare_visual_genome
+from maskx.data.prepare.visual_genome import COCO_SYNSETS, prepare_visual_genome
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES
 from maskx.detectron2 import (
     MaskXDatasetMapper,
+    datasets,
     register_all,
     register_coco,
     register_from_config,
 )
-from maskx.detectron2.data import (
+from maskx.detectron2.datasets import (
     class_names_of,
-    datasets,
     image_labels_of,
     plain_record,
     split_from_config,

@@ -9,8 +9,8 @@ from detectron2.utils.events import EventStorage
 
 from maskx.data.grabcut import grabcut_mask
 from maskx.detectron2 import MaskXCOCOEvaluator, Trainer
-from maskx.detectron2.meta_arch import MaskXGrabCutRCNN, predicts_masks
-from maskx.detectron2.meta_arch.grabcut import resized_image
+from maskx.detectron2.image_model import resized_image
+from maskx.systems.maskx_rcnn.detectron2.grabcut import MaskXGrabCutRCNN, predicts_masks
 
 GRABCUT = (
     *("MODEL.META_ARCHITECTURE", "MaskXGrabCutRCNN", "MODEL.MASK_ON", False),

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskx.data.label_maps import ignore_label, label_map_of_instances, write_label_map
-from maskx.detectron2 import MaskXImageMapper, Trainer, register_coco
-from maskx.detectron2.data import image_mapper, plain_record, training_records
+from maskx.detectron2 import MaskXImageMapper, Trainer, image_mapper, register_coco
+from maskx.detectron2.datasets import plain_record
+from maskx.detectron2.image_mapper import training_records
 
 NAMES = ("cat", "dog", "owl", "yak")
 SIZE = (12, 16)

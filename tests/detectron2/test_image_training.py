@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
+from maskx.core import backbones
 from maskx.data.label_maps import label_map_of_instances, write_label_map
 from maskx.detectron2 import (
     MaskXImageLabelEvaluator,
@@ -22,8 +23,7 @@ from maskx.detectron2 import (
     evaluate,
     register_coco,
 )
-from maskx.detectron2.data import plain_record
-from maskx.modeling import backbones
+from maskx.detectron2.datasets import plain_record
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,24 +11,24 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from maskx.data.ade20k import prepare_ade20k_150
-from maskx.data.imagenet import prepare_imagenet21k
-from maskx.data.joint_sets import JointSets
 from maskx.data.label_maps import write_label_map
 from maskx.data.large_vocabularies import ade20k_150_classes, base_and_novel, coco_stuff_classes
 from maskx.data.masks import decode_segmentation
-from maskx.data.scenes import STUFF_CATEGORIES
+from maskx.data.prepare.ade20k import prepare_ade20k_150
+from maskx.data.prepare.imagenet import prepare_imagenet21k
+from maskx.data.scenes.generator import STUFF_CATEGORIES
 from maskx.detectron2 import MaskXJointMapper, register_all
-from maskx.detectron2.data import (
+from maskx.detectron2.datasets import class_names_of
+from maskx.systems.larvseg.detectron2.data import (
     build_joint_loader,
     check_joint_data,
-    class_names_of,
     indices_of_dataset,
+    joint_sets_from_config,
     model_class_table,
     scored_indices,
     split_of_dataset,
 )
-from maskx.detectron2.data.joint_data import joint_sets_from_config
+from maskx.systems.larvseg.joint_sets import JointSets
 
 MASKS, TAGS = "maskx_scenes_sparse_stuff_train", "maskx_scenes_sparse_train"
 VAL = "maskx_scenes_sparse_stuff_val"

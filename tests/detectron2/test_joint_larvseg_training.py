@@ -12,7 +12,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
 from maskx.detectron2 import Trainer, evaluate
-from maskx.detectron2.data import class_names_of, model_class_table
+from maskx.detectron2.datasets import class_names_of
+from maskx.systems.larvseg.detectron2.data import model_class_table
 
 TOOL = str(Path(__file__).parents[2] / "tools" / "train_net.py")
 KEYS = "MODEL.MASKX.LARVSEG."

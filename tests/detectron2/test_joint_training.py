@@ -20,10 +20,10 @@ from detectron2.utils.events import EventStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maskx.data.visual_genome import prepare_visual_genome
+from maskx.data.prepare.visual_genome import prepare_visual_genome
 from maskx.data.vocabularies import COCO_THING_CLASSES
 from maskx.detectron2 import Trainer, get_cfg, register_all
-from maskx.detectron2.data import split_from_config
+from maskx.detectron2.datasets import split_from_config
 
 ROOT = Path(__file__).parents[2]
 FILES = runpy.run_path(str(ROOT / "tests" / "visual_genome_files.py"))

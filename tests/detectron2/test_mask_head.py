@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call
 
 from maskx.detectron2 import MaskXMaskHead
-from maskx.modeling.mask_head import MaskXHead
-from maskx.modeling.weight_transfer import DetectorWeights
+from maskx.systems.maskx_rcnn.mask_head import MaskXHead
+from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights
 
 K, D, C, P, CHANNELS = 5, 6, 8, 4, 3
 SHAPE = ShapeSpec(channels=CHANNELS, height=P, width=P)
@@ -106,7 +106,7 @@ def test_loss_weight_and_the_number_of_rois_are_logged():
 
 
 def test_it_is_the_head_of_the_other_host():
-    from maskx.torchvision import roi_heads
+    from maskx.systems.maskx_rcnn.torchvision import roi_heads
 
     assert issubclass(MaskXMaskHead, MaskXHead)
     assert roi_heads.MaskXHead is MaskXHead

@@ -24,7 +24,7 @@ def test_without_detectron2_there_is_one_import_error():
     error = run(
         "import json, sys\n"
         "sys.modules['detectron2'] = None\n"
-        "import maskx, maskx.modeling.mask_head\n"
+        "import maskx, maskx.systems.maskx_rcnn.mask_head\n"
         "try:\n"
         "    maskx.get_cfg()\n"
         "except ImportError as error:\n"

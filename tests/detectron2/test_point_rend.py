@@ -12,8 +12,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from maskx.detectron2 import MaskXPointRendMaskHead, PointLayers, add_maskx_config
-from maskx.modeling.mask_head import TransferPredictor
-from maskx.modeling.weight_transfer import DetectorWeights
+from maskx.systems.maskx_rcnn.mask_head import TransferPredictor
+from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights
 
 K, D = 5, 6
 SHAPES = {

@@ -21,12 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from maskx.detectron2 import (
-    MaskXDatasetMapper,
-    MaskXROIHeads,
-    MaskXROIHeadsMixin,
-)
-from maskx.modeling.weight_transfer import DetectorWeights
+from maskx.detectron2 import MaskXDatasetMapper, MaskXROIHeads, MaskXROIHeadsMixin
+from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights
 
 KINDS = {
     "masked": ([True, True, True], [True]),

@@ -20,14 +20,10 @@ from maskx.data.coco import load_coco
 from maskx.data.label_maps import label_map_of_instances, write_label_map
 from maskx.data.large_vocabularies import ade20k_150_classes, base_and_novel
 from maskx.data.masks import encode_masks
-from maskx.data.voc import prepare_voc
-from maskx.detectron2 import (
-    MaskXLargeVocabularyEvaluator,
-    MaskXSemSegEvaluator,
-    register_coco,
-)
-from maskx.detectron2.data import class_names_of
-from maskx.supervision import resolve_split
+from maskx.data.prepare.voc import prepare_voc
+from maskx.data.splits import resolve_split
+from maskx.detectron2 import MaskXLargeVocabularyEvaluator, MaskXSemSegEvaluator, register_coco
+from maskx.detectron2.datasets import class_names_of
 
 NAMES = ("cat", "dog", "owl", "yak")
 SIZE = (12, 16)

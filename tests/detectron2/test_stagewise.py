@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import maskx.detectron2.stagewise
-from maskx.data.json_files import write_json
-from maskx.data.scenes import generate_scenes
+from maskx.core.files import write_json
+from maskx.data.scenes.generator import generate_scenes
 from maskx.detectron2 import Trainer
 from maskx.detectron2.stagewise import (
     Stage,

@@ -10,13 +10,18 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import maskx.data.label_maps
 from maskx.data.label_maps import label_map_of_instances, write_label_map
-from maskx.data.transfer_sets import source_subset, transfer_sets
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES, VOC_CLASSES_IN_COCO
 from maskx.detectron2 import MaskXTransferMapper, Trainer, register_all, register_coco
-from maskx.detectron2.data import plain_record, transfer_records, transfer_split
-from maskx.detectron2.data.transfer_data import AlternatingSampler, labels_of_dataset
+from maskx.detectron2.datasets import plain_record
 from maskx.detectron2.trainer import check_config
 from maskx.supervision import CategorySplit
+from maskx.systems.transfernet.detectron2.data import (
+    AlternatingSampler,
+    labels_of_dataset,
+    transfer_records,
+    transfer_split,
+)
+from maskx.systems.transfernet.transfer_sets import source_subset, transfer_sets
 
 ROW = [[0, 0, 16, 0, 16, 24, 0, 24]]  # the left third of an image of 48 x 24 pixels
 

@@ -16,7 +16,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
-from maskx.data.scenes import generate_scenes
+from maskx.core import backbones
+from maskx.core.digests import sha256_of
+from maskx.data.scenes.generator import generate_scenes
 from maskx.detectron2 import (
     MaskXTransferLabelEvaluator,
     MaskXTransferSemSegEvaluator,
@@ -25,10 +27,9 @@ from maskx.detectron2 import (
     get_cfg,
     register_coco,
 )
-from maskx.detectron2.stagewise import read_record, sha256_of
+from maskx.detectron2.stagewise import read_record
 from maskx.detectron2.trainer import check_config
-from maskx.detectron2.transfer_stages import check_transfer_stages, transfer_stages
-from maskx.modeling import backbones
+from maskx.systems.transfernet.detectron2.stages import check_transfer_stages, transfer_stages
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "train_transfernet.py")

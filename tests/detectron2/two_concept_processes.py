@@ -15,13 +15,13 @@ import torch.distributed as dist
 from pycocotools import mask as mask_utils
 from torch.nn.parallel import DistributedDataParallel
 
-from maskx.concept_mask import ConceptTest
-from maskx.data.word_table import WordTable
+from maskx.core.backbones import SmallResNet
+from maskx.core.word_table import WordTable
 from maskx.detectron2 import MaskXConceptEvaluator, MaskXConceptMask, MaskXSmallResNet
-from maskx.modeling.backbones import SmallResNet
-from maskx.modeling.concept_embedding import ConceptEmbedding
-from maskx.modeling.concept_mask import ConceptMask
-from maskx.modeling.concept_segmenter import ConceptSegmenter
+from maskx.systems.concept_mask.embedding import ConceptEmbedding
+from maskx.systems.concept_mask.network import ConceptMask
+from maskx.systems.concept_mask.segmenter import ConceptSegmenter
+from maskx.systems.concept_mask.steps import ConceptTest
 
 LOSSES = {1: "loss_embedding", 2: "loss_boxes", 3: "loss_masks"}
 

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
+from maskx.core.image_classifier import ImageClassifier
 from maskx.detectron2 import MaskXSmallResNet, MaskXTransferNet
-from maskx.detectron2.data.transfer_data import AlternatingSampler
-from maskx.modeling.image_classifier import ImageClassifier
-from maskx.modeling.transfernet import TransferNet
-from maskx.modeling.transfernet_attention import FactoredAttention
-from maskx.modeling.transfernet_baselines import BaselineNet, DecoupledNet
-from maskx.modeling.transfernet_decoder import TransposedDecoder
+from maskx.systems.transfernet.attention import FactoredAttention
+from maskx.systems.transfernet.baselines import BaselineNet, DecoupledNet
+from maskx.systems.transfernet.decoder import TransposedDecoder
+from maskx.systems.transfernet.detectron2.data import AlternatingSampler
+from maskx.systems.transfernet.network import TransferNet
 
 
 def run(rank, port):

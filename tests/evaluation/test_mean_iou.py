@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maskx.data.splits import resolve_split
 from maskx.evaluation.mean_iou import MeanIoU, format_table
-from maskx.supervision import resolve_split
 
 TRUTH = np.array([[0, 0, 1, 1], [0, 2, 2, 255]])
 PREDICTED = np.array([[0, 1, 1, 1], [0, 2, 0, 3]])

@@ -5,11 +5,12 @@ import torch
 
 pytest.importorskip("detectron2")
 
+from maskx.core.backbones import SmallResNet
+from maskx.core.image_classifier import ImageClassifier, choose_labels
+from maskx.core.sample_models import SampleClassifier
 from maskx.detectron2 import MaskXDeepLab, MaskXImageClassifier, MaskXSmallResNet
-from maskx.modeling.backbones import SmallResNet
-from maskx.modeling.deeplab import DeepLab
-from maskx.modeling.image_classifier import ImageClassifier, choose_labels
-from maskx.torchvision.semantic import SampleClassifier, SampleSegmenter
+from maskx.systems.class_patterns.deeplab import DeepLab
+from maskx.systems.class_patterns.model import SampleSegmenter
 
 K, SIZE = 4, 32
 WIDTHS = (4, 4, 6, 8)

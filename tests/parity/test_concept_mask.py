@@ -13,17 +13,17 @@ pytest.importorskip("detectron2")
 
 from detectron2.modeling import build_model
 
-from maskx.concept_mask import named_query
-from maskx.data.concept_overlap import (
+from maskx.core.word_table import WordTable, save_word_table
+from maskx.detectron2 import get_cfg
+from maskx.systems.concept_mask.concept_sets import ConceptSplit, write_concept_split
+from maskx.systems.concept_mask.model import build_concept_mask
+from maskx.systems.concept_mask.overlap import (
     concept_overlap,
     load_overlap,
     negative_weights,
     save_overlap,
 )
-from maskx.data.concept_sets import ConceptSplit, write_concept_split
-from maskx.data.word_table import WordTable, save_word_table
-from maskx.detectron2 import get_cfg
-from maskx.torchvision.concept_mask_models import build_concept_mask
+from maskx.systems.concept_mask.steps import named_query
 
 NAMES = ("cat", "dog", "fire truck", "green", "owl", "sky")
 SIDE, MASK_SIDE, MAPS = 32, 48, (32, 48)  # of training images, of masks, of attention maps

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("detectron2")
 
 from maskx.detectron2 import MaskXLarvSeg, MaskXSmallResNet
-from maskx.modeling.larvseg import LarvSeg
-from maskx.torchvision.larvseg_models import SampleLarvSeg
+from maskx.systems.larvseg.model import SampleLarvSeg
+from maskx.systems.larvseg.network import LarvSeg
 
 NAMES = ("wall", "tree", "cat", "mug", "owl", "sky", "boat", "yak")
 SCORED = {"masks": (0, 1, 2, 5), "tags": (6, 3, 0)}

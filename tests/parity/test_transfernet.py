@@ -9,14 +9,14 @@ pytest.importorskip("detectron2")
 
 from detectron2.utils.events import EventStorage
 
+from maskx.core.image_classifier import ImageClassifier, choose_labels
+from maskx.core.sample_models import SampleClassifier
 from maskx.detectron2 import MaskXSmallResNet, MaskXTransferClassifier, MaskXTransferNet
-from maskx.modeling.image_classifier import ImageClassifier, choose_labels
-from maskx.modeling.transfernet import TransferNet
-from maskx.modeling.transfernet_attention import FactoredAttention
-from maskx.modeling.transfernet_baselines import BaselineNet, DecoupledNet
-from maskx.modeling.transfernet_decoder import TransposedDecoder
-from maskx.torchvision.semantic import SampleClassifier
-from maskx.torchvision.transfernet import SampleTransferNet
+from maskx.systems.transfernet.attention import FactoredAttention
+from maskx.systems.transfernet.baselines import BaselineNet, DecoupledNet
+from maskx.systems.transfernet.decoder import TransposedDecoder
+from maskx.systems.transfernet.network import TransferNet
+from maskx.systems.transfernet.pipeline import SampleTransferNet
 
 K, SIZE = 4, 32
 PIXELS = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375]}

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from maskx.data.coco import load_coco
-from maskx.data.scenes import generate_scenes
-from maskx.supervision import resolve_split
-from maskx.torchvision.detection import SampleDetector
-from maskx.torchvision.models import maskx_rcnn_small
+from maskx.data.scenes.generator import generate_scenes
+from maskx.data.splits import resolve_split
+from maskx.systems.maskx_rcnn.torchvision.detection import SampleDetector
+from maskx.systems.maskx_rcnn.torchvision.models import maskx_rcnn_small
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 import pytest
 
-from maskx.modeling.backbones import VGG16, DilatedResNet, FeatureShape, SmallResNet
-from maskx.torchvision import backbones
-from maskx.torchvision.backbones import BACKBONES, RESNETS, build_backbone, choose_feature
+from maskx.core import backbone_choice as backbones
+from maskx.core.backbone_choice import BACKBONES, RESNETS, build_backbone, choose_feature
+from maskx.core.backbones import VGG16, DilatedResNet, FeatureShape, SmallResNet
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from maskx.data.coco import load_coco
-from maskx.data.proxy_masks import ProxyMaskSettings
-from maskx.data.scenes import generate_scenes
-from maskx.torchvision import class_patterns
-from maskx.torchvision.class_patterns import (
+from maskx.data.image_samples import ImageMapper
+from maskx.data.scenes.generator import generate_scenes
+from maskx.engine.prediction import predict_image_labels
+from maskx.systems.class_patterns import pipeline as class_patterns
+from maskx.systems.class_patterns.pipeline import (
     TagSettings,
     learn_from_tags,
     open_classifier,
     open_tagged_images,
 )
-from maskx.torchvision.images import ImageMapper
-from maskx.torchvision.semantic import predict_image_labels
+from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
 
 TINY = {"image_size": 64, "iterations": 2, "segmenter_iterations": 2, "batch_size": 2}
 LAYERS = ("C41", "C42", "C43")

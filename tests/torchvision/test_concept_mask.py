@@ -11,39 +11,29 @@ import numpy as np
 import pytest
 import torch
 
-from maskx.concept_mask import batch_targets, concept_truths
-from maskx.data.concept_sets import concept_sets
+from maskx.core.word_table import WordTable, load_word_table
 from maskx.data.masks import decode_segmentation
-from maskx.data.word_table import WordTable, load_word_table
-from maskx.torchvision import (
-    concept_mask,
-    concept_mask_chain,
-    concept_mask_models,
-    training_chain,
+from maskx.engine import training_chain
+from maskx.systems.concept_mask import chain as concept_mask_chain
+from maskx.systems.concept_mask import model as concept_mask_models
+from maskx.systems.concept_mask import pipeline as concept_mask
+from maskx.systems.concept_mask.chain import (
+    ConceptMaskChain,
+    ConceptMaskMethod,
+    ConceptMaskSettings,
 )
-from maskx.torchvision.concept_mask import (
+from maskx.systems.concept_mask.concept_sets import concept_sets
+from maskx.systems.concept_mask.evaluation import evaluate_concepts, evaluate_existence, fit_run
+from maskx.systems.concept_mask.image_samples import ConceptMapper, read_sample
+from maskx.systems.concept_mask.model import ConceptNetwork, build_concept_mask, open_concept_mask
+from maskx.systems.concept_mask.pipeline import (
     coco_concept_data,
     learn_concept_mask,
     open_chain,
     scene_concept_data,
 )
-from maskx.torchvision.concept_mask_chain import (
-    ConceptMaskChain,
-    ConceptMaskMethod,
-    ConceptMaskSettings,
-)
-from maskx.torchvision.concept_mask_evaluation import (
-    evaluate_concepts,
-    evaluate_existence,
-    fit_run,
-)
-from maskx.torchvision.concept_mask_models import (
-    ConceptNetwork,
-    build_concept_mask,
-    open_concept_mask,
-)
-from maskx.torchvision.concept_mask_predictor import ConceptPredictor, read_rgb, segment_files
-from maskx.torchvision.concept_mask_samples import ConceptMapper, read_sample
+from maskx.systems.concept_mask.predictor import ConceptPredictor, read_rgb, segment_files
+from maskx.systems.concept_mask.steps import batch_targets, concept_truths
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TINY = ConceptMaskSettings(

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from maskx.torchvision.data import InstanceMapper, step_seed, training_batches
+from maskx.core.seeds import step_seed
+from maskx.engine.batches import training_batches
+from maskx.systems.maskx_rcnn.samples import InstanceMapper
 
 
 def keys_of(batches):

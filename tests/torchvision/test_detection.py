@@ -7,7 +7,7 @@ from torch import nn
 
 from maskx.data.masks import decode_segmentation
 from maskx.evaluation.average_precision import evaluate_detections
-from maskx.torchvision.detection import SampleDetector, detect
+from maskx.systems.maskx_rcnn.torchvision.detection import SampleDetector, detect
 
 
 class Oracle(nn.Module):

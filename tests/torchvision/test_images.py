@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+import maskx.data.image_samples
 import maskx.data.label_maps
-import maskx.torchvision.images
+from maskx.core.images import warp_image
+from maskx.data.image_samples import ImageMapper
 from maskx.data.label_maps import semantic_label_map, write_label_map
-from maskx.torchvision.data import InstanceMapper, training_batches
-from maskx.torchvision.images import ImageMapper, warp_image
+from maskx.engine.batches import training_batches
+from maskx.systems.maskx_rcnn.samples import InstanceMapper
 
 K = 8
 
@@ -42,10 +44,10 @@ def test_learning_from_tags_never_touches_a_mask(scenes, voc_like, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a mask or label map was read")
 
-    for module in (maskx.torchvision.data, maskx.data.label_maps):
+    for module in (maskx.engine.batches, maskx.data.label_maps):
         monkeypatch.setattr(module, "decode_segmentation", refuse)
     monkeypatch.setattr(maskx.data.label_maps, "read_label_map", refuse)
-    monkeypatch.setattr(maskx.torchvision.images, "semantic_label_map", refuse)
+    monkeypatch.setattr(maskx.data.image_samples, "semantic_label_map", refuse)
     mapper = ImageMapper(K, size=32, label_maps=False, read_label_map=refuse)
     scene = copy.deepcopy(scenes.records[0])
     for annotation in scene["annotations"]:

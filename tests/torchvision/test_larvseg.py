@@ -8,33 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from maskx.core.backbones import FeatureShape
+from maskx.core.image_classifier import ImageClassifier
 from maskx.data.coco import load_coco
-from maskx.data.joint_sets import JointDataSet, joint_sets, things_and_stuff_label_map
 from maskx.data.label_maps import ignore_label, write_label_map
-from maskx.data.scenes import generate_scenes
-from maskx.modeling.backbones import FeatureShape
-from maskx.modeling.image_classifier import ImageClassifier
-from maskx.modeling.larvseg import LarvSeg
-from maskx.supervision import resolve_split
-from maskx.torchvision import larvseg_chain, larvseg_samples, training_chain
-from maskx.torchvision.larvseg import attention_of
-from maskx.torchvision.larvseg_chain import LarvSegChain, LarvSegMethod, LarvSegSettings
-from maskx.torchvision.larvseg_checkpoints import (
-    build_larvseg,
-    load_matching_weights,
-    open_larvseg,
-)
-from maskx.torchvision.larvseg_evaluation import (
-    evaluate_grouping,
-    evaluate_larvseg,
-    open_with_images,
-)
-from maskx.torchvision.larvseg_models import (
-    SampleJointClassifier,
-    SampleLarvSeg,
-    predict_larvseg,
-)
-from maskx.torchvision.larvseg_samples import (
+from maskx.data.scenes.generator import generate_scenes
+from maskx.data.splits import resolve_split
+from maskx.engine import training_chain
+from maskx.engine.training import CHECKPOINT_NAME
+from maskx.systems.larvseg import chain as larvseg_chain
+from maskx.systems.larvseg import samples as larvseg_samples
+from maskx.systems.larvseg.chain import LarvSegChain, LarvSegMethod, LarvSegSettings
+from maskx.systems.larvseg.checkpoints import build_larvseg, load_matching_weights, open_larvseg
+from maskx.systems.larvseg.evaluation import evaluate_grouping, evaluate_larvseg, open_with_images
+from maskx.systems.larvseg.joint_sets import JointDataSet, joint_sets, things_and_stuff_label_map
+from maskx.systems.larvseg.model import SampleJointClassifier, SampleLarvSeg, predict_larvseg
+from maskx.systems.larvseg.network import LarvSeg
+from maskx.systems.larvseg.pipeline import attention_of
+from maskx.systems.larvseg.samples import (
     JointMapper,
     LabelledImages,
     joint_batches,
@@ -44,7 +35,6 @@ from maskx.torchvision.larvseg_samples import (
     split_groups,
     table_label_map,
 )
-from maskx.torchvision.training import CHECKPOINT_NAME
 
 K, SIZE = 12, 32
 NUM_CLASSES = K + 5

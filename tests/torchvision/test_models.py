@@ -5,10 +5,15 @@ import pytest
 import torch
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
-from maskx.modeling.mask_trunks import TRUNKS
-from maskx.torchvision.data import InstanceMapper, training_batches
-from maskx.torchvision.models import add_mask_branch, faster_rcnn_small, maskx_rcnn_small
-from maskx.torchvision.training import TrainingSettings, train
+from maskx.engine.batches import training_batches
+from maskx.engine.training import TrainingSettings, train
+from maskx.systems.maskx_rcnn.mask_trunks import TRUNKS
+from maskx.systems.maskx_rcnn.samples import InstanceMapper
+from maskx.systems.maskx_rcnn.torchvision.models import (
+    add_mask_branch,
+    faster_rcnn_small,
+    maskx_rcnn_small,
+)
 
 MASK_HEAD = "detector.roi_heads.mask_head."
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from maskx.data.scenes import generate_scenes
-from maskx.torchvision import quickstart
-from maskx.torchvision.quickstart import QuickstartOptions, write_metrics
-from maskx.torchvision.quickstart_maskx import quickstart_maskx
-from maskx.torchvision.systems import SYSTEMS
+from maskx.data.scenes.generator import generate_scenes
+from maskx.engine import quickstart
+from maskx.engine.quickstart import QuickstartOptions, write_metrics
+from maskx.systems.maskx_rcnn.torchvision.quickstart import quickstart_maskx
+from maskx.systems.quickstarts import SYSTEMS
 
 TOOL = Path(__file__).parents[2] / "tools" / "quickstart.py"
 

@@ -3,9 +3,9 @@ import json
 import cv2
 import pytest
 
-from maskx.torchvision import quickstart
-from maskx.torchvision.quickstart import QuickstartOptions
-from maskx.torchvision.quickstart_class_patterns import quickstart_class_patterns
+from maskx.engine import quickstart
+from maskx.engine.quickstart import QuickstartOptions
+from maskx.systems.class_patterns.quickstart import quickstart_class_patterns
 
 
 @pytest.fixture

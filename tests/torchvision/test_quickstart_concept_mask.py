@@ -3,11 +3,12 @@ import json
 import cv2
 import pytest
 
-from maskx.data.scenes import generate_scenes
-from maskx.supervision import resolve_split
-from maskx.torchvision import quickstart, quickstart_concept_mask
-from maskx.torchvision.quickstart import QuickstartOptions
-from maskx.torchvision.systems import SYSTEMS
+from maskx.data.scenes.generator import generate_scenes
+from maskx.data.splits import resolve_split
+from maskx.engine import quickstart
+from maskx.engine.quickstart import QuickstartOptions
+from maskx.systems.concept_mask import quickstart as quickstart_concept_mask
+from maskx.systems.quickstarts import SYSTEMS
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ import cv2
 import numpy as np
 import pytest
 
-from maskx.data.ccp import prepare_ccp
-from maskx.data.scenes import STUFF_CATEGORIES, generate_scenes, scene_categories
-from maskx.torchvision import quickstart
-from maskx.torchvision.quickstart import QuickstartOptions
-from maskx.torchvision.quickstart_larvseg import quickstart_larvseg
-from maskx.torchvision.systems import SYSTEMS
+from maskx.data.prepare.ccp import prepare_ccp
+from maskx.data.scenes.generator import STUFF_CATEGORIES, generate_scenes, scene_categories
+from maskx.engine import quickstart
+from maskx.engine.quickstart import QuickstartOptions
+from maskx.systems.larvseg.quickstart import quickstart_larvseg
+from maskx.systems.quickstarts import SYSTEMS
 
 
 @pytest.fixture

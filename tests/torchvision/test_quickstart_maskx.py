@@ -7,12 +7,12 @@ import pytest
 from maskx.data.coco import load_coco
 from maskx.data.grabcut import grabcut_mask
 from maskx.data.masks import decode_segmentation, encode_masks
-from maskx.data.scenes import generate_scenes
-from maskx.supervision import resolve_split
-from maskx.torchvision import quickstart
-from maskx.torchvision import quickstart_maskx as module
-from maskx.torchvision.quickstart import QuickstartOptions
-from maskx.torchvision.quickstart_maskx import quickstart_maskx
+from maskx.data.scenes.generator import generate_scenes
+from maskx.data.splits import resolve_split
+from maskx.engine import quickstart
+from maskx.engine.quickstart import QuickstartOptions
+from maskx.systems.maskx_rcnn.torchvision import quickstart as module
+from maskx.systems.maskx_rcnn.torchvision.quickstart import quickstart_maskx
 
 
 @pytest.fixture

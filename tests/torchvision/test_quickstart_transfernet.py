@@ -3,10 +3,10 @@ import json
 import cv2
 import pytest
 
-from maskx.data.scenes import generate_scenes, scene_categories
-from maskx.torchvision import quickstart
-from maskx.torchvision.quickstart import QuickstartOptions
-from maskx.torchvision.quickstart_transfernet import quickstart_transfernet
+from maskx.data.scenes.generator import generate_scenes, scene_categories
+from maskx.engine import quickstart
+from maskx.engine.quickstart import QuickstartOptions
+from maskx.systems.transfernet.quickstart import quickstart_transfernet
 
 
 @pytest.fixture

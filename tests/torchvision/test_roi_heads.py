@@ -11,14 +11,14 @@ from torchvision.models.detection import (
     retinanet_resnet50_fpn,
 )
 
-from maskx.modeling.mask_head import MaskXHead, class_logits, crop_mask_targets, mask_loss
-from maskx.modeling.weight_transfer import WeightTransfer
-from maskx.torchvision.data import InstanceMapper
-from maskx.torchvision.models import (
+from maskx.systems.maskx_rcnn.mask_head import MaskXHead, class_logits, crop_mask_targets, mask_loss
+from maskx.systems.maskx_rcnn.samples import InstanceMapper
+from maskx.systems.maskx_rcnn.torchvision.models import (
     add_mask_branch,
     faster_rcnn_small,
     maskx_rcnn_resnet_fpn,
 )
+from maskx.systems.maskx_rcnn.weight_transfer import WeightTransfer
 
 
 def make_samples(scenes, classes_with_masks, indices=(0, 1)):

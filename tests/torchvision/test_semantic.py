@@ -6,21 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from maskx.core.backbones import SmallResNet
+from maskx.core.image_classifier import ImageClassifier
+from maskx.core.sample_models import SampleClassifier
+from maskx.data.image_samples import ImageMapper
 from maskx.data.label_maps import semantic_label_map
+from maskx.engine.batches import training_batches
+from maskx.engine.prediction import evaluate_label_maps, predict_image_labels
+from maskx.engine.training import TrainingSettings, train
 from maskx.evaluation.image_labels import evaluate_image_labels
-from maskx.modeling.backbones import SmallResNet
-from maskx.modeling.deeplab import DeepLab
-from maskx.modeling.image_classifier import ImageClassifier
-from maskx.torchvision.data import training_batches
-from maskx.torchvision.images import ImageMapper
-from maskx.torchvision.semantic import (
-    SampleClassifier,
-    SampleSegmenter,
-    evaluate_label_maps,
-    predict_image_labels,
-    predict_label_maps,
-)
-from maskx.torchvision.training import TrainingSettings, train
+from maskx.systems.class_patterns.deeplab import DeepLab
+from maskx.systems.class_patterns.model import SampleSegmenter, predict_label_maps
 
 K, SIZE = 8, 32
 WIDTHS = (8, 8, 8, 8)

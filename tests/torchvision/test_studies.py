@@ -3,8 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from maskx.torchvision.studies import SYSTEMS, StudyOptions, run_study
+from studies.run import SYSTEMS, StudyOptions, run_study
 
 TOOL = Path(__file__).parents[2] / "tools" / "study.py"
 

@@ -2,10 +2,11 @@ import sys
 
 import pytest
 import torch
+from studies import class_patterns as study_class_patterns
+from studies.class_patterns import CLASS_PATTERNS
+from studies.run import StudyOptions, run_study
 
-from maskx.torchvision import quickstart, study_class_patterns
-from maskx.torchvision.studies import StudyOptions, run_study
-from maskx.torchvision.study_class_patterns import CLASS_PATTERNS
+from maskx.engine import quickstart
 
 LAYERS = ("C41", "C42", "C43")
 

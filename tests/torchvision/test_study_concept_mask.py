@@ -1,11 +1,13 @@
 import functools
 
 import pytest
+from studies import concept_mask as study_concept_mask
+from studies.concept_mask import SETTINGS
+from studies.run import StudyOptions, run_study
 
-from maskx.torchvision import quickstart_concept_mask, study_concept_mask, training_chain
-from maskx.torchvision.concept_mask_models import ConceptNetwork
-from maskx.torchvision.studies import StudyOptions, run_study
-from maskx.torchvision.study_concept_mask import SETTINGS
+from maskx.engine import training_chain
+from maskx.systems.concept_mask import quickstart as quickstart_concept_mask
+from maskx.systems.concept_mask.model import ConceptNetwork
 
 
 @pytest.fixture

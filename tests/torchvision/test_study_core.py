@@ -2,8 +2,7 @@ import dataclasses
 import json
 
 import pytest
-
-from maskx.torchvision.study_core import (
+from studies.study import (
     Measure,
     Ordering,
     StudyOptions,

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from studies.larvseg import METHODS
+from studies.run import StudyOptions, run_study
 
-from maskx.torchvision import quickstart, training_chain
-from maskx.torchvision.studies import StudyOptions, run_study
-from maskx.torchvision.study_larvseg import METHODS
+from maskx.engine import quickstart, training_chain
 
 
 @pytest.fixture

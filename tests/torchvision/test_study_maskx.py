@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from studies import maskx_rcnn as study_maskx
+from studies.maskx_rcnn import MASKX, PAPER_SETTINGS, WORDS, mask_branch
+from studies.run import StudyOptions, run_study
 
-from maskx.torchvision import quickstart, study_maskx
-from maskx.torchvision.studies import StudyOptions, run_study
-from maskx.torchvision.study_maskx import MASKX, PAPER_SETTINGS, WORDS, mask_branch
+from maskx.engine import quickstart
 
 
 @pytest.fixture

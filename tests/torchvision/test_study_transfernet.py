@@ -5,10 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from studies import transfernet as study_transfernet
+from studies.run import StudyOptions, run_study
+from studies.transfernet import METHODS
 
-from maskx.torchvision import quickstart, study_transfernet, training_chain, transfernet
-from maskx.torchvision.studies import StudyOptions, run_study
-from maskx.torchvision.study_transfernet import METHODS
+from maskx.engine import quickstart, training_chain
+from maskx.systems.transfernet import pipeline as transfernet
 
 
 @pytest.fixture
@@ -133,8 +135,8 @@ def test_an_unknown_setting_is_refused(tiny):
 TINY_STUDY = """
 import json, sys
 from pathlib import Path
-from maskx.torchvision import quickstart
-from maskx.torchvision.studies import StudyOptions, run_study
+from maskx.engine import quickstart
+from studies.run import StudyOptions, run_study
 quickstart.SPARSE_SCENES, quickstart.VAL_SCENES, quickstart.SCENE_SIZE = 24, 6, 64
 options = json.loads(sys.argv[1])
 run_study(StudyOptions(**options | {"output": Path(options["output"])}), print)

@@ -5,16 +5,17 @@ import pytest
 import torch
 from torch import nn
 
-from maskx.torchvision.data import InstanceMapper, training_batches
-from maskx.torchvision.detection import SampleDetector
-from maskx.torchvision.models import maskx_rcnn_small
-from maskx.torchvision.training import (
+from maskx.engine.batches import training_batches
+from maskx.engine.training import (
     CHECKPOINT_NAME,
     TrainingSettings,
     load_weights,
     select_device,
     train,
 )
+from maskx.systems.maskx_rcnn.samples import InstanceMapper
+from maskx.systems.maskx_rcnn.torchvision.detection import SampleDetector
+from maskx.systems.maskx_rcnn.torchvision.models import maskx_rcnn_small
 
 SETTINGS = TrainingSettings(
     iterations=5, batch_size=2, learning_rate=0.01, seed=3, checkpoint_every=2

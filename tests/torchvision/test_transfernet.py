@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch import nn
 
+from maskx.core.digests import network_hash
+from maskx.core.sample_models import SampleClassifier
 from maskx.data.coco import load_coco
 from maskx.data.dense_crf import TRANSFERNET, refine
+from maskx.data.image_samples import ImageMapper
 from maskx.data.label_maps import semantic_label_map
-from maskx.data.scenes import generate_scenes
-from maskx.data.transfer_sets import source_subset, transfer_sets
-from maskx.modeling.class_patterns import network_hash
-from maskx.modeling.transfernet import TransferNet
-from maskx.modeling.transfernet_baselines import BaselineNet, DecoupledNet
-from maskx.modeling.transfernet_decoder import UnpoolingDecoder
-from maskx.supervision import resolve_split
-from maskx.torchvision import training_chain, transfernet
-from maskx.torchvision.images import ImageMapper
-from maskx.torchvision.semantic import SampleClassifier
-from maskx.torchvision.training import CHECKPOINT_NAME, load_weights
-from maskx.torchvision.transfernet import (
+from maskx.data.scenes.generator import generate_scenes
+from maskx.data.splits import resolve_split
+from maskx.engine import training_chain
+from maskx.engine.training import CHECKPOINT_NAME, load_weights
+from maskx.systems.transfernet import pipeline as transfernet
+from maskx.systems.transfernet.baselines import BaselineNet, DecoupledNet
+from maskx.systems.transfernet.decoder import UnpoolingDecoder
+from maskx.systems.transfernet.network import TransferNet
+from maskx.systems.transfernet.pipeline import (
     SampleTransferNet,
     TransferChain,
     TransferMapper,
@@ -33,6 +33,7 @@ from maskx.torchvision.transfernet import (
     evaluate_transfer,
     predict_transfer,
 )
+from maskx.systems.transfernet.transfer_sets import source_subset, transfer_sets
 
 K, SIZE = 12, 32
 TINY = {

@@ -32,6 +32,7 @@ from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
+from maskx.data.splits import resolve_split
 from maskx.data.vocabularies import COCO_THING_CLASSES
 from maskx.detectron2 import (
     MaskXCOCOEvaluator,
@@ -40,7 +41,6 @@ from maskx.detectron2 import (
     MaskXROIHeads,
     register_all,
 )
-from maskx.supervision import resolve_split
 
 register_all()  # lazyconfig_train_net.py registers no data sets
 

@@ -8,14 +8,14 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.modeling import build_model
 from torch import nn
 
-from maskx.data.concept_overlap import load_overlap, negative_weights
-from maskx.data.concept_sets import ConceptSplit, write_concept_split
-from maskx.data.scene_concepts import scene_concept_split
-from maskx.data.word_table import WordTable, load_word_table, save_word_table
+from maskx.core import backbones
+from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.detectron2 import MaskXConceptMask, Trainer
 from maskx.detectron2.trainer import check_config
-from maskx.modeling import backbones
-from maskx.modeling.concept_mask import concept_query
+from maskx.systems.concept_mask.concept_sets import ConceptSplit, write_concept_split
+from maskx.systems.concept_mask.network import concept_query
+from maskx.systems.concept_mask.overlap import load_overlap, negative_weights
+from maskx.systems.concept_mask.scenes import scene_concept_split
 
 KEYS = "MODEL.MASKX.CONCEPT_MASK."
 FILES = {

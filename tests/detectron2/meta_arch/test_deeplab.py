@@ -7,11 +7,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
+from maskx.core.backbones import SmallResNet
 from maskx.data import dense_crf
 from maskx.detectron2 import MaskXDeepLab, MaskXSmallResNet, evaluate
-from maskx.detectron2.meta_arch import deeplab
-from maskx.modeling.backbones import SmallResNet
-from maskx.modeling.deeplab import DeepLab
+from maskx.systems.class_patterns.deeplab import DeepLab
+from maskx.systems.class_patterns.detectron2 import deeplab
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 

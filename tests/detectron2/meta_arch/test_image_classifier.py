@@ -7,9 +7,9 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_backbone, build_model
 from PIL import Image
 
+from maskx.core.backbones import SmallResNet
+from maskx.core.image_classifier import ImageClassifier, LayerTaps, choose_labels
 from maskx.detectron2 import MaskXImageClassifier, MaskXSmallResNet
-from maskx.modeling.backbones import SmallResNet
-from maskx.modeling.image_classifier import ImageClassifier, LayerTaps, choose_labels
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 

@@ -12,10 +12,10 @@ from detectron2.modeling import build_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maskx.core.backbones import SmallResNet
 from maskx.detectron2 import MaskXLarvSeg, MaskXSmallResNet
-from maskx.detectron2.data import class_names_of
-from maskx.modeling.backbones import SmallResNet
-from maskx.modeling.larvseg import LarvSeg
+from maskx.detectron2.datasets import class_names_of
+from maskx.systems.larvseg.network import LarvSeg
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 NAMES = ("wall", "tree", "cat", "mug", "owl", "sky", "boat", "yak")

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from maskx.core.image_classifier import ImageClassifier
 from maskx.data import dense_crf
 from maskx.detectron2 import MaskXSmallResNet, MaskXTransferClassifier, MaskXTransferNet
-from maskx.modeling.image_classifier import ImageClassifier
-from maskx.modeling.transfernet import TransferNet
-from maskx.modeling.transfernet_attention import FactoredAttention
-from maskx.modeling.transfernet_decoder import TransposedDecoder
+from maskx.systems.transfernet.attention import FactoredAttention
+from maskx.systems.transfernet.decoder import TransposedDecoder
+from maskx.systems.transfernet.network import TransferNet
 
 METHODS = ("transfernet", "baseline", "decoupled")
 KEYS = "MODEL.MASKX.TRANSFERNET."

@@ -1,0 +1,39 @@
+"""Images and label maps as tensors, warped to squares."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def warp_image(image: Tensor, size: int) -> Tensor:
+    """Warp an image to a square, bilinearly.
+
+    What makes it smaller is antialiased, as Pillow does it and as
+    :func:`maskx.systems.class_patterns.deeplab.multi_scale_scores` does it at inference: a network
+    sees textures in one form only.
+
+    Args:
+        image: (3, H, W) float or uint8.
+        size: side of the square in pixels.
+
+    Returns:
+        (3, ``size``, ``size``) of the same type.
+    """
+    if image.shape[-2:] == (size, size):
+        return image
+    return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
+
+
+def warp_label_map(label_map: Tensor, size: int) -> Tensor:
+    """Warp a label map to a square; every pixel has a label of the map.
+
+    Args:
+        label_map: (H, W) integers.
+        size: side of the square in pixels.
+
+    Returns:
+        (``size``, ``size``) int64.
+    """
+    # "nearest-exact" keeps pixel centres where the image has them; "nearest" shifts by up to half a
+    # pixel. float32 holds all labels, which are below 2^24.
+    as_image = label_map[None, None].float()
+    return F.interpolate(as_image, (size, size), mode="nearest-exact")[0, 0].long()

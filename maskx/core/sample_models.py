@@ -1,0 +1,76 @@
+"""Whole-image models that take samples."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskx.core.image_classifier import ImageClassifier, multi_hot
+from maskx.core.images import warp_image
+from maskx.core.losses import multi_label_loss
+
+# RGB in [0, 1]; what torchvision's ImageNet weights were trained with.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Sample = dict[str, Any]
+
+
+class SampleModel(nn.Module):
+    """Turns samples into normalised squares."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size must be at least 1 pixel, got {size}.")
+        self.size = size
+        # Not in the weights: they are constants.
+        self.register_buffer("mean", torch.tensor(_MEAN).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(_STD).reshape(3, 1, 1), persistent=False)
+
+    def normalise(self, sample: Sample) -> Tensor:
+        """Return the image of a sample as (3, H, W) float, of ImageNet's mean and deviation."""
+        return (sample["image"].to(self.mean.device).float() / 255 - self.mean) / self.std
+
+    def preprocess(self, samples: Sequence[Sample]) -> Tensor:
+        """Make a batch of images.
+
+        Args:
+            samples: each with ``image`` (3, H, W) uint8 RGB, of any size.
+
+        Returns:
+            (N, 3, S, S) float with S the ``size`` of this model, normalised.
+        """
+        images = [warp_image(self.normalise(sample), self.size) for sample in samples]
+        return torch.stack(images) if images else self.mean.new_zeros(0, 3, self.size, self.size)
+
+
+class SampleClassifier(SampleModel):
+    """Drives an image classifier with samples, as Detectron2 drives its models.
+
+    Args:
+        classifier: maps normalised images to logits of K classes.
+        size: side in pixels of the squares that images are warped to.
+    """
+
+    def __init__(self, classifier: ImageClassifier, *, size: int) -> None:
+        super().__init__(size)
+        self.classifier = classifier
+        self.num_classes = classifier.num_classes
+
+    def forward(self, samples: list[Sample]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Compute losses in training, logits in evaluation.
+
+        Args:
+            samples: as of :class:`maskx.data.image_samples.ImageMapper`: ``image`` and, in
+                training, ``image_labels``.
+
+        Returns:
+            ``{"loss_labels"}``, or per sample ``{"logits": (K,)}``.
+        """
+        logits = self.classifier(self.preprocess(samples))
+        if not self.training:
+            return [{"logits": row} for row in logits]
+        image_labels = [sample["image_labels"] for sample in samples]
+        labels = multi_hot(image_labels, self.num_classes, logits.device)
+        return {"loss_labels": multi_label_loss(logits, labels)}

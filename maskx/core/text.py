@@ -1,0 +1,12 @@
+"""Names in messages."""
+
+from collections.abc import Collection
+
+__all__ = ["listed"]
+
+
+def listed(names: Collection[str], most: int = 8) -> str:
+    """Join the first names for a message, in quotes, and count the others; sets are sorted."""
+    ordered = sorted(names) if isinstance(names, set | frozenset) else list(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(f"'{name}'" for name in ordered[:most]) + more

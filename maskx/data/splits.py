@@ -1,0 +1,129 @@
+"""Category splits by name or from a file."""
+
+import difflib
+import functools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from maskx.core.text import listed
+from maskx.data.large_vocabularies import LARVSEG_SPLITS, base_and_novel
+from maskx.data.scenes.generator import scene_half_of
+from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES_IN_COCO
+from maskx.supervision import CategorySplit, check_category_names, split_one_side
+
+__all__ = ["resolve_split", "split_names"]
+
+
+def split_names() -> tuple[str, ...]:
+    """Names that :func:`resolve_split` knows without a file."""
+    return (
+        *("all", "coco_voc", "coco_nonvoc", *_coco_random_draws(), "vg3k_coco", "scenes_half"),
+        *LARVSEG_SPLITS,
+    )
+
+
+def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> CategorySplit:
+    """Resolve a split against the class list of a data set.
+
+    Args:
+        spec: a name of :func:`split_names`, or the path of a file that lists the categories with
+            masks: a text file with one name per line (``#`` starts a comment), a JSON list of
+            names, or a JSON object ``{"with_masks": [...], "without_masks": [...]}`` of which
+            either list may be left out.
+        class_names: class list of the data set, by class index.
+
+    Returns:
+        The split, with disjoint sides that cover the class list and a non-empty A.
+
+    Raises:
+        FileNotFoundError: ``spec`` is neither a known name nor a file.
+        ValueError: the file or the names in it cannot be used; the message says why.
+    """
+    class_names = tuple(class_names)
+    name = os.fspath(spec)
+    if name == "all":
+        with_masks = class_names
+    elif name == "coco_voc":
+        with_masks = VOC_CLASSES_IN_COCO
+    elif name == "coco_nonvoc":
+        with_masks = tuple(c for c in COCO_THING_CLASSES if c not in VOC_CLASSES_IN_COCO)
+    elif name == "vg3k_coco":
+        with_masks = COCO_THING_CLASSES
+    elif name in LARVSEG_SPLITS:
+        with_masks, _ = base_and_novel(name)
+    elif name == "scenes_half":
+        with_masks = scene_half_of(class_names)
+        if with_masks is None:
+            raise ValueError(
+                "Category split 'scenes_half' is for generated scenes, but the data set has other "
+                f"categories: {listed(class_names)}. Name another split."
+            )
+    elif name in _coco_random_draws():
+        with_masks = tuple(COCO_THING_CLASSES[i] for i in _coco_random_draws()[name])
+    else:
+        return _read_split(Path(name), class_names)
+    return split_one_side(name, class_names, with_masks=with_masks)
+
+
+@functools.cache
+def _coco_random_draws() -> dict[str, tuple[int, ...]]:
+    """Category positions of A in the 25 random COCO splits of the Mask^X R-CNN paper.
+
+    One legacy NumPy stream with seed 3 serves all draws, so their order matters: trial 1..5
+    outside, 20..60 categories inside. RandomState's stream is frozen by NumPy's own promise.
+    """
+    random_state = np.random.RandomState(3)
+    return {
+        f"coco_random_{size}_{trial}": tuple(
+            random_state.choice(len(COCO_THING_CLASSES), size, replace=False).tolist()
+        )
+        for trial in range(1, 6)
+        for size in (20, 30, 40, 50, 60)
+    }
+
+
+def _read_split(path: Path, class_names: tuple[str, ...]) -> CategorySplit:
+    if not path.is_file():
+        close = difflib.get_close_matches(str(path), split_names(), n=3, cutoff=0.5)
+        hint = f" Did you mean {listed(close)}?" if close else ""
+        raise FileNotFoundError(
+            f"'{path}' is neither a named category split nor a file.{hint} Named splits: all, "
+            "coco_voc, coco_nonvoc, coco_random_{20,30,40,50,60}_{1..5}, vg3k_coco, scenes_half, "
+            f"{', '.join(LARVSEG_SPLITS)}; or give a text file with one category name per line, or "
+            "a JSON list of names."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Category split '{path}' is not text in UTF-8: {error}.") from error
+    if path.suffix.lower() != ".json":
+        lines = (line.partition("#")[0].strip() for line in text.splitlines())
+        return split_one_side(str(path), class_names, with_masks=tuple(filter(None, lines)))
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"Category split '{path}' is not valid JSON: {error}.") from error
+    if isinstance(content, list):
+        content = {"with_masks": content}
+    sides = ("with_masks", "without_masks")
+    if not isinstance(content, dict) or not content or set(content) - set(sides):
+        raise ValueError(
+            f"Category split '{path}' must be a JSON list of category names or an object with the "
+            f"keys with_masks and/or without_masks, got {text[:80]!r}."
+        )
+    for side, names in content.items():
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ValueError(
+                f"Category split '{path}': {side} must be a list of names, got {names!r:.80}."
+            )
+    if len(content) == 2:
+        for names in content.values():
+            check_category_names(str(path), names, class_names)
+        ordered = (tuple(c for c in class_names if c in content[side]) for side in sides)
+        return CategorySplit(str(path), class_names, *ordered)
+    ((side, names),) = content.items()
+    return split_one_side(str(path), class_names, **{side: tuple(names)})

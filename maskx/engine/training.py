@@ -1,0 +1,395 @@
+"""One training loop for every system on the embedded host: deterministic, resumable."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+    ParamScheduler,
+    PolynomialDecayParamScheduler,
+)
+from torch import nn
+from tqdm import tqdm
+
+from maskx.core.seeds import step_seed
+
+CHECKPOINT_NAME = "checkpoint.pth"
+OPTIMIZERS = ("sgd", "adam")
+DECAYS = ("cosine", "poly")
+
+# Reading a loss waits for the device, so losses are read only this often.
+_LOG_EVERY = 20
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What a run is defined by; a resumed run must have the same settings.
+
+    Attributes:
+        iterations: number of steps.
+        batch_size: images per step.
+        learning_rate: peak of the schedule.
+        weight_decay: for weights of convolutions and linear layers; not for biases and norms. Both
+            optimizers add it to the gradient.
+        warmup_fraction: share of the steps in which the learning rate rises linearly; then it
+            falls to 0.
+        seed: of initial weights, data order and sampling.
+        checkpoint_every: steps between checkpoints.
+        optimizer: "sgd", with momentum 0.9, or "adam", with betas 0.9 and 0.999.
+        lr_multipliers: factors of the learning rate by prefix of the parameter's name, such as
+            {"network.backbone.": 0.05}. Of several prefixes that fit a name the longest counts;
+            a parameter without one has factor 1.
+        decay: how the learning rate falls: "cosine", or "poly", as (1 - share of the rest)^0.9.
+
+    Raises:
+        ValueError: there is no step to make, no image in a step, no such optimizer or decay, or a
+            factor is not a positive number.
+    """
+
+    iterations: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 1e-4
+    warmup_fraction: float = 0.05
+    seed: int = 0
+    checkpoint_every: int = 100
+    optimizer: str = "sgd"
+    # Without it in the hash, settings stay hashable; equal settings have equal hashes all the same.
+    lr_multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    decay: str = "cosine"
+
+    def __post_init__(self) -> None:
+        for key in ("iterations", "batch_size", "checkpoint_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}."
+            )
+        if self.decay not in DECAYS:
+            raise ValueError(f"decay must be one of {', '.join(DECAYS)}, got {self.decay!r}.")
+        object.__setattr__(self, "lr_multipliers", dict(self.lr_multipliers))
+        for prefix, factor in self.lr_multipliers.items():
+            if not (factor > 0 and math.isfinite(factor)):
+                raise ValueError(
+                    f"lr_multipliers[{prefix!r}] must be a positive number, got {factor}. To keep "
+                    "parameters as they are, set their requires_grad to False."
+                )
+
+    def schedule(self) -> ParamScheduler:
+        """Learning rate by the share of the run that is done, in [0, 1]."""
+        if self.decay == "poly":
+            falling = PolynomialDecayParamScheduler(self.learning_rate, 0.9)
+        else:
+            falling = CosineParamScheduler(self.learning_rate, 0.0)
+        return CompositeParamScheduler(
+            [LinearParamScheduler(0.01 * self.learning_rate, self.learning_rate), falling],
+            lengths=[self.warmup_fraction, 1 - self.warmup_fraction],
+            interval_scaling=["rescaled", "rescaled"],
+        )
+
+
+def select_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu`` or ``cuda`` into a device.
+
+    Raises:
+        ValueError: there is no such kind of device, or a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"Device '{name}' was asked for, but PyTorch finds no GPU here. Use 'cpu' or 'auto', "
+            "or install a PyTorch build that fits the GPU driver."
+        )
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"Device must be 'auto', 'cpu' or 'cuda', got '{name}'.") from error
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[..., Iterable[list[dict]]],
+    settings: TrainingSettings,
+    *,
+    output_dir: Path,
+    resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
+    device: torch.device | str = "cpu",
+    description: str = "training",
+) -> list[dict[str, float]]:
+    """Train a model whose forward maps a list of samples to a dictionary of losses.
+
+    Interrupt it at any point, by the keyboard or by force: a run that is resumed from its last
+    checkpoint ends, on a CPU, with exactly the weights of a run that was not interrupted. All
+    randomness of a step, in the model and in its data, comes from the seed and the number of the
+    step. On a GPU the step runs in mixed precision.
+
+    Args:
+        model: the network, on any device; it is moved to ``device``.
+        batches: called with the keywords ``start`` and ``stop``, makes the batches of these steps.
+        settings: what the run is defined by.
+        output_dir: where the checkpoint is written.
+        resume: go on from the checkpoint in ``output_dir`` if there is one. Else such a checkpoint
+            is kept as ``previous_checkpoint.pth``, in the place of an older one.
+        identity: what else the run is defined by, such as its data and split, as plain values: a
+            resumed run must have the same.
+        device: where to train.
+        description: label of the progress bar.
+
+    Returns:
+        The losses every 20 steps and at the last: ``iteration``, each loss and their ``total``, as
+        means over the steps since the row before.
+
+    Raises:
+        ValueError: the checkpoint belongs to a run with other settings or to another model, or a
+            prefix of `lr_multipliers` fits no parameter that is trained.
+        FloatingPointError: a loss is not finite.
+    """
+    device = torch.device(device)
+    description_of_run = dataclasses.asdict(settings) | dict(identity or {})
+    model.to(device).train()
+    groups, lr_multipliers = _parameter_groups(model, settings)
+    optimizer = _make_optimizer(groups, settings)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+    checkpoint = output_dir / CHECKPOINT_NAME
+    mean_losses = _MeanLosses()
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "losses": mean_losses}
+    start, history = 0, []
+    if checkpoint.is_file():
+        if resume:
+            start, history = _load_checkpoint(checkpoint, state, description_of_run, device)
+        else:
+            checkpoint.replace(checkpoint.with_name(f"previous_{CHECKPOINT_NAME}"))
+
+    schedule = settings.schedule()
+    progress = tqdm(total=settings.iterations, initial=start, desc=description, unit="it")
+    with progress:
+        for iteration, batch in enumerate(batches(start=start, stop=settings.iterations), start):
+            torch.manual_seed(step_seed(settings.seed, iteration))
+            learning_rate = schedule(iteration / settings.iterations)
+            for group, factor in zip(optimizer.param_groups, lr_multipliers, strict=True):
+                group["lr"] = learning_rate * factor
+            with torch.autocast(device.type, enabled=device.type == "cuda"):
+                losses = model(batch)
+                total = sum(losses.values())
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(total).backward()
+            scaler.unscale_(optimizer)
+            # One unusual batch must not throw the weights of a short run far off.
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm=10.0)
+            scaler.step(optimizer)
+            scaler.update()
+            mean_losses.add(losses, total)
+
+            done = iteration + 1
+            progress.update()
+            saves = done % settings.checkpoint_every == 0 or done == settings.iterations
+            logs = iteration % _LOG_EVERY == 0 or done == settings.iterations
+            if saves or logs:
+                row = mean_losses.read(iteration)
+            if logs:
+                mean_losses.clear()
+                history.append(row)
+                names = (name for name in row if name != "iteration")
+                progress.set_postfix({n.removeprefix("loss_"): f"{row[n]:.3f}" for n in names})
+            if saves:
+                _save_checkpoint(checkpoint, state, description_of_run, done, history)
+    return history
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Load the weights of a finished or running training for inference.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint of this loop, or of another model.
+    """
+    model.eval()
+    load_state(model, read_checkpoint(checkpoint, "cpu")["model"], checkpoint)
+
+
+def _make_optimizer(groups: list[dict], settings: TrainingSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=settings.learning_rate, betas=(0.9, 0.999))
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
+
+
+def _parameter_groups(
+    model: nn.Module, settings: TrainingSettings
+) -> tuple[list[dict], list[float]]:
+    """Group parameters by what the optimizer does with them; the factors are by group."""
+    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    factor_of = _lr_multipliers([name for name, _ in learned], settings.lr_multipliers)
+    groups, factors = [], []
+    for factor in sorted({1.0, *factor_of.values()}):
+        chosen = [p for name, p in learned if factor_of[name] == factor]
+        groups += [
+            {"params": [p for p in chosen if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in chosen if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        factors += [factor, factor]
+    return groups, factors
+
+
+def _lr_multipliers(names: list[str], factors: Mapping[str, float]) -> dict[str, float]:
+    for prefix in factors:
+        if not any(name.startswith(prefix) for name in names):
+            shown = ", ".join([*names[:3], *names[3:][-3:]])
+            raise ValueError(
+                f"lr_multipliers has the prefix {prefix!r}, which fits none of the {len(names)} "
+                f"parameters that are trained. Their names are such as: {shown}."
+            )
+
+    def factor_of(name: str) -> float:
+        fitting = [prefix for prefix in factors if name.startswith(prefix)]
+        return float(factors[max(fitting, key=len)]) if fitting else 1.0
+
+    return {name: factor_of(name) for name in names}
+
+
+class _MeanLosses:
+    """Means of the losses since the last row of the history.
+
+    The losses of one step say little: with data sets that take turns, those of one of them are zero
+    in every other step. The sums stay on the device, since reading them waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps = 0
+
+    def add(self, losses: Mapping[str, torch.Tensor], total: torch.Tensor) -> None:
+        self._steps += 1
+        for name, loss in {**losses, "total": total}.items():
+            self._sums[name] = self._sums.get(name, 0) + loss.detach().float()
+
+    def read(self, iteration: int) -> dict[str, float]:
+        values = (torch.stack(list(self._sums.values())) / self._steps).cpu().tolist()
+        row = dict(zip(self._sums, values, strict=True))
+        if not all(math.isfinite(value) for value in values):
+            since = "" if self._steps == 1 else f" or up to {self._steps - 1} steps before"
+            raise FloatingPointError(
+                f"Losses at iteration {iteration}{since} are not finite: {row}. Lower the learning "
+                "rate, or look at the images of that step."
+            )
+        return {"iteration": iteration, **row}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums, self._steps = dict(state["sums"]), state["steps"]
+
+
+def _save_checkpoint(
+    path: Path, state: dict, description_of_run: dict, iteration: int, history: list
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside and moved over, so that no interruption leaves half a checkpoint.
+    temporary = path.with_suffix(".tmp")
+    content = {name: part.state_dict() for name, part in state.items()}
+    content |= {
+        "run": description_of_run,
+        "iteration": iteration,
+        "history": history,
+    }
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def _load_checkpoint(
+    path: Path, state: dict, description_of_run: dict, device: torch.device
+) -> tuple[int, list]:
+    content = read_checkpoint(path, device)
+    # Checkpoints from before there was a choice lack these.
+    run = {"optimizer": "sgd", "lr_multipliers": {}, "decay": "cosine"} | content["run"]
+    for key, value in description_of_run.items():
+        found = run.get(key)
+        # How often checkpoints are written does not change what is learned.
+        if found != value and key != "checkpoint_every":
+            raise ValueError(
+                f"'{path}' was made with {key} {_shortened(found)}, but this run has {key} "
+                f"{_shortened(value)}. Resume with the same, or start anew without resuming."
+            )
+    load_state(state["model"], content["model"], path)
+    state["optimizer"].load_state_dict(content["optimizer"])
+    if content["scaler"]:  # empty when the run began on a CPU
+        state["scaler"].load_state_dict(content["scaler"])
+    if "losses" in content:  # not in checkpoints of before there were means
+        state["losses"].load_state_dict(content["losses"])
+    return content["iteration"], content["history"]
+
+
+def read_checkpoint(path: Path, device: torch.device | str) -> dict:
+    """Read a checkpoint of :func:`train`: ``model``, ``run``, ``iteration`` and more.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint of this loop, or damaged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no checkpoint '{path}'. Train first, or correct it.")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        if not {"model", "run", "iteration"} <= set(content):
+            raise KeyError("model, run, iteration")
+    except Exception as error:
+        raise ValueError(
+            f"'{path}' is no checkpoint of maskx's training loop, or is damaged: {error}"
+        ) from error
+    return content
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _misfit(own: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
+    """Say which weights do not fit: of a checkpoint of another network there are hundreds."""
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    sentences = [
+        f"{words} ({len(found)}): {', '.join(found[:3])}{' and more' if len(found) > 3 else ''}."
+        for words, found in (
+            ("Missing", [name for name in own if name not in weights]),
+            ("Not of this model", [name for name in weights if name not in own]),
+            ("Of another shape", shapes),
+        )
+        if found
+    ]
+    return " ".join(sentences)
+
+
+def load_state(model: nn.Module, weights: dict, path: Path) -> None:
+    """Load weights into a model.
+
+    Raises:
+        ValueError: they do not fit; the message names ``path``, where they are from.
+    """
+    try:
+        model.load_state_dict(weights)
+    except ValueError as error:  # of a module, which says more than names
+        raise ValueError(f"'{path}' does not fit this model. {error}") from error
+    except RuntimeError as error:
+        found = _misfit(model.state_dict(), weights) or error
+        raise ValueError(
+            f"'{path}' does not fit this model. {found} Give the checkpoint of such a model, or "
+            "train this one anew."
+        ) from error

@@ -1,0 +1,94 @@
+"""What chains of trainings have in common, whatever they train."""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from maskx.engine.training import TrainingSettings, train
+
+__all__ = ["TrainingChain"]
+
+
+class TrainingChain:
+    """Trainings of one seed; each leaves its checkpoint in a folder of its own.
+
+    Args:
+        settings: what to do; all trainings have its ``batch_size``, ``seed`` and ``workers``.
+        output: folder of the checkpoints.
+        resume: go on from the checkpoints that are there.
+        identity: what all trainings are defined by, see :func:`maskx.engine.training.train`.
+        device: where to compute.
+
+    Attributes:
+        seconds: time of each step by its name.
+    """
+
+    def __init__(
+        self,
+        settings: Any,
+        *,
+        output: Path,
+        resume: bool,
+        identity: Mapping[str, Any],
+        device: torch.device | str,
+    ) -> None:
+        self.settings = settings
+        self.output, self.resume, self.device = output, resume, torch.device(device)
+        self.identity = dict(identity)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add what runs inside to `seconds`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
+
+    def _train(
+        self,
+        model: nn.Module,
+        name: str,
+        batches: Callable[..., Iterable[list[dict]]],
+        identity: Mapping[str, Any],
+        *,
+        iterations: int,
+        rate: float,
+        lr_multipliers: Mapping[str, float] | None = None,
+        description: str | None = None,
+    ) -> None:
+        """Train a model, in the folder ``name``, and leave it in evaluation mode."""
+        settings = self.settings
+        training = TrainingSettings(
+            iterations=iterations,
+            batch_size=settings.batch_size,
+            learning_rate=rate,
+            weight_decay=0.0,
+            seed=settings.seed,
+            checkpoint_every=max(50, iterations // 20),
+            optimizer="adam",
+            lr_multipliers=lr_multipliers or {},
+        )
+        batches = functools.partial(
+            batches,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            num_workers=settings.workers,
+        )
+        with self.timed(name):
+            train(
+                model,
+                batches,
+                training,
+                output_dir=self.output / name,
+                resume=self.resume,
+                identity=self.identity | dict(identity),
+                device=self.device,
+                description=description or f"{name}: training",
+            )
+        model.eval()

@@ -1,0 +1,481 @@
+"""Proxy masks: label maps made from image labels alone, by class patterns.
+
+Luo and Yang, "Learning Saliency-Free Model with Generic Features for Weakly-Supervised Semantic
+Segmentation" (AAAI 2020). The projection q_c(u) of the feature at pixel u on the pattern of class
+c (their Eq. 3) is positive where the class is seen. A pixel where no class of the image is
+positive is background, one where a single class is positive has that class, any other is
+undecided, that is ignored in training (their Algorithm 1). Masks of images with one class are
+then refined by a dense CRF.
+
+The network is asked once: it writes the projections of each image at the resolution of its
+features, and masks are made from these files, as often as settings are to be compared. Shapes:
+L labels of the image, (h, w) of the features, (H, W) of the image, K classes.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from tqdm import tqdm
+
+from maskx.core.files import write_json
+from maskx.core.processes import run_jobs
+from maskx.data.dense_crf import SEC_DSRG, CrfSettings, check_crf, refine
+from maskx.data.images import read_image
+from maskx.data.label_maps import ignore_label, read_label_map, write_label_map
+from maskx.systems.class_patterns.projections import (
+    ProjectionHistograms,
+    check_projections,
+    claim_folder,
+    file_stem,
+    has_pattern,
+    otsu_threshold,
+    projections_path,
+    read_header,
+    read_projections,
+    standardise,
+    start_projections,
+    write_projections,
+)
+
+__all__ = [
+    "ProjectionHistograms",
+    "ProxyMaskSettings",
+    "ProxyMaskSummary",
+    "make_proxy_masks",
+    "mask_path",
+    "otsu_threshold",
+    "projections_path",
+    "proxy_label_map",
+    "read_projections",
+    "start_projections",
+    "write_projections",
+    "write_proxy_json",
+]
+
+_THRESHOLDS = ("zero", "otsu")
+_RESOLVE = ("ignore", "standardised")
+
+
+# --- one image
+
+
+def proxy_label_map(
+    projections: ArrayLike,
+    labels: Sequence[int],
+    height: int,
+    width: int,
+    *,
+    num_classes: int,
+    thresholds: ArrayLike = 0.0,
+    stds: ArrayLike,
+    resolve: str = "ignore",
+) -> np.ndarray:
+    """Make the label map of an image from its projections (Algorithm 1).
+
+    The projections are resized bilinearly (pixel centres at half-integers, as
+    `torch.nn.functional.interpolate` with `align_corners=False`), then compared to the thresholds.
+
+    Where a label has no pattern, its class may be anywhere: pixels in which no other class is
+    positive are ignored, never background. An image without labels is all background, so labels
+    have to be complete.
+
+    Args:
+        projections: (L, h, w), q of Eq. 3; the row of a label without a pattern is all NaN.
+        labels: the L class indices.
+        height: of the image in pixels.
+        width: of the image in pixels.
+        num_classes: number of classes K, without the background.
+        thresholds: (L,), or one for all, in standard deviations: a class is positive where
+            q / std is above.
+        stds: (L,) standard deviations of q by label.
+        resolve: what becomes of pixels with several positive classes: "ignore" (the paper), or
+            "standardised", the one with the largest q / std.
+
+    Returns:
+        (H, W), with types and values as of `maskx.data.label_maps.read_label_map`.
+
+    Raises:
+        ValueError: an argument does not fit the others, or a projection is not finite.
+    """
+    if resolve not in _RESOLVE:
+        raise ValueError(f"resolve is {resolve!r}. Allowed: {_listed(_RESOLVE)}.")
+    projections = check_projections(projections, labels, "The projections")
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(
+            f"The labels hold class index {wrong[0]}. Allowed: 0 to {num_classes - 1}."
+        )
+    ignore = ignore_label(num_classes)
+    label_map = np.zeros((height, width), np.uint8 if ignore < 256 else np.int32)
+    if len(labels) == 0:
+        return label_map
+    scores = standardise(projections, labels, height, width, stds)
+    is_positive = scores > np.broadcast_to(thresholds, len(labels))[:, None, None]
+    winner = np.where(is_positive, scores, -np.inf).argmax(0)
+    num_positive = is_positive.sum(0)
+    if not has_pattern(projections).all():
+        label_map[:] = ignore
+    label_map[num_positive > 0] = (np.asarray(labels) + 1)[winner[num_positive > 0]]
+    if resolve == "ignore":
+        label_map[num_positive > 1] = ignore
+    return label_map
+
+
+# --- masks of many images
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyMaskSettings:
+    """How proxy masks are made of projections; the defaults are the paper's.
+
+    Attributes:
+        threshold: "zero", or "otsu" for one of each class from all its projections.
+        resolve: of pixels with several positive classes, see `proxy_label_map`.
+        crf: whether masks of images with one label are refined by a dense CRF.
+        crf_settings: of the CRF.
+
+    Raises:
+        ValueError: a value is none of the allowed.
+    """
+
+    threshold: str = "zero"
+    resolve: str = "ignore"
+    crf: bool = True
+    crf_settings: CrfSettings = SEC_DSRG
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("threshold", _THRESHOLDS), ("resolve", _RESOLVE)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}. Allowed: {_listed(allowed)}.")
+
+
+@dataclass(frozen=True)
+class ProxyMaskSummary:
+    """What :func:`make_proxy_masks` made. Numbers of images, and pixels of all their masks.
+
+    Attributes:
+        num_images: all records.
+        num_kept: their masks were there already.
+        num_redone: their masks were there, but not readable or of other image labels, and were made
+            again.
+        num_refined: they have one label, with a pattern, so their masks are refined by the CRF.
+        num_without_labels: their masks are all background.
+        num_without_pattern: a label of theirs has no pattern, so no pixel is background.
+        pixels: number of pixels.
+        background_pixels: how many of them are background.
+        undecided_pixels: how many of them are undecided.
+        thresholds: by class index, in standard deviations.
+    """
+
+    num_images: int
+    num_kept: int
+    num_redone: int
+    num_refined: int
+    num_without_labels: int
+    num_without_pattern: int
+    pixels: int
+    background_pixels: int
+    undecided_pixels: int
+    thresholds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """An image and what its mask takes; thresholds and standard deviations are those of labels."""
+
+    file_name: str
+    image_id: int | str
+    height: int
+    width: int
+    labels: tuple[int, ...]
+    thresholds: tuple[float, ...]
+    stds: tuple[float, ...]
+    num_classes: int
+    projections_folder: Path
+    mask: Path
+    settings: ProxyMaskSettings
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What became of a job."""
+
+    is_kept: bool
+    is_redone: bool
+    is_refined: bool
+    lacks_pattern: bool
+    background_pixels: int
+    undecided_pixels: int
+
+
+def mask_path(folder: str | os.PathLike[str], image_id: int | str) -> Path:
+    """Return the file of the proxy mask of an image."""
+    return Path(folder) / f"{file_stem(image_id)}.png"
+
+
+def make_proxy_masks(
+    records: Sequence[Mapping[str, Any]],
+    projections_folder: str | os.PathLike[str],
+    output_folder: str | os.PathLike[str],
+    *,
+    class_names: Sequence[str],
+    stds: ArrayLike,
+    settings: ProxyMaskSettings | None = None,
+    workers: int = 1,
+    progress: bool = False,
+) -> ProxyMaskSummary:
+    """Write the proxy mask of each image, as label map `mask_path(output_folder, image_id)`.
+
+    An image without labels becomes all background, so labels have to be complete; it needs no
+    projections. The CRF gets p = sigmoid(q / std - threshold) for the class of an image with one
+    label and 1 - p for the background, so that without it the same pixels are positive.
+
+    The same call goes on after an interruption: masks that are there, complete and not older than
+    the projections of their image are kept. The
+    folder's `proxy_masks.json` says what they were made with; other settings, patterns or, with
+    Otsu's method, other images (thus thresholds) need another folder.
+
+    Args:
+        records: as `maskx.data.coco.load_coco` makes them.
+        projections_folder: of `start_projections`, with the projections of all images with labels.
+        output_folder: for the masks; it is created.
+        class_names: names of the K classes, by class index.
+        stds: (K,) standard deviations of q by class; NaN for a class without a pattern.
+        settings: how masks are made; None for the paper's.
+        workers: processes.
+        progress: show progress bars.
+
+    Raises:
+        FileNotFoundError: an image, its projections or `projections.json` is missing.
+        ImportError: the settings ask for the CRF, which is not installed.
+        ValueError: the files are not of these classes, labels or settings, or damaged.
+    """
+    settings = settings or ProxyMaskSettings()
+    projections_folder, output_folder = Path(projections_folder), Path(output_folder)
+    stds = np.asarray(stds, np.float64)
+    num_classes = len(class_names)
+    if stds.shape != (num_classes,):
+        raise ValueError(
+            f"stds has shape {stds.shape}. Allowed: one standard deviation for each of the "
+            f"{num_classes} classes."
+        )
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}.")
+    if settings.crf:
+        check_crf()
+    made_with = read_header(projections_folder / "projections.json")
+    if made_with.get("class_names") != list(class_names):
+        raise ValueError(
+            f"{projections_folder} holds projections for the classes "
+            f"{made_with.get('class_names')!r:.200}, not for {list(class_names)!r:.200}. Give the "
+            "annotation file that they were made of."
+        )
+    for record in records:
+        wrong = [label for label in record["image_labels"] if not 0 <= label < num_classes]
+        if wrong:
+            raise ValueError(
+                f"Image {record['image_id']!r} has class index {wrong[0]} among its labels. "
+                f"Allowed: 0 to {num_classes - 1}."
+            )
+        path = projections_path(projections_folder, record["image_id"])
+        if record["image_labels"] and not path.is_file():
+            raise FileNotFoundError(
+                f"{path} (image {record['image_id']!r}): there is no such file. Let the network "
+                "write the projections of all images with labels first."
+            )
+
+    thresholds = np.zeros(num_classes)
+    if settings.threshold == "otsu":
+        thresholds = _find_thresholds(records, projections_folder, stds, progress)
+    header = {
+        "settings": asdict(settings),
+        "thresholds": thresholds.tolist(),
+        "projections": made_with,
+    }
+    claim_folder(output_folder, "proxy_masks.json", header)
+
+    jobs = [
+        _Job(
+            file_name=record["file_name"],
+            image_id=record["image_id"],
+            height=record["height"],
+            width=record["width"],
+            labels=tuple(record["image_labels"]),
+            thresholds=tuple(thresholds[list(record["image_labels"])].tolist()),
+            stds=tuple(stds[list(record["image_labels"])].tolist()),
+            num_classes=num_classes,
+            projections_folder=projections_folder,
+            mask=mask_path(output_folder, record["image_id"]),
+            settings=settings,
+        )
+        for record in records
+    ]
+    made = list(
+        tqdm(
+            run_jobs(_make_mask, jobs, workers),
+            total=len(jobs),
+            desc="proxy masks",
+            unit="img",
+            disable=not progress,
+        )
+    )
+    return ProxyMaskSummary(
+        num_images=len(jobs),
+        num_kept=sum(m.is_kept for m in made),
+        num_redone=sum(m.is_redone for m in made),
+        num_refined=sum(m.is_refined for m in made),
+        num_without_labels=sum(not job.labels for job in jobs),
+        num_without_pattern=sum(m.lacks_pattern for m in made),
+        pixels=sum(job.height * job.width for job in jobs),
+        background_pixels=sum(m.background_pixels for m in made),
+        undecided_pixels=sum(m.undecided_pixels for m in made),
+        thresholds=tuple(thresholds.tolist()),
+    )
+
+
+def _find_thresholds(
+    records: Sequence[Mapping[str, Any]], folder: Path, stds: np.ndarray, progress: bool
+) -> np.ndarray:
+    histograms = ProjectionHistograms(len(stds))
+    labelled = [record for record in records if record["image_labels"]]
+    for record in tqdm(labelled, "thresholds", disable=not progress, unit="img"):
+        labels, projections = _read_for(record["image_id"], record["image_labels"], folder)
+        histograms.update(projections, labels, stds[labels])
+    return histograms.thresholds()
+
+
+def _read_for(
+    image_id: int | str, image_labels: Sequence[int], folder: Path
+) -> tuple[list[int], np.ndarray]:
+    """Read the projections of an image, with rows in the order of its labels."""
+    labels, projections = read_projections(folder, image_id)
+    if sorted(labels) != sorted(image_labels):
+        raise ValueError(
+            f"{projections_path(folder, image_id)} holds projections for the class indices "
+            f"{sorted(labels)}, but image {image_id!r} has the labels {sorted(image_labels)}. Let "
+            "the network write it again."
+        )
+    return list(image_labels), projections[[labels.index(label) for label in image_labels]]
+
+
+def _make_mask(job: _Job) -> _Made:
+    projections = np.zeros((0, 1, 1), np.float32)
+    if job.labels:
+        _, projections = _read_for(job.image_id, job.labels, job.projections_folder)
+    lacks_pattern = not has_pattern(projections).all()
+    is_refined = job.settings.crf and len(job.labels) == 1 and not lacks_pattern
+
+    existing = _read_existing(job)
+    is_redone = existing is None and job.mask.exists()
+    label_map = existing
+    if label_map is None:
+        label_map = _refined_map(job, projections) if is_refined else _plain_map(job, projections)
+        write_label_map(job.mask, label_map, num_classes=job.num_classes)
+    return _Made(
+        is_kept=existing is not None,
+        is_redone=is_redone,
+        is_refined=is_refined,
+        lacks_pattern=lacks_pattern,
+        background_pixels=int(np.count_nonzero(label_map == 0)),
+        undecided_pixels=int(np.count_nonzero(label_map == ignore_label(job.num_classes))),
+    )
+
+
+def _read_existing(job: _Job) -> np.ndarray | None:
+    """Read the mask of an earlier run; None if there is none of these image labels."""
+    try:
+        label_map = read_label_map(
+            *(job.mask, job.height, job.width), num_classes=job.num_classes, image_id=job.image_id
+        )
+    except (FileNotFoundError, ValueError):
+        return None
+    if not job.labels:
+        return None if label_map.any() else label_map
+    # Projections are written again when the labels of their image have changed.
+    projections = projections_path(job.projections_folder, job.image_id)
+    is_outdated = job.mask.stat().st_mtime_ns < projections.stat().st_mtime_ns
+    return None if is_outdated else label_map
+
+
+def _plain_map(job: _Job, projections: np.ndarray) -> np.ndarray:
+    return proxy_label_map(
+        *(projections, job.labels, job.height, job.width),
+        num_classes=job.num_classes,
+        thresholds=job.thresholds,
+        stds=job.stds,
+        resolve=job.settings.resolve,
+    )
+
+
+def _refined_map(job: _Job, projections: np.ndarray) -> np.ndarray:
+    (score,) = standardise(projections, job.labels, job.height, job.width, job.stds)
+    prob = 0.5 + 0.5 * np.tanh((score - job.thresholds[0]) / 2)  # sigmoid, without overflow
+    image = read_image(job.file_name, job.height, job.width, job.image_id)
+    background, foreground = refine(image, np.stack([1 - prob, prob]), job.settings.crf_settings)
+    return (foreground > background) * np.int32(job.labels[0] + 1)
+
+
+def write_proxy_json(
+    output: str | os.PathLike[str],
+    records: Sequence[Mapping[str, Any]],
+    masks_folder: str | os.PathLike[str],
+    *,
+    image_root: str | os.PathLike[str],
+    class_names: Sequence[str],
+    category_ids: Sequence[int],
+) -> None:
+    """Write a COCO-format file with proxy masks as label maps, to train a segmentation network.
+
+    Args:
+        output: file to write.
+        records: as `maskx.data.coco.load_coco` makes them.
+        masks_folder: of `make_proxy_masks`.
+        image_root: folder of the images, the same as for `load_coco`.
+        class_names: names by class index.
+        category_ids: rising ids by class index, as `maskx.data.coco.CocoData` has them.
+
+    Raises:
+        FileNotFoundError: an image has no proxy mask.
+        ValueError: the ids do not rise, so that classes would change their index.
+    """
+    output, masks_folder = Path(output), Path(masks_folder)
+    if any(b <= a for a, b in pairwise(category_ids)):
+        raise ValueError(
+            f"category_ids are {list(category_ids)!r:.200}. Allowed: rising ids, as class indices "
+            "follow their order."
+        )
+    # Without symbolic links, through which ".." leads elsewhere.
+    from_json = os.path.relpath(masks_folder.resolve(), output.parent.resolve())
+    images = []
+    for record in records:
+        mask = mask_path(masks_folder, record["image_id"])
+        if not mask.is_file():
+            raise FileNotFoundError(
+                f"{mask} (image {record['image_id']!r}): there is no such proxy mask. Make the "
+                "masks of all images first."
+            )
+        images.append(
+            {
+                "id": record["image_id"],
+                "file_name": Path(os.path.relpath(record["file_name"], image_root)).as_posix(),
+                "height": record["height"],
+                "width": record["width"],
+                "image_labels": [category_ids[label] for label in record["image_labels"]],
+                "label_map_file_name": (Path(from_json) / mask.name).as_posix(),
+            }
+        )
+    categories = [
+        {"id": number, "name": name} for number, name in zip(category_ids, class_names, strict=True)
+    ]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, {"images": images, "annotations": [], "categories": categories})
+
+
+def _listed(values: Sequence[str]) -> str:
+    return ", ".join(map(repr, values))

@@ -1,0 +1,576 @@
+"""From tagged images to proxy masks by class patterns, step by step, for both hosts.
+
+Luo and Yang, "Learning Saliency-Free Model with Generic Features for Weakly-Supervised Semantic
+Segmentation" (AAAI 2020). A host trains an image classifier and hands it over as
+:class:`ClassifierSource`; :func:`discover` finds the patterns of its layers, :func:`project` writes
+the projections of every image on them, :func:`make_masks` makes label maps of the projections.
+Every step leaves files and goes on from them when it is called again after an interruption.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from maskx.core.digests import network_hash
+from maskx.core.image_classifier import ImageClassifier, LayerTaps
+from maskx.core.processes import run_jobs
+from maskx.systems.class_patterns.pattern_files import check_identity, merge_moments
+from maskx.systems.class_patterns.pattern_moments import check_labels
+from maskx.systems.class_patterns.patterns import (
+    ClassPatterns,
+    LayerPatterns,
+    choose_images,
+    discover_class_patterns,
+    find_patterns,
+    load_patterns,
+    report_patterns,
+    save_patterns,
+)
+from maskx.systems.class_patterns.patterns import project as project_features
+from maskx.systems.class_patterns.projections import (
+    read_projections,
+    start_projections,
+    write_projections,
+)
+from maskx.systems.class_patterns.proxy_mask_scores import evaluate_proxy_masks
+from maskx.systems.class_patterns.proxy_masks import (
+    ProxyMaskSettings,
+    ProxyMaskSummary,
+    make_proxy_masks,
+    projections_path,
+    write_proxy_json,
+)
+
+__all__ = [
+    "PATTERNS_NAME",
+    "ClassifierSource",
+    "LayerMasks",
+    "discover",
+    "format_masks",
+    "make_masks",
+    "masks_to_json",
+    "project",
+    "projections_folder",
+]
+
+PATTERNS_NAME = "patterns.safetensors"
+"""Name of the file of :func:`discover`."""
+
+Record = Mapping[str, Any]
+Report = Callable[[str], None]
+
+
+@dataclass
+class ClassifierSource:
+    """A trained image classifier and how its host feeds it.
+
+    Attributes:
+        classifier: on any device.
+        preprocess: makes the (N, 3, S, S) images that the classifier takes, on its device, from a
+            list of samples; all samples become one size, so that every image counts alike.
+        read_image: makes a sample from a record of :func:`maskx.data.coco.load_coco`.
+        name: what messages call it, such as its folder.
+        settings: plain values that change the features beside the weights, such as the size of
+            the images; patterns and projections are only used with the same.
+    """
+
+    classifier: ImageClassifier
+    preprocess: Callable[[list[dict[str, Any]]], Tensor]
+    read_image: Callable[[Record], dict[str, Any]]
+    name: str
+    settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """The proxy masks of one layer.
+
+    Attributes:
+        json_file: COCO-format file with the masks as label maps, to train on.
+        summary: what was made.
+        evaluation: see
+            :func:`maskx.systems.class_patterns.proxy_mask_scores.evaluate_proxy_masks`; None if no
+            record has a true mask.
+    """
+
+    json_file: Path
+    summary: ProxyMaskSummary
+    evaluation: dict[str, Any] | None
+
+
+# --- patterns
+
+
+def discover(
+    source: ClassifierSource,
+    records: Sequence[Record],
+    class_names: Sequence[str],
+    layers: Sequence[str],
+    *,
+    output: Path,
+    max_images_per_class: int = 800,
+    seed: int = 0,
+    batch_size: int = 16,
+    save_every: int = 500,
+    workers: int = 1,
+    shard: tuple[int, int] | None = None,
+    merge: bool = False,
+    report: Report = print,
+) -> ClassPatterns | None:
+    """Find the class patterns of several layers in one pass over the images.
+
+    The same call goes on with an interrupted pass. To share the images out among machines, call it
+    with each ``shard`` and the same ``output``, then with ``merge``.
+
+    Args:
+        source: the classifier.
+        records: the tagged images, as of :func:`maskx.data.coco.load_coco`; only their image and
+            ``image_labels`` are looked at.
+        class_names: in the classifier's order.
+        layers: names of :class:`maskx.core.image_classifier.LayerTaps`.
+        output: folder of the result, :data:`PATTERNS_NAME`; result and settings that are there
+            already must be the same.
+        max_images_per_class: random images used of a class: 800 (VOC) or 2000 (COCO) in the paper.
+        seed: of their choice.
+        batch_size: images per forward pass.
+        save_every: images between two checkpoints.
+        workers: processes that share the images out on this machine; the classifier must be on
+            the CPU for more than one.
+        shard: index, from 0, and number of the share of the images to do; then nothing is merged.
+        merge: merge finished shards, without a pass.
+        report: receives the lines for the reader.
+
+    Returns:
+        The patterns; None for a shard.
+
+    Raises:
+        FileNotFoundError: an image is missing.
+        ValueError: a layer or a label is unknown, the features of an image are not finite, a
+            number is out of range, or the folder has other patterns.
+    """
+    _check_classes(source, records, class_names)
+    with LayerTaps(source.classifier.backbone, layers):  # refuses layers that are not there
+        pass
+    _check_batch_size(batch_size)
+    index, count = shard or (0, workers)
+    if not 0 <= index < count:
+        raise ValueError(
+            f"Shard {index} of {count} does not exist. Allowed: workers of at least 1, and shards "
+            "0/N to N-1/N."
+        )
+    if workers > 1 and _device(source).type != "cpu":
+        raise ValueError(
+            f"workers is {workers}, but the classifier is on {_device(source)}, which one process "
+            "keeps busy. Use one worker, or shards on several machines."
+        )
+    chosen = choose_images(
+        [r["image_labels"] for r in records], len(class_names), max_images_per_class, seed
+    )
+    used = [(record, labels) for record, labels in zip(records, chosen, strict=True) if labels]
+    if not used:
+        raise ValueError(f"None of the {len(records)} images has an image label, to learn from.")
+    settings = dict(source.settings) | {
+        "max_images_per_class": max_images_per_class,
+        "seed": seed,
+        "images": _digest([[str(record["image_id"]), labels] for record, labels in used]),
+        "layers": list(layers),
+    }
+    network = network_hash(source.classifier)
+    path = Path(output) / PATTERNS_NAME
+    if path.is_file():
+        patterns = load_patterns(path, network=network, class_names=class_names)
+        check_identity(path, patterns.settings, settings, "this run")
+        report(f"'{path}' is there already, made with the same settings.")
+        return None if shard else patterns
+
+    # The name says what the moments are of: those of other runs are never mixed in.
+    stem = f"moments-{_digest([network, settings])[:12]}"
+    if not merge:
+        jobs = [
+            _Pass(
+                source=source,
+                used=used[number::count],
+                layers=tuple(layers),
+                checkpoint=path.with_name(f"{stem}-{number}-of-{count}.safetensors"),
+                settings=settings,
+                batch_size=batch_size,
+                save_every=save_every,
+                threads=max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None,
+            )
+            for number in (range(count) if shard is None else [index])
+        ]
+        jobs = [job for job in jobs if job.used]  # more shards than images
+        for _ in run_jobs(_run_pass, jobs, workers):
+            pass
+        if shard is not None:
+            report(f"Wrote shard {index} of {count}, {len(used[index::count])} images.")
+            return None
+    parts = _find_shards(path.parent, stem, count=None if merge else count, num_images=len(used))
+    moments = merge_moments(parts)
+    patterns = ClassPatterns(
+        layers={layer: find_patterns(moments[layer]) for layer in layers},
+        class_names=tuple(class_names),
+        network=network,
+        settings=settings,
+    )
+    save_patterns(path, patterns)
+    for part in parts:  # large, and of no use any more
+        part.unlink()
+    report(
+        f"{len(used)} of {len(records)} images were used, at most {max_images_per_class} of a "
+        "class.\n" + "\n".join(report_patterns(patterns))
+    )
+    return patterns
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One process' share of the images; `threads` None: as PyTorch has it."""
+
+    source: ClassifierSource
+    used: Sequence[tuple[Record, list[int]]]
+    layers: tuple[str, ...]
+    checkpoint: Path
+    settings: Mapping[str, Any]
+    batch_size: int
+    save_every: int
+    threads: int | None
+
+
+def _run_pass(job: _Pass) -> None:
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+
+    def batches(*, start: int) -> Iterator[list[dict[str, Any]]]:
+        for first in range(start, len(job.used), job.batch_size):
+            part = job.used[first : first + job.batch_size]
+            yield [
+                job.source.read_image(record)
+                | {"image_labels": record["image_labels"], "labels_used": labels}
+                for record, labels in part
+            ]
+
+    discover_class_patterns(
+        job.source.classifier,
+        batches,
+        job.layers,
+        preprocess=job.source.preprocess,
+        total=len(job.used),
+        checkpoint=job.checkpoint,
+        save_every=job.save_every,
+        identity=job.settings,
+    )
+
+
+def _find_shards(folder: Path, stem: str, *, count: int | None, num_images: int) -> list[Path]:
+    """Find the moments of all shards; `count` None: as many as the names of the files say."""
+    counts = {count}
+    if count is None:
+        found = [path.name for path in folder.glob(f"{glob.escape(stem)}-*-of-*.safetensors")]
+        counts = {int(re.search(r"-of-(\d+)", name).group(1)) for name in found}
+    if len(counts) != 1:
+        raise ValueError(
+            f"'{folder}' holds shards of {sorted(counts) or 'no'} runs with this classifier, these "
+            "images, layers and settings. Allowed: all shards of one number, made with the same "
+            "arguments."
+        )
+    (count,) = counts
+    parts = [folder / f"{stem}-{i}-of-{count}.safetensors" for i in range(min(count, num_images))]
+    missing = [i for i, part in enumerate(parts) if not part.is_file()]
+    if missing:
+        raise ValueError(
+            f"'{folder}' lacks the shards {missing} of {count}. Make them, with the same "
+            "arguments, then merge."
+        )
+    return parts
+
+
+# --- projections
+
+
+@torch.no_grad()
+def project(
+    source: ClassifierSource,
+    records: Sequence[Record],
+    patterns: ClassPatterns,
+    layers: Sequence[str],
+    folder: Path,
+    *,
+    batch_size: int = 16,
+    report: Report = print,
+) -> None:
+    """Write the projections of all images with labels, with one forward pass for all layers.
+
+    Files that are there and complete are kept. Nothing but the image and ``image_labels`` of a
+    record is looked at.
+
+    Args:
+        source: the classifier.
+        records: as of :func:`maskx.data.coco.load_coco`.
+        patterns: found with this classifier.
+        layers: of the patterns.
+        folder: gets one folder per layer, see :func:`projections_folder`.
+        batch_size: images per forward pass.
+        report: receives the lines for the reader.
+
+    Raises:
+        FileNotFoundError: an image is missing.
+        ValueError: the patterns are of another network or other settings, lack a layer, a label
+            is unknown, or the features of an image are not finite.
+    """
+    class_names = patterns.class_names
+    _check_classes(source, records, class_names)
+    _check_batch_size(batch_size)
+    network = network_hash(source.classifier)
+    if patterns.network != network:
+        raise ValueError(
+            f"The class patterns were found with the network {patterns.network}, but "
+            f"{source.name} is {network}. Find the patterns anew with this classifier."
+        )
+    for key, value in source.settings.items():
+        if patterns.settings.get(key) != value:
+            raise ValueError(
+                f"The class patterns were found with {key} {patterns.settings.get(key)!r}, but "
+                f"{source.name} has {key} {value!r}. Use the same, or find the patterns anew."
+            )
+    folders = {layer: projections_folder(folder, layer) for layer in layers}
+    for layer, of_layer in folders.items():
+        if layer not in patterns.layers:
+            raise ValueError(
+                f"There are no class patterns of layer {layer!r}. Allowed: "
+                f"{', '.join(patterns.layers)}."
+            )
+        start_projections(
+            of_layer,
+            class_names=class_names,
+            patterns=_patterns_hash(patterns.layers[layer]),
+            layer=layer,
+            **source.settings,
+        )
+    labelled = [record for record in records if record["image_labels"]]
+    todo, num_damaged = [], 0
+    for record in labelled:
+        states = {_state_of_projections(of_layer, record) for of_layer in folders.values()}
+        if states != {"complete"}:
+            todo.append(record)
+        num_damaged += "damaged" in states
+
+    classifier = source.classifier.eval()
+    with tqdm(
+        total=len(labelled), initial=len(labelled) - len(todo), desc="projections", unit="img"
+    ) as progress:
+        for first in range(0, len(todo), batch_size):
+            batch = todo[first : first + batch_size]
+            images = source.preprocess([source.read_image(record) for record in batch])
+            with LayerTaps(classifier.backbone, layers) as taps:
+                classifier.backbone(images.to(_device(source)))
+            for index, record in enumerate(batch):
+                labels = list(record["image_labels"])
+                for layer, of_layer in folders.items():
+                    features = taps.features[layer][index]
+                    _check_finite(features, layer, record["image_id"])
+                    q = project_features(features, patterns.layers[layer], labels)
+                    write_projections(of_layer, record["image_id"], labels, q.cpu().numpy())
+            progress.update(len(batch))
+    report(
+        f"Projections of {len(labelled)} images: {len(todo)} written ({num_damaged} of them were "
+        f"there, but damaged), {len(labelled) - len(todo)} kept; {len(records) - len(labelled)} "
+        "images have no labels and need none."
+    )
+
+
+def projections_folder(folder: Path, layer: str) -> Path:
+    """Return the folder into which :func:`project` writes those of a layer."""
+    return Path(folder) / "projections" / layer
+
+
+def _state_of_projections(folder: Path, record: Record) -> str:
+    if not projections_path(folder, record["image_id"]).is_file():
+        return "missing"
+    try:
+        labels, _ = read_projections(folder, record["image_id"])
+    except ValueError:
+        return "damaged"
+    return "complete" if sorted(labels) == sorted(record["image_labels"]) else "of other labels"
+
+
+def _check_finite(features: Tensor, layer: str, image_id: int | str) -> None:
+    # All NaN would mean a class without a pattern.
+    if not features.isfinite().all():
+        raise ValueError(
+            f"Features of layer {layer} of image {image_id!r} hold NaN or infinite values. Look at "
+            "the image and at the classifier's weights; leave the image out or repair it."
+        )
+
+
+# --- masks
+
+
+def make_masks(
+    records: Sequence[Record],
+    patterns: ClassPatterns,
+    layers: Sequence[str],
+    folder: Path,
+    *,
+    image_root: Path,
+    category_ids: Sequence[int] | None = None,
+    settings: ProxyMaskSettings | None = None,
+    workers: int = 1,
+    report: Report = print,
+) -> dict[str, LayerMasks]:
+    """Make the proxy masks of all images from the projections of :func:`project`.
+
+    Masks that are there, complete and not older than their projections are kept, others made. True
+    masks of the records, where they have them, are read by the evaluation alone, after all masks
+    are made.
+
+    Args:
+        records: as of :func:`maskx.data.coco.load_coco`.
+        patterns: that the projections were made with.
+        layers: whose masks to make.
+        folder: that :func:`project` wrote to; gets ``masks/`` and a JSON file per layer.
+        image_root: folder of the images, the same as for ``load_coco``.
+        category_ids: rising ids by class index, for the JSON files; None: 1 to K.
+        settings: how masks are made; None for the paper's.
+        workers: processes.
+        report: receives the lines for the reader.
+
+    Returns:
+        What was made, by layer.
+
+    Raises:
+        FileNotFoundError: projections or an image are missing.
+        ImportError: the settings ask for the CRF, which is not installed.
+        ValueError: files do not belong to these records, patterns or settings.
+    """
+    settings = settings or ProxyMaskSettings()
+    folder = Path(folder)
+    class_names = patterns.class_names
+    known = [r for r in records if r["supervision"] == "mask"]
+    made = {}
+    for layer in layers:
+        stem = f"{layer}-{settings_name(settings)}"
+        masks = folder / "masks" / stem
+        summary = make_proxy_masks(
+            records,
+            projections_folder(folder, layer),
+            masks,
+            class_names=class_names,
+            stds=patterns.layers[layer].std.numpy(),
+            settings=settings,
+            workers=workers,
+            progress=True,
+        )
+        json_file = folder / f"{stem}.json"
+        masks_to_json(
+            json_file, records, masks, image_root, class_names=class_names, ids=category_ids
+        )
+        evaluation = None
+        if known:
+            evaluation = evaluate_proxy_masks(known, masks, len(class_names), progress=True)
+        made[layer] = LayerMasks(json_file, summary, evaluation)
+    report(format_masks(made))
+    return made
+
+
+def masks_to_json(
+    json_file: Path,
+    records: Sequence[Record],
+    masks: Path,
+    image_root: Path,
+    *,
+    class_names: Sequence[str],
+    ids: Sequence[int] | None,
+) -> None:
+    """Write the annotation file of label maps; ``ids`` None: 1 to K."""
+    write_proxy_json(
+        json_file,
+        records,
+        masks,
+        image_root=image_root,
+        class_names=class_names,
+        category_ids=list(range(1, len(class_names) + 1)) if ids is None else ids,
+    )
+
+
+def settings_name(settings: ProxyMaskSettings) -> str:
+    """Name the settings in files: ``zero-ignore-crf`` are the paper's."""
+    return f"{settings.threshold}-{settings.resolve}{'-crf' if settings.crf else ''}"
+
+
+def format_masks(made: Mapping[str, LayerMasks]) -> str:
+    """Lay out in a table how good the masks of each layer are, in percent."""
+    lines = [
+        "| layer | mIoU, undecided pixels missed | mIoU of decided pixels | undecided "
+        "| background |",
+        "|---|---|---|---|---|",
+    ]
+    for layer, masks in made.items():
+        summary, evaluation = masks.summary, masks.evaluation
+        scores = ["-", "-"]
+        if evaluation is not None:
+            keys = ("undecided_missed", "decided_only")
+            scores = [f"{evaluation[key]['mIoU']['all']:.1f}" for key in keys]
+        shares = [summary.undecided_pixels, summary.background_pixels]
+        shares = [f"{100 * number / max(1, summary.pixels):.1f}" for number in shares]
+        lines.append(f"| {' | '.join([layer, *scores, *shares])} |")
+    first = next(iter(made.values())).summary
+    lines.append(
+        f"{first.num_images} images, {first.num_refined} of them refined by the CRF, "
+        f"{first.num_without_labels} without labels (all background)"
+    )
+    for layer, masks in made.items():
+        number = masks.summary.num_without_pattern
+        if number:
+            lines.append(f"{layer}: {number} images have a label without a pattern: no background")
+        if masks.summary.num_redone:
+            lines.append(
+                f"{layer}: {masks.summary.num_redone} damaged or outdated masks were made again"
+            )
+    return "\n".join(lines)
+
+
+# --- checks
+
+
+def _check_classes(
+    source: ClassifierSource, records: Sequence[Record], class_names: Sequence[str]
+) -> None:
+    num_classes = source.classifier.num_classes
+    if len(class_names) != num_classes:
+        raise ValueError(
+            f"The data have {len(class_names)} classes, but {source.name} has {num_classes}. Give "
+            "the class list that the classifier was trained with."
+        )
+    for record in records:
+        check_labels(record["image_labels"], num_classes, f"image {record['image_id']!r}")
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 image, got {batch_size}.")
+
+
+def _device(source: ClassifierSource) -> torch.device:
+    return next(source.classifier.parameters()).device
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _patterns_hash(patterns: LayerPatterns) -> str:
+    digest = hashlib.sha256()
+    for name in ("mean", "direction"):
+        digest.update(getattr(patterns, name).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,448 @@
+"""Tags, boxes and masks of ConceptMask: three lists of concepts and the images of each.
+
+"ConceptMask: Large-Scale Segmentation from Semantic Concepts" (Wang et al., ECCV 2018), sections 3
+and 5.1: a vocabulary known by tags (18K), some of it with boxes (750), some of those with masks
+(80). A *concept index* is a place in the vocabulary, which is the row of the word table.
+
+Data sets have class lists of their own; concepts are matched by name, '_' and ' ' being the same.
+Records are those of `maskx.data.coco.load_coco` with concept indices for class indices.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskx.core.files import write_json
+from maskx.core.text import listed
+from maskx.core.word_table import spelled
+from maskx.data.coco import CocoData
+from maskx.data.tag_lists import TagList
+from maskx.supervision import Supervision
+
+__all__ = [
+    "ConceptSets",
+    "ConceptSplit",
+    "concept_sets",
+    "fully_masked",
+    "read_concept_split",
+    "vocabulary_difference",
+    "write_concept_split",
+]
+
+logger = logging.getLogger(__name__)
+
+_REQUIRED_LISTS, _OTHER_LISTS = ("boxed", "masked"), ("vocabulary", "unseen")
+_BOX_KEYS = ("id", "bbox", "iscrowd")
+_MASK_KEYS = (*_BOX_KEYS, "segmentation")
+_IMAGE_KEYS = ("file_name", "height", "width", "image_id")
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ConceptSplit:
+    """Which concepts have masks, which have boxes, which have tags only.
+
+    Names are held with spaces for underscores, as word tables hold them.
+
+    Attributes:
+        vocabulary: all concepts with tags, by concept index.
+        boxed: those with boxes.
+        masked: those with masks; they have boxes too.
+        unseen: concepts of the data sets that training is to know nothing of, not in the
+            vocabulary; what is labelled as one is withheld.
+
+    Raises:
+        ValueError: a name stands twice in a list, a list is not part of the one above it, or an
+            unseen concept is in the vocabulary.
+    """
+
+    vocabulary: tuple[str, ...]
+    boxed: tuple[str, ...]
+    masked: tuple[str, ...]
+    unseen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            names = tuple(map(spelled, getattr(self, field.name)))
+            _check_unique(field.name, names)
+            object.__setattr__(self, field.name, names)
+        if not self.vocabulary:
+            raise ValueError(
+                "The vocabulary is empty. List the concepts that images are tagged with."
+            )
+        _check_part_of("boxed", self.boxed, "vocabulary", self.vocabulary)
+        _check_part_of("masked", self.masked, "boxed", self.boxed)
+        known = sorted(set(self.unseen) & set(self.vocabulary))
+        if known:
+            raise ValueError(
+                f"Unseen concepts are in the vocabulary: {listed(known)}. Take them out of one of "
+                "the two lists."
+            )
+
+    @functools.cached_property
+    def boxed_indices(self) -> tuple[int, ...]:
+        """Concept indices with boxes, ascending."""
+        return self._indices(self.boxed)
+
+    @functools.cached_property
+    def masked_indices(self) -> tuple[int, ...]:
+        """Concept indices with masks, ascending."""
+        return self._indices(self.masked)
+
+    @functools.cached_property
+    def _levels(self) -> tuple[str, ...]:
+        boxed, masked = frozenset(self.boxed_indices), frozenset(self.masked_indices)
+        return tuple(
+            "mask" if index in masked else "box" if index in boxed else "image"
+            for index in range(len(self.vocabulary))
+        )
+
+    def levels(self) -> tuple[str, ...]:
+        """Return the level of each concept of the vocabulary."""
+        return self._levels
+
+    def level_of(self, index: int) -> str:
+        """Return the level of a concept index; -1, a concept outside the vocabulary, is "unseen".
+
+        Raises:
+            ValueError: there is no such index.
+        """
+        if index == -1:
+            return "unseen"
+        if not 0 <= index < len(self.vocabulary):
+            raise ValueError(
+                f"Concept index {index} is outside the vocabulary. Allowed: 0 to "
+                f"{len(self.vocabulary) - 1}, or -1 for an unseen concept."
+            )
+        return self._levels[index]
+
+    def _indices(self, names: Sequence[str]) -> tuple[int, ...]:
+        position = {name: index for index, name in enumerate(self.vocabulary)}
+        return tuple(sorted(position[name] for name in names))
+
+
+def read_concept_split(
+    path: str | os.PathLike[str], vocabulary: Sequence[str] | None = None
+) -> ConceptSplit:
+    """Read a split from a JSON file.
+
+    Args:
+        path: file ``{"vocabulary": [...], "boxed": [...], "masked": [...], "unseen": [...]}``;
+            `unseen` may be left out.
+        vocabulary: what the concept indices count, such as the names of a word table. A file that
+            lists a vocabulary must list the same; one that does not, needs it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file or the names in it cannot be used; the message says why.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: there is no such concept split. Give a JSON file with the lists "
+            "'vocabulary', 'boxed' and 'masked'."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"Concept split {path} is not valid JSON: {error}.") from error
+    lists = _checked_lists(path, content)
+    if vocabulary is not None:
+        difference = vocabulary_difference(
+            lists.setdefault("vocabulary", tuple(vocabulary)), vocabulary
+        )
+        if difference is not None:
+            raise ValueError(
+                f"Concept split {path} is of another vocabulary: {difference}. Use the word table "
+                "that the split was made for, or leave 'vocabulary' out of the file."
+            )
+    if "vocabulary" not in lists:
+        raise ValueError(
+            f"Concept split {path} lists no 'vocabulary', and none was given. Add it, or give the "
+            "word table that the split is for."
+        )
+    try:
+        return ConceptSplit(**lists)
+    except ValueError as error:
+        raise ValueError(f"Concept split {path}: {error}") from None
+
+
+def write_concept_split(path: str | os.PathLike[str], split: ConceptSplit) -> None:
+    """Write a split as :func:`read_concept_split` reads it, whole or not at all."""
+    write_json(Path(path), dataclasses.asdict(split))
+
+
+@dataclass(frozen=True)
+class ConceptSets:
+    """Training images by what is known of them; an image may be in several sets.
+
+    Records hold `file_name`, `image_id`, `supervision`, `image_labels` (sorted concept indices),
+    `annotations` and, unless they are of a tag list, `height` and `width`.
+
+    Attributes:
+        split: what training may see.
+        tagged: images with tags, without annotations.
+        boxed: images with boxes of boxed concepts; their annotations are `id`, `bbox`
+            ([x1, y1, x2, y2], absolute pixels), `class_index` (a concept index) and `iscrowd`.
+        masked: images with annotations of masked concepts, which have a `segmentation` if the file
+            has one; at least one concept has those of all its instances.
+        withheld: number of things that are in the files and not in the sets, by kind.
+    """
+
+    split: ConceptSplit
+    tagged: list[Record]
+    boxed: list[Record]
+    masked: list[Record]
+    withheld: Mapping[str, int]
+
+
+def concept_sets(
+    split: ConceptSplit,
+    *,
+    tags: CocoData | TagList | None = None,
+    boxes: CocoData | None = None,
+    masks: CocoData | None = None,
+    tag_images: str | os.PathLike[str] = "",
+) -> ConceptSets:
+    """Make the training sets of the three stages from files with tags, boxes and masks.
+
+    Classes are matched with concepts by name. What a level may not see is withheld, so that no
+    reader on any host can meet it: everything labelled as an unseen concept, boxes of concepts
+    that are not boxed, masks of concepts that are not masked. It is counted and logged. The data
+    given are not changed; one file may serve for all three.
+
+    Args:
+        split: what training may see.
+        tags: for stage 1. A file of whose images the `image_labels` are taken, or a tag list,
+            whose images have neither `height` nor `width`.
+        boxes: for stage 2.
+        masks: for stage 3.
+        tag_images: folder of the images of a tag list, joined to its image ids.
+
+    Raises:
+        ValueError: something is labelled as a concept that is neither in the vocabulary nor
+            unseen, an image of a tag list has no file name, or nothing usable is left of a file.
+    """
+    withheld: Counter[str] = Counter()
+    tagged = [] if tags is None else _tagged(split, tags, tag_images, withheld)
+    boxed = [] if boxes is None else _annotated(split, boxes, Supervision.BOX, withheld)
+    masked = [] if masks is None else _annotated(split, masks, Supervision.MASK, withheld)
+    withheld = +withheld  # without zeros
+    if withheld:
+        counts = ", ".join(f"{number} {kind}" for kind, number in withheld.items())
+        logger.info("Not in the training sets: %s.", counts)
+    return ConceptSets(split, tagged, boxed, masked, withheld)
+
+
+def fully_masked(annotations: Sequence[Mapping[str, Any]]) -> list[int]:
+    """List the classes of an image of which all instances have a mask, in ascending order."""
+    present = {annotation["class_index"] for annotation in annotations}
+    return sorted(present - {a["class_index"] for a in annotations if "segmentation" not in a})
+
+
+def vocabulary_difference(found: Sequence[str], asked: Sequence[str]) -> str | None:
+    """Say how the vocabulary of a file differs from the one asked for; None if it does not."""
+    found, asked = [*map(spelled, found)], [*map(spelled, asked)]
+    if found == asked:
+        return None
+    if len(found) != len(asked):
+        return f"it has {len(found)} concepts, not {len(asked)}"
+    index = next(i for i, (a, b) in enumerate(zip(found, asked, strict=True)) if a != b)
+    return f"concept {index} is '{found[index]}', not '{asked[index]}'"
+
+
+def _tagged(
+    split: ConceptSplit,
+    tags: CocoData | TagList,
+    folder: str | os.PathLike[str],
+    withheld: Counter[str],
+) -> list[Record]:
+    if isinstance(tags, CocoData):
+        concept_of = _ConceptOf(split, tags.class_names, tags.json_file)
+        images = ((_image_of(record), record["image_labels"]) for record in tags.records)
+    else:
+        concept_of = _ConceptOf(split, tags.names, tags.source)
+        images = _images_of_list(tags, folder)
+    level = Supervision.IMAGE.value
+    records = []
+    for image, labels in images:
+        concepts = concept_of.seen(labels, image["image_id"])
+        withheld["tags of unseen concepts"] += len(labels) - len(concepts)
+        if concepts:
+            records.append(
+                {**image, "image_labels": concepts, "annotations": [], "supervision": level}
+            )
+        else:
+            withheld["images without tags"] += 1
+    if not records:
+        raise ValueError(
+            f"{concept_of.source}: no image has a tag of the vocabulary. Give a list with tags; in "
+            "a COCO-style file they are the 'image_labels' of images."
+        )
+    found = {concept for record in records for concept in record["image_labels"]}
+    _warn_of_missing(split, range(len(split.vocabulary)), found, "tag", concept_of.source)
+    return records
+
+
+def _annotated(
+    split: ConceptSplit, data: CocoData, level: Supervision, withheld: Counter[str]
+) -> list[Record]:
+    """Keep the annotations of the concepts that have boxes, or masks."""
+    of_boxes = level is Supervision.BOX
+    indices = split.boxed_indices if of_boxes else split.masked_indices
+    keys = _BOX_KEYS if of_boxes else _MASK_KEYS
+    plural = "boxes" if of_boxes else "masks"
+    concept_of = _ConceptOf(split, data.class_names, data.json_file)
+    allowed, found = frozenset(indices), set()
+    records = []
+    for record in data.records:
+        annotations = []
+        for annotation in record["annotations"]:
+            concept = concept_of(annotation["class_index"], record["image_id"])
+            if concept in allowed:
+                kept = {key: annotation[key] for key in keys if key in annotation}
+                annotations.append({**kept, "class_index": concept})
+            elif of_boxes or "segmentation" in annotation:
+                withheld[f"{plural} of concepts that are not to have any"] += 1
+        usable = {a["class_index"] for a in annotations} if of_boxes else fully_masked(annotations)
+        found.update(usable)
+        if not usable:
+            withheld[f"images without usable {plural}"] += 1
+            continue
+        records.append(
+            {
+                **_image_of(record),
+                "image_labels": concept_of.seen(record["image_labels"], record["image_id"]),
+                "annotations": annotations,
+                "supervision": level.value,
+            }
+        )
+    if not records:
+        list_name = "boxed" if of_boxes else "masked"
+        names = [split.vocabulary[index] for index in indices]
+        raise ValueError(
+            f"{data.json_file}: no image has usable {plural} of the {len(names)} concepts of the "
+            f"list '{list_name}': {listed(names)}. Its classes are {listed(data.class_names)}. Add "
+            f"those with {plural} to the list, or give another file."
+        )
+    _warn_of_missing(split, indices, found, level.value, data.json_file)
+    return records
+
+
+@dataclass(frozen=True)
+class _ConceptOf:
+    """Concept index by the label of a file; None for unseen concepts."""
+
+    split: ConceptSplit
+    names: Sequence[str]
+    source: str | os.PathLike[str]
+
+    @functools.cached_property
+    def _concepts(self) -> list[int | None]:
+        """By label; -1 for names that the split does not have."""
+        places: dict[str, int | None] = {n: i for i, n in enumerate(self.split.vocabulary)}
+        places |= dict.fromkeys(self.split.unseen)
+        return [places.get(spelled(name), -1) for name in self.names]
+
+    def __call__(self, label: int, image_id: int | str) -> int | None:
+        concept = self._concepts[label]
+        if concept != -1:
+            return concept
+        name = spelled(self.names[label])
+        raise ValueError(
+            f"{os.fspath(self.source)}: image {image_id!r} is labelled with '{name}', which is not "
+            f"among the {len(self.split.vocabulary)} concepts of the vocabulary."
+            f"{_closest(name, self.split.vocabulary)} Rename it in the file, add it to the "
+            "vocabulary (the word table needs a vector for it), or list it as 'unseen', which "
+            "withholds its labels."
+        )
+
+    def seen(self, labels: Sequence[int], image_id: int | str) -> list[int]:
+        """Concept indices of the labels of an image, sorted, without the unseen ones."""
+        concepts = {self(label, image_id) for label in labels}
+        return sorted(concept for concept in concepts if concept is not None)
+
+
+def _image_of(record: Mapping[str, Any]) -> Record:
+    return {key: record[key] for key in _IMAGE_KEYS}
+
+
+def _images_of_list(
+    tags: TagList, folder: str | os.PathLike[str]
+) -> Iterator[tuple[Record, list[int]]]:
+    for position, image_id in enumerate(tags.image_ids):
+        if not isinstance(image_id, str):
+            raise ValueError(
+                f"{tags.source}: image {image_id!r} of the tag list has no file name, so it cannot "
+                "be trained on. Give every image its 'file_name'."
+            )
+        image = {"file_name": os.path.join(folder, str(image_id)), "image_id": image_id}
+        yield image, tags.tags_of(position).tolist()
+
+
+def _warn_of_missing(
+    split: ConceptSplit,
+    indices: Sequence[int],
+    found: Collection[int],
+    what: str,
+    source: str | os.PathLike[str],
+) -> None:
+    missing = [split.vocabulary[index] for index in indices if index not in found]
+    if missing:
+        logger.warning(
+            "%s: %d of %d concepts have no usable %s in it: %s.",
+            *(os.fspath(source), len(missing), len(indices), what, listed(missing)),
+        )
+
+
+def _checked_lists(path: Path, content: Any) -> dict[str, tuple[str, ...]]:
+    required = set(_REQUIRED_LISTS)
+    allowed = required | set(_OTHER_LISTS)
+    if not isinstance(content, dict) or not required <= set(content) <= allowed:
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"Concept split {path} holds {found}. Allowed is a JSON object with the lists 'boxed' "
+            "and 'masked' and, if there are any, 'vocabulary' and 'unseen'."
+        )
+    for key, names in content.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"Concept split {path}: {key} must be a list of names, got {names!r:.80}."
+            )
+    return {key: tuple(names) for key, names in content.items()}
+
+
+def _check_unique(list_name: str, names: Sequence[str]) -> None:
+    repeated = [name for name, times in Counter(names).items() if times > 1]
+    if repeated:
+        raise ValueError(
+            f"The list '{list_name}' has {listed(repeated)} more than once ('_' and ' ' are the "
+            "same). Every concept stands in it once."
+        )
+
+
+def _check_part_of(
+    list_name: str, names: Sequence[str], outer_name: str, outer: Sequence[str]
+) -> None:
+    known = frozenset(outer)
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} concepts of the list '{list_name}' are not in '{outer_name}': "
+            f"{listed(missing)}.{_closest(missing[0], outer)} Add them to '{outer_name}' or "
+            f"take them out of '{list_name}'."
+        )
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    return f" Closest to '{name}': {listed(close)}." if close else ""

@@ -1,0 +1,394 @@
+"""Word vectors from the tags of images (ConceptMask, section 3.1; Chollet, arXiv 1607.05691).
+
+Words that are on the same images more often than by chance get similar vectors. With the counts c_i
+of images with word i, c_ij of images with both, and N images, the matrix of pointwise mutual
+information (PMI) is M_ij = log(p(i, j) / (p(i) p(j))) = log(c_ij / e_ij), where e_ij = c_i c_j / N
+is what chance would give. M_ii = -log p(i), as c_ii = c_i. Of its eigen-decomposition M = U S U^T
+the k largest eigenvalues are kept, only positive ones, and the vectors are E = U_k sqrt(S_k): their
+inner products are the best approximation of M of that rank by a positive semi-definite matrix.
+
+V: number of words, N: images with any tag, k: length of a vector.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.linalg.blas import ssymv
+from scipy.sparse import csr_matrix, diags, triu, vstack
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import LinearOperator, eigsh
+from tqdm import tqdm
+
+from maskx.core.text import listed
+from maskx.core.word_table import PmiStatistics, WordTable, inverse_frequencies, spelled
+from maskx.data.tag_lists import TagList
+
+__all__ = [
+    "CoCounts",
+    "co_counts",
+    "count_words_with_table",
+    "fold_in",
+    "fold_in_words",
+    "learn_word_vectors",
+    "pmi_matrix",
+]
+
+logger = logging.getLogger(__name__)
+
+# Rows of the co-counts made at a time: 1000 x 18,000 counts are 0.2 GB if all of them are there.
+_ROWS = 1000
+# Entries of the PMI matrix made at a time, to hold no second copy of everything.
+_ENTRIES = 10_000_000
+# Up to so many words the whole decomposition takes a second.
+_DENSE_WORDS = 1500
+# Share of the matrix that the entries of its upper triangle are, from which products with it as
+# dense float32 are made: with 18,000 words and a share of 0.13, as generated tags have it, they
+# take a third of the time of sparse ones, and 1.3 GB.
+_FILLED = 0.05
+# Of an eigenvector, relative to its eigenvalue; tables hold float32.
+_TOLERANCE = 1e-6
+# Relative to the largest, what may be the rounding of products in float32.
+_ZERO = 1e-6
+
+
+class CoCounts(NamedTuple):
+    """How often words are on the same images.
+
+    Attributes:
+        pairs: (V, V) int32 c_ij for i < j, upper triangle only; c_ji = c_ij.
+        counts: (V,) int64 c_i.
+        num_images: N.
+    """
+
+    pairs: csr_matrix
+    counts: np.ndarray
+    num_images: int
+
+
+def co_counts(tags: TagList) -> CoCounts:
+    """Count the images with each word and with each pair of words.
+
+    One block of rows at a time, of which only the upper triangle is kept.
+    """
+    image_word = _image_word_matrix(tags)
+    word_image = image_word.T.tocsr()
+    num_words, blocks = len(tags.names), []
+    with tqdm(total=num_words, desc="pairs", unit="word", disable=None) as bar:
+        for start in range(0, num_words, _ROWS):
+            rows = word_image[start : start + _ROWS]
+            # Words before the block are columns of its lower triangle.
+            blocks.append(triu(rows @ image_word, k=start + 1, format="csr"))
+            bar.update(rows.shape[0])
+    return CoCounts(vstack(blocks, format="csr"), tags.counts(), tags.num_tagged)
+
+
+def pmi_matrix(counted: CoCounts, *, positive: bool = True, smoothing: float = 1.0) -> csr_matrix:
+    """Return the PMI of all pairs of words, as upper triangle with the diagonal.
+
+    Args:
+        counted: see :func:`co_counts`.
+        positive: set negative entries to 0 (PPMI). Otherwise only pairs never seen are 0.
+        smoothing: see :func:`learn_word_vectors`.
+
+    Returns:
+        (V, V) float64, upper triangle of the symmetric matrix.
+    """
+    counts, total = counted.counts.astype(np.float64), counted.num_images
+    matrix = counted.pairs.astype(np.float64)
+    row_of = np.repeat(np.arange(len(counts), dtype=np.int32), np.diff(matrix.indptr))
+    for start in range(0, matrix.nnz, _ENTRIES):
+        part = slice(start, start + _ENTRIES)
+        chance = counts[row_of[part]] * counts[matrix.indices[part]] / total
+        matrix.data[part] = _log_ratio(matrix.data[part], chance, positive, smoothing)
+    if positive:
+        matrix.eliminate_zeros()
+    return matrix + diags(_log_ratio(counts, counts**2 / total, positive, smoothing), format="csr")
+
+
+def learn_word_vectors(
+    tags: TagList, *, dim: int = 512, positive: bool = True, smoothing: float = 1.0
+) -> WordTable:
+    """Learn the vectors of words from the images they are on.
+
+    Args:
+        tags: at least two words, each on an image with another one.
+        dim: most components; there are never more than positive eigenvalues, which is reported.
+        positive: PPMI, see :func:`pmi_matrix`.
+        smoothing: number s of images by which each pair is drawn to chance: the entries are
+            log((c_ij + s) / (e_ij + s)), so that one image with two rare words says little. 0 for
+            the plain ratio. For things of generated scenes, folded in from 8 images each, 1 lowers
+            the mean number of words nearer than their own colour and shape from 6.7 to 4.9.
+
+    Returns:
+        A table in the order of `tags.names`. The same tags give the same table.
+
+    Raises:
+        ValueError: an option is out of range, or a word cannot get a vector.
+    """
+    if dim < 1 or not np.isfinite(smoothing) or smoothing < 0:
+        raise ValueError(
+            f"dim is {dim}, smoothing {smoothing}. Allowed: dim at least 1, smoothing at least 0."
+        )
+    _check_counts(tags)
+    counted = co_counts(tags)
+    _check_pairs(counted, tags)
+    matrix = pmi_matrix(counted, positive=positive, smoothing=smoothing)
+    squared_norm = 2 * np.sum(matrix.data**2) - np.sum(matrix.diagonal() ** 2)
+    eigenvalues, eigenvectors = _largest_eigenpairs(matrix, dim)
+    kept = eigenvalues > _ZERO * np.abs(eigenvalues).max()
+    if not kept.any():
+        raise ValueError(
+            f"{tags.source}: the PMI matrix of its {len(tags.names)} words has no positive "
+            "eigenvalue, so no vectors can be learned. Give images on which some words are "
+            "together more often than others."
+        )
+    if kept.sum() < dim:
+        logger.warning(
+            "%s: vectors of length %d, not %d: its %d words give no more positive eigenvalues.",
+            *(tags.source, kept.sum(), dim, len(tags.names)),
+        )
+    eigenvalues = eigenvalues[kept]
+    vectors = eigenvectors[:, kept] * np.sqrt(eigenvalues)
+    _check_vectors(vectors, tags)
+    kind = "PPMI" if positive else "PMI"
+    return WordTable(
+        names=tags.names,
+        vectors=vectors.astype(np.float32),
+        idf=inverse_frequencies(counted.counts, counted.num_images),
+        eigenvalues=eigenvalues,
+        source=f"{kind} of the tags of {counted.num_images} images of {tags.source}",
+        pmi=PmiStatistics(
+            counted.counts, counted.num_images, positive, float(smoothing), float(squared_norm)
+        ),
+    )
+
+
+def fold_in(
+    table: WordTable,
+    pair_counts: np.ndarray,
+    count: int,
+    *,
+    word_counts: np.ndarray | None = None,
+    num_images: int | None = None,
+) -> np.ndarray:
+    """Return the vector of a new word from how often it is on images with known ones (Nystrom).
+
+    w = S_k^-1/2 U_k^T m, where m is the row of PMI that the new word has with the known ones. For
+    the row of a known word this is its own vector. For others, small eigenvalues amplify chance:
+    where a table keeps nearly all positive ones, as of few words, cosines with a new word are
+    smaller than among the words of the table. Their order still is better with these components
+    than without, and than with damped ones (measured on the tags of generated scenes).
+
+    Args:
+        table: a table from tags.
+        pair_counts: (V,) images with the new word and each known one.
+        count: images with the new word.
+        word_counts: (V,) images with each known word, among those that were counted. None if
+            these are the images of the table.
+        num_images: images with any tag among them, beside `word_counts`.
+
+    Returns:
+        (k,) float32.
+
+    Raises:
+        ValueError: the table is not from tags, counts are impossible, or the word is with no known
+            word more often than by chance.
+    """
+    if table.pmi is None or table.eigenvalues is None:
+        raise ValueError(
+            f"The word table of {table.source} was not learned from tags, so no word can be folded "
+            "in. Take the vector of the word from the same file as the others."
+        )
+    if (word_counts is None) != (num_images is None):
+        raise ValueError("word_counts and num_images belong together. Give both or none.")
+    if word_counts is None:
+        word_counts, num_images = table.pmi.counts, table.pmi.num_images
+    pairs = np.asarray(pair_counts, dtype=np.float64)
+    words = np.asarray(word_counts, dtype=np.float64)
+    for what, values in (("pair_counts", pairs), ("word_counts", words)):
+        if values.shape != (len(table),):
+            raise ValueError(
+                f"{what} has shape {values.shape}. Allowed: ({len(table)},), one per word."
+            )
+    if (
+        not 1 <= count <= num_images
+        or not (pairs >= 0).all()
+        or (pairs > np.minimum(words, count)).any()
+    ):
+        raise ValueError(
+            f"The new word is on {count} of {num_images} images, and with a known word on up to "
+            f"{pairs.max():g}. Allowed: no more than images with it, with the other, or in all."
+        )
+    row = np.zeros(len(table))
+    seen = pairs > 0
+    row[seen] = _log_ratio(
+        pairs[seen], count * words[seen] / num_images, table.pmi.positive, table.pmi.smoothing
+    )
+    vector = (table.vectors.T.astype(np.float64) @ row) / table.eigenvalues
+    if not vector.any():
+        raise ValueError(
+            "The new word is with no known word more often than by chance, so it has no vector. "
+            "Give images with it and with tags of the vocabulary."
+        )
+    return vector.astype(np.float32)
+
+
+def count_words_with_table(
+    table: WordTable, tags: TagList, words: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count how often words are on images with those of a table, among the images of any list.
+
+    Args:
+        table: its words may be among the tags, in any order.
+        tags: images, whose vocabulary has `words`.
+        words: W words.
+
+    Returns:
+        (W, V) images with both, (W,) images with the word, and (V,) images with each word of the
+        table.
+
+    Raises:
+        ValueError: a word is not among the tags.
+    """
+    index_of = {name: index for index, name in enumerate(tags.names)}
+    missing = [word for word in words if spelled(word) not in index_of]
+    if missing:
+        raise ValueError(
+            f"{tags.source} has no image with {listed(missing)}. Give a tag list that has."
+        )
+    image_word = _image_word_matrix(tags)
+    # One column more, of zeros: for the words of the table that are on no image.
+    columns = [index_of.get(name, -1) for name in table.names]
+    chosen = image_word[:, [index_of[spelled(word)] for word in words]]
+    pairs = (chosen.T @ image_word).toarray()
+    counts = tags.counts()
+    pairs = np.hstack([pairs, np.zeros((len(words), 1), pairs.dtype)])[:, columns]
+    return pairs, counts[[index_of[spelled(w)] for w in words]], np.append(counts, 0)[columns]
+
+
+def fold_in_words(table: WordTable, tags: TagList, words: Sequence[str]) -> np.ndarray:
+    """Fold new words into a table from a list of images with them and with known words.
+
+    Args:
+        table: a table from tags; it is not changed.
+        tags: images, read without the vocabulary of the table, so that the new words are there.
+        words: W new words.
+
+    Returns:
+        (W, k) float32.
+
+    Raises:
+        ValueError: a word is in the table already, is not among the tags, or cannot be folded in.
+    """
+    known = [word for word in words if spelled(word) in set(table.names)]
+    if known:
+        raise ValueError(f"The word table has {listed(known)} already. Give new words only.")
+    if not words:
+        raise ValueError("There is no word to fold in. Give at least one.")
+    pairs, counts, word_counts = count_words_with_table(table, tags, words)
+    vectors = []
+    for word, row, count in zip(words, pairs, counts, strict=True):
+        try:
+            vectors.append(
+                fold_in(table, row, int(count), word_counts=word_counts, num_images=tags.num_tagged)
+            )
+        except ValueError as error:
+            raise ValueError(f"'{word}' from {tags.source}: {error}") from None
+    return np.stack(vectors)
+
+
+def _image_word_matrix(tags: TagList) -> csr_matrix:
+    """(N, V) matrix of ones; int32, as counts of pairs are sums of its products."""
+    values = np.ones(len(tags.indices), np.int32)
+    return csr_matrix((values, tags.indices, tags.offsets), shape=(len(tags), len(tags.names)))
+
+
+def _log_ratio(
+    seen: np.ndarray, chance: np.ndarray, positive: bool, smoothing: float
+) -> np.ndarray:
+    values = np.log((seen + smoothing) / (chance + smoothing))
+    return np.maximum(values, 0) if positive else values
+
+
+def _largest_eigenpairs(upper: csr_matrix, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `dim` largest eigenvalues, descending, of a symmetric matrix, and their vectors."""
+    size = upper.shape[0]
+    if size <= _DENSE_WORDS or 2 * dim >= size:
+        values, vectors = np.linalg.eigh(upper.toarray(), UPLO="U")
+    else:
+        multiply = _product_with(upper)
+        with tqdm(desc="eigenvectors", unit=" products", disable=None) as bar:
+
+            def counted_product(vector: np.ndarray) -> np.ndarray:
+                bar.update()
+                return multiply(vector.ravel())
+
+            operator = LinearOperator(upper.shape, matvec=counted_product, dtype=np.float64)
+            start = np.random.default_rng(0).standard_normal(size)
+            values, vectors = eigsh(operator, k=dim, which="LA", v0=start, tol=_TOLERANCE)
+    order = np.argsort(-values, kind="stable")[:dim]
+    values, vectors = values[order], vectors[:, order]
+    # The sign of an eigenvector is arbitrary: its largest entry becomes positive.
+    largest = np.abs(vectors).argmax(axis=0)
+    return values, vectors * np.sign(vectors[largest, np.arange(len(order))])
+
+
+def _product_with(upper: csr_matrix) -> Callable[[np.ndarray], np.ndarray]:
+    """The product of a symmetric matrix, given as upper triangle, with a vector."""
+    if upper.nnz > _FILLED * upper.shape[0] ** 2:
+        filled = upper.astype(np.float32).toarray(order="F")  # as BLAS takes it without a copy
+        return lambda vector: ssymv(1.0, filled, vector.astype(np.float32))
+    strict, diagonal = triu(upper, k=1, format="csr"), upper.diagonal()
+    transposed = strict.T  # a view
+    return lambda vector: strict @ vector + transposed @ vector + diagonal * vector
+
+
+def _check_counts(tags: TagList) -> None:
+    if len(tags.names) < 2:
+        raise ValueError(
+            f"{tags.source} has {len(tags.names)} words. Word vectors need at least 2 that are on "
+            "the same images."
+        )
+    counts = tags.counts()
+    absent = np.flatnonzero(counts == 0)
+    if len(absent):
+        raise ValueError(
+            f"{tags.source}: {len(absent)} of {len(tags.names)} words are on no image: "
+            f"{listed([tags.names[i] for i in absent])}. Remove them from the vocabulary, or add "
+            "images with them."
+        )
+
+
+def _check_pairs(counted: CoCounts, tags: TagList) -> None:
+    """Refuse words without any pair; say if the others fall into groups."""
+    num_groups, group_of = connected_components(counted.pairs, directed=False)
+    sizes = np.bincount(group_of)
+    alone = np.flatnonzero(sizes[group_of] == 1)
+    if len(alone):
+        raise ValueError(
+            f"{tags.source}: {len(alone)} of {len(tags.names)} words are never on an image with "
+            f"another word: {listed([tags.names[i] for i in alone])}. What they are similar to "
+            "cannot be learned. Leave them out (a larger min_count, or a vocabulary without them), "
+            "or add images that have them among other tags."
+        )
+    if num_groups > 1:
+        small = np.flatnonzero(group_of != sizes.argmax())
+        logger.warning(
+            "%s: the words fall into %d groups that share no image; all words of different groups "
+            "are equally unlike. Outside the largest group: %s.",
+            *(tags.source, num_groups, listed([tags.names[i] for i in small], most=10)),
+        )
+
+
+def _check_vectors(vectors: np.ndarray, tags: TagList) -> None:
+    norms = np.linalg.norm(vectors, axis=1)
+    lost = np.flatnonzero(norms < 1e-6 * norms.max())
+    if len(lost):
+        raise ValueError(
+            f"{tags.source}: {len(lost)} of {len(tags.names)} words have no part in the "
+            f"{vectors.shape[1]} components that are kept: "
+            f"{listed([tags.names[i] for i in lost])}. They are on every image, or only among few "
+            "words that no others are with. Leave them out, or keep more components (dim)."
+        )

@@ -1,0 +1,342 @@
+"""RoI heads of Detectron2 with a mask branch that learns from partial supervision."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.roi_heads import CascadeROIHeads
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from maskx.systems.maskx_rcnn.detectron2.box_predictor import MaskXTextOutputLayers
+from maskx.systems.maskx_rcnn.detectron2.mask_head import takes_detector_weights
+from maskx.systems.maskx_rcnn.detectron2.proposal_generator import has_complete_boxes
+from maskx.systems.maskx_rcnn.detectron2.rcnn import check_can_freeze
+from maskx.systems.maskx_rcnn.weight_transfer import (
+    DETECTOR_INPUTS,
+    DetectorWeights,
+    WeightTransfer,
+    class_agnostic_box_message,
+    detector_weights,
+)
+
+__all__ = ["MaskXCascadeROIHeads", "MaskXROIHeads", "MaskXROIHeadsMixin"]
+
+
+class MaskXROIHeadsMixin:
+    """Gives the mask branch of Mask^X R-CNN to RoI heads that derive from ``StandardROIHeads``.
+
+    Put it before the class that brings the box branch::
+
+        @ROI_HEADS_REGISTRY.register()
+        class MyMaskXROIHeads(MaskXROIHeadsMixin, MyROIHeads):
+            pass
+
+    The box branch is that of the other class, which must take explicit arguments
+    (``@configurable``). Its mask branch stays off (``mask_on`` is False); here only RoIs that have
+    a mask are pooled and enter the branch in training, and only the logits of the class that a
+    RoI needs are computed. Images with incomplete boxes (see :func:`has_complete_boxes`) train the
+    mask branch and no other.
+
+    Args:
+        mask_in_features: names of the feature maps of the mask branch.
+        mask_head: the mask head; see :class:`MaskHeadProtocol`.
+        mask_pooler: pools (R, C, P, P) features; None for a mask head that takes feature maps.
+        gt_boxes_only: train the mask branch on the ground-truth boxes instead of the sampled
+            proposals.
+        freeze_detector: compute the mask loss only; see :class:`MaskXRCNN`. The mask branch then
+            trains on proposals, also with ``train_on_pred_boxes``.
+        **kwargs: arguments of the other class.
+
+    Raises:
+        ValueError: the mask head does not follow the protocol, or its weight transfer does not fit
+            the box predictor.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        mask_in_features: list[str],
+        mask_head: nn.Module,
+        mask_pooler: ROIPooler | None = None,
+        gt_boxes_only: bool = False,
+        freeze_detector: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        _check_mask_head(mask_head)
+        self.mask_in_features = mask_in_features
+        self.mask_pooler = mask_pooler
+        self.mask_head = mask_head
+        self.gt_boxes_only = gt_boxes_only
+        self.freeze_detector = freeze_detector
+        self._sampled: list[Instances] = []
+        self._check_transfer()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """Read the arguments from a configuration.
+
+        Raises:
+            ValueError: two keys do not go together; the message names them and the remedy.
+        """
+        _check_config(cfg, cascade=issubclass(cls, CascadeROIHeads))
+        ret = super().from_config(cfg, input_shape)
+        if cfg.MODEL.MASKX.TEXT_CLASSIFIER.VECTORS:
+            ret |= _text_predictors(cfg, ret)
+        ret["gt_boxes_only"] = cfg.MODEL.MASKX.GT_BOXES_ONLY
+        ret["freeze_detector"] = cfg.MODEL.MASKX.FREEZE_DETECTOR
+        return ret
+
+    def label_and_sample_proposals(
+        self, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
+        """Sample as the other class does, and keep the sample for the mask branch.
+
+        Returns:
+            What trains the box branch: nothing of images with incomplete boxes.
+        """
+        self._sampled = super().label_and_sample_proposals(proposals, targets)
+        return [
+            x if has_complete_boxes(target) else x[:0]
+            for x, target in zip(self._sampled, targets, strict=True)
+        ]
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """Run the box branch, then the mask branch.
+
+        Args:
+            images: see :meth:`StandardROIHeads.forward`.
+            features: feature maps by name.
+            proposals: one per image, with ``proposal_boxes`` and ``objectness_logits``.
+            targets: in training, one per image, with ``gt_boxes``, ``gt_classes`` and, where
+                there are masks, ``gt_masks`` and ``gt_has_mask`` (bool); a mask counts only where
+                ``gt_has_mask`` is true.
+            **kwargs: further arguments of the other class.
+
+        Returns:
+            In training the sampled proposals and the losses, at inference the detections, which
+            then have ``pred_masks``, and no loss.
+        """
+        if not self.training:
+            # The base class calls forward_with_given_boxes, which adds the masks.
+            return super().forward(images, features, proposals, targets, **kwargs)
+        _check_targets(targets)
+        if self.freeze_detector:
+            # Objects without a mask would only take places in the sample.
+            targets = [_only_masked(x) for x in targets]
+            instances, losses = self.label_and_sample_proposals(proposals, targets), {}
+        else:
+            instances, losses = super().forward(images, features, proposals, targets, **kwargs)
+        # The other class need not sample: images with tags only, for example, have no boxes.
+        sampled, self._sampled = self._sampled or proposals, []
+        losses.update(self._mask_losses(features, sampled, targets))
+        return instances, losses
+
+    def forward_with_given_boxes(
+        self, features: dict[str, Tensor], instances: list[Instances]
+    ) -> list[Instances]:
+        """Predict what belongs to given boxes; see :meth:`StandardROIHeads`."""
+        instances = super().forward_with_given_boxes(features, instances)
+        return self._run_mask_head(features, instances, [x.pred_boxes for x in instances])
+
+    def detector_weights(self) -> DetectorWeights:
+        """Describe the classes to the weight transfer, by the live box predictor.
+
+        Returns:
+            What the box predictor's own ``detector_weights()`` returns, if it has one, as
+            :class:`MaskXTextOutputLayers` does; else the foreground rows of its ``cls_score`` and
+            ``bbox_pred``, None without them. Of a cascade, those of the last stage.
+        """
+        predictor = self._last_box_predictor()
+        if hasattr(predictor, "detector_weights"):
+            return predictor.detector_weights()
+        cls_weight, box_weight = (
+            getattr(getattr(predictor, layer, None), "weight", None)
+            for layer in ("cls_score", "bbox_pred")
+        )
+        if cls_weight is None:
+            return DetectorWeights(None, None)
+        # Background is the last row in Detectron2.
+        return detector_weights(cls_weight, box_weight, background_row=-1)
+
+    def _last_box_predictor(self) -> nn.Module:
+        predictor = self.box_predictor
+        return predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
+
+    def _check_transfer(self) -> None:
+        """Refuse a weight transfer that does not fit the box predictor before the first step."""
+        for module in self.mask_head.modules():
+            if isinstance(module, WeightTransfer) and module.inputs in DETECTOR_INPUTS:
+                _check_rows(
+                    module, self.detector_weights(), self.num_classes, self._last_box_predictor()
+                )
+
+    def _mask_losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances],
+    ) -> dict[str, Tensor]:
+        if self.gt_boxes_only:
+            proposals = [_as_proposals(x) for x in targets]
+        # Box-only RoIs are left out before pooling, so that they cost nothing.
+        rois = [self._with_masks(x) for x in proposals]
+        return self._run_mask_head(features, rois, [x.proposal_boxes for x in rois])
+
+    def _run_mask_head(
+        self, features: dict[str, Tensor], instances: list[Instances], boxes: list[Boxes]
+    ) -> dict[str, Tensor] | list[Instances]:
+        features = {name: features[name] for name in self.mask_in_features}
+        if self.mask_pooler is not None:
+            features = self.mask_pooler(list(features.values()), boxes)
+        return self.mask_head(features, instances, detector=self.detector_weights())
+
+    def _with_masks(self, proposals: Instances) -> Instances:
+        """Select the foreground proposals that have a mask."""
+        if not proposals.has("gt_has_mask"):
+            # Sampled in an image without annotations, which have no gt_* but gt_classes, or not
+            # sampled at all. None has a mask.
+            none = proposals[:0]
+            if not none.has("gt_classes"):
+                none.gt_classes = none.proposal_boxes.tensor.new_empty(0, dtype=torch.long)
+            return none
+        classes = proposals.gt_classes
+        foreground = (classes >= 0) & (classes != self.num_classes)
+        return proposals[foreground & proposals.gt_has_mask.bool()]
+
+
+@ROI_HEADS_REGISTRY.register()
+class MaskXROIHeads(MaskXROIHeadsMixin, StandardROIHeads):
+    """Detectron2's RoI heads with the mask branch of Mask^X R-CNN."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class MaskXCascadeROIHeads(MaskXROIHeadsMixin, CascadeROIHeads):
+    """Cascade R-CNN's RoI heads with the mask branch of Mask^X R-CNN.
+
+    Its box regression is class-agnostic, so weights transfer from ``cls`` (or fixed vectors).
+    """
+
+
+def _only_masked(targets: Instances) -> Instances:
+    return targets[targets.gt_has_mask.bool()] if targets.has("gt_has_mask") else targets[:0]
+
+
+def _as_proposals(targets: Instances) -> Instances:
+    return Instances(targets.image_size, **targets.get_fields(), proposal_boxes=targets.gt_boxes)
+
+
+def _check_targets(targets: list[Instances] | None) -> None:
+    if targets is None:
+        raise ValueError(
+            "The training batch has no instances. Build the training loader with "
+            "maskx.detectron2.MaskXDatasetMapper(cfg, is_train=True), as maskx.detectron2.Trainer "
+            "does."
+        )
+    for image, instances in enumerate(targets):
+        if instances.has("gt_masks") and not instances.has("gt_has_mask"):
+            raise ValueError(
+                f"Image {image} of the batch has gt_masks but no gt_has_mask. Without it masks "
+                "that are to be withheld, or do not exist, would train the model. Build the "
+                "training loader with maskx.detectron2.MaskXDatasetMapper (as "
+                "maskx.detectron2.Trainer does), or set gt_has_mask, a bool per instance."
+            )
+
+
+def _check_mask_head(mask_head: nn.Module) -> None:
+    if not takes_detector_weights(mask_head):
+        raise ValueError(
+            f"The mask head {type(mask_head).__name__} takes no weights of the box predictor. Set "
+            "MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead or MaskXPointRendMaskHead, or see "
+            "maskx.detectron2.MaskHeadProtocol for what a head of your own must do."
+        )
+
+
+def _check_rows(
+    transfer: WeightTransfer, detector: DetectorWeights, num_classes: int, predictor: nn.Module
+) -> None:
+    name, cls = type(predictor).__name__, detector.cls
+    if cls is None:
+        raise ValueError(
+            f"The box predictor {name} has no cls_score.weight. Give it a method "
+            "detector_weights() that returns a DetectorWeights (maskx.systems.maskx_rcnn."
+            "weight_transfer) with one row per foreground class, and set "
+            "MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS to the length of a row."
+        )
+    if len(cls) != num_classes:
+        raise ValueError(
+            f"The box predictor {name} gives the weights of {len(cls)} classes, but there are "
+            f"{num_classes}. Its detector_weights(), or cls_score.weight without the last row, "
+            "must have one row per foreground class (MODEL.ROI_HEADS.NUM_CLASSES)."
+        )
+    first = torch.zeros(1, dtype=torch.long, device=cls.device)
+    found = transfer.class_inputs(first, detector).shape[1]
+    expected = transfer.layers[0].in_features
+    if found != expected:
+        raise ValueError(
+            f"The weight transfer from '{transfer.inputs}' expects {expected} numbers per class, "
+            f"but the box predictor {name} gives {found}: its classifier rows have {cls.shape[1]}. "
+            f"Set MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS {cls.shape[1]} (detector_channels without "
+            "a configuration)."
+        )
+
+
+def _text_predictors(cfg: CfgNode, built: dict[str, Any]) -> dict[str, Any]:
+    """Make the text classifiers that replace the box predictors of the other class."""
+    if "box_predictors" in built:  # a cascade, whose stages code boxes by other weights
+        stages = zip(built["box_heads"], built["box_predictors"], strict=True)
+        predictors = [
+            MaskXTextOutputLayers(
+                cfg, head.output_shape, box2box_transform=predictor.box2box_transform
+            )
+            for head, predictor in stages
+        ]
+        return {"box_predictors": predictors}
+    if "box_predictor" in built:
+        return {"box_predictor": MaskXTextOutputLayers(cfg, built["box_head"].output_shape)}
+    raise ValueError(
+        f"MODEL.MASKX.TEXT_CLASSIFIER.VECTORS is set, but {cfg.MODEL.ROI_HEADS.NAME} make their "
+        "box predictor in another place than from_config, so it cannot be replaced. Set VECTORS "
+        "'', or make a maskx.detectron2.MaskXTextOutputLayers there."
+    )
+
+
+def _check_config(cfg: CfgNode, *, cascade: bool) -> None:
+    if "MASKX" not in cfg.MODEL:
+        raise ValueError(
+            "The configuration has no MODEL.MASKX. Call maskx.detectron2.add_maskx_config(cfg) "
+            "after get_cfg() and before merging a file, or take maskx.detectron2.get_cfg()."
+        )
+    if not cfg.MODEL.MASK_ON:
+        raise ValueError(
+            f"MODEL.MASK_ON is False, but {cfg.MODEL.ROI_HEADS.NAME} have a mask branch. Set "
+            "MODEL.MASK_ON True, or MODEL.ROI_HEADS.NAME StandardROIHeads for a detector without "
+            "masks."
+        )
+    check_can_freeze(cfg)
+    maskx, agnostic = cfg.MODEL.MASKX, cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG
+    inputs = maskx.TRANSFER.INPUTS
+    needs_box = maskx.PREDICTOR == "transfer" and inputs in DETECTOR_INPUTS and inputs != "cls"
+    if cascade and (needs_box or not agnostic):
+        raise ValueError(
+            "Box regression of a cascade is class-agnostic, so no class has box regression "
+            "weights. Set MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True (now "
+            f"{agnostic}) and MODEL.MASKX.TRANSFER.INPUTS cls (now '{inputs}')."
+        )
+    if needs_box and agnostic:
+        raise ValueError(
+            f"{class_agnostic_box_message(inputs)} The keys are "
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG (now True) and MODEL.MASKX.TRANSFER.INPUTS."
+        )

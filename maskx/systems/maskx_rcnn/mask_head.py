@@ -1,0 +1,361 @@
+"""Mask head of Mask^X R-CNN and its baselines: trunk, predictors, fused MLP, loss, inference.
+
+"Learning to Segment Every Thing" (Hu et al., CVPR 2018), sections 3.1-3.3; trunk of Mask R-CNN.
+
+Every predictor computes the logits of the one class a RoI needs (its ground-truth class in
+training, its predicted class at inference): the weights of that class are gathered, then applied
+in a batched product. The usual K-channel output, of which all but one channel would be thrown
+away, is never made, so cost and memory per RoI do not depend on K.
+
+Shape legend:
+    R: number of RoIs; K: number of foreground classes; C: channels of the mask head;
+    P: resolution of the pooled RoI features; M = 2 * P: resolution of the masks.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from maskx.core.checks import check_choice
+from maskx.core.layers import msra_fill
+from maskx.systems.maskx_rcnn.mask_trunks import TRUNKS, trunk_layers
+from maskx.systems.maskx_rcnn.weight_transfer import (
+    ACTIVATIONS,
+    TRANSFER_INPUTS,
+    DetectorWeights,
+    WeightTransfer,
+)
+
+PREDICTORS = ("transfer", "class_agnostic", "class_specific")
+MLP_BRANCHES = ("none", "single_fc", "bottleneck")
+
+# Channels that the light MLP branch keeps: 8 * M * M * M * M weights instead of C * M * M * M * M,
+# that is 4.9 M parameters instead of 157.4 M at C = 256 and M = 28.
+_BOTTLENECK_CHANNELS = 8
+
+
+def class_logits(features: Tensor, class_weights: Tensor) -> Tensor:
+    """Apply to each RoI the 1x1 convolution of its own class.
+
+    Args:
+        features: (R, C, M, M).
+        class_weights: (R, C), the weights of the class that each RoI needs.
+
+    Returns:
+        (R, M, M) mask logits.
+    """
+    num_rois, channels, height, width = features.shape
+    columns = features.reshape(num_rois, channels, height * width)
+    return torch.bmm(class_weights[:, None], columns).reshape(num_rois, height, width)
+
+
+def mask_loss(mask_logits: Tensor, mask_targets: Tensor) -> Tensor:
+    """Mean binary cross-entropy over the pixels of the RoIs that have a mask.
+
+    Args:
+        mask_logits: (R, M, M) logits of the ground-truth class of each RoI with a mask.
+        mask_targets: (R, M, M) masks, bool or in [0, 1].
+
+    Returns:
+        Scalar. Zero, with a graph through everything that made ``mask_logits``, when R is 0, so
+        that every rank of a distributed run has a gradient for every parameter.
+    """
+    if mask_logits.numel() == 0:
+        return mask_logits.sum() * 0
+    return F.binary_cross_entropy_with_logits(mask_logits, mask_targets.to(mask_logits.dtype))
+
+
+def crop_mask_targets(masks: Tensor, boxes: Tensor, mask_indices: Tensor, size: int) -> Tensor:
+    """Cut the training target of each box out of full-image masks.
+
+    Args:
+        masks: (N, H, W) masks of one image, bool or {0, 1}.
+        boxes: (R, 4) XYXY absolute pixels.
+        mask_indices: (R,) which mask belongs to each box.
+        size: M.
+
+    Returns:
+        (R, M, M) bool; a target pixel is on where at least half of its area is.
+    """
+    rois = torch.cat([mask_indices[:, None].to(boxes), boxes], dim=1)
+    cropped = roi_align(masks[:, None].to(boxes), rois, (size, size), 1.0, 0, aligned=True)
+    return cropped[:, 0] >= 0.5
+
+
+class TransferPredictor(WeightTransfer):
+    """FCN mask predictor whose 1x1 weights come from weight transfer. It has no bias."""
+
+    def forward(
+        self, features: Tensor, class_indices: Tensor, detector: DetectorWeights | None = None
+    ) -> Tensor:
+        """Predict (R, M, M) logits of the given classes from (R, C, M, M) features."""
+        return class_logits(features, super().forward(class_indices, detector))
+
+
+class ClassAgnosticPredictor(nn.Conv2d):
+    """One mask for every class: the baseline of the paper."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 1, kernel_size=1)
+        _init_predictor(self)
+
+    def forward(
+        self, features: Tensor, class_indices: Tensor, detector: DetectorWeights | None = None
+    ) -> Tensor:
+        """Predict (R, M, M) logits, the same for every class, from (R, C, M, M) features."""
+        return super().forward(features)[:, 0]
+
+
+class ClassSpecificPredictor(nn.Conv2d):
+    """Learned weights per class, as in Mask R-CNN: the oracle when every class has masks.
+
+    The parameters are those of the K-channel 1x1 convolution, so its checkpoints load.
+    """
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__(channels, num_classes, kernel_size=1)
+        _init_predictor(self)
+
+    def forward(
+        self, features: Tensor, class_indices: Tensor, detector: DetectorWeights | None = None
+    ) -> Tensor:
+        """Predict (R, M, M) logits of the given classes from (R, C, M, M) features."""
+        logits = class_logits(features, self.weight[class_indices, :, 0, 0])
+        return logits + self.bias[class_indices, None, None]
+
+
+def make_predictor(
+    name: str, channels: int, num_classes: int | None, **transfer: Any
+) -> TransferPredictor | ClassAgnosticPredictor | ClassSpecificPredictor:
+    """Make a mask predictor.
+
+    Args:
+        name: ``transfer``, ``class_agnostic`` or ``class_specific``.
+        channels: C.
+        num_classes: K; may be None where nothing is learned or stored per class.
+        **transfer: further arguments of :class:`WeightTransfer`, for ``transfer`` only.
+
+    Raises:
+        ValueError: an argument is out of range, or one that is needed is missing.
+    """
+    check_choice("mask predictor", name, PREDICTORS)
+    if name == "transfer":
+        return TransferPredictor(out_channels=channels, num_classes=num_classes, **transfer)
+    if name == "class_agnostic":
+        return ClassAgnosticPredictor(channels)
+    if num_classes is None:
+        raise ValueError("The mask predictor 'class_specific' needs the argument num_classes.")
+    return ClassSpecificPredictor(channels, num_classes)
+
+
+class MaskMLP(nn.Module):
+    """Class-agnostic fully connected mask branch that is fused with the FCN (section 3.3).
+
+    It sees the whole box at once and catches its gist, where the FCN catches its details.
+
+    Args:
+        channels: C.
+        mask_size: M.
+        branch: ``single_fc`` is the paper's single layer C * M * M -> M * M (157.4 M parameters at
+            C = 256, M = 28); ``bottleneck`` first reduces the features to 8 channels (4.9 M).
+    """
+
+    def __init__(self, channels: int, mask_size: int, branch: str) -> None:
+        super().__init__()
+        self.reduce = None
+        if branch == "bottleneck":
+            self.reduce = nn.Conv2d(channels, _BOTTLENECK_CHANNELS, kernel_size=1)
+            msra_fill(self.reduce)
+            channels = _BOTTLENECK_CHANNELS
+        self.fc = nn.Linear(channels * mask_size**2, mask_size**2)
+        _init_predictor(self.fc)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Predict (R, M, M) logits from (R, C, M, M) features."""
+        if self.reduce is not None:
+            features = F.relu(self.reduce(features))
+        return self.fc(features.flatten(1)).reshape(-1, *features.shape[-2:])
+
+
+class MaskXHead(nn.Module):
+    """Mask head for partial supervision, used by both hosts.
+
+    Parameters carry the names of Detectron2's ``MaskRCNNConvUpsampleHead``, so its checkpoints
+    initialise the trunk ``conv`` and the upsampling.
+
+    Args:
+        in_channels: channels of the pooled RoI features.
+        num_classes: K; None in a model that learns nothing per class, as with a text classifier:
+            its checkpoints fit any class list.
+        pool_size: P, resolution of the pooled RoI features.
+        channels: C.
+        trunk: layers before the upsampling: ``conv`` (Mask R-CNN's), ``residual`` or
+            ``hourglass``, see :func:`maskx.systems.maskx_rcnn.mask_trunks.trunk_layers`.
+        num_convs: number of 3x3 convolutions of the trunk; per resolution and direction in an
+            hourglass.
+        norm: makes the normalisation layer of a convolution from its channels; None for none.
+        predictor: ``transfer`` (Mask^X), ``class_agnostic`` (baseline) or ``class_specific``
+            (Mask R-CNN, the oracle when all categories have masks).
+        mlp: fused MLP branch: ``none``, ``single_fc`` or ``bottleneck``, see :class:`MaskMLP`.
+        transfer_inputs: see :class:`WeightTransfer`, like the arguments that follow.
+        transfer_layers: number of layers of T.
+        transfer_activation: activation between the layers of T.
+        stop_gradient: detach the detector weights that enter T.
+        detector_channels: D, channels that enter the box predictor.
+        class_vectors: (K, E) fixed vectors for ``transfer_inputs="vectors"``.
+
+    Raises:
+        ValueError: an argument is out of range; on loading, a checkpoint of another architecture.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int | None,
+        pool_size: int = 14,
+        channels: int = 256,
+        trunk: str = "conv",
+        num_convs: int = 4,
+        norm: Callable[[int], nn.Module] | None = None,
+        predictor: str = "transfer",
+        mlp: str = "none",
+        transfer_inputs: str = "cls+box",
+        transfer_layers: int = 2,
+        transfer_activation: str = "leaky_relu",
+        stop_gradient: bool = True,
+        detector_channels: int | None = None,
+        class_vectors: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("MLP branch", mlp, MLP_BRANCHES)
+        if class_vectors is not None and len(class_vectors) != num_classes:
+            raise ValueError(
+                f"class_vectors has {len(class_vectors)} rows for {num_classes} classes; there "
+                "must be one row per class, by class index."
+            )
+        self.mask_size = 2 * pool_size
+        layers = trunk_layers(
+            trunk,
+            in_channels=in_channels,
+            channels=channels,
+            num_convs=num_convs,
+            pool_size=pool_size,
+            norm=norm,
+        )
+        deconv = nn.ConvTranspose2d(channels if num_convs else in_channels, channels, 2, stride=2)
+        msra_fill(deconv)
+        layers |= {"deconv": deconv, "deconv_relu": nn.ReLU()}
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self._feature_layers = tuple(layers)
+
+        self.predictor = make_predictor(
+            predictor,
+            channels,
+            num_classes,
+            inputs=transfer_inputs,
+            detector_channels=detector_channels,
+            class_vectors=class_vectors,
+            num_layers=transfer_layers,
+            activation=transfer_activation,
+            stop_gradient=stop_gradient,
+        )
+        self.mlp = None if mlp == "none" else MaskMLP(channels, self.mask_size, mlp)
+
+        transfers = predictor == "transfer"
+        self.register_buffer(
+            "architecture",
+            torch.tensor(
+                [
+                    TRUNKS.index(trunk),
+                    PREDICTORS.index(predictor),
+                    MLP_BRANCHES.index(mlp),
+                    TRANSFER_INPUTS.index(transfer_inputs) if transfers else -1,
+                    transfer_layers if transfers else -1,
+                    ACTIVATIONS.index(transfer_activation) if transfers else -1,
+                    num_convs,
+                    channels,
+                    num_classes or 0,
+                ]
+            ),
+        )
+
+    def forward(
+        self,
+        roi_features: Tensor,
+        class_indices: Tensor,
+        detector: DetectorWeights | None = None,
+    ) -> Tensor:
+        """Predict the mask logits of one class per RoI.
+
+        Args:
+            roi_features: (R, in_channels, P, P) pooled features.
+            class_indices: (R,) the class whose mask is wanted, in [0, K).
+            detector: live weights of the box predictor, for transfer from the detector.
+
+        Returns:
+            (R, M, M) mask logits.
+        """
+        features = roi_features
+        for name in self._feature_layers:
+            features = getattr(self, name)(features)
+        mask_logits = self.predictor(features, class_indices, detector)
+        if self.mlp is not None:
+            mask_logits = mask_logits + self.mlp(features)
+        return mask_logits
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """Refuse a checkpoint of another architecture instead of keeping random weights.
+
+        A checkpoint of another code base has no ``architecture``; it is taken as it is.
+        """
+        key = f"{prefix}architecture"
+        found, own = state_dict.get(key), self.architecture
+        if found is not None and found.shape != own.shape:
+            raise ValueError(
+                "The checkpoint was made by another version of maskx, whose mask head is described "
+                f"by {len(found)} numbers instead of {len(own)}. Train again, or use that version."
+            )
+        if found is not None and not self._fits(found.to(own.device)):
+            raise ValueError(
+                "The checkpoint was made by another mask head.\n"
+                f"  checkpoint: {_describe_architecture(found.tolist())}\n"
+                f"  this model: {_describe_architecture(own.tolist())}\n"
+                "Use the configuration that the checkpoint was trained with, or another checkpoint."
+            )
+        state_dict[key] = own
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _fits(self, architecture: Tensor) -> bool:
+        same = architecture == self.architecture
+        # K may differ where nothing depends on it. It may for fine-tuning, since weights that do
+        # not depend on it are worth keeping, but a model that is to be evaluated must match in K.
+        any_classes = self.training or self.architecture[-1] == 0
+        return bool((same[:-1] if any_classes else same).all())
+
+
+def _init_predictor(layer: nn.Conv2d | nn.Linear) -> None:
+    # Larger weights make the first mask losses overflow, say the reference's comments.
+    nn.init.normal_(layer.weight, std=0.001)
+    nn.init.zeros_(layer.bias)
+
+
+def _describe_architecture(architecture: Sequence[int]) -> str:
+    trunk, predictor, mlp, inputs, layers, activation, *sizes = architecture
+    num_convs, channels, num_classes = sizes
+    parts = [
+        f"trunk {TRUNKS[trunk]} with {num_convs} convolutions of {channels} channels",
+        f"predictor {PREDICTORS[predictor]}",
+    ]
+    if inputs >= 0:
+        parts.append(
+            f"transfer from {TRANSFER_INPUTS[inputs]} with {layers} layer(s) of "
+            f"{ACTIVATIONS[activation]}"
+        )
+    classes = f"{num_classes or 'any number of'} classes"
+    return ", ".join([*parts, f"MLP {MLP_BRANCHES[mlp]}", classes])

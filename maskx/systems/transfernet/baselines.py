@@ -1,0 +1,295 @@
+"""The two baselines of TransferNet that have no attention model.
+
+"Learning Transferrable Knowledge for Semantic Segmentation with Deep Convolutional Neural Network"
+(Hong et al., CVPR 2016), section 6.3 and appendix B. Both read where a label is out of a classifier
+of image labels, which learns from the labels of source and target, and give it to the decoder of
+TransferNet, which learns from the masks of the source. The loss of the masks does not train the
+classifier: it would shape the score maps of the source classes only.
+
+For the shape legend see `maskx.systems.transfernet.attention`. Also:
+    Q: pairs whose mask is predicted; H, W: size of the images; C: hidden channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskx.core.layers import msra_fill
+from maskx.core.losses import multi_label_loss
+from maskx.systems.transfernet.attention import check_feature_size, pair_matmul
+from maskx.systems.transfernet.network import MapNorm, PairNetwork, mask_loss
+
+
+class BaselineOutputs(NamedTuple):
+    """What a baseline predicts.
+
+    Attributes:
+        class_logits: (N, L) logits of the labels of the images.
+        mask_logits: (Q, 2, H, W) logits of background and foreground.
+    """
+
+    class_logits: Tensor
+    mask_logits: Tensor
+
+
+class ScoreMapClassifier(nn.Module):
+    """Fully convolutional classifier: 3x3 convolution, ReLU, 1x1 convolution, mean over positions.
+
+    With its hidden layer the gradient of a score differs between positions, which it would not if
+    the scores were linear in the features.
+
+    Args:
+        in_channels: D.
+        num_classes: L.
+        hidden_channels: C.
+    """
+
+    def __init__(self, *, in_channels: int, num_classes: int, hidden_channels: int = 512) -> None:
+        super().__init__()
+        self.hidden = nn.Conv2d(in_channels, hidden_channels, 3, padding=1)
+        self.score = nn.Linear(hidden_channels, num_classes)
+        msra_fill(self.hidden)
+        nn.init.normal_(self.score.weight, std=0.01)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (N, D, h, w) features to (N, L) logits and the (N, C, h, w) hidden values."""
+        hidden = F.relu(self.hidden(features))
+        return self.score(hidden.mean(dim=(2, 3))), hidden
+
+    def score_maps(self, hidden: Tensor, pair_images: Tensor, pair_labels: Tensor) -> Tensor:
+        """Return the (P, h, w) scores of the pairs; their mean over the positions is the logit."""
+        scores = pair_matmul(self.score.weight[pair_labels], hidden.flatten(2), pair_images)
+        scores = scores + self.score.bias[pair_labels, None]
+        return scores.unflatten(1, hidden.shape[2:])
+
+    def score_gradients(self, hidden: Tensor, pair_images: Tensor, pair_labels: Tensor) -> Tensor:
+        """Return the (P, D, h, w) gradient of the logit of each pair by the features.
+
+        It is written out, so that it works where gradients are switched off. It runs in float32
+        under autocast: the gradient of a mean over many positions is too small for float16.
+        """
+        by_hidden = self.score.weight[pair_labels][:, :, None, None] / hidden.shape[2:].numel()
+        by_hidden = by_hidden * (hidden > 0)[pair_images]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.conv_transpose2d(by_hidden, self.hidden.weight, padding=1)
+
+
+class _Baseline(PairNetwork):
+    """A classifier of image labels, and a subclass's way from it to the input of the decoder."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        in_feature: str,
+        in_channels: int,
+        num_classes: int,
+        decoder: nn.Module,
+        classifier_channels: int,
+        freeze_encoder: bool,
+        mask_weight: float,
+    ) -> None:
+        super().__init__(
+            encoder, in_feature=in_feature, decoder=decoder, freeze_encoder=freeze_encoder
+        )
+        self.mask_weight = mask_weight
+        self.classifier = ScoreMapClassifier(
+            in_channels=in_channels, num_classes=num_classes, hidden_channels=classifier_channels
+        )
+
+    def forward(
+        self,
+        images: Tensor,
+        pair_images: Tensor,
+        pair_labels: Tensor,
+        mask_pairs: Tensor | None = None,
+    ) -> BaselineOutputs:
+        """Predict the labels of the images and the masks of the pairs.
+
+        Args:
+            images: (N, 3, H, W), normalised.
+            pair_images: (P,).
+            pair_labels: (P,).
+            mask_pairs: (P,) bool, the pairs whose mask is wanted, Q of them; None for all.
+        """
+        features, switches = self.encode(images)
+        class_logits, hidden = self.classifier(features)
+        if mask_pairs is not None:
+            pair_images, pair_labels = pair_images[mask_pairs], pair_labels[mask_pairs]
+        maps = self.decoder_maps(features.detach(), hidden.detach(), pair_images, pair_labels)
+        mask_logits = self.decoder(maps, pair_images, switches, images.shape[-2:])
+        return BaselineOutputs(class_logits, mask_logits)
+
+    def decoder_maps(
+        self, features: Tensor, hidden: Tensor, pair_images: Tensor, pair_labels: Tensor
+    ) -> Tensor:
+        """Return the (Q, 1, h, w) input of the decoder."""
+        raise NotImplementedError
+
+    def losses(
+        self, outputs: BaselineOutputs, pair_images: Tensor, pair_labels: Tensor, targets: Tensor
+    ) -> dict[str, Tensor]:
+        """Return ``loss_labels`` and ``loss_masks``, the latter as in TransferNet.
+
+        ``loss_labels`` is the binary cross-entropy over the classes, mean over the images that
+        have a pair. A class without a pair counts as absent, so also a source category on a target
+        image, of which nothing is known.
+
+        Args:
+            outputs: of :meth:`forward`.
+            pair_images: (P,).
+            pair_labels: (P,).
+            targets: (Q, H, W), of :func:`maskx.systems.transfernet.network.pair_target`.
+        """
+        labels = torch.zeros_like(outputs.class_logits)
+        labels[pair_images, pair_labels] = 1
+        has_pair = labels.any(dim=1)
+        return {
+            "loss_labels": multi_label_loss(outputs.class_logits[has_pair], labels[has_pair]),
+            "loss_masks": self.mask_weight * mask_loss(outputs.mask_logits, targets),
+        }
+
+
+class BaselineNet(_Baseline):
+    """The score map of the label, through a fully connected layer, is the input of the decoder.
+
+    Args:
+        encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
+        in_feature: likewise.
+        in_channels: D.
+        num_classes: L.
+        decoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
+        feature_size: (h, w) of the only feature map that the fully connected layer of the paper
+            fits; None for two 1x1 convolutions with 16 channels instead, for any size.
+        classifier_channels: C.
+        freeze_encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
+        mask_weight: weight of the loss of the masks.
+
+    Raises:
+        ValueError: in forward or on loading, a feature map of another size than `feature_size`.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        in_feature: str,
+        in_channels: int,
+        num_classes: int,
+        decoder: nn.Module,
+        feature_size: tuple[int, int] | None = None,
+        classifier_channels: int = 512,
+        freeze_encoder: bool = True,
+        mask_weight: float = 2.0,
+    ) -> None:
+        super().__init__(
+            encoder,
+            in_feature=in_feature,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            decoder=decoder,
+            classifier_channels=classifier_channels,
+            freeze_encoder=freeze_encoder,
+            mask_weight=mask_weight,
+        )
+        self.to_decoder = (
+            _pointwise(1, 16) if feature_size is None else _FullyConnectedMap(feature_size)
+        )
+
+    def decoder_maps(
+        self, features: Tensor, hidden: Tensor, pair_images: Tensor, pair_labels: Tensor
+    ) -> Tensor:
+        """Return the (Q, 1, h, w) input of the decoder."""
+        scores = self.classifier.score_maps(hidden, pair_images, pair_labels).detach()
+        return self.to_decoder(scores[:, None])
+
+
+class DecoupledNet(_Baseline):
+    """Features and the gradient of the label's score by them make the input of the decoder.
+
+    The transfer form of "Decoupled Deep Neural Network for Semi-supervised Semantic Segmentation"
+    (Hong et al., NIPS 2015). Features and gradient are normalised each over the
+    positions and channels of a pair, whose number in a batch varies too much for batch norm.
+
+    Args:
+        encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
+        in_feature: likewise.
+        in_channels: D.
+        num_classes: L.
+        decoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
+        bridge_channels: of the two hidden layers between both and the decoder.
+        classifier_channels: C.
+        freeze_encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
+        mask_weight: weight of the loss of the masks.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        in_feature: str,
+        in_channels: int,
+        num_classes: int,
+        decoder: nn.Module,
+        bridge_channels: int = 256,
+        classifier_channels: int = 512,
+        freeze_encoder: bool = True,
+        mask_weight: float = 2.0,
+    ) -> None:
+        super().__init__(
+            encoder,
+            in_feature=in_feature,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            decoder=decoder,
+            classifier_channels=classifier_channels,
+            freeze_encoder=freeze_encoder,
+            mask_weight=mask_weight,
+        )
+        self.feature_norm = MapNorm(in_channels)
+        self.gradient_norm = MapNorm(in_channels)
+        widen = nn.Conv2d(2 * in_channels, bridge_channels, 3, padding=1)
+        msra_fill(widen)
+        self.to_decoder = nn.Sequential(
+            widen, nn.ReLU(), *_pointwise(bridge_channels, bridge_channels)
+        )
+
+    def decoder_maps(
+        self, features: Tensor, hidden: Tensor, pair_images: Tensor, pair_labels: Tensor
+    ) -> Tensor:
+        """Return the (Q, 1, h, w) input of the decoder."""
+        gradients = self.classifier.score_gradients(hidden, pair_images, pair_labels).detach()
+        features = self.feature_norm(features)[pair_images]
+        return self.to_decoder(torch.cat([features, self.gradient_norm(gradients)], dim=1))
+
+
+class _FullyConnectedMap(nn.Module):
+    """Fully connected layer from a map to a map of the same size."""
+
+    def __init__(self, feature_size: tuple[int, int]) -> None:
+        super().__init__()
+        height, width = feature_size
+        self.fc = nn.Linear(height * width, height * width)
+        msra_fill(self.fc)
+        self.register_buffer("feature_size", torch.tensor(feature_size))
+        self._feature_size = tuple(feature_size)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        check_feature_size("BaselineNet", maps.shape[2:], self._feature_size)
+        return self.fc(maps.flatten(1)).reshape(maps.shape)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        found = state_dict.get(f"{prefix}feature_size", self.feature_size)
+        check_feature_size("This BaselineNet", self._feature_size, found.tolist(), True)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _pointwise(in_channels: int, hidden_channels: int) -> nn.Sequential:
+    hidden = nn.Conv2d(in_channels, hidden_channels, kernel_size=1)
+    last = nn.Conv2d(hidden_channels, 1, kernel_size=1)
+    msra_fill(hidden)
+    msra_fill(last)
+    return nn.Sequential(hidden, nn.ReLU(), last)

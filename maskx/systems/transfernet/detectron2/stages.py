@@ -1,0 +1,135 @@
+"""The stages of TransferNet as runs of :mod:`maskx.detectron2.stagewise`, checked together.
+
+Stage 0 trains the classifier of image labels, whose backbone is the encoder; stage 1 the attention
+(Eq. 6); stage 2 attention and decoder (Eq. 9). A baseline has no stage 1.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from maskx.detectron2.datasets import register_all
+from maskx.detectron2.stagewise import Stage, build_on_cpu, check_chain
+from maskx.detectron2.tasks import architecture_of
+from maskx.detectron2.trainer import check_config
+from maskx.systems.transfernet.detectron2.model import MaskXTransferClassifier, MaskXTransferNet
+
+__all__ = ["check_transfer_stages", "transfer_stages"]
+
+_CLASSIFIER_KEY = "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS"
+
+# What every stage must have alike, to compute the same features and mean the same classes.
+_SHARED_KEYS = (
+    *("MODEL.BACKBONE.NAME", "MODEL.RESNETS", "MODEL.MASKX.BACKBONE.OUTPUT_STRIDE"),
+    *("MODEL.MASKX.BACKBONE.FROZEN_NORM", "MODEL.MASKX.NUM_CLASSES", "MODEL.PIXEL_MEAN"),
+    *("MODEL.PIXEL_STD", "INPUT.FORMAT", "DATASETS.TRAIN", "DATASETS.MASKX.SPLIT"),
+)
+# What the attention of stage 1 must have like that of stage 2.
+_ATTENTION_KEYS = (
+    *(f"MODEL.MASKX.TRANSFERNET.{key}" for key in ("METHOD", "ATTENTION", "NUM_FACTORS")),
+    *(f"MODEL.MASKX.TRANSFERNET.{key}" for key in ("HIDDEN_CHANNELS", "REFERENCE_SCALE")),
+    *("MODEL.MASKX.IN_FEATURE", "MODEL.MASKX.TRANSFERNET.CLASSIFIER_FEATURE"),
+)
+
+
+def transfer_stages(
+    stage0: Path,
+    stage1: Path | None,
+    stage2: Path,
+    *,
+    output: Path,
+    opts: tuple[Any, ...] = (),
+) -> list[Stage]:
+    """Make the runs of a chain; weights of a stage go into the next.
+
+    Args:
+        stage0: YAML file of the classifier, or its weights (any other file).
+        stage1: YAML file of the attention, or its weights; None for a baseline.
+        stage2: YAML file of the masks.
+        output: folder; the runs are in ``stage0``, ``stage1`` and ``stage2`` of it.
+        opts: KEY VALUE pairs for all of them.
+
+    Raises:
+        FileNotFoundError: there is no such file of weights.
+        ValueError: the pairs name weights, which the chain sets itself.
+    """
+    for key in ("MODEL.WEIGHTS", _CLASSIFIER_KEY):
+        if key in opts[::2]:
+            raise ValueError(
+                f"{key} is given for all stages, but each starts from the one before. Remove it; "
+                "--stage0-weights and --stage1-weights take trained stages."
+            )
+    stages: list[Stage] = []
+
+    def weights_of(config: Path, name: str, *inputs: Any, weights: Path | None = None) -> Path:
+        if config.suffix != ".yaml":
+            if not config.is_file():
+                raise FileNotFoundError(f"--{name}-weights '{config}': there is no such file.")
+            return config
+        stages.append(Stage(config, output / name, (*opts, *inputs), weights))
+        return stages[-1].final_weights
+
+    classifier = (_CLASSIFIER_KEY, str(weights_of(stage0, "stage0").resolve()))
+    attention = None if stage1 is None else weights_of(stage1, "stage1", *classifier)
+    weights_of(stage2, "stage2", *classifier, weights=attention)
+    return stages
+
+
+def check_transfer_stages(stages: Sequence[Stage]) -> list[bool]:
+    """Check that the stages fit together, before hours are spent on the first.
+
+    Args:
+        stages: of :func:`transfer_stages`.
+
+    Returns:
+        Whether each was trained and evaluated before.
+
+    Raises:
+        FileNotFoundError: a file that a configuration names is missing.
+        ValueError: something does not fit; the message names the key and the remedy.
+    """
+    register_all()
+    for stage in stages:
+        _check_stage(stage)
+    return check_chain(stages, _shared_with_next)
+
+
+def _shared_with_next(stage: Stage) -> tuple[str, ...]:
+    keys = _SHARED_KEYS
+    if stage.output.name == "stage1":
+        keys += _ATTENTION_KEYS
+        if stage.cfg.MODEL.MASKX.TRANSFERNET.ATTENTION == "fc":
+            keys += ("INPUT.MASKX.SIZE",)  # its weights are for one size
+    return keys
+
+
+def _check_stage(stage: Stage) -> None:
+    name = stage.output.name
+    wanted, train_stage = {
+        "stage0": (MaskXTransferClassifier, None),
+        "stage1": (MaskXTransferNet, "attention"),
+        "stage2": (MaskXTransferNet, "joint"),
+    }[name]
+    cfg = stage.cfg.clone()
+    cfg.defrost()
+    if not issubclass(architecture_of(cfg), wanted):
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE} in {stage.config_file}, "
+            f"the config of {name}. It must be {wanted.__name__}: are two configs exchanged?"
+        )
+    keys = cfg.MODEL.MASKX.TRANSFERNET
+    if train_stage not in (None, keys.STAGE):
+        raise ValueError(
+            f"MODEL.MASKX.TRANSFERNET.STAGE is '{keys.STAGE}' in {stage.config_file}, the config "
+            f"of {name}. It must be '{train_stage}': are two configs exchanged?"
+        )
+    if name == "stage2" and stage.weights is None and keys.METHOD == "transfernet":
+        raise ValueError(
+            f"MODEL.MASKX.TRANSFERNET.METHOD is 'transfernet' in {stage.config_file}, which starts "
+            "from the attention of stage 1. Add --stage1 or --stage1-weights."
+        )
+    # An earlier stage may have to make these yet.
+    cfg.MODEL.WEIGHTS, keys.CLASSIFIER_WEIGHTS = "", ""
+    cfg.MODEL.MASKX.BACKBONE.PRETRAINED = False
+    check_config(cfg)
+    build_on_cpu(cfg)

@@ -1,0 +1,1 @@
+"""Converters: not part of the package."""

@@ -1,0 +1,1 @@
+"""Studies: not part of the package."""

@@ -1,0 +1,174 @@
+"""Ablations of ConceptMask on generated scenes.
+
+Settings are attention maps, measured as in Table 1 of the paper, and masks. All settings of a seed
+share the scenes, the word vectors and the stages that do not differ.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from maskx.engine.training import select_device
+from maskx.systems.concept_mask.chain import ConceptMaskMethod, ConceptMaskSettings
+from maskx.systems.concept_mask.evaluation import evaluate_concepts
+from maskx.systems.concept_mask.pipeline import open_chain
+from maskx.systems.concept_mask.quickstart import make_scene_data
+from maskx.systems.concept_mask.steps import fit_concepts
+from studies.study import Measure, Ordering, Report, StudyOptions, System, process_lock
+
+_DEFAULT = ConceptMaskMethod()
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What is measured: a stage, how it was trained, and which maps or masks of it.
+
+    Attributes:
+        stage: 1 and 2 for attention maps, 3 for masks.
+        method: of the training.
+        kind: of attention.
+        masks: what makes masks.
+    """
+
+    stage: int
+    method: ConceptMaskMethod = _DEFAULT
+    kind: str = "own"
+    masks: str = "attention"
+
+
+_MASKS = {"kind": "blended", "masks": "segmentation"}
+SETTINGS: Mapping[str, _Setting] = {
+    "original": _Setting(1),
+    "original_final_relu": _Setting(1, ConceptMaskMethod(final_relu=True)),
+    "finetuned": _Setting(2, kind="initial"),
+    "refined_no_negatives": _Setting(2, ConceptMaskMethod(negatives=False)),
+    "refined": _Setting(2),
+    "segmentation": _Setting(3, **_MASKS),
+    "one_size": _Setting(3, ConceptMaskMethod(two_sizes=False), **_MASKS),
+    "no_blending": _Setting(3, kind="own", masks="segmentation"),
+    "thresholded_attention": _Setting(3, kind="blended"),
+}
+"""What can be compared, by name."""
+
+# Of attention maps: those of concepts with boxes (the paper's evaluation set), of the others.
+_GROUPS = {"boxed": ("mask", "box"), "image": ("image",), "unseen": ("unseen",)}
+_LEVELS = ("mask", "box", "image", "unseen")
+
+
+def _concept_settings(options: StudyOptions, seed: int = 0) -> ConceptMaskSettings:
+    steps = options.given(
+        iterations="embedding_iterations",
+        stage2_iterations="refinement_iterations",
+        batch_size="batch_size",
+    )
+    if options.stage2_iterations is not None:
+        steps["segmentation_iterations"] = options.stage2_iterations
+    return ConceptMaskSettings(seed=seed, **steps)
+
+
+def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
+    if setting not in SETTINGS:
+        raise ValueError(f"Setting '{setting}' is not known. Allowed: {', '.join(SETTINGS)}.")
+    settings = asdict(_concept_settings(options))
+    settings["network"] = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in settings["network"].items()
+    }
+    return {name: value for name, value in settings.items() if name not in ("seed", "workers")}
+
+
+class _SeedRuns:
+    """All runs of one seed."""
+
+    def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
+        self.folder = options.seed_folder(seed)
+        with process_lock(self.folder):
+            self.data = make_scene_data(self.folder / "scenes", seed)
+        self.test = self.data.test(self.data.val)
+        self._fitted: set[ConceptMaskMethod] = set()
+        self.chain = open_chain(
+            self.data,
+            _concept_settings(options, seed),
+            output=self.folder / "shared",
+            resume=True,
+            device=select_device(options.device),
+        )
+
+    def run(self, setting: str) -> dict[str, float]:
+        stage, method, kind, masks = vars(SETTINGS[setting]).values()
+        # Stages are shared: one process trains while the others wait.
+        with process_lock(self.folder):
+            model = self.chain.model(stage, method)
+        if kind == "blended" and method not in self._fitted:
+            fit_concepts(model.network, self.data.test(self.data.fitting), model.read_image)
+            self._fitted.add(method)
+        found = evaluate_concepts(
+            model, self.test, kind=kind, masks=masks, description=f"{setting}: evaluation"
+        )
+        if stage == 3:
+            return {f"iou_{level}": _mean_of_levels(found, "iou", (level,)) for level in _LEVELS}
+        return {
+            f"{measure}_{group}": _mean_of_levels(found, measure, levels)
+            for group, levels in _GROUPS.items()
+            for measure in ("pointing", "soft_iou")
+        }
+
+
+def _mean_of_levels(found: Mapping[str, Any], measure: str, levels: tuple[str, ...]) -> float:
+    values = [each[measure] for each in found["concepts"].values() if each["level"] in levels]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _above(better: str, worse: str, measure: str) -> Ordering:
+    title = f"{better} above {worse}".replace("_", " ")
+    return Ordering(f"{title}: {_MEASURES[measure].title}", (better, measure), (worse, measure))
+
+
+_MEASURES = {
+    "pointing_boxed": Measure("pointing, boxed", 3),
+    "soft_iou_boxed": Measure("soft IoU, boxed", 3),
+    "pointing_image": Measure("pointing, tags only", 3),
+    "soft_iou_image": Measure("soft IoU, tags only", 3),
+    "pointing_unseen": Measure("pointing, unseen", 3),
+    "soft_iou_unseen": Measure("soft IoU, unseen", 3),
+    "iou_mask": Measure("IoU, masks", 3),
+    "iou_box": Measure("IoU, boxes", 3),
+    "iou_image": Measure("IoU, tags only", 3),
+    "iou_unseen": Measure("IoU, unseen", 3),
+}
+
+CONCEPT_MASK = System(
+    settings=tuple(SETTINGS),
+    measures=_MEASURES,
+    plotted=("soft_iou_boxed", "iou_mask", "iou_box", "iou_image", "iou_unseen"),
+    plot_label="soft IoU of maps, IoU of masks",
+    orderings=(
+        *(
+            _above(better, worse, measure)
+            for measure in ("pointing_boxed", "soft_iou_boxed")
+            for better, worse in (
+                ("finetuned", "original"),
+                ("refined_no_negatives", "finetuned"),
+                ("refined", "refined_no_negatives"),
+            )
+        ),
+        _above("original", "original_final_relu", "pointing_boxed"),
+        *(_above("segmentation", "one_size", f"iou_{level}") for level in _LEVELS),
+        _above("segmentation", "no_blending", "iou_image"),
+        _above("segmentation", "no_blending", "iou_unseen"),
+        *(_above("segmentation", "thresholded_attention", f"iou_{level}") for level in _LEVELS),
+        *(
+            Ordering(
+                f"{better} above {worse}",
+                ("segmentation", f"iou_{better}"),
+                ("segmentation", f"iou_{worse}"),
+            )
+            for better, worse in itertools.pairwise(_LEVELS)
+        ),
+    ),
+    describe=_describe,
+    open_seed=_SeedRuns,
+)
+"""ConceptMask; the order of attention maps is that of Table 1."""

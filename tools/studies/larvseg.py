@@ -1,0 +1,101 @@
+"""Ablations of LarvSeg on generated scenes; the settings are the names of its methods.
+
+``supervised`` is the baseline with masks of the novel classes too, the upper bound of the paper.
+All settings of a seed share the scenes and the backbone that they start from.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from maskx.data.splits import resolve_split
+from maskx.engine.quickstart import QuickstartOptions, load_data
+from maskx.engine.training import select_device
+from maskx.systems.larvseg.chain import LarvSegChain, LarvSegMethod, LarvSegSettings
+from maskx.systems.larvseg.evaluation import evaluate_larvseg
+from maskx.systems.larvseg.samples import labelled_images, sets_of_one_file, split_groups
+from studies.study import Measure, Ordering, Report, StudyOptions, System, process_lock
+
+_BASELINE, _CROSS = LarvSegMethod("baseline"), LarvSegMethod()
+_SINGLE, _NORMALISED = LarvSegMethod(bank="single"), LarvSegMethod(pooling="normalised")
+_SUPERVISED = "supervised"
+METHODS: Mapping[str, LarvSegMethod] = {
+    **{method.name: method for method in (_BASELINE, _CROSS, _SINGLE, _NORMALISED)},
+    _SUPERVISED: _BASELINE,
+}
+"""What can be compared, by name."""
+
+_GROUPS = ("novel", "base", "all")
+
+
+def _larvseg_settings(options: StudyOptions, seed: int = 0) -> LarvSegSettings:
+    names = {"iterations": "start_iterations", "stage2_iterations": "iterations"}
+    return LarvSegSettings(seed=seed, **options.given(batch_size="batch_size", **names))
+
+
+def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
+    if setting not in METHODS:
+        raise ValueError(f"Setting '{setting}' is not known. Allowed: {', '.join(METHODS)}.")
+    settings = asdict(_larvseg_settings(options))
+    return {name: value for name, value in settings.items() if name not in ("seed", "workers")}
+
+
+class _SeedRuns:
+    """All runs of one seed."""
+
+    def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
+        self.folder = options.seed_folder(seed)
+        self.settings = _larvseg_settings(options, seed)
+        self.device = select_device(options.device)
+        with process_lock(self.folder):
+            self.train_data, val_data = load_data(
+                QuickstartOptions(output=self.folder, seed=seed), sparse=True
+            )
+        self.test = labelled_images(val_data)
+        self.chain = self._open_chain("scenes_half", "shared")
+        split = resolve_split("scenes_half", self.train_data.class_names)
+        self.groups = split_groups(self.test, split, self.chain.sets.table.names)
+
+    def run(self, setting: str) -> dict[str, float]:
+        with process_lock(self.folder):
+            backbone = self.chain.backbone  # trained once
+        chain = self.chain
+        if setting == _SUPERVISED:
+            chain = self._open_chain("all", _SUPERVISED)
+            chain.backbone = backbone
+        model = chain.train_method(METHODS[setting])
+        found = evaluate_larvseg(
+            model, self.test, self.groups, description=f"{setting}: evaluation"
+        )
+        return {group: found["mIoU"][group] for group in _GROUPS}
+
+    def _open_chain(self, masks_for: str, name: str) -> LarvSegChain:
+        split = resolve_split(masks_for, self.train_data.class_names)
+        return LarvSegChain(
+            sets_of_one_file(self.train_data, split, image_size=self.settings.image_size),
+            self.settings,
+            output=self.folder / name,
+            resume=True,
+            identity={"annotation file": self.train_data.json_file.name},
+            device=self.device,
+        )
+
+
+def _above(name: str, better: str, worse: str) -> Ordering:
+    return Ordering(name, (better, "novel"), (worse, "novel"))
+
+
+LARVSEG = System(
+    settings=tuple(METHODS),
+    measures={group: Measure(f"{group} classes") for group in _GROUPS},
+    plotted=("novel",),
+    plot_label="mIoU of novel classes (percent)",
+    orderings=(
+        _above("masks of all classes above LarvSeg", _SUPERVISED, _CROSS.name),
+        _above("LarvSeg above the baseline", _CROSS.name, _BASELINE.name),
+        _above("cross-image above single-image attention", _CROSS.name, _SINGLE.name),
+    ),
+    describe=_describe,
+    open_seed=_SeedRuns,
+)
+"""LarvSeg; the orderings are of novel classes."""

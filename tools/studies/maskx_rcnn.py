@@ -1,0 +1,221 @@
+"""Ablations of Mask^X R-CNN on generated scenes.
+
+The settings carry the names of ``configs/MaskX``: ``TRAINING/METHOD``, where the training is ``sw``
+(stage-wise: every second stage of a seed on the same detector) or ``e2e`` (end to end), and the
+method a list of words joined by ``_``.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskx.data.splits import resolve_split
+from maskx.engine.batches import training_batches
+from maskx.engine.quickstart import QuickstartOptions, load_data
+from maskx.engine.training import TrainingSettings, select_device, train
+from maskx.evaluation.average_precision import evaluate_detections
+from maskx.systems.maskx_rcnn.samples import InstanceMapper
+from maskx.systems.maskx_rcnn.torchvision.detection import SampleDetector, detect
+from maskx.systems.maskx_rcnn.torchvision.models import faster_rcnn_small, maskx_rcnn_small
+from studies.study import Measure, Ordering, Report, StudyOptions, System, process_lock
+
+# What each word of a method sets; those of configs/MaskX/README.md set the same there.
+WORDS: Mapping[str, Mapping[str, Any]] = {
+    "baseline": {"predictor": "class_agnostic"},
+    "clsbox": {"predictor": "transfer", "transfer_inputs": "cls+box"},
+    "cls": {"predictor": "transfer", "transfer_inputs": "cls"},
+    "box": {"predictor": "transfer", "transfer_inputs": "box"},
+    "randn": {"predictor": "transfer", "transfer_inputs": "randn"},
+    "1_layer": {"transfer_layers": 1},
+    "2_layer": {"transfer_layers": 2},
+    "3_layer": {"transfer_layers": 3},
+    "relu": {"transfer_activation": "relu"},
+    "nostopgrad": {"stop_gradient": False},
+    "mlp": {"mlp": "single_fc"},
+    "bottleneck": {"mlp": "bottleneck"},
+    "gtboxes": {"gt_boxes_only": True},
+    "residual": {"trunk": "residual", "num_convs": 4},
+    "hourglass": {"trunk": "hourglass", "num_convs": 2},
+}
+
+# The rows of the paper's tables 3.1 to 3.4, then the gains of later papers one by one.
+PAPER_SETTINGS = (
+    *("sw/baseline", "sw/randn_2_layer", "sw/cls_2_layer", "sw/box_2_layer", "sw/clsbox_2_layer"),
+    *("sw/clsbox_1_layer", "sw/clsbox_2_layer_relu", "sw/clsbox_3_layer_relu", "sw/clsbox_3_layer"),
+    *("sw/baseline_mlp", "sw/clsbox_2_layer_mlp"),
+    *("sw/clsbox_2_layer_gtboxes", "sw/clsbox_2_layer_residual", "sw/clsbox_2_layer_hourglass"),
+    "sw/clsbox_2_layer_hourglass_gtboxes",
+    *("e2e/baseline", "e2e/clsbox_2_layer_nostopgrad", "e2e/clsbox_2_layer"),
+)
+
+_DEFAULTS = {"iterations": 1200, "stage2_iterations": 600, "batch_size": 8}
+_LEARNING_RATE_PER_IMAGE = 0.00375  # as in the quick start
+
+
+def mask_branch(setting: str) -> dict[str, Any]:
+    """Decode a setting into arguments of :func:`maskx.torchvision.add_mask_branch`.
+
+    Raises:
+        ValueError: it is not of the form TRAINING/METHOD, a word is not known or contradicts
+            another, or none says what predicts the masks.
+    """
+    training, _, method = setting.partition("/")
+    known = "|".join(sorted(WORDS, key=len, reverse=True))
+    if training not in ("sw", "e2e") or not re.fullmatch(rf"({known})(_({known}))*", method):
+        raise ValueError(
+            f"Setting '{setting}' is not known. Allowed: sw/METHOD or e2e/METHOD, with METHOD of "
+            f"the words {', '.join(WORDS)}, joined by '_'."
+        )
+    branch: dict[str, Any] = {"freeze_detector": training == "sw"}
+    for word in re.findall(rf"({known})(?:_|$)", method):
+        if branch.keys() & WORDS[word].keys():
+            raise ValueError(
+                f"Setting '{setting}': '{word}' sets what an earlier word has set. Remove one."
+            )
+        branch |= WORDS[word]
+    if "predictor" not in branch:
+        predictors = [word for word, keys in WORDS.items() if "predictor" in keys]
+        raise ValueError(
+            f"Setting '{setting}' does not say what predicts the masks. Add one of "
+            f"{', '.join(predictors)}."
+        )
+    return branch
+
+
+class _SeedRuns:
+    """All runs of one seed; they share the scenes and the detector of the first stage."""
+
+    def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
+        self.options, self.seed, self.numbers = options, seed, _numbers_of(options)
+        self.folder = options.seed_folder(seed)
+        self.device = select_device(options.device)
+        quickstart = QuickstartOptions(output=self.folder, seed=seed)
+        with process_lock(self.folder):
+            self.train_data, self.val_data = load_data(quickstart)
+        self.split = resolve_split("scenes_half", self.train_data.class_names)
+        self.num_classes = len(self.train_data.class_names) + 1
+
+    def run(self, setting: str) -> dict[str, float]:
+        branch = mask_branch(setting)
+        torch.manual_seed(self.seed)
+        model = SampleDetector(maskx_rcnn_small(self.num_classes, **branch))
+        if branch["freeze_detector"]:
+            self._load_detector(model)
+        iterations = _describe(self.options, setting)["iterations"]
+        self._train(model, self.folder / setting, iterations, setting)
+        return self._evaluate(model, setting)
+
+    def _load_detector(self, model: SampleDetector) -> None:
+        """Give a model the detector of the first stage, which is trained when first needed."""
+        torch.manual_seed(self.seed)
+        detector = SampleDetector(faster_rcnn_small(self.num_classes))
+        folder = self.folder / "stage1"
+        with process_lock(folder):
+            self._train(detector, folder, self.numbers["iterations"], "stage1")
+        detector.to("cpu")
+        missing, unexpected = model.load_state_dict(detector.state_dict(), strict=False)
+        outside = [name for name in missing if not name.startswith("detector.roi_heads.mask_head.")]
+        assert not outside, outside
+        assert not unexpected, unexpected
+
+    def _train(
+        self, model: SampleDetector, folder: Path, iterations: int, description: str
+    ) -> None:
+        settings = TrainingSettings(
+            iterations=iterations,
+            batch_size=self.numbers["batch_size"],
+            learning_rate=_LEARNING_RATE_PER_IMAGE * self.numbers["batch_size"],
+            seed=self.seed,
+            checkpoint_every=max(100, iterations // 10),
+        )
+        batches = functools.partial(
+            training_batches,
+            self.train_data.records,
+            InstanceMapper(self.split.indices_with_masks),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        )
+        train(
+            model,
+            batches,
+            settings,
+            output_dir=folder,
+            resume=True,
+            device=self.device,
+            description=f"seed {self.seed} {description}",
+        )
+
+    def _evaluate(self, model: SampleDetector, description: str) -> dict[str, float]:
+        data = self.val_data
+        detections = detect(
+            model, data.records, data.category_ids, description=f"seed {self.seed} {description}"
+        )
+        results = evaluate_detections(
+            data.json_file, detections, category_ids=data.category_ids, groups=self.split.groups()
+        )
+        return {
+            f"{name}_AP_{group}": results[task][group]["AP"]
+            for name, task in (("mask", "segm"), ("box", "bbox"))
+            for group in ("A", "B")
+        }
+
+
+def _numbers_of(options: StudyOptions) -> dict[str, int]:
+    return _DEFAULTS | options.given(**{name: name for name in _DEFAULTS})
+
+
+def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
+    numbers = _numbers_of(options)
+    run = {"iterations": numbers["iterations"], "batch_size": numbers["batch_size"]}
+    if mask_branch(setting)["freeze_detector"]:
+        run["iterations"] = numbers["stage2_iterations"]
+        run["detector_iterations"] = numbers["iterations"]
+    return run
+
+
+def _above(name: str, better: str, worse: str) -> Ordering:
+    return Ordering(name, (better, "mask_AP_B"), (worse, "mask_AP_B"))
+
+
+MASKX = System(
+    settings=PAPER_SETTINGS,
+    measures={
+        "mask_AP_B": Measure("mask AP, B"),
+        "mask_AP_A": Measure("mask AP, A"),
+        "box_AP_B": Measure("box AP, B"),
+        "box_AP_A": Measure("box AP, A"),
+    },
+    plotted=("mask_AP_B",),
+    plot_label="Mask AP on B (percent)",
+    orderings=(
+        _above("3.1: transfer above class-agnostic", "sw/clsbox_2_layer", "sw/baseline"),
+        _above("3.1: cls+box above box", "sw/clsbox_2_layer", "sw/box_2_layer"),
+        _above("3.1: cls+box above cls", "sw/clsbox_2_layer", "sw/cls_2_layer"),
+        _above("3.1: box above cls", "sw/box_2_layer", "sw/cls_2_layer"),
+        _above("3.1: cls above class-agnostic", "sw/cls_2_layer", "sw/baseline"),
+        _above("3.2: 2 layers above 1", "sw/clsbox_2_layer", "sw/clsbox_1_layer"),
+        _above("3.2: LeakyReLU above ReLU", "sw/clsbox_2_layer", "sw/clsbox_2_layer_relu"),
+        _above("3.2: 2 layers above 3", "sw/clsbox_2_layer", "sw/clsbox_3_layer"),
+        _above("3.3: MLP above none, class-agnostic", "sw/baseline_mlp", "sw/baseline"),
+        _above("3.3: MLP above none, transfer", "sw/clsbox_2_layer_mlp", "sw/clsbox_2_layer"),
+        _above("3.4: transfer above class-agnostic", "e2e/clsbox_2_layer", "e2e/baseline"),
+        _above(
+            "3.4: stop-gradient above none", "e2e/clsbox_2_layer", "e2e/clsbox_2_layer_nostopgrad"
+        ),
+        _above(
+            "Deep-MAC: ground-truth boxes above proposals",
+            *("sw/clsbox_2_layer_gtboxes", "sw/clsbox_2_layer"),
+        ),
+        _above(
+            "Deep-MAC: hourglass above 4 convolutions, ground-truth boxes",
+            *("sw/clsbox_2_layer_hourglass_gtboxes", "sw/clsbox_2_layer_gtboxes"),
+        ),
+    ),
+    describe=_describe,
+    open_seed=_SeedRuns,
+)
+"""Mask^X R-CNN; the orderings are of its tables 3.1 to 3.4, and of Deep-MAC."""

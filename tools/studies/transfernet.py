@@ -1,0 +1,155 @@
+"""Ablations of TransferNet on generated scenes; the settings are the names of its methods.
+
+All settings of a seed share the scenes, the classifier with its encoder, and those of TransferNet
+the first stage. A share of the source is that of the images with masks: the classifier and the
+first stage, which need no masks, learn from the labels of all source images.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+from maskx.data.splits import resolve_split
+from maskx.engine.quickstart import QuickstartOptions, load_data
+from maskx.engine.training import select_device
+from maskx.systems.transfernet.pipeline import (
+    TransferChain,
+    TransferMethod,
+    TransferSettings,
+    evaluate_transfer,
+)
+from maskx.systems.transfernet.transfer_sets import SOURCE_FRACTIONS, transfer_sets
+from studies.study import Measure, Ordering, Report, StudyOptions, System, process_lock
+
+_FULL = TransferMethod()
+_BASELINE, _DECOUPLED = TransferMethod("baseline"), TransferMethod("decoupled")
+_RAW = TransferMethod(decoder_input="attention")
+_FROZEN = TransferMethod(freeze_attention=True)
+_FRACTIONS = {share: TransferMethod(source_fraction=share) for share in SOURCE_FRACTIONS}
+METHODS: Mapping[str, TransferMethod] = {
+    method.name: method
+    for method in (_FULL, _BASELINE, _DECOUPLED, _RAW, _FROZEN, *_FRACTIONS.values())
+}
+"""What can be compared, by name."""
+
+_GROUPS = ("target", "source", "all")
+_LABELS = {"": "predicted labels", "_gt": "true labels"}
+
+
+def _transfer_settings(options: StudyOptions, seed: int = 0) -> TransferSettings:
+    names = {"iterations": "iterations", "stage2_iterations": "joint_iterations"}
+    given = options.given(batch_size="batch_size", **names)
+    if "joint_iterations" in given:
+        given["attention_iterations"] = max(1, given["joint_iterations"] // 2)
+    return TransferSettings(seed=seed, **given)
+
+
+def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
+    if setting not in METHODS:
+        raise ValueError(f"Setting '{setting}' is not known. Allowed: {', '.join(METHODS)}.")
+    settings = asdict(_transfer_settings(options))
+    return {name: value for name, value in settings.items() if name not in ("seed", "workers")}
+
+
+class _SeedRuns:
+    """All runs of one seed."""
+
+    def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
+        self.folder = options.seed_folder(seed)
+        with process_lock(self.folder):
+            train_data, self.val_data = load_data(
+                QuickstartOptions(output=self.folder, seed=seed), sparse=True
+            )
+        split = resolve_split("scenes_half", train_data.class_names)
+        sets = transfer_sets(train_data.records, split)
+        report(
+            f"seed {seed}: {len(sets.source)} source images with masks, {len(sets.target)} target "
+            "images with tags"
+        )
+        self.groups = {
+            "target": split.indices_without_masks,
+            "source": split.indices_with_masks,
+            "all": range(len(split.class_names)),
+        }
+        self.chain = TransferChain(
+            sets,
+            split,
+            _transfer_settings(options, seed),
+            output=self.folder,
+            resume=True,
+            identity={"annotation file": train_data.json_file.name},
+            device=select_device(options.device),
+        )
+
+    @functools.cached_property
+    def _predicted(self) -> list[list[int]]:
+        """Labels of the validation images, by the classifier."""
+        return self.chain.predict_labels(self.val_data.records)[0]
+
+    def run(self, setting: str) -> dict[str, float]:
+        method = METHODS[setting]
+        with process_lock(self.folder):
+            predicted = self._predicted
+            if method.method == _FULL.method:
+                _ = self.chain.attention  # the first stage, trained once
+        model = self.chain.train_masks(method)
+        result = {}
+        for suffix, labels in (("", predicted), ("_gt", None)):
+            found = evaluate_transfer(
+                model,
+                self.val_data.records,
+                self.groups,
+                image_labels=labels,
+                description=f"{setting}: {_LABELS[suffix]}",
+            )
+            result |= {f"{group}{suffix}": found["mIoU"][group] for group in _GROUPS}
+        if "attention_entropy" in found:
+            result["attention_entropy"] = found["attention_entropy"]
+        return result
+
+
+def _orderings() -> list[Ordering]:
+    pairs = [
+        ("TransferNet above BaselineNet", _FULL, _BASELINE),
+        ("BaselineNet above DecoupledNet", _BASELINE, _DECOUPLED),
+        ("densified above raw attention", _FULL, _RAW),
+        ("joint above frozen attention", _FULL, _FROZEN),
+        *(
+            (f"{more:.0%} above {fewer:.0%} of the source", _FRACTIONS[more], _FRACTIONS[fewer])
+            for more, fewer in pairwise(SOURCE_FRACTIONS)
+        ),
+    ]
+    name = _FULL.name
+    return [
+        Ordering("TransferNet: true above predicted labels", (name, "target_gt"), (name, "target")),
+        *(
+            Ordering(
+                f"{words}, {of_labels}",
+                (better.name, f"target{suffix}"),
+                (worse.name, f"target{suffix}"),
+            )
+            for words, better, worse in pairs
+            for suffix, of_labels in _LABELS.items()
+        ),
+    ]
+
+
+TRANSFERNET = System(
+    settings=tuple(METHODS),
+    measures={
+        **{
+            f"{group}{suffix}": Measure(f"{group}, {of_labels}")
+            for suffix, of_labels in _LABELS.items()
+            for group in _GROUPS
+        },
+        "attention_entropy": Measure("attention entropy", 2),
+    },
+    plotted=("target", "target_gt"),
+    plot_label="mIoU of target categories (percent)",
+    orderings=_orderings(),
+    describe=_describe,
+    open_seed=_SeedRuns,
+)
+"""TransferNet; the orderings are of target categories."""
