@@ -10,39 +10,61 @@ from maskx.core.image_classifier import ImageClassifier, multi_hot
 from maskx.core.images import warp_image
 from maskx.core.losses import multi_label_loss
 
-# RGB in [0, 1]; what torchvision's ImageNet weights were trained with.
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# RGB in [0, 255]; what torchvision's ImageNet weights were trained with.
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 Sample = dict[str, Any]
 
 
 class SampleModel(nn.Module):
-    """Turns samples into normalised squares."""
+    """Turns samples into normalised squares; the base of models that see whole images.
 
-    def __init__(self, size: int) -> None:
+    Args:
+        size: side S in pixels of the squares that images are warped to.
+        pixel_mean: by channel, in the order of the images, of values from 0 to 255.
+        pixel_std: likewise.
+
+    Raises:
+        ValueError: the size is below 1.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
         super().__init__()
         if size < 1:
             raise ValueError(f"size must be at least 1 pixel, got {size}.")
         self.size = size
         # Not in the weights: they are constants.
-        self.register_buffer("mean", torch.tensor(_MEAN).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; samples are moved there."""
+        return self.pixel_mean.device
 
     def normalise(self, sample: Sample) -> Tensor:
-        """Return the image of a sample as (3, H, W) float, of ImageNet's mean and deviation."""
-        return (sample["image"].to(self.mean.device).float() / 255 - self.mean) / self.std
+        """Return the image of a sample as (3, H, W) float, less the mean, over the deviation."""
+        return (sample["image"].to(self.device) - self.pixel_mean) / self.pixel_std
 
     def preprocess(self, samples: Sequence[Sample]) -> Tensor:
         """Make a batch of images.
 
         Args:
-            samples: each with ``image`` (3, H, W) uint8 RGB, of any size.
+            samples: each with ``image`` (3, H, W) from 0 to 255, of any size.
 
         Returns:
             (N, 3, S, S) float with S the ``size`` of this model, normalised.
         """
         images = [warp_image(self.normalise(sample), self.size) for sample in samples]
-        return torch.stack(images) if images else self.mean.new_zeros(0, 3, self.size, self.size)
+        if not images:
+            return self.pixel_mean.new_zeros(0, 3, self.size, self.size)
+        return torch.stack(images)
 
 
 class SampleClassifier(SampleModel):

@@ -66,7 +66,7 @@ def test_images_are_normalised_with_the_numbers_of_imagenet():
     for channel, value in zip(batch, expected, strict=True):
         assert torch.allclose(channel, torch.tensor(value), atol=1e-5)
     assert model.preprocess([]).shape == (0, 3, SIZE, SIZE)
-    assert not {"mean", "std"} & set(model.state_dict())
+    assert not {"pixel_mean", "pixel_std"} & set(model.state_dict())
 
 
 def test_inference_sees_an_image_as_training_did(scenes):

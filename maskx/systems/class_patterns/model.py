@@ -74,7 +74,7 @@ class SampleSegmenter(SampleModel):
                 )
         label_maps = [sample["label_map"] for sample in samples]
         stacked = torch.stack(label_maps) if label_maps else torch.zeros(0, *square).long()
-        return stacked.to(self.mean.device)
+        return stacked.to(self.device)
 
 
 def predict_label_maps(

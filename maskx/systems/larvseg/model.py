@@ -43,7 +43,7 @@ class _ScoringModel(SampleModel):
             )
         (name,) = names
         # Assigned once per device, not copied in every step.
-        self._scored[name] = self._scored[name].to(self.mean.device)
+        self._scored[name] = self._scored[name].to(self.device)
         images = torch.stack([self.normalise(sample) for sample in samples])
         return images, self._scored[name]
 
@@ -167,7 +167,7 @@ class SampleLarvSeg(_ScoringModel):
     @torch.no_grad()
     def _predict(self, sample: Sample) -> dict[str, Tensor]:
         size = (sample["height"], sample["width"])
-        classes = self._classes.to(self.mean.device)
+        classes = self._classes.to(self.device)
         classes = classes[self.network.classifier.trained[classes]]
         if len(classes) == 0:
             raise ValueError(

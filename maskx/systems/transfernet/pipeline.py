@@ -231,7 +231,7 @@ class SampleTransferNet(SampleModel):
         image_labels = [sample["image_labels"] for sample in samples]
         multi_hot(image_labels, self.num_classes)  # refuses labels outside the class list
         pair_images, pair_labels = (
-            torch.from_numpy(indices).to(self.mean.device) for indices in label_pairs(image_labels)
+            torch.from_numpy(indices).to(self.device) for indices in label_pairs(image_labels)
         )
         images = self.preprocess(samples)
         if self.training:
