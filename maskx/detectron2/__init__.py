@@ -22,20 +22,24 @@ from maskx.detectron2.datasets import (
     register_tag_list,
 )
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
+from maskx.detectron2.hooks import Detectron2Hooks
 from maskx.detectron2.image_classifier import MaskXImageClassifier
 from maskx.detectron2.image_label_evaluation import MaskXImageLabelEvaluator
 from maskx.detectron2.image_mapper import MaskXImageMapper
 from maskx.detectron2.sem_seg_evaluation import MaskXLargeVocabularyEvaluator, MaskXSemSegEvaluator
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer
-from maskx.detectron2.tasks import Task
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
+from maskx.systems.class_patterns.detectron2 import hooks as _class_patterns  # noqa: F401
 from maskx.systems.class_patterns.detectron2.deeplab import MaskXDeepLab
+from maskx.systems.concept_mask.detectron2 import hooks as _concept_mask  # noqa: F401
 from maskx.systems.concept_mask.detectron2.data import MaskXConceptMapper
 from maskx.systems.concept_mask.detectron2.evaluation import MaskXConceptEvaluator
 from maskx.systems.concept_mask.detectron2.model import MaskXConceptMask
 from maskx.systems.concept_mask.detectron2.predictor import ConceptPredictor
+from maskx.systems.larvseg.detectron2 import hooks as _larvseg  # noqa: F401
 from maskx.systems.larvseg.detectron2.data import MaskXJointMapper
 from maskx.systems.larvseg.detectron2.model import MaskXLarvSeg
+from maskx.systems.maskx_rcnn.detectron2 import hooks as _maskx_rcnn  # noqa: F401
 from maskx.systems.maskx_rcnn.detectron2.box_predictor import MaskXTextOutputLayers
 from maskx.systems.maskx_rcnn.detectron2.dataset_mapper import MaskXDatasetMapper
 from maskx.systems.maskx_rcnn.detectron2.grabcut import MaskXGrabCutRCNN
@@ -48,6 +52,7 @@ from maskx.systems.maskx_rcnn.detectron2.roi_heads import (
     MaskXROIHeads,
     MaskXROIHeadsMixin,
 )
+from maskx.systems.transfernet.detectron2 import hooks as _transfernet  # noqa: F401
 from maskx.systems.transfernet.detectron2.data import MaskXTransferMapper
 from maskx.systems.transfernet.detectron2.evaluation import (
     MaskXTransferLabelEvaluator,
@@ -57,6 +62,7 @@ from maskx.systems.transfernet.detectron2.model import MaskXTransferClassifier, 
 
 __all__ = [
     "ConceptPredictor",
+    "Detectron2Hooks",
     "MaskHeadProtocol",
     "MaskXCOCOEvaluator",
     "MaskXCascadeROIHeads",
@@ -90,7 +96,6 @@ __all__ = [
     "MaskXVGG16",
     "MaskXViT",
     "PointLayers",
-    "Task",
     "Trainer",
     "add_maskx_config",
     "build_lr_scheduler",

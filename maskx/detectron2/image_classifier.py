@@ -11,7 +11,6 @@ from torch import Tensor
 from maskx.core.image_classifier import ImageClassifier, choose_labels, multi_hot
 from maskx.core.losses import multi_label_loss
 from maskx.detectron2.image_model import ImageModel, choose_feature, required
-from maskx.detectron2.tasks import Task
 
 __all__ = ["MaskXImageClassifier"]
 
@@ -34,8 +33,6 @@ class MaskXImageClassifier(ImageModel):
     Raises:
         ValueError: there is no such feature map, or a number is below 1.
     """
-
-    maskx_task = Task.IMAGE_LABELS
 
     @configurable
     def __init__(

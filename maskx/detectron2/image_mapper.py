@@ -18,7 +18,7 @@ from maskx.detectron2.datasets import (
     plain_record,
     split_from_config,
 )
-from maskx.detectron2.tasks import Task, task_of
+from maskx.detectron2.hooks import hooks_of
 
 __all__ = ["MaskXImageMapper", "training_records", "transform_label_map"]
 
@@ -84,7 +84,7 @@ class MaskXImageMapper:
             "augmentations": augmentations,
             "image_format": cfg.INPUT.FORMAT,
             "num_classes": cfg.MODEL.MASKX.NUM_CLASSES,
-            "label_maps": task_of(cfg) is Task.PIXELS,
+            "label_maps": hooks_of(cfg).learns_label_maps,
             "classes_with_masks": _classes_with_masks(cfg) if is_train else None,
         }
 
@@ -138,7 +138,7 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
                 "To train on both at once, give both the same names in the same order."
             )
     records = [record for name in names for record in DatasetCatalog.get(name)]
-    if task_of(cfg) is Task.PIXELS:
+    if hooks_of(cfg).learns_label_maps:
         allowed, what = _classes_with_masks(cfg), "a label map or a mask"
         kept = [record for record in records if _has_known_pixels(record, allowed)]
     else:
@@ -160,7 +160,7 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
 
 def _classes_with_masks(cfg: CfgNode) -> frozenset[int] | None:
     """Class indices whose masks may be used; None for all, or where none is read."""
-    if task_of(cfg) is not Task.PIXELS:
+    if not hooks_of(cfg).learns_label_maps:
         return None
     split = split_from_config(cfg)
     return frozenset(split.indices_with_masks) if split.indices_without_masks else None

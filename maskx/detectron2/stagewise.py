@@ -30,10 +30,9 @@ from maskx.detectron2.config import get_cfg
 from maskx.detectron2.datasets import (
     register_all,
     register_from_config,
-    split_from_config,
     training_class_names,
 )
-from maskx.detectron2.tasks import Task, task_of
+from maskx.detectron2.hooks import hooks_of
 from maskx.detectron2.trainer import Trainer, check_config, setup
 
 __all__ = [
@@ -444,13 +443,11 @@ def _make_record(stage: Stage) -> dict[str, Any]:
     if data is not None:  # its files may move; their content is below
         keys = config["DATASETS"]["MASKX"]
         keys["REGISTER"] = _without(keys["REGISTER"], data.name)
-    of_concepts = task_of(stage.cfg) is Task.CONCEPTS  # whose split is a file
+    split = hooks_of(stage.cfg).split(stage.cfg)
     files = {part: _value(stage.cfg, key) for part, key in _CONCEPT_FILES.items()}
     return {
         "config": config,
-        "classes_with_masks": (
-            [] if of_concepts else list(split_from_config(stage.cfg).with_masks)
-        ),
+        "classes_with_masks": ([] if split is None else list(split.with_masks)),
         "weights": _content_or_name(weights),
         "classifier_weights": _content_or_name(classifier) or None,
         "made_data": (

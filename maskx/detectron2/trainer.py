@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import itertools
 import logging
-import os
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,80 +11,21 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
 from detectron2.engine import DefaultTrainer, default_setup
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_HEADS_REGISTRY,
 )
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from maskx.core.text import listed
 from maskx.detectron2.config import get_cfg
-from maskx.detectron2.datasets import (
-    class_names_of,
-    register_all,
-    register_from_config,
-    split_from_config,
-)
-from maskx.detectron2.evaluation import MaskXCOCOEvaluator
-from maskx.detectron2.image_label_evaluation import (
-    MaskXImageLabelEvaluator,
-    check_all_classes_known,
-)
-from maskx.detectron2.image_mapper import MaskXImageMapper, training_records
-from maskx.detectron2.sem_seg_evaluation import MaskXLargeVocabularyEvaluator, MaskXSemSegEvaluator
+from maskx.detectron2.datasets import register_all, register_from_config
+from maskx.detectron2.hooks import hooks_of
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer, check_solver
-from maskx.detectron2.tasks import Task, architecture_of, is_transfer, num_classes_of, task_of
-from maskx.systems.concept_mask.detectron2.data import (
-    MaskXConceptMapper,
-    build_concept_loader,
-    check_concept_data,
-    concept_test_data,
-)
-from maskx.systems.concept_mask.detectron2.evaluation import MaskXConceptEvaluator
-from maskx.systems.concept_mask.detectron2.model import (
-    MaskXConceptMask,
-    check_concept_mask,
-    check_started,
-)
-from maskx.systems.larvseg.detectron2.data import (
-    JointLoader,
-    MaskXJointMapper,
-    build_joint_loader,
-    check_joint_data,
-    split_of_dataset,
-    trained_indices,
-)
-from maskx.systems.larvseg.detectron2.model import MaskXLarvSeg
-from maskx.systems.maskx_rcnn.detectron2.dataset_mapper import MaskXDatasetMapper
-from maskx.systems.maskx_rcnn.detectron2.grabcut import predicts_masks
-from maskx.systems.maskx_rcnn.detectron2.proposal_generator import MaskXRPN
-from maskx.systems.maskx_rcnn.detectron2.rcnn import check_can_freeze
-from maskx.systems.maskx_rcnn.detectron2.roi_heads import MaskXROIHeadsMixin
-from maskx.systems.transfernet.detectron2.data import (
-    MaskXTransferMapper,
-    build_transfer_loader,
-    check_transfer_data,
-    transfer_split,
-)
-from maskx.systems.transfernet.detectron2.evaluation import (
-    MaskXTransferLabelEvaluator,
-    MaskXTransferSemSegEvaluator,
-)
-from maskx.systems.transfernet.detectron2.model import (
-    MaskXTransferNet,
-    check_loaded,
-    check_transfernet,
-)
 
 __all__ = ["Trainer", "check_num_gpus", "evaluate", "load_trained", "setup"]
 
@@ -93,7 +33,7 @@ __all__ = ["Trainer", "check_num_gpus", "evaluate", "load_trained", "setup"]
 class Trainer(DefaultTrainer):
     """Detectron2's trainer with the mappers, the evaluators and the optimisers of maskx.
 
-    What the meta-architecture learns decides on them; see :class:`maskx.detectron2.tasks.Task`.
+    The meta-architecture says which; see :class:`maskx.detectron2.hooks.Detectron2Hooks`.
     Registers the data sets of ``DATASETS.MASKX.REGISTER`` and checks that the configuration and
     the data sets fit together before anything is built.
 
@@ -110,10 +50,7 @@ class Trainer(DefaultTrainer):
         check_config(cfg)
         super().__init__(cfg)
         _keep_class_names(cfg, self.checkpointer)
-        model = self.checkpointer.model
-        if isinstance(model, MaskXLarvSeg) and isinstance(self.data_loader, JointLoader):
-            shown = trained_indices(cfg, self.data_loader.sets)
-            model.network.classifier.set_trained(shown)
+        hooks_of(cfg).built(cfg, self.checkpointer.model, self.data_loader)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint of the output folder, or else ``MODEL.WEIGHTS``.
@@ -134,18 +71,10 @@ class Trainer(DefaultTrainer):
         with _load_report(self.checkpointer.model) as (missing, _):
             super().resume_or_load(resume)
         self.model.train()
-        if isinstance(self.data_loader, JointLoader):
+        if hasattr(self.data_loader, "start"):
             self.data_loader.start = self.start_iter
-        if self.cfg.MODEL.MASKX.FREEZE_DETECTOR and not resume:
-            _check_detector_loaded(self.cfg.MODEL.WEIGHTS, missing)
-        model = self.checkpointer.model
-        if isinstance(model, MaskXTransferNet) and not resume:
-            check_loaded(self.cfg, model, missing)
-        if isinstance(model, MaskXConceptMask) and not resume:
-            check_started(self.cfg, missing)
-            keys = self.cfg.MODEL.MASKX.CONCEPT_MASK
-            if keys.STAGE == 3 and keys.ENCODER_PRETRAINED and model.is_new:
-                model.start_encoder(keys.ENCODER_DEPTH)
+        if not resume:
+            hooks_of(self.cfg).started(self.cfg, self.checkpointer.model, missing)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -162,58 +91,20 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Make the training loader."""
-        if is_transfer(cfg):
-            return build_transfer_loader(cfg)
-        task = task_of(cfg)
-        if task is Task.LARGE_VOCABULARY:
-            return build_joint_loader(cfg)
-        if task is Task.CONCEPTS:
-            return build_concept_loader(cfg)
-        mapper = _build_mapper(cfg, is_train=True)
-        if task is Task.INSTANCES:
-            return build_detection_train_loader(cfg, mapper=mapper)
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=training_records(cfg))
+        return hooks_of(cfg).train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Make the loader of one test set."""
-        if is_transfer(cfg):
-            mapper = MaskXTransferMapper(cfg, is_train=False, dataset_name=dataset_name)
-        elif task_of(cfg) is Task.LARGE_VOCABULARY:
-            mapper = MaskXJointMapper(cfg, is_train=False, dataset_name=dataset_name)
-        elif task_of(cfg) is Task.CONCEPTS:
-            mapper = MaskXConceptMapper(cfg, is_train=False, dataset_name=dataset_name)
-        else:
-            mapper = _build_mapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return hooks_of(cfg).test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Make the evaluator of one data set; that of instances writes its results.
+        """Make the evaluator of one test set; that of instances writes its results.
 
         They go to ``OUTPUT_DIR/inference/<name>``.
         """
-        split = cfg.DATASETS.MASKX.SPLIT
-        task = task_of(cfg)
-        if is_transfer(cfg):
-            of_labels = task is Task.IMAGE_LABELS
-            cls = MaskXTransferLabelEvaluator if of_labels else MaskXTransferSemSegEvaluator
-            return cls(dataset_name, split=transfer_split(cfg))
-        if task is Task.IMAGE_LABELS:
-            return MaskXImageLabelEvaluator(dataset_name, split=split)
-        if task is Task.PIXELS:
-            return MaskXSemSegEvaluator(dataset_name, split=split)
-        if task is Task.LARGE_VOCABULARY:
-            own_split = split_of_dataset(cfg, dataset_name)
-            return MaskXLargeVocabularyEvaluator(dataset_name, split=own_split)
-        if task is Task.CONCEPTS:
-            return MaskXConceptEvaluator(dataset_name, test=concept_test_data(cfg, dataset_name))
-        return MaskXCOCOEvaluator(
-            dataset_name,
-            split=split,
-            iou_types=("bbox", "segm") if predicts_masks(cfg) else ("bbox",),
-            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
-        )
+        return hooks_of(cfg).evaluator(cfg, dataset_name)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -271,8 +162,7 @@ def load_trained(cfg: CfgNode, *, resume: bool = False, exact: bool = False) -> 
     model_cfg.defrost()
     # All weights are loaded below.
     model_cfg.MODEL.MASKX.BACKBONE.PRETRAINED = False
-    model_cfg.MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS = ""
-    model_cfg.MODEL.MASKX.CONCEPT_MASK.OVERLAP = ""  # read by its training alone
+    hooks_of(cfg).for_inference(model_cfg)
     model = Trainer.build_model(model_cfg).eval()
     checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     _keep_class_names(cfg, checkpointer)
@@ -295,13 +185,13 @@ def load_trained(cfg: CfgNode, *, resume: bool = False, exact: bool = False) -> 
     if missing:
         raise ValueError(
             f"'{source}' lacks {len(missing)} of the model's weights, or holds them in another "
-            f"shape, so random ones would be used: {_first(missing)}. Use the configuration "
+            f"shape, so random ones would be used: {listed(missing)}. Use the configuration "
             "that it was trained with, or another checkpoint."
         )
     if unknown and exact:
         raise ValueError(
             f"'{source}' holds {len(unknown)} weights that the configured "
-            f"{cfg.MODEL.META_ARCHITECTURE} does not have: {_first(unknown)}. Use the "
+            f"{cfg.MODEL.META_ARCHITECTURE} does not have: {listed(unknown)}. Use the "
             "configuration that it was trained with, or another checkpoint."
         )
     return model
@@ -334,12 +224,6 @@ def check_config(cfg: CfgNode) -> None:
             "cpu, or check the driver and that PyTorch was built for it."
         )
     weights = cfg.MODEL.WEIGHTS
-    classifier = cfg.MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS
-    if classifier and not weights and not PathManager.isfile(classifier):
-        raise FileNotFoundError(
-            f"MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS '{classifier}': there is no such file. "
-            "Train the classifier of stage 0 first, or all stages with tools/train_transfernet.py."
-        )
     # As in Detectron2, "?matching_heuristics=True" may follow the path.
     if weights and "://" not in weights and not PathManager.isfile(weights.partition("?")[0]):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}': there is no such file.")
@@ -350,44 +234,10 @@ def check_config(cfg: CfgNode) -> None:
             f"{', '.join(sorted(name for name, _ in BACKBONE_REGISTRY))}. One of another project "
             "is there once that is imported."
         )
-    architecture_of(cfg)
-    check_can_freeze(cfg)
+    hooks = hooks_of(cfg)
     check_solver(cfg)
-    _check_text_classifier(cfg)
-    check_transfernet(cfg)
-    check_concept_mask(cfg)
     register_from_config(cfg)
-    task = task_of(cfg)
-    if is_transfer(cfg):
-        check_transfer_data(cfg)
-    elif task is Task.LARGE_VOCABULARY:
-        check_joint_data(cfg)
-    elif task is Task.CONCEPTS:
-        check_concept_data(cfg)
-    else:
-        _check_classes(cfg)
-        split_from_config(cfg)
-    if task is Task.IMAGE_LABELS:
-        for name in cfg.DATASETS.TRAIN:
-            check_all_classes_known(name)
-    if task is Task.INSTANCES and not cfg.MODEL.MASKX.FREEZE_DETECTOR:
-        _check_incomplete_boxes(cfg)
-
-
-def _check_classes(cfg: CfgNode) -> None:
-    key, num_classes = num_classes_of(cfg)
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        found = len(class_names_of(name))
-        if found != num_classes:
-            raise ValueError(
-                f"{key} is {num_classes}, but data set '{name}' has {found} classes. Set {key} "
-                f"{found}, or choose another data set."
-            )
-
-
-def _build_mapper(cfg: CfgNode, *, is_train: bool) -> MaskXDatasetMapper | MaskXImageMapper:
-    is_instances = task_of(cfg) is Task.INSTANCES
-    return (MaskXDatasetMapper if is_instances else MaskXImageMapper)(cfg, is_train=is_train)
+    hooks.check(cfg)
 
 
 class _ClassNames:
@@ -414,8 +264,9 @@ class _ClassNames:
 
 
 def _keep_class_names(cfg: CfgNode, checkpointer: DetectionCheckpointer) -> None:
-    if is_transfer(cfg):
-        names = _ClassNames(transfer_split(cfg).class_names)
+    hooks = hooks_of(cfg)
+    if hooks.keeps_class_names:
+        names = _ClassNames(hooks.class_names(cfg))
         checkpointer.add_checkpointable("class_list", names)
 
 
@@ -437,52 +288,3 @@ def _load_report(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
         yield missing, unknown
     finally:
         hook.remove()
-
-
-def _check_detector_loaded(weights: str, missing: list[str]) -> None:
-    missing = [name for name in missing if not name.startswith("roi_heads.mask_head.")]
-    if weights and not missing:
-        return
-    lacks = f"lacks {len(missing)} of its weights: {_first(missing)}" if weights else "is empty"
-    raise ValueError(
-        f"MODEL.MASKX.FREEZE_DETECTOR keeps the detector as it was trained in stage 1, but "
-        f"MODEL.WEIGHTS '{weights}' {lacks}. Train a detector with the same backbone and classes "
-        "first, for example configs/MaskX/stage1/faster_rcnn_R_50_FPN_1x.yaml, and set "
-        "MODEL.WEIGHTS to its model_final.pth."
-    )
-
-
-def _check_text_classifier(cfg: CfgNode) -> None:
-    """Refuse RoI heads that would classify by learned weights all the same."""
-    vectors, name = cfg.MODEL.MASKX.TEXT_CLASSIFIER.VECTORS, cfg.MODEL.ROI_HEADS.NAME
-    if vectors and not issubclass(ROI_HEADS_REGISTRY.get(name), MaskXROIHeadsMixin):
-        raise ValueError(
-            f"MODEL.MASKX.TEXT_CLASSIFIER.VECTORS is '{vectors}', but MODEL.ROI_HEADS.NAME {name} "
-            "do not read it. Set NAME MaskXROIHeads or MaskXCascadeROIHeads, or VECTORS ''."
-        )
-
-
-def _check_incomplete_boxes(cfg: CfgNode) -> None:
-    """Refuse modules that would take objects of classes without annotations for background."""
-    for dataset in cfg.DATASETS.TRAIN:
-        metadata = MetadataCatalog.get(dataset)
-        num_annotated = len(metadata.thing_dataset_id_to_contiguous_id)
-        if num_annotated == len(metadata.thing_classes):
-            continue
-        for key, registry, needed in (
-            ("PROPOSAL_GENERATOR", PROPOSAL_GENERATOR_REGISTRY, MaskXRPN),
-            ("ROI_HEADS", ROI_HEADS_REGISTRY, MaskXROIHeadsMixin),
-        ):
-            name = cfg.MODEL[key].NAME
-            if name != "PrecomputedProposals" and not issubclass(registry.get(name), needed):
-                remedy = needed.__name__.removesuffix("Mixin")
-                raise ValueError(
-                    f"Data set '{dataset}' annotates {num_annotated} of "
-                    f"{len(metadata.thing_classes)} classes, so its boxes are incomplete, but "
-                    f"MODEL.{key}.NAME {name} would take every other object for background. Set "
-                    f"it to {remedy}."
-                )
-
-
-def _first(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (" and more" if len(names) > limit else "")

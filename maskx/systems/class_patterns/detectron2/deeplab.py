@@ -18,7 +18,6 @@ from maskx.detectron2.image_model import (
     required,
     resized_image,
 )
-from maskx.detectron2.tasks import Task
 from maskx.systems.class_patterns.deeplab import DeepLab, multi_scale_scores, restrict_to_labels
 
 __all__ = ["MaskXDeepLab", "check_same_backbone"]
@@ -51,8 +50,6 @@ class MaskXDeepLab(ImageModel):
         ImportError: there is no library for the CRF.
         ValueError: there is no such feature map, or a size is not above 0.
     """
-
-    maskx_task = Task.PIXELS
 
     @configurable
     def __init__(

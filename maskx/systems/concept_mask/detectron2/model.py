@@ -13,8 +13,8 @@ from torch import Tensor
 from maskx.core.backbones import DilatedResNet, SmallResNet
 from maskx.core.word_table import WordTable
 from maskx.detectron2.backbones import check_imagenet_images
+from maskx.detectron2.hooks import hooks_of
 from maskx.detectron2.image_model import ImageModel, choose_feature, required
-from maskx.detectron2.tasks import Task, task_of
 from maskx.systems.concept_mask.detectron2.data import concept_split, concept_table, unseen_words
 from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.network import STAGES, ConceptMask, ConceptQuery
@@ -55,8 +55,6 @@ class MaskXConceptMask(ImageModel):
     Raises:
         ValueError: the table is not that of the network, or a concept is not known.
     """
-
-    maskx_task = Task.CONCEPTS
 
     @configurable
     def __init__(
@@ -286,7 +284,7 @@ def check_concept_mask(cfg: CfgNode) -> None:
     Raises:
         ValueError: a key is out of range, or a file that is needed is not named.
     """
-    if task_of(cfg) is not Task.CONCEPTS:
+    if hooks_of(cfg).system != "concept_mask":
         return
     keys = cfg.MODEL.MASKX.CONCEPT_MASK
     if keys.STAGE not in STAGES:

@@ -11,8 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.data import detection_utils as utils
 
 from maskx.data.coco import load_coco
+from maskx.detectron2.hooks import hooks_of
 from maskx.detectron2.stagewise import read_config
-from maskx.detectron2.tasks import Task, task_of
 from maskx.detectron2.trainer import load_trained
 from maskx.systems.concept_mask.detectron2.data import concept_split, concept_table, unseen_words
 from maskx.systems.concept_mask.detectron2.model import MaskXConceptMask
@@ -142,7 +142,7 @@ def fit_checkpoint(
 
 
 def _load(cfg: CfgNode) -> MaskXConceptMask:
-    if task_of(cfg) is not Task.CONCEPTS:
+    if hooks_of(cfg).system != "concept_mask":
         raise ValueError(
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}, which finds no concepts. "
             "Give the configuration of a MaskXConceptMask."

@@ -12,7 +12,6 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import Tensor
 
 from maskx.detectron2.image_model import ImageModel, check_same_backbone, choose_feature, required
-from maskx.detectron2.tasks import Task
 from maskx.systems.larvseg.class_rows import take_rows
 from maskx.systems.larvseg.class_table import match_rows
 from maskx.systems.larvseg.classifier import check_class_indices
@@ -61,8 +60,6 @@ class MaskXLarvSeg(ImageModel):
     Raises:
         ValueError: sizes or class indices do not fit the network.
     """
-
-    maskx_task = Task.LARGE_VOCABULARY
 
     @configurable
     def __init__(

@@ -24,8 +24,8 @@ from maskx.detectron2.datasets import (
     split_from_config,
     supervised_record,
 )
+from maskx.detectron2.hooks import hooks_of
 from maskx.detectron2.image_mapper import MaskXImageMapper
-from maskx.detectron2.tasks import Task, task_of
 from maskx.supervision import CategorySplit, Supervision
 from maskx.systems.transfernet.transfer_sets import (
     TransferSets,
@@ -142,7 +142,7 @@ def check_transfer_data(cfg: CfgNode) -> None:
             f"DATASETS.MASKX.SOURCE_SUBSET is {keys.SOURCE_SUBSET}. Allowed: a seed, 0 or more."
         )
     num_processes = comm.get_world_size()
-    if task_of(cfg) is Task.PIXELS and cfg.SOLVER.IMS_PER_BATCH % (2 * num_processes):
+    if hooks_of(cfg).learns_label_maps and cfg.SOLVER.IMS_PER_BATCH % (2 * num_processes):
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH} for {num_processes} process(es). "
             f"Allowed: multiples of {2 * num_processes}, as half of the images of each are source "
@@ -191,7 +191,7 @@ def build_transfer_loader(cfg: CfgNode) -> Any:
     """
     sets = transfer_records(cfg)
     sampler = None
-    if task_of(cfg) is Task.PIXELS:
+    if hooks_of(cfg).learns_label_maps:
         sampler = AlternatingSampler(
             len(sets.source), len(sets.target), seed=None if cfg.SEED < 0 else cfg.SEED
         )

@@ -15,6 +15,7 @@ from maskx.core.checks import check_choice
 from maskx.core.image_classifier import ImageClassifier, choose_labels, multi_hot
 from maskx.data import dense_crf
 from maskx.data.label_maps import ignore_label
+from maskx.detectron2.hooks import architecture_of
 from maskx.detectron2.image_classifier import MaskXImageClassifier
 from maskx.detectron2.image_model import (
     ImageModel,
@@ -23,7 +24,6 @@ from maskx.detectron2.image_model import (
     required,
     resized_image,
 )
-from maskx.detectron2.tasks import Task, architecture_of
 from maskx.systems.transfernet.attention import (
     FactoredAttention,
     FullyConnectedAttention,
@@ -58,8 +58,6 @@ class MaskXTransferClassifier(MaskXImageClassifier):
         **kwargs: arguments of ``MaskXImageClassifier``.
     """
 
-    maskx_transfer = True
-
 
 @META_ARCH_REGISTRY.register()
 class MaskXTransferNet(ImageModel):
@@ -85,9 +83,6 @@ class MaskXTransferNet(ImageModel):
         ImportError: there is no library for the CRF.
         ValueError: the checkpoint lacks weights of the classifier or of the encoder.
     """
-
-    maskx_task = Task.PIXELS
-    maskx_transfer = True
 
     @configurable
     def __init__(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from maskx.detectron2.datasets import register_all
+from maskx.detectron2.hooks import architecture_of
 from maskx.detectron2.stagewise import Stage, build_on_cpu, check_chain
-from maskx.detectron2.tasks import architecture_of
 from maskx.detectron2.trainer import check_config
 from maskx.systems.transfernet.detectron2.model import MaskXTransferClassifier, MaskXTransferNet
 
