@@ -15,12 +15,12 @@ Examples:
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from maskx.core.files import written_text, written_whole
 from maskx.core.word_table import WordTable, load_word_table, save_word_table, word_table_from_file
 from maskx.data.tag_lists import TagList, read_tag_list, read_vocabulary
 from maskx.systems.concept_mask.tag_vectors import fold_in_words, learn_word_vectors
@@ -94,13 +94,12 @@ def fold_in(arguments: argparse.Namespace) -> None:
     """Write the vectors of new words, and the words beside them."""
     tags = read_tags(arguments, None)
     vectors = fold_in_words(load_word_table(arguments.table), tags, arguments.fold_in)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = arguments.output.with_suffix(".partial")
-    with scratch.open("wb") as file:
-        np.save(file, vectors)
     words = "\n".join(arguments.fold_in) + "\n"
-    arguments.output.with_suffix(".txt").write_text(words, encoding="utf-8")
-    os.replace(scratch, arguments.output)
+    with written_whole(arguments.output) as scratch:
+        with scratch.open("wb") as file:
+            np.save(file, vectors)
+        with written_text(arguments.output.with_suffix(".txt")) as file:
+            file.write(words)
     print(f"Wrote {arguments.output} and its words: {len(vectors)} of length {vectors.shape[1]}")
 
 

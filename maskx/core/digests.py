@@ -1,8 +1,11 @@
-"""Digests of what files and networks hold."""
+"""Digests of what files, networks and settings hold."""
 
 import functools
 import hashlib
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +23,23 @@ def network_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def sha256_of(path: Path) -> str:
-    """Digest of what a file holds."""
-    return _sha256(path, path.stat().st_mtime_ns)
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Digest of what a file holds; it is read once until it changes."""
+    path = Path(path)
+    about = path.stat()
+    return _sha256(path, about.st_mtime_ns, about.st_size)
+
+
+def digest_of(value: Any) -> str:
+    """Digest of plain values, such as settings, whatever the order of the keys in them."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache
-def _sha256(path: Path, mtime_ns: int) -> str:
-    """Digest of a file; the modification time serves the cache alone."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
+    """Digest of a file; time and size serve the cache alone."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

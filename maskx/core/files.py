@@ -1,13 +1,62 @@
-"""JSON files that are there whole or not at all."""
+"""Files that are there whole or not at all, whenever a process is killed."""
 
+import contextlib
+import functools
 import json
 import os
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+__all__ = ["remove_leftovers", "write_json", "written_text", "written_whole"]
+
+_SUFFIX = ".partial"
+# A file of another machine, whose processes cannot be asked for, is in use no longer than this.
+_SECONDS_IN_USE = 24 * 3600
 
 
-def write_json(path: Path, content: Any, *, compact: bool = False) -> None:
-    """Write a JSON file whole or not at all, whenever the process is killed.
+@contextlib.contextmanager
+def written_whole(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[Path]:
+    """Give a path beside a file; what is written to it takes the file's name at the end.
+
+    An error inside leaves the file as it was and nothing beside it, so what was written can be
+    checked before it replaces anything. What killed processes left in the folder goes when a
+    process first writes into it. The file gets the mode that the umask gives, whoever writes it.
+
+    Args:
+        path: file to write; its folder is made, and a file of this name is replaced.
+        durable: wait until the disk has it, so that a loss of power leaves one file or the other.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers_once(os.path.abspath(path.parent))
+    scratch = path.with_name(f".{path.name}.{_this_process()}{_SUFFIX}")
+    try:
+        scratch.unlink(missing_ok=True)
+        scratch.touch()
+        mode = scratch.stat().st_mode
+        yield scratch
+        scratch.chmod(mode)  # some libraries write files that only their owner can read
+        if durable:
+            _sync(scratch)
+        os.replace(scratch, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the error inside says more
+            scratch.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def written_text(path: str | os.PathLike[str]) -> Iterator[TextIO]:
+    """Open a text file that takes its name when all of it is written; see `written_whole`."""
+    with written_whole(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
+
+
+def write_json(path: str | os.PathLike[str], content: Any, *, compact: bool = False) -> None:
+    """Write a JSON file whole or not at all.
 
     Args:
         path: file to write; a file of this name is replaced.
@@ -19,6 +68,43 @@ def write_json(path: Path, content: Any, *, compact: bool = False) -> None:
     """
     layout = {"separators": (",", ":")} if compact else {"indent": 1}
     text = json.dumps(content, allow_nan=False, **layout)
-    scratch = path.with_name(f"{path.name}.partial")
-    scratch.write_text(text + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    with written_text(path) as file:
+        file.write(text + "\n")
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left of `written_whole` in a folder, not below it."""
+    for scratch in Path(folder).glob(f".*{_SUFFIX}"):
+        with contextlib.suppress(OSError):  # gone, or of another user
+            if not _is_in_use(scratch):
+                scratch.unlink()
+
+
+@functools.cache
+def _remove_leftovers_once(folder: str) -> None:
+    """Clean a folder of many files once, not once for each of them."""
+    remove_leftovers(folder)
+
+
+def _this_process() -> str:
+    return f"{socket.gethostname().replace('.', '-')}.{os.getpid()}"
+
+
+def _is_in_use(scratch: Path) -> bool:
+    host, _, process = scratch.name.removesuffix(_SUFFIX).rpartition(".")
+    ours = host.endswith("." + socket.gethostname().replace(".", "-"))
+    # On Windows a signal of 0 would end the process.
+    if ours and os.name == "posix" and process.isdecimal():
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass  # it runs, as another user
+        return True
+    return time.time() - scratch.stat().st_mtime < _SECONDS_IN_USE
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

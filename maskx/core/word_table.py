@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from maskx.core.files import written_whole
 from maskx.core.text import listed
 from maskx.core.word_vectors import load_class_vectors
 
@@ -320,8 +321,6 @@ def save_word_table(path: str | os.PathLike[str], table: WordTable) -> None:
         path: file to write; a file of this name is replaced.
         table: what to write.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"vectors": table.vectors, "idf": table.idf}
     content = {"kind": _KIND, "names": table.names, "source": table.source, "hash": table.hash}
     if table.eigenvalues is not None:
@@ -334,10 +333,9 @@ def save_word_table(path: str | os.PathLike[str], table: WordTable) -> None:
             "smoothing": table.pmi.smoothing,
             "squared_norm": float(table.pmi.squared_norm),
         }
-    scratch = path.with_name(f"{path.name}.partial")
     tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-    save_file(tensors, str(scratch), {_METADATA_KEY: json.dumps(content)})
-    os.replace(scratch, path)
+    with written_whole(path) as scratch:
+        save_file(tensors, str(scratch), {_METADATA_KEY: json.dumps(content)})
 
 
 def load_word_table(path: str | os.PathLike[str]) -> WordTable:

@@ -1,7 +1,6 @@
 """COCO files with GrabCut's masks where true masks are withheld or do not exist."""
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from maskx.core.digests import sha256_of
 from maskx.core.files import write_json
 from maskx.core.processes import run_jobs
 from maskx.data.coco import AnnotationProblem, read_box, read_coco_json
@@ -98,7 +98,7 @@ def write_grabcut_json(
 
     header = {
         "annotation file": json_file.name,
-        "sha256": hashlib.sha256(json_file.read_bytes()).hexdigest(),
+        "sha256": sha256_of(json_file),
         "categories": list(chosen),
         "iterations": GRABCUT_ITERATIONS,
         "opencv": cv2.__version__,

@@ -21,6 +21,7 @@ import numpy as np
 # palette, as those of VOC are; OpenCV turns them into colours.
 from PIL import Image
 
+from maskx.core.files import written_whole
 from maskx.data.masks import decode_segmentation
 
 __all__ = [
@@ -147,9 +148,8 @@ def write_label_map(
         image.putpalette(voc_palette().tobytes())
     else:
         image = Image.fromarray(label_map.astype(np.uint16))
-    scratch = path.with_name(f"{path.name}.tmp")
-    image.save(scratch, format="PNG")
-    os.replace(scratch, path)
+    with written_whole(path) as scratch:
+        image.save(scratch, format="PNG")
 
 
 def aligned_labels(names: Sequence[str], class_names: Sequence[str]) -> np.ndarray:

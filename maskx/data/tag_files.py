@@ -1,28 +1,12 @@
-"""Writing of tag lists, see `maskx.data.tag_lists`, and of other files line by line."""
+"""Writing of tag lists, see `maskx.data.tag_lists`."""
 
-import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TextIO
+from collections.abc import Iterable, Sequence
 
-__all__ = ["whole_file", "write_tag_lines"]
+from maskx.core.files import written_text
 
-
-@contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[TextIO]:
-    """Open a text file that takes its name when all of it is written; its folder is created."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.partial")
-    try:
-        with scratch.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    os.replace(scratch, path)
+__all__ = ["write_tag_lines"]
 
 
 def write_tag_lines(
@@ -42,7 +26,7 @@ def write_tag_lines(
     """
     words = [json.dumps(name, ensure_ascii=False) for name in names]
     number = 0
-    with whole_file(path) as file:
+    with written_text(path) as file:
         for file_name, tags in images:
             tags = ", ".join(words[tag] for tag in tags)
             file.write(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from fvcore.common.param_scheduler import (
 from torch import nn
 from tqdm import tqdm
 
+from maskx.core.files import written_whole
 from maskx.core.seeds import step_seed
 
 CHECKPOINT_NAME = "checkpoint.pth"
@@ -297,17 +297,14 @@ class _MeanLosses:
 def _save_checkpoint(
     path: Path, state: dict, description_of_run: dict, iteration: int, history: list
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and moved over, so that no interruption leaves half a checkpoint.
-    temporary = path.with_suffix(".tmp")
     content = {name: part.state_dict() for name, part in state.items()}
     content |= {
         "run": description_of_run,
         "iteration": iteration,
         "history": history,
     }
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    with written_whole(path, durable=True) as scratch:
+        torch.save(content, scratch)
 
 
 def _load_checkpoint(

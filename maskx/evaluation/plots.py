@@ -66,7 +66,7 @@ def plot_relative_gains(
         axes.spines[side].set_visible(False)
     # Beside the axes, where no point can lie.
     figure.legend(loc="outside right upper", frameon=False, handletextpad=0.2)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def plot_settings(
@@ -98,7 +98,7 @@ def plot_settings(
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def check_matplotlib() -> None:

@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskx.core.text import listed
+
 # Bottleneck blocks of the stages res2 to res5, by depth.
 _RESNETS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _STAGES = (2, 3, 4, 5)
@@ -353,7 +355,7 @@ def convert_caffe2_blobs(
     if missing:
         raise ValueError(
             f"Blobs of a ResNet-{found.depth} FPN detector are missing ({len(missing)}): "
-            f"{_listed(missing)}. The file is incomplete, or its model is of a kind that is not "
+            f"{listed(missing)}. The file is incomplete, or its model is of a kind that is not "
             "converted."
         )
     sizes = _sizes(arrays, backup)
@@ -364,9 +366,9 @@ def convert_caffe2_blobs(
     converted = [entry.blob for entry in entries]
     left_out, unknown = _explain({name: blobs[name] for name in blobs.keys() - set(converted)})
     if unknown and not allow_unknown:
-        listed = _listed([f"{name} {shape}" for name, shape in unknown.items()])
+        shown = listed([f"{name} {shape}" for name, shape in unknown.items()])
         raise ValueError(
-            f"Blobs of the file are not known ({len(unknown)}): {listed}. A model that reads them "
+            f"Blobs of the file are not known ({len(unknown)}): {shown}. A model that reads them "
             "computes something else than the converted one. If none does, leave them out with "
             "--allow-unknown (allow_unknown=True)."
         )
@@ -556,7 +558,7 @@ def _class_vectors_blob(
         raise ValueError(
             f"The weight transfer reads {shape[1]} numbers per class ('{first}'). That fits "
             "neither the box predictor nor a single blob of class vectors 'v_*' of shape "
-            f"{shape}, of which there are {len(fits)}: {_listed(fits) or 'none'}."
+            f"{shape}, of which there are {len(fits)}: {listed(fits) or 'none'}."
         )
     return fits[0]
 
@@ -612,8 +614,3 @@ def _size(arrays: Mapping[str, np.ndarray], blob: str, axis: int) -> int:
     """A dimension of a blob; 0 where there is none, which no shape of a weight agrees with."""
     shape = arrays[blob].shape if blob in arrays else ()
     return shape[axis] if axis < len(shape) else 0
-
-
-def _listed(names: list[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -7,7 +7,6 @@ one of them while the others wait or do something else.
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
-from maskx.core.files import write_json
+from maskx.core.files import write_json, written_whole
 from maskx.evaluation.plots import plot_settings
 
 __all__ = [
@@ -169,7 +168,7 @@ def make_study(system: System, options: StudyOptions, report: Report) -> list[di
     orderings = check_orderings(system.orderings, rows)
     study = {"system": options.system, "seeds": list(options.seeds), "rows": rows}
     study["orderings"] = orderings
-    _write(study_json, lambda path: write_json(path, study))
+    write_json(study_json, study)
     report("\n" + format_study(system.measures, rows))
     if orderings:
         report("\n" + format_orderings(system.measures, orderings))
@@ -184,7 +183,8 @@ def make_study(system: System, options: StudyOptions, report: Report) -> list[di
         # Where there is one measure, the label says what it is.
         parts = 1 if len(system.plotted) == 1 else 2
         named = {", ".join(key[:parts]): values for key, values in plotted.items()}
-        _write(options.output / "study.png", lambda path: plot_settings(path, named, label=label))
+        with written_whole(options.output / "study.png") as scratch:
+            plot_settings(scratch, named, label=label)
     return rows
 
 
@@ -362,16 +362,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds no dict. Delete it to make it again.")
     return content
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file whole or not at all, though another process may do so at the same time."""
-    scratch = path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _numbers(row: Row, measure: str) -> list[float]:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from maskx.core.files import write_json
+from maskx.core.files import write_json, written_whole
 from maskx.core.processes import run_jobs
 from maskx.data.images import read_image
 from maskx.data.label_maps import ignore_label, read_label_map, write_label_map
@@ -423,15 +423,14 @@ def _write_small_image(
     written = entry.small_image
     if _is_newer(written, entry.image) and image_size(written) == size:
         return
-    scratch = written.with_name(f"{written.name}.partial")
-    if size == full_size:
-        shutil.copyfile(entry.image, scratch)
-    else:
-        image = read_image(entry.image, *full_size, entry.image_id)
-        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
-        _, content = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-        scratch.write_bytes(content.tobytes())
-    os.replace(scratch, written)
+    with written_whole(written) as scratch:
+        if size == full_size:
+            shutil.copyfile(entry.image, scratch)
+        else:
+            image = read_image(entry.image, *full_size, entry.image_id)
+            image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+            _, content = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
+            scratch.write_bytes(content.tobytes())
 
 
 def _count_classes(images: Sequence[Mapping[str, Any]], num_classes: int) -> tuple[int, ...]:

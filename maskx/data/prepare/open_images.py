@@ -25,10 +25,11 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from maskx.core.files import written_text
 from maskx.core.processes import run_jobs
 from maskx.data.prepare.csv_files import csv_rows
 from maskx.data.prepare.label_map_sets import list_problems, oriented_size
-from maskx.data.tag_files import whole_file, write_tag_lines
+from maskx.data.tag_files import write_tag_lines
 
 __all__ = [
     "OpenImagesSummary",
@@ -163,7 +164,7 @@ def prepare_open_images_boxes(
         {"id": index, "name": name, "label": label}
         for index, (name, label) in enumerate(in_order, start=1)
     ]
-    with whole_file(output) as file:
+    with written_text(output) as file:
         rows = csv_rows(box_file, _BOX_COLUMNS, progress=progress)
         boxes = _read_boxes(box_file, rows, size_of, categories, left_out)
         used, per_category = _write_annotations(file, boxes)
@@ -424,7 +425,7 @@ def _read_sizes(path: Path) -> dict[int, _Size]:
 
 
 def _write_sizes(path: Path, sizes: Mapping[int, _Size]) -> None:
-    with whole_file(path) as file:
+    with written_text(path) as file:
         file.write(",".join(_SIZE_COLUMNS) + "\n")
         file.writelines(
             f"{number:016x},{size.width},{size.height},{size.orientation}\n"

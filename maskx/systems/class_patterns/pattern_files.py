@@ -5,7 +5,6 @@ are. Reading a file executes no code.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maskx.core.files import written_whole
 from maskx.systems.class_patterns.pattern_moments import PatternMoments
 
 # The metadata keeps no order among its keys, so one key holds everything.
@@ -31,13 +31,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str, content:
         kind: what the file is, in words; see :func:`open_tensors`.
         content: plain values.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.partial")
     metadata = {_METADATA_KEY: json.dumps({"kind": kind, **content})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, str(scratch), metadata)
-    os.replace(scratch, path)
+    with written_whole(path) as scratch:
+        save_file(tensors, str(scratch), metadata)
 
 
 def read_content(path: Path, kind: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike
 
-from maskx.core.files import write_json
+from maskx.core.files import write_json, written_whole
 
 __all__ = [
     "ProjectionHistograms",
@@ -264,10 +264,8 @@ def write_projections(
     """
     projections = check_projections(projections, labels, f"The projections of image {image_id!r}")
     path = projections_path(folder, image_id)
-    scratch = path.with_name(f"{path.name}.partial")
-    with scratch.open("wb") as file:
+    with written_whole(path) as scratch, scratch.open("wb") as file:
         np.savez(file, labels=np.asarray(labels, np.int64), projections=projections)
-    os.replace(scratch, path)
 
 
 def read_projections(

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from maskx.core.files import write_json
 from maskx.core.processes import run_jobs
+from maskx.core.text import listed
 from maskx.data.dense_crf import SEC_DSRG, CrfSettings, check_crf, refine
 from maskx.data.images import read_image
 from maskx.data.label_maps import ignore_label, read_label_map, write_label_map
@@ -104,7 +105,7 @@ def proxy_label_map(
         ValueError: an argument does not fit the others, or a projection is not finite.
     """
     if resolve not in _RESOLVE:
-        raise ValueError(f"resolve is {resolve!r}. Allowed: {_listed(_RESOLVE)}.")
+        raise ValueError(f"resolve is {resolve!r}. Allowed: {listed(_RESOLVE)}.")
     projections = check_projections(projections, labels, "The projections")
     wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong:
@@ -152,7 +153,7 @@ class ProxyMaskSettings:
     def __post_init__(self) -> None:
         for name, allowed in (("threshold", _THRESHOLDS), ("resolve", _RESOLVE)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}. Allowed: {_listed(allowed)}.")
+                raise ValueError(f"{name} is {getattr(self, name)!r}. Allowed: {listed(allowed)}.")
 
 
 @dataclass(frozen=True)
@@ -475,7 +476,3 @@ def write_proxy_json(
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, {"images": images, "annotations": [], "categories": categories})
-
-
-def _listed(values: Sequence[str]) -> str:
-    return ", ".join(map(repr, values))

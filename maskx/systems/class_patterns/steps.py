@@ -9,7 +9,6 @@ Every step leaves files and goes on from them when it is called again after an i
 
 import glob
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskx.core.digests import network_hash
+from maskx.core.digests import digest_of, network_hash
 from maskx.core.image_classifier import ImageClassifier, LayerTaps
 from maskx.core.processes import run_jobs
 from maskx.systems.class_patterns.pattern_files import check_identity, merge_moments
@@ -182,7 +181,7 @@ def discover(
     settings = dict(source.settings) | {
         "max_images_per_class": max_images_per_class,
         "seed": seed,
-        "images": _digest([[str(record["image_id"]), labels] for record, labels in used]),
+        "images": digest_of([[str(record["image_id"]), labels] for record, labels in used]),
         "layers": list(layers),
     }
     network = network_hash(source.classifier)
@@ -194,7 +193,7 @@ def discover(
         return None if shard else patterns
 
     # The name says what the moments are of: those of other runs are never mixed in.
-    stem = f"moments-{_digest([network, settings])[:12]}"
+    stem = f"moments-{digest_of([network, settings])[:12]}"
     if not merge:
         jobs = [
             _Pass(
@@ -563,10 +562,6 @@ def _check_batch_size(batch_size: int) -> None:
 
 def _device(source: ClassifierSource) -> torch.device:
     return next(source.classifier.parameters()).device
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _patterns_hash(patterns: LayerPatterns) -> str:

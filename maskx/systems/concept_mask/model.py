@@ -1,7 +1,6 @@
 """ConceptMask driven with samples, and how its network is built and opened."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from maskx.core.backbone_choice import build_backbone, choose_feature
 from maskx.core.backbones import SmallResNet
+from maskx.core.files import written_whole
 from maskx.core.sample_models import Sample, SampleModel
 from maskx.core.word_table import WordTable, load_word_table
 from maskx.engine.training import CHECKPOINT_NAME, load_state, read_checkpoint
@@ -259,6 +259,5 @@ def save_fitted(model: SampleConceptMask, folder: Path) -> None:
     path = folder / CHECKPOINT_NAME
     content = read_checkpoint(path, "cpu")
     content["model"] = model.state_dict()
-    scratch = path.with_suffix(".tmp")
-    torch.save(content, scratch)
-    os.replace(scratch, path)
+    with written_whole(path, durable=True) as scratch:
+        torch.save(content, scratch)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from maskx.core.files import written_whole
 from maskx.systems.concept_mask.concept_sets import vocabulary_difference
 
 __all__ = [
@@ -128,13 +129,10 @@ def save_overlap(path: str | os.PathLike[str], overlap: Overlap, names: Sequence
             f"The overlap is of {overlap.num_concepts} concepts, but {len(names)} names were "
             "given. Give the vocabulary that its concept indices count."
         )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.partial")
     arrays = {key: getattr(overlap, key) for key in _ARRAYS}
-    with scratch.open("wb") as file:  # a path would get another suffix
+    # A path would get another suffix.
+    with written_whole(path) as scratch, scratch.open("wb") as file:
         np.savez(file, names=np.array(names, dtype=np.str_), **arrays)
-    os.replace(scratch, path)
 
 
 def load_overlap(path: str | os.PathLike[str], names: Sequence[str]) -> Overlap:

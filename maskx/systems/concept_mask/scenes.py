@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from maskx.core.files import write_json
+from maskx.core.files import write_json, written_text
 from maskx.data.coco import read_coco_json
 from maskx.data.label_maps import read_label_map
 from maskx.data.masks import decode_segmentation, encode_masks
@@ -262,8 +262,7 @@ def write_scene_tags(
     """
     path = Path(path)
     left_out = () if unseen else _UNSEEN
-    scratch = path.with_name(f"{path.name}.partial")
-    with scratch.open("w", encoding="utf-8") as file:
+    with written_text(path) as file:
         for index in tqdm(range(count), desc="tags", disable=not progress):
             scene = render_scene(
                 seed, index, size=_TAG_SCENE_SIZE, num_categories=_NUM_THINGS, style=_STYLE
@@ -271,7 +270,6 @@ def write_scene_tags(
             present = {name for name, _ in scene_concept_masks(scene.instances, scene.stuff)}
             tags = [n for n in scene_concept_kinds() if n in present and n not in left_out]
             file.write(json.dumps({"image_id": index, "tags": tags}) + "\n")
-    os.replace(scratch, path)
     return path
 
 

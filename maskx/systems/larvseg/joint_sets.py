@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from maskx.core.seeds import step_seed
 from maskx.data.coco import CocoData, read_coco_json
 from maskx.data.label_maps import (
     ignore_label,
@@ -299,10 +300,10 @@ class JointBatches:
             for position in range(number * self.batch_size, (number + 1) * self.batch_size):
                 epoch, place = divmod(position, self.num_records[which])
                 if which not in orders or orders[which][0] != epoch:
-                    shuffle = np.random.RandomState(_mixed(self.seed, which, epoch))
+                    shuffle = np.random.RandomState(step_seed(self.seed, which, epoch))
                     orders[which] = epoch, shuffle.permutation(self.num_records[which])
                 index = int(orders[which][1][place])
-                batch.append((which, index, _mixed(self.seed, which, position, 1)))
+                batch.append((which, index, step_seed(self.seed, which, position, 1)))
             yield batch
 
 
@@ -464,8 +465,3 @@ def _with_labels_only(record: Mapping[str, Any]) -> Record:
         "annotations": [],
         "supervision": Supervision.IMAGE.value,
     }
-
-
-def _mixed(*numbers: int) -> int:
-    """Mix numbers into a seed of 32 bits, the same on every machine."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils as utils
 
+from maskx.core.files import written_whole
 from maskx.data.coco import load_coco
 from maskx.detectron2.hooks import hooks_of
 from maskx.detectron2.stagewise import read_config
@@ -135,9 +136,8 @@ def fit_checkpoint(
     path = Path(cfg.MODEL.WEIGHTS)
     content = torch.load(path, map_location="cpu", weights_only=True)
     content["model"] |= {name: value.cpu() for name, value in model.state_dict().items()}
-    scratch = path.with_name(f"{path.name}.partial")
-    torch.save(content, scratch)
-    os.replace(scratch, path)
+    with written_whole(path, durable=True) as scratch:
+        torch.save(content, scratch)
     return fitted
 
 

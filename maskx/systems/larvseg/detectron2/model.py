@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import Tensor
 
+from maskx.core.text import listed
 from maskx.detectron2.image_model import ImageModel, check_same_backbone, choose_feature, required
 from maskx.systems.larvseg.class_rows import take_rows
 from maskx.systems.larvseg.class_table import match_rows
@@ -33,7 +34,6 @@ _LOSS_NAMES = {"loss_seg": "loss_pixels", "loss_cls": "loss_labels", "loss_aux":
 # Tensors of the network with a row for each class.
 _TRAINED = "classifier.trained"
 _CLASS_ROWS = ("classifier.class_embeddings", _TRAINED, "bank.means", "bank.counts")
-_SHOWN = 8  # names quoted in a message
 
 
 @META_ARCH_REGISTRY.register()
@@ -218,7 +218,7 @@ class MaskXLarvSeg(ImageModel):
         if not match.new_rows:
             raise ValueError(
                 f"The checkpoint has none of the {len(self.class_names)} classes of the model. It "
-                f"has {_listed(names)}."
+                f"has {listed(names)}."
             )
         for key, name in zip(keys, _CLASS_ROWS, strict=True):
             if key not in found or own[key] is None:
@@ -232,7 +232,7 @@ class MaskXLarvSeg(ImageModel):
             (match.only_old, "of the checkpoint are not wanted"),
         ):
             if names_left:
-                logger.warning("%d classes %s: %s.", len(names_left), what, _listed(names_left))
+                logger.warning("%d classes %s: %s.", len(names_left), what, listed(names_left))
 
     def _row_tensor(self, name: str) -> Tensor | None:
         part, _, attribute = name.partition(".")
@@ -363,12 +363,12 @@ class MaskXLarvSeg(ImageModel):
             self._reported_untrained |= never
             logger.warning(
                 "%d classes were in no image of the training, so they are never predicted: %s.",
-                *(len(never), _listed([self.class_names[index] for index in sorted(never)])),
+                *(len(never), listed([self.class_names[index] for index in sorted(never)])),
             )
         if not is_trained.any():
             raise ValueError(
                 f"None of the {len(classes)} classes to predict was in the training data: "
-                f"{_listed([self.class_names[index] for index in classes.tolist()])}. Choose "
+                f"{listed([self.class_names[index] for index in classes.tolist()])}. Choose "
                 "others (TEST.MASKX.CLASSES_OF), or train on data that show them."
             )
         return is_trained.nonzero()[:, 0]
@@ -384,7 +384,3 @@ def _first_difference(found: Sequence[str], own: Sequence[str]) -> str:
         if theirs != ours:
             return f": class {index} is {theirs!r} there, but {ours!r} here"
     return ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (" and more" if len(names) > _SHOWN else "")
