@@ -29,6 +29,7 @@ __all__ = [
     "read_box",
     "read_coco_json",
     "read_mask",
+    "supervision_of",
 ]
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ def load_coco(
 
     for image, record in zip(dataset["images"], records, strict=True):
         record["image_labels"] = sorted(record["image_labels"])
-        record["supervision"] = _supervision(record, tags_given="image_labels" in image)
+        record["supervision"] = supervision_of(record, tags_given="image_labels" in image)
     return CocoData(
         json_file=json_file,
         records=records,
@@ -484,7 +485,13 @@ def _read_annotation(
     return entry, None
 
 
-def _supervision(record: dict[str, Any], *, tags_given: bool) -> str:
+def supervision_of(record: Mapping[str, Any], *, tags_given: bool) -> str:
+    """Return the highest level in a record, as described under `load_coco`.
+
+    Args:
+        record: With `annotations` and `image_labels`.
+        tags_given: Whether image labels were given beside the annotations.
+    """
     has_mask = any("segmentation" in annotation for annotation in record["annotations"])
     if has_mask or "label_map_file_name" in record:
         return Supervision.MASK.value

@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from maskx.data.coco import load_coco, read_coco_json
+from maskx.data.coco import load_coco, read_coco_json, supervision_of
 from maskx.data.large_vocabularies import ade20k_150_classes, ade20k_847_classes
 from maskx.data.prepare.coco_stuff import coco_stuff_names
 from maskx.data.prepare.imagenet import IMAGENET_CLASS_LISTS
@@ -28,17 +28,17 @@ from maskx.systems.concept_mask.scenes import generate_concept_scenes, scene_con
 from maskx.systems.larvseg.joint_sets import things_and_stuff
 
 __all__ = [
+    "add_detectron2_keys",
     "check_file",
     "check_registered",
     "class_names_of",
-    "image_labels_of",
-    "plain_record",
+    "record_from_detectron2",
+    "records_of",
     "register_all",
     "register_coco",
     "register_from_config",
     "register_tag_list",
     "split_from_config",
-    "supervised_record",
     "training_class_names",
 ]
 
@@ -458,39 +458,64 @@ def split_from_config(cfg: CfgNode) -> CategorySplit:
     return resolve_split(cfg.DATASETS.MASKX.SPLIT, training_class_names(cfg))
 
 
-def image_labels_of(record: Mapping[str, Any]) -> list[int]:
-    """Class indices known to be in the image of a record, given or of its annotations.
+def records_of(dataset_name: str) -> list[dict[str, Any]]:
+    """Read a registered data set, whoever registered it, in the form of ``load_coco``.
+
+    Raises:
+        ValueError: there is no such data set.
+    """
+    check_registered(dataset_name)
+    return [record_from_detectron2(record) for record in DatasetCatalog.get(dataset_name)]
+
+
+def record_from_detectron2(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record in the form of :func:`maskx.data.coco.load_coco`; one of ours as it is.
+
+    A record of another reader that says nothing of what its image shows, neither by annotations
+    nor by image labels, gets none of the keys that would say that it shows nothing.
 
     Args:
-        record: in Detectron2's form, where ``category_id`` is a class index.
+        record: of a data set that anybody registered with Detectron2.
     """
-    found = {annotation["category_id"] for annotation in record.get("annotations", ())}
-    return sorted(found.union(record.get("image_labels", ())))
+    annotations = record.get("annotations", ())
+    is_ours = all("class_index" in annotation for annotation in annotations)
+    if is_ours and "supervision" in record:
+        return record
+    if not {"annotations", "image_labels", "label_map_file_name"} & record.keys():
+        return record
+    annotations = [_annotation_from_detectron2(annotation) for annotation in annotations]
+    labels = {annotation["class_index"] for annotation in annotations}
+    read = {
+        **record,
+        "annotations": annotations,
+        "image_labels": sorted(labels.union(record.get("image_labels", ()))),
+    }
+    read.setdefault("supervision", supervision_of(read, tags_given="image_labels" in record))
+    return read
 
 
-def plain_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record of Detectron2 in the form of :func:`maskx.data.coco.load_coco`."""
-    annotations = [
-        {
-            **annotation,
-            "class_index": annotation["category_id"],  # Detectron2 calls it so
-            "bbox": BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS),
-            "iscrowd": annotation.get("iscrowd", 0),
-        }
-        for annotation in record.get("annotations", ())
-    ]
-    return {**record, "image_labels": image_labels_of(record), "annotations": annotations}
+def _annotation_from_detectron2(annotation: Mapping[str, Any]) -> dict[str, Any]:
+    if "class_index" in annotation:
+        return annotation
+    return {
+        **annotation,
+        "class_index": annotation["category_id"],  # Detectron2 calls it so
+        "bbox": BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS),
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "iscrowd": annotation.get("iscrowd", 0),
+    }
 
 
-def supervised_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record as of :func:`plain_record`, with its ``supervision``."""
-    record = plain_record(record)
-    if "supervision" not in record:  # of a data set that Detectron2 reads
-        has_mask = "label_map_file_name" in record or any(
-            "segmentation" in annotation for annotation in record["annotations"]
-        )
-        record["supervision"] = (Supervision.MASK if has_mask else Supervision.IMAGE).value
-    return record
+def add_detectron2_keys(records: Sequence[dict[str, Any]]) -> None:
+    """Give records of ``load_coco`` the keys that Detectron2's own code looks for.
+
+    Its mapper, filters, samplers and Visualizer read ``category_id``, which is the class index
+    there, and ``bbox_mode`` of each annotation. The records of our registered data sets have both.
+    """
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["category_id"] = annotation["class_index"]
+            annotation["bbox_mode"] = BoxMode.XYXY_ABS
 
 
 def _register(
@@ -587,7 +612,7 @@ def _load_records(
     class_list: Sequence[str],
     stuff: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Read records in Detectron2's form: ``category_id`` there is a class index.
+    """Read records in the class list of a data set.
 
     Args:
         json_file: annotation file.
@@ -630,8 +655,8 @@ def _load_records(
         if len(known_names) < len(class_list):
             record["boxes_complete"] = False
         for annotation in record["annotations"]:
-            annotation["category_id"] = class_index[annotation.pop("class_index")]
-            annotation["bbox_mode"] = BoxMode.XYXY_ABS
+            annotation["class_index"] = class_index[annotation["class_index"]]
+    add_detectron2_keys(records)
     return records
 
 

@@ -5,12 +5,12 @@ import logging
 import os
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from maskx.data.splits import resolve_split
-from maskx.detectron2.datasets import class_names_of, image_labels_of
+from maskx.detectron2.datasets import class_names_of, records_of
 from maskx.evaluation.image_labels import evaluate_image_labels
 
 __all__ = ["MaskXImageLabelEvaluator"]
@@ -44,16 +44,16 @@ class MaskXImageLabelEvaluator(DatasetEvaluator):
     ) -> None:
         self._class_names = class_names_of(dataset_name)
         self._groups = resolve_split(split, self._class_names).groups()
-        records = DatasetCatalog.get(dataset_name)
+        records = records_of(dataset_name)
         check_all_classes_known(dataset_name)
         for record in records:
-            if "image_id" not in record or not {"image_labels", "annotations"} & record.keys():
+            if "image_id" not in record or "image_labels" not in record:
                 raise ValueError(
                     f"Data set '{dataset_name}' has a record ({record['file_name']}) without "
                     "image_id, or with neither image_labels nor annotations. This evaluator needs "
                     "an id and the labels of each image."
                 )
-        self._labels = {record["image_id"]: image_labels_of(record) for record in records}
+        self._labels = {record["image_id"]: record["image_labels"] for record in records}
         self._dataset_name = dataset_name
         self._distributed = distributed
         self.reset()

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
 from maskx.data.label_maps import ignore_label, semantic_label_map
 from maskx.detectron2.datasets import (
     class_names_of,
-    image_labels_of,
-    plain_record,
+    record_from_detectron2,
+    records_of,
     split_from_config,
 )
 from maskx.detectron2.hooks import hooks_of
@@ -90,11 +89,12 @@ class MaskXImageMapper:
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """Map a record to a sample; the record stays as it is."""
+        record = record_from_detectron2(record)
         image = utils.read_image(record["file_name"], format=self.image_format)
         utils.check_image_size(record, image)
         left_out = ("annotations", "sem_seg_file_name", "label_map_file_name")
         sample = {key: value for key, value in record.items() if key not in left_out}
-        sample["image_labels"] = image_labels_of(record)
+        sample["image_labels"] = list(record.get("image_labels", ()))
         augmented = T.AugInput(image)
         transforms = self.augmentations(augmented)
         sample["image"] = _to_tensor(augmented.image.transpose(2, 0, 1))
@@ -104,14 +104,17 @@ class MaskXImageMapper:
         return sample
 
     def _label_map(self, record: dict[str, Any]) -> np.ndarray:
-        record = plain_record(record)
         allowed = self.classes_with_masks
         if allowed is None:
             return semantic_label_map(record, self.num_classes)
-        for annotation in record["annotations"]:  # copies, made by plain_record
-            if annotation["class_index"] not in allowed:
-                annotation.pop("segmentation", None)
-        return _withhold(semantic_label_map(record, self.num_classes), allowed, self.num_classes)
+        withheld = [
+            annotation
+            if annotation["class_index"] in allowed
+            else {key: value for key, value in annotation.items() if key != "segmentation"}
+            for annotation in record["annotations"]
+        ]
+        label_map = semantic_label_map({**record, "annotations": withheld}, self.num_classes)
+        return _withhold(label_map, allowed, self.num_classes)
 
 
 def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
@@ -137,13 +140,13 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
                 f"Data sets '{names[0]}' and '{name}' (DATASETS.TRAIN) have different class lists. "
                 "To train on both at once, give both the same names in the same order."
             )
-    records = [record for name in names for record in DatasetCatalog.get(name)]
+    records = [record for name in names for record in records_of(name)]
     if hooks_of(cfg).learns_label_maps:
         allowed, what = _classes_with_masks(cfg), "a label map or a mask"
         kept = [record for record in records if _has_known_pixels(record, allowed)]
     else:
         what = "image labels"
-        kept = [r for r in records if "image_labels" in r or "annotations" in r]
+        kept = [record for record in records if "image_labels" in record]
     if not kept:
         raise ValueError(
             f"None of the {len(records)} images of {', '.join(names)} (DATASETS.TRAIN) has {what}, "
@@ -169,19 +172,19 @@ def _classes_with_masks(cfg: CfgNode) -> frozenset[int] | None:
 def _has_known_pixels(record: dict[str, Any], allowed: Collection[int] | None) -> bool:
     if "label_map_file_name" in record:
         return True
-    annotations = record.get("annotations", ())
+    if "image_labels" not in record:
+        return False
+    annotations = record["annotations"]
     if any(
-        "segmentation" in a and (allowed is None or a["category_id"] in allowed)
+        "segmentation" in a and (allowed is None or a["class_index"] in allowed)
         for a in annotations
-        if not a.get("iscrowd", 0)
+        if not a["iscrowd"]
     ):
         return True
     # The background is known only where all objects have a box.
-    return (
-        ("annotations" in record or "image_labels" in record)
-        and record.get("boxes_complete", True)
-        and {a["category_id"] for a in annotations}.issuperset(record.get("image_labels", ()))
-    )
+    return record.get("boxes_complete", True) and {
+        a["class_index"] for a in annotations
+    }.issuperset(record["image_labels"])
 
 
 def _withhold(label_map: np.ndarray, allowed: Collection[int], num_classes: int) -> np.ndarray:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from maskx.data.label_maps import ignore_label, semantic_label_map
 from maskx.data.splits import resolve_split
-from maskx.detectron2.datasets import class_names_of, plain_record
+from maskx.detectron2.datasets import class_names_of, records_of
 from maskx.evaluation.mean_iou import MeanIoU, format_table
 from maskx.supervision import CategorySplit
 from maskx.systems.larvseg.joint_sets import things_and_stuff_label_map
@@ -50,7 +50,7 @@ class MaskXSemSegEvaluator(DatasetEvaluator):
         self._class_names = class_names_of(dataset_name)
         self._groups = resolve_split(split, self._class_names).groups()
         num_classes = len(self._class_names)
-        records = DatasetCatalog.get(dataset_name)  # Detectron2's reader sets the ids only now
+        records = records_of(dataset_name)  # Detectron2's reader sets the ids only now
         class_index = MetadataCatalog.get(dataset_name).get(
             "thing_dataset_id_to_contiguous_id", {id_: id_ for id_ in range(num_classes)}
         )
@@ -95,7 +95,7 @@ class MaskXSemSegEvaluator(DatasetEvaluator):
                     f"'{self._dataset_name}'. Was another data set given to the model?"
                 )
             predicted = self._label_map(output["sem_seg"], image_id)
-            truth = self._truth(plain_record(self._records[image_id]))
+            truth = self._truth(self._records[image_id])
             self._counts.update(predicted.cpu().numpy(), truth, image_id)
 
     def evaluate(self) -> dict[str, dict[str, float]]:

@@ -21,6 +21,7 @@ from maskx.data.coco import load_coco
 from maskx.data.label_maps import read_label_map
 from maskx.data.scenes.generator import generate_scenes
 from maskx.detectron2 import Trainer, register_coco
+from maskx.detectron2.image_mapper import MaskXImageMapper
 from maskx.detectron2.stagewise import read_record
 from maskx.systems.class_patterns.detectron2.chain import TagChain, format_results, open_classifier
 from maskx.systems.class_patterns.patterns import load_patterns
@@ -160,7 +161,8 @@ def test_nothing_finished_is_run_again(finished, opts, monkeypatch):
 def stop_at(monkeypatch, target, call):
     """Let a call of a function, counted from 1, end with a KeyboardInterrupt."""
     owner, _, name = target.rpartition(".")
-    owner = Trainer if owner == "Trainer" else sys.modules[owner]
+    classes = {"Trainer": Trainer, "MaskXImageMapper": MaskXImageMapper}
+    owner = classes.get(owner) or sys.modules[owner]
     original, calls = getattr(owner, name), []
 
     def stopping(*args, **kwargs):
@@ -196,7 +198,7 @@ HERE, PIPELINE = (
         ((), "Trainer.before_step", 1, False, True),  # nothing to lose
         ((), "Trainer.before_step", 2, True, False),  # another order of images from there
         ((), "Trainer.test", 1, True, True),
-        (MASKS, f"{HERE}._map_image", 3, True, True),
+        (MASKS, "MaskXImageMapper.__call__", 3, True, True),
         (MASKS, f"{PIPELINE}.write_projections", 3, True, True),
         (MASKS, "maskx.systems.class_patterns.proxy_masks.write_label_map", 3, True, True),
         (MASKS, f"{PIPELINE}.write_proxy_json", 1, True, True),

@@ -5,10 +5,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data import (
+    DatasetCatalog,
+    MetadataCatalog,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import BoxMode
+from detectron2.utils.visualizer import Visualizer
 
+from maskx.data.coco import load_coco
 from maskx.data.label_maps import write_label_map
 from maskx.data.prepare.visual_genome import COCO_SYNSETS, prepare_visual_genome
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES
@@ -21,8 +28,8 @@ from maskx.detectron2 import (
 )
 from maskx.detectron2.datasets import (
     class_names_of,
-    image_labels_of,
-    plain_record,
+    record_from_detectron2,
+    records_of,
     split_from_config,
 )
 
@@ -30,13 +37,17 @@ BAD_POLYGON = {"category_id": 20, "bbox": [5, 5, 20, 20], "segmentation": [[1, 1
 GOOD = {"category_id": 40, "bbox": [1, 2, 30, 20], "segmentation": [[1, 2, 31, 2, 31, 22]]}
 
 
-def test_records_are_those_of_detectron2(write_coco):
+def test_records_are_those_of_the_reader(write_coco):
     path, root = write_coco([GOOD, {"category_id": 10, "bbox": [0, 0, 9, 9], "iscrowd": 1}])
     register_coco("farm", path, root)
     (record,) = DatasetCatalog.get("farm")
     assert (record["image_id"], record["height"], record["width"]) == (7, 40, 60)
+    (read,) = load_coco(path, root).records
     masked, crowd = record["annotations"]
-    assert masked["category_id"] == 3
+    added = {"category_id": 3, "bbox_mode": BoxMode.XYXY_ABS}
+    assert masked == read["annotations"][0] | added
+    assert record | {"annotations": []} == read | {"annotations": []}
+    assert masked["class_index"] == masked["category_id"] == 3
     assert masked["bbox"] == [1, 2, 31, 22]
     assert masked["bbox_mode"] == BoxMode.XYXY_ABS
     assert masked["segmentation"] == GOOD["segmentation"]
@@ -130,16 +141,31 @@ def test_voc_is_registered_where_it_was_prepared(tmp_path):
         class_names_of("maskx_voc_2012_val")
 
 
-def test_records_are_told_their_labels(write_coco):
+def test_records_of_other_readers_get_the_form_of_ours(write_coco):
     path, root = write_coco([GOOD, {"category_id": 10, "bbox": [0, 0, 9, 9], "iscrowd": 1}])
     register_coco("farm", path, root)
-    (record,) = DatasetCatalog.get("farm")
-    assert image_labels_of(record) == image_labels_of(record | {"image_labels": []}) == [0, 3]
-    assert image_labels_of(record | {"image_labels": [2]}) == [0, 2, 3]
-    assert image_labels_of({"image_labels": [1]}) == [1]
-    plain = plain_record(record)
-    assert [a["class_index"] for a in plain["annotations"]] == [3, 0]
-    assert plain["annotations"][0].items() >= {"bbox": [1, 2, 31, 22], "iscrowd": 0}.items()
+    (ours,) = records_of("farm")
+    assert record_from_detectron2(ours) is ours
+    register_coco_instances("core", {}, str(path), str(root))
+    (read,) = records_of("core")
+    keys = ("bbox", "class_index", "iscrowd", "segmentation")
+    for own, other in zip(ours["annotations"], read["annotations"], strict=True):
+        assert [own.get(key) for key in keys] == [other.get(key) for key in keys]
+    for key in ("file_name", "height", "width", "image_id", "image_labels", "supervision"):
+        assert read[key] == ours[key]
+    tagged = record_from_detectron2({"image_labels": [1]})
+    assert tagged == {"image_labels": [1], "annotations": [], "supervision": "image"}
+    unknown = {"file_name": "a.png"}  # nobody says what it shows
+    assert record_from_detectron2(unknown) == unknown
+
+
+def test_detectron2_reads_the_records_of_our_data_sets(write_coco):
+    """Its filter, histogram and Visualizer; the last cannot draw masks of only some objects."""
+    path, root = write_coco([GOOD])
+    register_coco("farm", path, root)
+    (record,) = get_detection_dataset_dicts("farm")
+    visualizer = Visualizer(np.zeros((40, 60, 3), np.uint8), MetadataCatalog.get("farm"))
+    assert visualizer.draw_dataset_dict(record).get_image().any()
 
 
 def test_the_root_comes_from_the_environment(tmp_path, monkeypatch):

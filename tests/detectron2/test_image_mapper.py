@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from maskx.data.label_maps import ignore_label, label_map_of_instances, write_label_map
 from maskx.detectron2 import MaskXImageMapper, Trainer, image_mapper, register_coco
-from maskx.detectron2.datasets import plain_record
 from maskx.detectron2.image_mapper import training_records
 
 NAMES = ("cat", "dog", "owl", "yak")
@@ -102,7 +101,7 @@ def test_label_maps_of_many_classes_are_warped_as_those_of_few(seed, height, wid
 def test_objects_are_drawn_where_there_is_no_label_map(write_images):
     (record,) = write_images([{"objects": [{"category_id": 20, "segmentation": TRIANGLE}]}])
     sample = make_mapper()(record)
-    expected = label_map_of_instances(plain_record(record), 4)
+    expected = label_map_of_instances(record, 4)
     assert np.array_equal(sample["sem_seg"], expected)
     assert set(np.unique(expected)) == {0, 2}
     assert sample["image_labels"] == [1]
@@ -143,8 +142,7 @@ def test_training_on_labels_reads_no_mask(write_images, label_map, monkeypatch):
     """Masks that would be errors do not matter, and no function that reads one is called."""
     objects = [{"category_id": 20, "segmentation": TRIANGLE}]
     with_masks = write_images([{"label_map": label_map, "labels": [10]}, {"objects": objects}])
-    for name in ("semantic_label_map", "plain_record"):
-        monkeypatch.setattr(image_mapper, name, None)
+    monkeypatch.setattr(image_mapper, "semantic_label_map", None)
     mapper = make_mapper(label_maps=False)
     for record, labels in zip(with_masks, ([0], [1]), strict=True):
         before = mapper(record)
@@ -170,7 +168,7 @@ def test_masks_of_other_classes_are_withheld(write_images, label_map):
     found = mapper(objects_record)["sem_seg"].numpy()
     no_masks = copy.deepcopy(objects_record)
     del no_masks["annotations"][1]["segmentation"]
-    assert np.array_equal(found, label_map_of_instances(plain_record(no_masks), 4))
+    assert np.array_equal(found, label_map_of_instances(no_masks, 4))
     moved = copy.deepcopy(objects_record)
     moved["annotations"][1]["segmentation"] = [[4, 5, 7, 5, 7, 9]]
     assert np.array_equal(found, mapper(moved)["sem_seg"])
@@ -273,7 +271,8 @@ def test_records_of_other_readers(make_classifier_cfg, make_deeplab_cfg, write_i
     for make_cfg in (make_classifier_cfg, make_deeplab_cfg):
         cfg = make_cfg("DATASETS.TRAIN", ("core",), "INPUT.RANDOM_FLIP", "none")
         (kept,) = training_records(cfg)
-        assert kept is records[0]
+        assert kept["annotations"][0]["bbox"] == [2, 2, 10, 9]
+        assert (kept["annotations"][0]["class_index"], kept["supervision"]) == (1, "mask")
         sample = MaskXImageMapper(cfg, is_train=True)(kept)
         assert sample["image_labels"] == [1]
     assert sample["sem_seg"].unique().tolist() == [0, 2]

@@ -23,7 +23,6 @@ from maskx.detectron2 import (
     evaluate,
     register_coco,
 )
-from maskx.detectron2.datasets import plain_record
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,7 +128,7 @@ def test_a_segmentation_network_learns_proxy_masks_and_is_scored_on_true_ones(
     for record, image in zip(DatasetCatalog.get("tiny_train"), content["images"], strict=True):
         del image["stuff_file_name"]  # in the folder of the scenes
         image["label_map_file_name"] = f"{record['image_id']}.png"
-        label_map = label_map_of_instances(plain_record(record), 4)
+        label_map = label_map_of_instances(record, 4)
         label_map[:4] = 255
         path = tmp_path / image["label_map_file_name"]
         write_label_map(path, label_map, num_classes=4)

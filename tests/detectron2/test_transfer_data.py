@@ -12,7 +12,6 @@ import maskx.data.label_maps
 from maskx.data.label_maps import label_map_of_instances, write_label_map
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES, VOC_CLASSES_IN_COCO
 from maskx.detectron2 import MaskXTransferMapper, Trainer, register_all, register_coco
-from maskx.detectron2.datasets import plain_record
 from maskx.detectron2.trainer import check_config
 from maskx.supervision import CategorySplit
 from maskx.systems.transfernet.detectron2.data import (
@@ -99,7 +98,7 @@ def test_two_data_sets_share_a_class_list_by_name(make_transfer_cfg, two_sets):
     assert (split.with_masks, split.without_masks) == (("zebra", "kite"), ("cat", "couch"))
     sets = transfer_records(cfg)
     assert [r["image_labels"] for r in sets.source] == [[2], [3]]
-    assert [r["annotations"][0]["category_id"] for r in sets.source] == [2, 3]
+    assert [r["annotations"][0]["class_index"] for r in sets.source] == [2, 3]
     assert [r["image_labels"] for r in sets.target] == [[0], [1]]
     assert labels_of_dataset("target", split) == [0, 1]
     assert labels_of_dataset("source", split) == [2, 3]
@@ -208,7 +207,7 @@ def test_source_label_maps_are_those_of_the_objects(make_transfer_cfg, tiny_spar
     mapper = MaskXTransferMapper(cfg, is_train=True)
     for record in transfer_records(cfg).source:
         sample = mapper(record)
-        truth = label_map_of_instances(plain_record(record), 4)
+        truth = label_map_of_instances(record, 4)
         assert np.array_equal(sample["sem_seg"].numpy(), truth)
         assert sample["image_labels"] == [
             c for c in record["image_labels"] if (truth == c + 1).any()
@@ -269,7 +268,7 @@ def test_fractions_of_the_source_are_nested_and_keep_the_target(make_transfer_cf
     assert set(few) < set(half) < set(source)
     assert len(few) == 1
     split = transfer_split(make_transfer_cfg())
-    plain = [plain_record(r) for r in DatasetCatalog.get(tiny_sparse)]
+    plain = DatasetCatalog.get(tiny_sparse)
     expected = source_subset(transfer_sets(plain, split).source, 0.5, 1)
     found, _ = ids("DATASETS.MASKX.SOURCE_FRACTION", 0.5, "DATASETS.MASKX.SOURCE_SUBSET", 1)
     assert found == [r["image_id"] for r in expected]

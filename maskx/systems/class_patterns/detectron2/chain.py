@@ -5,7 +5,6 @@ Segmentation" (AAAI 2020), in the steps of :class:`TagChain`. What a training im
 by its image labels alone: true masks, where a data set has them, are read by evaluations only.
 """
 
-import functools
 import json
 import logging
 import math
@@ -30,7 +29,7 @@ from maskx.data.dense_crf import check_crf
 from maskx.data.label_maps import read_label_map, write_label_map
 from maskx.detectron2.datasets import (
     class_names_of,
-    plain_record,
+    records_of,
     register_all,
     training_class_names,
 )
@@ -133,12 +132,7 @@ def _load_trained(cfg: CfgNode, weights: Path) -> nn.Module:
 
 def _read_image(cfg: CfgNode) -> Callable[[Record], dict[str, Any]]:
     """Function from a record of ``load_coco`` to a sample; processes can take it along."""
-    return functools.partial(_map_image, MaskXImageMapper(cfg, is_train=False))
-
-
-def _map_image(mapper: MaskXImageMapper, record: Record) -> dict[str, Any]:
-    # Annotations are of another form there, and the image labels are known.
-    return mapper({key: value for key, value in record.items() if key != "annotations"})
+    return MaskXImageMapper(cfg, is_train=False)
 
 
 def _tagged_records(cfg: CfgNode) -> list[dict[str, Any]]:
@@ -149,28 +143,24 @@ def _tagged_records(cfg: CfgNode) -> list[dict[str, Any]]:
             "of %s.",
             *(name, ", ".join(others)),
         )
-    all_records = DatasetCatalog.get(name)
-    known = [r for r in all_records if "image_labels" in r or "annotations" in r]
-    if not known:
+    all_records = records_of(name)
+    records = [record for record in all_records if "image_labels" in record]
+    if not records:
         raise ValueError(
             f"None of the {len(all_records)} images of '{name}' (DATASETS.TRAIN) has image labels "
             "or annotations, to learn from. Choose another data set."
         )
-    if len(known) < len(all_records):
+    if len(records) < len(all_records):
         logger.warning(
             "%d of the %d images of '%s' are left out: their labels are not known.",
-            *(len(all_records) - len(known), len(all_records), name),
+            *(len(all_records) - len(records), len(all_records), name),
         )
-    records = [plain_record(record) for record in known]
     for record in records:
         if "image_id" not in record:
             raise ValueError(
                 f"Data set '{name}' has a record ({record['file_name']}) without image_id, which "
                 "its files are named by. Give each record its own."
             )
-        has_mask = any("segmentation" in annotation for annotation in record["annotations"])
-        is_known = has_mask or "label_map_file_name" in record
-        record.setdefault("supervision", "mask" if is_known else "image")  # of another reader
     return records
 
 

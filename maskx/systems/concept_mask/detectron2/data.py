@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.utils import comm
@@ -21,7 +21,7 @@ from detectron2.utils import comm
 from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.data.coco import CocoData
 from maskx.data.tag_lists import TagList, read_tag_list, tag_list
-from maskx.detectron2.datasets import check_file, check_registered, class_names_of, plain_record
+from maskx.detectron2.datasets import check_file, check_registered, class_names_of, records_of
 from maskx.systems.concept_mask.concept_sets import (
     ConceptSplit,
     concept_sets,
@@ -180,7 +180,7 @@ def concept_test_data(cfg: CfgNode, dataset_name: str, *, with_records: bool = T
         ValueError: it is not registered, or none of its classes has a vector.
     """
     class_names = class_names_of(dataset_name)
-    records = [plain_record(r) for r in DatasetCatalog.get(dataset_name)] if with_records else []
+    records = records_of(dataset_name) if with_records else []
     return concept_test(
         records,
         class_names,
@@ -337,7 +337,7 @@ class MaskXConceptMapper:
         return {"concepts": concepts, "masks": torch.from_numpy(masks)}
 
     def _question(self, record: dict[str, Any]) -> dict[str, Any]:
-        classes = fully_masked(plain_record(record)["annotations"])
+        classes = fully_masked(record["annotations"])
         classes = [c for c in classes if self.test.indices[c] >= UNSEEN]
         return {"class_indices": classes, "query": self.test.query(classes)}
 
@@ -369,7 +369,7 @@ def _read(name: str, split: ConceptSplit, argument: str) -> CocoData | TagList:
         check_file(file, metadata.remedy)
         # Words that are rarer than those of the table are no concepts; they are counted.
         return read_tag_list(file, vocabulary=split.vocabulary, strict=False)
-    records = [plain_record(record) for record in DatasetCatalog.get(name)]
+    records = records_of(name)
     names = class_names_of(name)
     # For the messages, which name the file that is to be corrected.
     json_file = Path(metadata.get("json_file", f"data set '{name}'"))

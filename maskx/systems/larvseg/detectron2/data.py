@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
+from detectron2.data import DatasetFromList, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from maskx.data.splits import resolve_split
-from maskx.detectron2.datasets import class_names_of, supervised_record
+from maskx.detectron2.datasets import class_names_of, records_of
 from maskx.detectron2.image_mapper import transform_label_map
 from maskx.supervision import CategorySplit, Supervision
 from maskx.systems.larvseg.class_table import ClassTable, class_table
@@ -181,10 +181,7 @@ def joint_sets_from_config(cfg: CfgNode) -> JointSets:
         ValueError: a key or a class list does not fit, or a data set has no image to learn from.
     """
     _warn_of_novel_masks(cfg)
-    data_sets = [
-        replace(each, records=[supervised_record(r) for r in DatasetCatalog.get(each.name)])
-        for each in _joint_data_sets(cfg)
-    ]
+    data_sets = [replace(each, records=records_of(each.name)) for each in _joint_data_sets(cfg)]
     for each in data_sets:
         for record in each.records:
             if not {"image_id", "height", "width"} <= record.keys():

@@ -10,20 +10,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetCatalog, build_detection_train_loader
+from detectron2.data import build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.samplers import TrainingSampler
-from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
 from maskx.data.vocabularies import VOC_TO_COCO
-from maskx.detectron2.datasets import (
-    class_names_of,
-    plain_record,
-    split_from_config,
-    supervised_record,
-)
+from maskx.detectron2.datasets import class_names_of, records_of, split_from_config
 from maskx.detectron2.hooks import hooks_of
 from maskx.detectron2.image_mapper import MaskXImageMapper
 from maskx.supervision import CategorySplit, Supervision
@@ -154,7 +148,7 @@ def transfer_records(cfg: CfgNode) -> TransferSets:
     """Read the source and target images of ``DATASETS.TRAIN``.
 
     Returns:
-        Records in Detectron2's form, in the class list of :func:`transfer_split`: the source
+        Records in the class list of :func:`transfer_split`: the source
         reduced to ``DATASETS.MASKX.SOURCE_FRACTION``, target images with their tags only unless
         ``DATASETS.MASKX.USE_TARGET_MASKS``.
 
@@ -165,7 +159,7 @@ def transfer_records(cfg: CfgNode) -> TransferSets:
     names = cfg.DATASETS.TRAIN
     records = []
     for name in names:
-        own = [supervised_record(record) for record in DatasetCatalog.get(name)]
+        own = records_of(name)
         if len(names) == 2:
             own = records_in_union(own, class_names_of(name), split.class_names)
         records += own
@@ -176,11 +170,7 @@ def transfer_records(cfg: CfgNode) -> TransferSets:
         *(len(chosen), len(sets.source), len(sets.target)),
         "with what there is of" if keys.USE_TARGET_MASKS else "without",
     )
-    return TransferSets(
-        source=[_as_detectron2(record) for record in chosen],
-        target=[_as_detectron2(record) for record in sets.target],
-        num_unlabelled=sets.num_unlabelled,
-    )
+    return TransferSets(source=chosen, target=sets.target, num_unlabelled=sets.num_unlabelled)
 
 
 def build_transfer_loader(cfg: CfgNode) -> Any:
@@ -301,13 +291,4 @@ class _UnionImageMapper(MaskXImageMapper):
     """Reads label maps of either file of a union in the class list of the union."""
 
     def _label_map(self, record: dict[str, Any]) -> Any:
-        return transfer_label_map(plain_record(record), self.num_classes)
-
-
-def _as_detectron2(record: dict[str, Any]) -> dict[str, Any]:
-    annotations = []
-    for annotation in record["annotations"]:
-        kept = {key: value for key, value in annotation.items() if key != "class_index"}
-        kept |= {"category_id": annotation["class_index"], "bbox_mode": BoxMode.XYXY_ABS}
-        annotations.append(kept)
-    return {**record, "annotations": annotations}
+        return transfer_label_map(record, self.num_classes)
