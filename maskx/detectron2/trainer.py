@@ -21,6 +21,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from maskx.core.seeds import step_seed
 from maskx.core.text import listed
 from maskx.detectron2.config import get_cfg
 from maskx.detectron2.datasets import register_all, register_from_config
@@ -56,9 +57,9 @@ class Trainer(DefaultTrainer):
         """Load the last checkpoint of the output folder, or else ``MODEL.WEIGHTS``.
 
         To resume, the checkpoint must fit as for evaluation: mask heads refuse one with another
-        number of classes in eval mode, whereas for fine-tuning they take what fits. Batches of
-        joint data sets, with a ``SEED``, go on where the interrupted training was; others begin
-        anew, as Detectron2 has it.
+        number of classes in eval mode, whereas for fine-tuning they take what fits. With a
+        ``SEED`` the batches, and what is random in a step, go on where the interrupted training
+        was.
 
         Raises:
             ValueError: the detector, or the encoder or attention of TransferNet, is to stay frozen,
@@ -75,6 +76,13 @@ class Trainer(DefaultTrainer):
             self.data_loader.start = self.start_iter
         if not resume:
             hooks_of(self.cfg).started(self.cfg, self.checkpointer.model, missing)
+
+    def run_step(self) -> None:
+        """Make a step; what is random in it follows from ``SEED`` and the iteration."""
+        if self.cfg.SEED >= 0:
+            # Rank 0 draws what the other host draws in this step.
+            torch.manual_seed(step_seed(self.cfg.SEED, self.iter, *filter(None, [comm.get_rank()])))
+        super().run_step()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
-"""From COCO records to the samples that the embedded host trains on."""
+"""Batches of samples that follow from a seed and the number of the iteration, on either host."""
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,19 +70,36 @@ class MappedRecords(Dataset):
 class SeededBatches(Sampler):
     """Endlessly shuffled records of the iterations ``start`` to ``stop``.
 
-    Yields lists of keys: index of a record, and the seed of its augmentation.
+    Yields lists of keys: index of a record, and the seed of its augmentation. Of several processes
+    each gets its part of a batch: together they see what one process would have seen.
 
     Args:
         num_records: number of records, at least 1.
-        batch_size: records per iteration.
+        batch_size: records per iteration, of all processes together.
         seed: what a batch is depends on the seed and the number of the iteration alone.
         start: first iteration.
         stop: iteration after the last.
+        rank: number of this process.
+        num_processes: how many there are.
+
+    Raises:
+        ValueError: the batch cannot be divided among the processes.
     """
 
-    def __init__(self, num_records: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+    def __init__(
+        self,
+        num_records: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        *,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
         self.num_records, self.batch_size, self.seed = num_records, batch_size, seed
         self.start, self.stop = start, stop
+        self.part = part_of_batch(batch_size, rank, num_processes)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -90,7 +108,8 @@ class SeededBatches(Sampler):
         epoch, order = None, None
         for iteration in range(self.start, self.stop):
             batch = []
-            for position in range(iteration * self.batch_size, (iteration + 1) * self.batch_size):
+            first = iteration * self.batch_size
+            for position in range(first + self.part.start, first + self.part.stop):
                 if position // self.num_records != epoch:
                     epoch = position // self.num_records
                     shuffle = np.random.RandomState(step_seed(self.seed, epoch))
@@ -98,3 +117,53 @@ class SeededBatches(Sampler):
                 index = int(order[position % self.num_records])
                 batch.append((index, step_seed(self.seed, position, 1)))
             yield batch
+
+
+def part_of_batch(batch_size: int, rank: int, num_processes: int) -> slice:
+    """Return which samples of a batch a process gets.
+
+    Raises:
+        ValueError: the batch cannot be divided among the processes.
+    """
+    if batch_size % num_processes:
+        raise ValueError(
+            f"The batch size is {batch_size}, which {num_processes} processes cannot share. "
+            f"Allowed: multiples of {num_processes}."
+        )
+    size = batch_size // num_processes
+    return slice(rank * size, (rank + 1) * size)
+
+
+class SeededLoader:
+    """Endless batches of samples, from any iteration on.
+
+    Args:
+        dataset: gives a sample by its key, such as :class:`MappedRecords`.
+        batches: called with ``start`` and ``stop``, makes the lists of keys of these iterations,
+            such as :class:`SeededBatches` with its other arguments bound.
+        num_workers: processes that make samples; 0 makes them in this one.
+
+    Attributes:
+        start: iteration of the first batch of an iterator; to be set before that is made, so that
+            a resumed training sees what the interrupted one would have seen.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batches: Callable[[int, int], Iterable[list[Any]]],
+        *,
+        num_workers: int = 0,
+    ) -> None:
+        self.dataset, self.batches, self.num_workers = dataset, batches, num_workers
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=self.batches(self.start, sys.maxsize),
+                num_workers=self.num_workers,
+                collate_fn=list,
+            )
+        )

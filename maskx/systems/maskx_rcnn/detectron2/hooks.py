@@ -1,5 +1,6 @@
 """How Mask^X R-CNN, and every other detector, is trained and evaluated by Detectron2's engine."""
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +10,13 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
+    get_detection_dataset_dicts,
 )
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY, ROI_HEADS_REGISTRY
 from torch import nn
 
 from maskx.core.text import listed
+from maskx.detectron2.adapters import AspectGroupedBatches, SeededMapper, seeded_train_loader
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.hooks import Detectron2Hooks, check_num_classes, set_default_hooks
 from maskx.systems.maskx_rcnn.detectron2.dataset_mapper import MaskXDatasetMapper
@@ -26,7 +29,20 @@ __all__ = ["HOOKS"]
 
 
 def _train_loader(cfg: CfgNode) -> Any:
-    return build_detection_train_loader(cfg, mapper=MaskXDatasetMapper(cfg, is_train=True))
+    mapper = MaskXDatasetMapper(cfg, is_train=True)
+    keys = cfg.DATALOADER
+    if keys.SAMPLER_TRAIN != "TrainingSampler":  # its own order, which does not go on on resume
+        return build_detection_train_loader(cfg, mapper=mapper)
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=keys.FILTER_EMPTY_ANNOTATIONS,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    batches = None
+    if keys.ASPECT_RATIO_GROUPING:
+        is_wide = [record["width"] > record["height"] for record in records]
+        batches = functools.partial(AspectGroupedBatches, is_wide)
+    return seeded_train_loader(cfg, records, SeededMapper(mapper), batches)
 
 
 def _test_loader(cfg: CfgNode, dataset_name: str) -> Any:

@@ -1,0 +1,181 @@
+"""What makes the samples of maskx fit Detectron2's engine: order, channel order, random state."""
+
+import functools
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
+from detectron2.utils import comm
+from torch.utils.data import Sampler
+
+from maskx.engine.batches import (
+    MappedRecords,
+    RecordMapper,
+    SeededBatches,
+    SeededLoader,
+    part_of_batch,
+)
+
+__all__ = [
+    "AspectGroupedBatches",
+    "SeededMapper",
+    "in_format",
+    "seed_of",
+    "seeded_train_loader",
+    "test_loader",
+]
+
+Sample = dict[str, Any]
+
+
+def in_format(read: Callable[..., Sample], image_format: str) -> Callable[..., Sample]:
+    """Make samples whose images are RGB have the channel order of the model.
+
+    Args:
+        read: makes a sample with ``image`` (3, H, W) RGB, of a record and whatever else.
+        image_format: ``INPUT.FORMAT``, "RGB" or "BGR".
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    if image_format not in ("RGB", "BGR"):
+        raise ValueError(f"INPUT.FORMAT is {image_format!r}. Allowed: RGB, BGR.")
+    return _InBGR(read) if image_format == "BGR" else read
+
+
+class _InBGR:  # a class, as other processes read images
+    def __init__(self, read: Callable[..., Sample]) -> None:
+        self.read = read
+
+    def __call__(self, *args: Any) -> Sample:
+        sample = self.read(*args)
+        return sample | {"image": sample["image"].flip(0)}
+
+
+class SeededMapper:
+    """Give a mapper of Detectron2, which draws from NumPy's global state, a state of its own.
+
+    Args:
+        mapper: maps a record to a sample.
+    """
+
+    def __init__(self, mapper: Callable[[Mapping[str, Any]], Sample]) -> None:
+        self.mapper = mapper
+
+    def __call__(self, record: Mapping[str, Any], random_state: np.random.RandomState) -> Sample:
+        """Map a record; all that is random in it comes from ``random_state``."""
+        seed = int(random_state.randint(2**31))
+        states = np.random.get_state(), random.getstate()
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            return self.mapper(record)
+        finally:
+            np.random.set_state(states[0])
+            random.setstate(states[1])
+
+
+def seed_of(cfg: CfgNode) -> int:
+    """Return ``SEED``, or one that all processes share where none is set."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+
+
+def seeded_train_loader(
+    cfg: CfgNode,
+    records: Sequence[Mapping[str, Any]],
+    mapper: RecordMapper,
+    batches: Callable[..., Iterable[list[Any]]] | None = None,
+) -> SeededLoader:
+    """Make a training loader whose batches follow from ``SEED`` and the iteration alone.
+
+    All processes together see what one would have seen, and a resumed training goes on where the
+    interrupted one was.
+
+    Args:
+        cfg: the configuration.
+        records: images to learn from; they are held serialised.
+        mapper: makes a sample, in the channel order of ``INPUT.FORMAT``.
+        batches: as :class:`SeededBatches`, which is the default, but without ``num_records``.
+
+    Raises:
+        ValueError: ``SOLVER.IMS_PER_BATCH`` cannot be divided among the processes.
+    """
+    batches = functools.partial(SeededBatches, len(records)) if batches is None else batches
+    processes = {"rank": comm.get_rank(), "num_processes": comm.get_world_size()}
+    size = cfg.SOLVER.IMS_PER_BATCH
+    part_of_batch(size, **processes)
+    return SeededLoader(
+        MappedRecords(DatasetFromList(list(records), copy=False), mapper),
+        functools.partial(batches, size, seed_of(cfg), **processes),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def test_loader(
+    cfg: CfgNode, dataset_name: str, read: Callable[[Mapping[str, Any]], Sample]
+) -> Any:
+    """Make the loader of a test set.
+
+    Args:
+        cfg: the configuration.
+        dataset_name: a registered data set.
+        read: makes a sample of a record, with its image in RGB.
+    """
+    return build_detection_test_loader(
+        DatasetCatalog.get(dataset_name),
+        mapper=in_format(read, cfg.INPUT.FORMAT),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+class AspectGroupedBatches(Sampler):
+    """The batches of :class:`SeededBatches` in another order: wide images apart from high ones.
+
+    That saves padding, as Detectron2's own grouping does. To start later the keys of all batches
+    before are drawn again, at about a million a second.
+
+    Args:
+        is_wide: of each record, whether its image is wider than high.
+        batch_size: records per iteration, of all processes together.
+        seed: what a batch is depends on the seed and the number of the iteration alone.
+        start: first iteration.
+        stop: iteration after the last.
+        rank: number of this process.
+        num_processes: how many there are.
+    """
+
+    def __init__(
+        self,
+        is_wide: Sequence[bool],
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        *,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.is_wide, self.batch_size, self.seed = is_wide, batch_size, seed
+        self.start, self.stop = start, stop
+        self.part = part_of_batch(batch_size, rank, num_processes)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        groups: dict[bool, list] = defaultdict(list)
+        iteration = 0
+        for (key,) in SeededBatches(len(self.is_wide), 1, self.seed, 0, 2**62):
+            group = groups[self.is_wide[key[0]]]
+            group.append(key)
+            if len(group) == self.batch_size:
+                if iteration >= self.start:
+                    yield group[self.part]
+                group.clear()
+                iteration += 1
+                if iteration >= self.stop:
+                    return
