@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskx.core.seeds import step_seed
@@ -165,5 +166,7 @@ class SeededLoader:
                 batch_sampler=self.batches(self.start, sys.maxsize),
                 num_workers=self.num_workers,
                 collate_fn=list,
+                # A new iterator draws a seed: not from the state of the step that asks for it.
+                generator=torch.Generator(),
             )
         )
