@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["remove_leftovers", "write_json", "written_text", "written_whole"]
+__all__ = ["read_json", "remove_leftovers", "write_json", "written_text", "written_whole"]
 
 _SUFFIX = ".partial"
 # A file of another machine, whose processes cannot be asked for, is in use no longer than this.
@@ -70,6 +70,33 @@ def write_json(path: str | os.PathLike[str], content: Any, *, compact: bool = Fa
     text = json.dumps(content, allow_nan=False, **layout)
     with written_text(path) as file:
         file.write(text + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file that maskx wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or names a key twice, of which one value would be lost.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=_without_repetition)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"'{path}': there is no such file.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"'{path}' is damaged: {error}. Restore it, or remove it to make it anew."
+        ) from error
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} stands twice")
+    return content
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
