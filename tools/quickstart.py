@@ -16,8 +16,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from maskx.engine.quickstart import QuickstartOptions
-from maskx.systems.quickstarts import SYSTEMS
+import maskx.systems  # noqa: F401 - registers them
+from maskx.engine.options import QuickstartOptions
+from maskx.engine.system import find_system, system_names
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,17 +27,11 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, default = parser.add_argument, QuickstartOptions
-    add("--system", choices=tuple(SYSTEMS), default="maskx", help="default: maskx")
+    add("--system", choices=system_names(), default="maskx", help="default: maskx")
     add("--output", type=Path, help="folder for results (default: output/quickstart-SYSTEM)")
     add("--seed", type=int, default=default.seed, help="of scenes, initial weights, data order")
-    add(
-        "--iterations",
-        type=int,
-        help="training steps per model (default: maskx 1200; class_patterns 500, then 2 x 300; "
-        "transfernet 400, then 200 and 400; larvseg 400, then 350 per method; concept_mask "
-        "1200, then 1000 and 400)",
-    )
-    add("--batch-size", type=int, help="images per step (default: maskx 8, all others 16)")
+    add("--iterations", type=int, help="training steps per model (default: see its page)")
+    add("--batch-size", type=int, help="images per step (default: see its page)")
     add(
         "--compare",
         action="store_true",
@@ -89,7 +84,7 @@ def main() -> None:
     system = arguments.pop("system")
     arguments["output"] = arguments["output"] or Path("output") / f"quickstart-{system}"
     try:
-        SYSTEMS[system](QuickstartOptions(**arguments), print)
+        find_system(system).pipeline(QuickstartOptions(**arguments), print)
     except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

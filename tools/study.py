@@ -18,7 +18,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from studies.run import SYSTEMS, StudyOptions, run_study
+from studies.run import StudyOptions, run_study
+
+import maskx.systems  # noqa: F401 - registers them
+from maskx.engine.system import system_names
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, default = parser.add_argument, StudyOptions
-    add("--system", choices=SYSTEMS, default=default.system)
+    add("--system", choices=system_names(), default=default.system)
     add("--output", type=Path, help="default: output/study, of other systems output/study_SYSTEM")
     settings_help = "default: those of the paper's tables; an unknown one lists what is allowed"
     add("--settings", nargs="+", metavar="SETTING", help=settings_help)

@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
+from maskx.data.image_samples import read_image_sample
+from maskx.detectron2.datasets import class_names_of, split_from_config
+from maskx.detectron2.hooks import Detectron2Hooks
 from maskx.engine.batches import (
     MappedRecords,
     RecordMapper,
@@ -19,10 +23,13 @@ from maskx.engine.batches import (
     SeededLoader,
     part_of_batch,
 )
+from maskx.engine.system import Scores, System
 
 __all__ = [
     "AspectGroupedBatches",
+    "ScoresEvaluator",
     "SeededMapper",
+    "hooks_of_system",
     "in_format",
     "seed_of",
     "seeded_train_loader",
@@ -179,3 +186,66 @@ class AspectGroupedBatches(Sampler):
                 iteration += 1
                 if iteration >= self.stop:
                     return
+
+
+class ScoresEvaluator(DatasetEvaluator):
+    """Evaluates results by the counts of a system, gathered from all processes.
+
+    Args:
+        dataset_name: a registered data set, whose records hold the truth.
+        make_scores: makes empty counts, see :class:`maskx.engine.system.Scores`.
+    """
+
+    def __init__(self, dataset_name: str, make_scores: Callable[[], Scores]) -> None:
+        self._records = {r["image_id"]: r for r in DatasetCatalog.get(dataset_name)}
+        self._make_scores = make_scores
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all results."""
+        self._scores = self._make_scores()
+
+    def process(self, inputs: list[Sample], outputs: list[Mapping[str, Any]]) -> None:
+        """Take in the results of a batch."""
+        for sample, result in zip(inputs, outputs, strict=True):
+            self._scores.update(self._records[sample["image_id"]], result)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Return the metrics; nothing in processes other than the main one."""
+        first, *others = comm.gather(self._scores, dst=0) or (None,)
+        if first is None:
+            return {}
+        for other in others:
+            first.merge(other)
+        return first.results()
+
+
+def hooks_of_system(system: System, settings: Callable[[CfgNode], Any]) -> Detectron2Hooks:
+    """Make the hooks of a system that gives ``samples`` and ``scores``.
+
+    Args:
+        system: the system; its ``samples`` are made with a configuration's settings, its class
+            list and its split.
+        settings: reads the settings of a configuration.
+    """
+
+    def class_names(cfg: CfgNode) -> Sequence[str]:
+        return class_names_of((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[0])
+
+    def train_loader(cfg: CfgNode) -> SeededLoader:
+        records = [r for name in cfg.DATASETS.TRAIN for r in DatasetCatalog.get(name)]
+        mapper = system.samples(settings(cfg), class_names(cfg), split_from_config(cfg))
+        return seeded_train_loader(cfg, records, in_format(mapper, cfg.INPUT.FORMAT))
+
+    def evaluator(cfg: CfgNode, dataset_name: str) -> ScoresEvaluator:
+        split = split_from_config(cfg)
+        make_scores = functools.partial(system.scores, class_names_of(dataset_name), split)
+        return ScoresEvaluator(dataset_name, make_scores)
+
+    return Detectron2Hooks(
+        system=system.name,
+        train_loader=train_loader,
+        test_loader=lambda cfg, name: test_loader(cfg, name, read_image_sample),
+        evaluator=evaluator,
+        class_names=class_names,
+    )

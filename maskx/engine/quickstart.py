@@ -1,18 +1,14 @@
-"""What the quick starts of all systems share: options, data, and the file of their results.
-
-The systems are listed in :mod:`maskx.systems.quickstarts`.
-"""
+"""What the quick starts of all systems share: data, and the file of their results."""
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from maskx.core.files import write_json
 from maskx.data.coco import CocoData, load_coco
 from maskx.data.scenes.generator import generate_scenes
+from maskx.engine.options import QuickstartOptions
 
 __all__ = [
     "SCENE_SIZE",
@@ -20,8 +16,6 @@ __all__ = [
     "SPARSE_STYLE",
     "TRAIN_SCENES",
     "VAL_SCENES",
-    "QuickstartOptions",
-    "check_options",
     "choose_image_size",
     "load_data",
     "nan_to_null",
@@ -33,96 +27,6 @@ SCENE_SIZE = 128
 # Few classes on quiet ground, for learning from image labels.
 SPARSE_SCENES, SPARSE_STYLE = 1500, {"style": "sparse", "num_categories": 12}
 _COCO_SIZE = 256
-
-# Options that have no meaning for all systems, and those that they have one for.
-_OWN_OPTIONS = {
-    "compare": ("maskx", "transfernet"),
-    "masks_for": ("maskx", "transfernet", "larvseg", "concept_mask"),
-    "threshold": ("class_patterns",),
-    "resolve": ("class_patterns",),
-    "crf": ("class_patterns", "transfernet"),
-    "multi_scale": ("class_patterns",),
-}
-
-
-@dataclass(frozen=True)
-class QuickstartOptions:
-    """Options of the quick start.
-
-    Attributes:
-        output: folder of the generated data, checkpoints, ``metrics.json`` and pictures.
-        seed: of the scenes, the initial weights and the order of the data.
-        iterations: training steps of every model. None is for ``maskx`` 1200; for
-            ``class_patterns`` 500 of the classifier, 300 of each segmentation network; for
-            ``transfernet`` 400 of the classifier, 200 of the first stage, 400 of the second; for
-            ``larvseg`` 400 of the classifier, 350 of each method; for ``concept_mask`` 1200 of the
-            embedding, 1000 of the refinement, 400 of the segmentation. Baselines of ``transfernet``
-            train for as many steps as its two stages together.
-        batch_size: images per step; None is 8 for ``maskx``, 16 for all others. For
-            ``transfernet`` it must be even.
-        compare: train one more baseline in the same way: of ``maskx`` the class-agnostic one, with
-            GrabCut in the boxes that Mask^X finds evaluated too; of ``transfernet`` DecoupledNet.
-        resume: go on with an interrupted run.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        coco_train: annotation file and image folder to train on instead of generated scenes.
-        coco_val: annotation file and image folder to evaluate on.
-        masks_for: category split, see :func:`maskx.data.splits.resolve_split`: the categories
-            with masks of ``maskx``, the source of ``transfernet``, the base classes of
-            ``larvseg``, on COCO files the concepts with masks of ``concept_mask``, whose scenes
-            have a split of their own; ``class_patterns`` learns from no masks. None is
-            ``scenes_half``; on COCO files for ``maskx`` ``all``, for ``concept_mask``
-            ``coco_voc``.
-        skip_bad: leave bad annotations out, counted, instead of stopping at them.
-        backbone: ``small`` or the name of a torchvision ResNet; ``vgg16`` too for ``transfernet``,
-            ``larvseg`` and ``concept_mask``.
-        pretrained: start from ImageNet weights, which torchvision downloads; not with ``small``.
-        image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else. All but
-            ``maskx`` warp images to squares of this side.
-        workers: processes that read images; 0 reads them in the process that trains.
-        threshold: of ``class_patterns``, see
-            :class:`maskx.systems.class_patterns.proxy_masks.ProxyMaskSettings`;
-            None is "otsu", the paper has "zero".
-        resolve: the same; None is "standardised", the paper has "ignore".
-        crf: refine masks by a dense CRF: of ``class_patterns`` proxy masks of images with one
-            label, and predictions; of ``transfernet`` predictions.
-        multi_scale: of ``class_patterns``, test the segmentation network at three sizes, as the
-            paper does.
-    """
-
-    output: Path
-    seed: int = 0
-    iterations: int | None = None
-    batch_size: int | None = None
-    compare: bool = False
-    resume: bool = False
-    device: str = "auto"
-    coco_train: tuple[str, str] | None = None
-    coco_val: tuple[str, str] | None = None
-    masks_for: str | None = None
-    skip_bad: bool = False
-    backbone: str = "small"
-    pretrained: bool = False
-    image_size: int | None = None
-    workers: int = 0
-    threshold: str | None = None
-    resolve: str | None = None
-    crf: bool = False
-    multi_scale: bool = False
-
-
-def check_options(system: str, options: QuickstartOptions) -> None:
-    """Refuse options that have no meaning for a system.
-
-    Raises:
-        ValueError: there is one; the message says for which systems it has a meaning.
-    """
-    default = {field.name: field.default for field in fields(QuickstartOptions)}
-    for name, owners in _OWN_OPTIONS.items():
-        if system not in owners and getattr(options, name) != default[name]:
-            raise ValueError(
-                f"{name} has no meaning for the system {system}, only for {', '.join(owners)}. "
-                "Leave it out, or choose another system."
-            )
 
 
 def choose_image_size(options: QuickstartOptions) -> int:

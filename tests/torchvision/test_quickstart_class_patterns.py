@@ -4,7 +4,7 @@ import cv2
 import pytest
 
 from maskx.engine import quickstart
-from maskx.engine.quickstart import QuickstartOptions
+from maskx.engine.options import QuickstartOptions
 from maskx.systems.class_patterns.quickstart import quickstart_class_patterns
 
 

@@ -3,12 +3,13 @@ import json
 import cv2
 import pytest
 
+import maskx.systems  # noqa: F401 - registers them
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
 from maskx.engine import quickstart
-from maskx.engine.quickstart import QuickstartOptions
+from maskx.engine.options import QuickstartOptions
+from maskx.engine.system import find_system
 from maskx.systems.concept_mask import quickstart as quickstart_concept_mask
-from maskx.systems.quickstarts import SYSTEMS
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def test_generated_data_to_metrics_and_picture_and_again_when_resumed(tiny):
     assert set(written["step_seconds"]) == steps
     assert cv2.imread(str(tiny["output"] / "predictions.png")).shape[1] == 5 * 256
     assert "27 training images with tags of 66 concepts" in "\n".join(lines)
-    assert SYSTEMS["concept_mask"] is quickstart_concept_mask.quickstart_concept_mask
+    assert find_system("concept_mask").pipeline is quickstart_concept_mask.quickstart_concept_mask
     again = run(tiny, resume=True)
     for key in ("levels", "concepts", "fitted", "existence"):
         assert str(first[key]) == str(again[key])

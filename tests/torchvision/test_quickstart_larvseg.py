@@ -4,12 +4,13 @@ import cv2
 import numpy as np
 import pytest
 
+import maskx.systems  # noqa: F401 - registers them
 from maskx.data.prepare.ccp import prepare_ccp
 from maskx.data.scenes.generator import STUFF_CATEGORIES, generate_scenes, scene_categories
 from maskx.engine import quickstart
-from maskx.engine.quickstart import QuickstartOptions
+from maskx.engine.options import QuickstartOptions
+from maskx.engine.system import find_system
 from maskx.systems.larvseg.quickstart import quickstart_larvseg
-from maskx.systems.quickstarts import SYSTEMS
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_generated_data_to_metrics_and_picture(tiny):
     assert "12 with image labels of 17 classes, 6 of them novel" in text
     assert "| larvseg |" in text
     assert attentive_weight(tiny["output"]) == 10
-    assert SYSTEMS["larvseg"] is quickstart_larvseg
+    assert find_system("larvseg").pipeline is quickstart_larvseg
 
 
 def test_a_resumed_run_ends_with_the_same_numbers(tiny):

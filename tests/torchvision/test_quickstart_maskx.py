@@ -10,7 +10,7 @@ from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
 from maskx.engine import quickstart
-from maskx.engine.quickstart import QuickstartOptions
+from maskx.engine.options import QuickstartOptions
 from maskx.systems.maskx_rcnn.torchvision import quickstart as module
 from maskx.systems.maskx_rcnn.torchvision.quickstart import quickstart_maskx
 

@@ -5,7 +5,7 @@ import pytest
 
 from maskx.data.scenes.generator import generate_scenes, scene_categories
 from maskx.engine import quickstart
-from maskx.engine.quickstart import QuickstartOptions
+from maskx.engine.options import QuickstartOptions
 from maskx.systems.transfernet.quickstart import quickstart_transfernet
 
 

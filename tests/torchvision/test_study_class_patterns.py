@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 from studies import class_patterns as study_class_patterns
-from studies.class_patterns import CLASS_PATTERNS
+from studies.class_patterns import STUDY
 from studies.run import StudyOptions, run_study
 
 from maskx.engine import quickstart
@@ -125,10 +125,10 @@ def test_without_the_crf_its_settings_are_left_out_or_refused(tiny, monkeypatch)
     )
     lines = []
     rows = run_study(StudyOptions(**tiny), lines.append)
-    left_out = [setting for setting in CLASS_PATTERNS.settings if setting.endswith("_crf")]
+    left_out = [setting for setting in STUDY.settings if setting.endswith("_crf")]
     assert len(left_out) == 4
     assert lines[0].startswith(f"Left out: {', '.join(left_out)}. ")
-    kept = [setting for setting in CLASS_PATTERNS.settings if setting not in left_out]
+    kept = [setting for setting in STUDY.settings if setting not in left_out]
     assert [row["setting"] for row in rows] == kept
 
 

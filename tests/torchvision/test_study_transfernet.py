@@ -107,7 +107,7 @@ def test_measures_with_true_labels_are_told_apart(tiny, monkeypatch):
 def test_orderings_are_those_of_the_paper():
     pairs = {
         (ordering.better[0], ordering.worse[0])
-        for ordering in study_transfernet.TRANSFERNET.orderings
+        for ordering in study_transfernet.STUDY.orderings
         if ordering.better[1] == ordering.worse[1] == "target"
     }
     shares = ("transfernet", *(f"transfernet_source_{s}" for s in (0.5, 0.25, 0.1, 0.05, 0.01)))

@@ -20,7 +20,8 @@ from maskx.data.coco import load_coco
 from maskx.data.dense_crf import check_crf
 from maskx.data.scenes.generator import generate_scenes
 from maskx.engine import quickstart
-from maskx.engine.quickstart import QuickstartOptions, load_data
+from maskx.engine.options import QuickstartOptions
+from maskx.engine.quickstart import load_data
 from maskx.engine.training import select_device
 from maskx.systems.class_patterns.patterns import ClassPatterns
 from maskx.systems.class_patterns.pipeline import TagRun, TagSettings, open_classifier
@@ -32,7 +33,7 @@ from maskx.systems.class_patterns.steps import (
     make_masks,
     project,
 )
-from studies.study import Measure, Ordering, Report, StudyOptions, System, process_lock
+from studies.study import Measure, Ordering, Report, Study, StudyOptions, process_lock
 
 _LAYERS = ("C41", "C42", "C43")
 _PAPER, _DEFAULT = "zero_ignore", "otsu_standardised"
@@ -267,7 +268,7 @@ def _orderings() -> list[Ordering]:
     return found
 
 
-CLASS_PATTERNS = System(
+STUDY = Study(
     settings=(
         *(f"proxy/{masks}" for masks in _MASKS),
         *(f"proxy/{masks}_crf" for masks in _MASKS),

@@ -16,7 +16,7 @@ from maskx.systems.concept_mask.evaluation import evaluate_concepts
 from maskx.systems.concept_mask.pipeline import open_chain
 from maskx.systems.concept_mask.quickstart import make_scene_data
 from maskx.systems.concept_mask.steps import fit_concepts
-from studies.study import Measure, Ordering, Report, StudyOptions, System, process_lock
+from studies.study import Measure, Ordering, Report, Study, StudyOptions, process_lock
 
 _DEFAULT = ConceptMaskMethod()
 
@@ -139,7 +139,7 @@ _MEASURES = {
     "iou_unseen": Measure("IoU, unseen", 3),
 }
 
-CONCEPT_MASK = System(
+STUDY = Study(
     settings=tuple(SETTINGS),
     measures=_MEASURES,
     plotted=("soft_iou_boxed", "iou_mask", "iou_box", "iou_image", "iou_unseen"),

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from typing import Any
 
 from maskx.data.splits import resolve_split
-from maskx.engine.quickstart import QuickstartOptions, load_data
+from maskx.engine.options import QuickstartOptions
+from maskx.engine.quickstart import load_data
 from maskx.engine.training import select_device
 from maskx.systems.larvseg.chain import LarvSegChain, LarvSegMethod, LarvSegSettings
 from maskx.systems.larvseg.evaluation import evaluate_larvseg
 from maskx.systems.larvseg.samples import labelled_images, sets_of_one_file, split_groups
-from studies.study import Measure, Ordering, Report, StudyOptions, System, process_lock
+from studies.study import Measure, Ordering, Report, Study, StudyOptions, process_lock
 
 _BASELINE, _CROSS = LarvSegMethod("baseline"), LarvSegMethod()
 _SINGLE, _NORMALISED = LarvSegMethod(bank="single"), LarvSegMethod(pooling="normalised")
@@ -85,7 +86,7 @@ def _above(name: str, better: str, worse: str) -> Ordering:
     return Ordering(name, (better, "novel"), (worse, "novel"))
 
 
-LARVSEG = System(
+STUDY = Study(
     settings=tuple(METHODS),
     measures={group: Measure(f"{group} classes") for group in _GROUPS},
     plotted=("novel",),

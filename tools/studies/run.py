@@ -1,26 +1,27 @@
 """Ablations of every system on generated scenes: many settings and seeds, one table."""
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable
 from typing import Any
 
+from maskx.engine.system import find_system
 from maskx.evaluation.plots import check_matplotlib
-from studies.class_patterns import CLASS_PATTERNS
-from studies.concept_mask import CONCEPT_MASK
-from studies.larvseg import LARVSEG
-from studies.maskx_rcnn import MASKX
-from studies.study import StudyOptions, System, make_study
-from studies.transfernet import TRANSFERNET
+from studies.study import Study, StudyOptions, make_study
 
-__all__ = ["SYSTEMS", "StudyOptions", "run_study"]
+__all__ = ["StudyOptions", "find_study", "run_study"]
 
-SYSTEMS: Mapping[str, System] = {
-    "maskx": MASKX,
-    "class_patterns": CLASS_PATTERNS,
-    "transfernet": TRANSFERNET,
-    "larvseg": LARVSEG,
-    "concept_mask": CONCEPT_MASK,
-}
-"""What can be compared, by the name of the system."""
+
+def find_study(system: str) -> Study:
+    """Return what a system can compare: ``STUDY`` of the module of its name.
+
+    Raises:
+        ValueError: there is no such system, or no study of it.
+    """
+    find_system(system)
+    try:
+        return importlib.import_module(f"studies.{system}").STUDY
+    except ModuleNotFoundError as error:
+        raise ValueError(f"There is no study of the system {system!r}.") from error
 
 
 def run_study(options: StudyOptions, report: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -43,8 +44,4 @@ def run_study(options: StudyOptions, report: Callable[[str], None]) -> list[dict
         ImportError: matplotlib is not installed, which the picture needs, or what a setting needs.
     """
     check_matplotlib()
-    if options.system not in SYSTEMS:
-        raise ValueError(
-            f"There is no study of the system {options.system!r}. Allowed: {', '.join(SYSTEMS)}."
-        )
-    return make_study(SYSTEMS[options.system], options, report)
+    return make_study(find_study(options.system), options, report)

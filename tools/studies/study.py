@@ -21,8 +21,8 @@ from maskx.evaluation.plots import plot_settings
 __all__ = [
     "Measure",
     "Ordering",
+    "Study",
     "StudyOptions",
-    "System",
     "check_orderings",
     "format_orderings",
     "format_study",
@@ -111,7 +111,7 @@ class SeedRuns(Protocol):
 
 
 @dataclass(frozen=True)
-class System:
+class Study:
     """What a system can compare.
 
     Attributes:
@@ -136,7 +136,7 @@ class System:
     open_seed: Callable[[StudyOptions, int, Report], SeedRuns]
 
 
-def make_study(system: System, options: StudyOptions, report: Report) -> list[dict[str, Any]]:
+def make_study(system: Study, options: StudyOptions, report: Report) -> list[dict[str, Any]]:
     """Make the results that are missing, then tables, ``study.json`` and ``study.png``.
 
     Args:
@@ -282,7 +282,7 @@ def process_lock(folder: Path, timeout: float = -1) -> FileLock:
 class _Results:
     """The results of all seeds and settings; ``runs`` is what each setting is made with."""
 
-    system: System
+    system: Study
     options: StudyOptions
     runs: Mapping[str, dict[str, Any]]
     report: Report
@@ -330,7 +330,7 @@ class _Results:
         return content["result"]
 
 
-def _describe(system: System, options: StudyOptions, report: Report) -> dict[str, dict[str, Any]]:
+def _describe(system: Study, options: StudyOptions, report: Report) -> dict[str, dict[str, Any]]:
     if options.settings is not None:
         return {setting: system.describe(options, setting) for setting in options.settings}
     runs, left_out, reason = {}, [], ""

@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import Any
 
 from maskx.data.splits import resolve_split
-from maskx.engine.quickstart import QuickstartOptions, load_data
+from maskx.engine.options import QuickstartOptions
+from maskx.engine.quickstart import load_data
 from maskx.engine.training import select_device
 from maskx.systems.transfernet.pipeline import (
     TransferChain,
@@ -21,7 +22,7 @@ from maskx.systems.transfernet.pipeline import (
     evaluate_transfer,
 )
 from maskx.systems.transfernet.transfer_sets import SOURCE_FRACTIONS, transfer_sets
-from studies.study import Measure, Ordering, Report, StudyOptions, System, process_lock
+from studies.study import Measure, Ordering, Report, Study, StudyOptions, process_lock
 
 _FULL = TransferMethod()
 _BASELINE, _DECOUPLED = TransferMethod("baseline"), TransferMethod("decoupled")
@@ -136,7 +137,7 @@ def _orderings() -> list[Ordering]:
     ]
 
 
-TRANSFERNET = System(
+STUDY = Study(
     settings=tuple(METHODS),
     measures={
         **{

@@ -5,13 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from maskx.engine.quickstart import (
-    QuickstartOptions,
-    check_options,
-    choose_image_size,
-    load_data,
-    write_metrics,
-)
+from maskx.engine.options import QuickstartOptions, check_options
+from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
 from maskx.engine.training import select_device
 from maskx.systems.class_patterns.pipeline import TagSettings, learn_from_tags
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from maskx.data.splits import resolve_split
+from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import (
     SCENE_SIZE,
     VAL_SCENES,
-    QuickstartOptions,
-    check_options,
     choose_image_size,
     load_data,
     write_metrics,

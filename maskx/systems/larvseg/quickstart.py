@@ -5,13 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from maskx.data.splits import resolve_split
-from maskx.engine.quickstart import (
-    QuickstartOptions,
-    check_options,
-    choose_image_size,
-    load_data,
-    write_metrics,
-)
+from maskx.engine.options import QuickstartOptions, check_options
+from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
 from maskx.engine.training import select_device
 from maskx.systems.larvseg.chain import LarvSegSettings
 from maskx.systems.larvseg.pipeline import learn_larvseg

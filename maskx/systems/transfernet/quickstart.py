@@ -5,13 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from maskx.data.splits import resolve_split
-from maskx.engine.quickstart import (
-    QuickstartOptions,
-    check_options,
-    choose_image_size,
-    load_data,
-    write_metrics,
-)
+from maskx.engine.options import QuickstartOptions, check_options
+from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
 from maskx.engine.training import select_device
 from maskx.systems.transfernet.pipeline import TransferSettings, learn_to_transfer
 

@@ -18,13 +18,8 @@ from maskx.data.image_samples import read_image_sample
 from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.data.splits import resolve_split
 from maskx.engine.batches import training_batches
-from maskx.engine.quickstart import (
-    QuickstartOptions,
-    check_options,
-    choose_image_size,
-    load_data,
-    write_metrics,
-)
+from maskx.engine.options import QuickstartOptions, check_options
+from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
 from maskx.engine.training import TrainingSettings, select_device, train
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.figures import contact_sheet, draw_instances, save_png

@@ -15,13 +15,14 @@ import torch
 
 from maskx.data.splits import resolve_split
 from maskx.engine.batches import training_batches
-from maskx.engine.quickstart import QuickstartOptions, load_data
+from maskx.engine.options import QuickstartOptions
+from maskx.engine.quickstart import load_data
 from maskx.engine.training import TrainingSettings, select_device, train
 from maskx.evaluation.average_precision import evaluate_detections
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
 from maskx.systems.maskx_rcnn.torchvision.detection import SampleDetector, detect
 from maskx.systems.maskx_rcnn.torchvision.models import faster_rcnn_small, maskx_rcnn_small
-from studies.study import Measure, Ordering, Report, StudyOptions, System, process_lock
+from studies.study import Measure, Ordering, Report, Study, StudyOptions, process_lock
 
 # What each word of a method sets; those of configs/MaskX/README.md set the same there.
 WORDS: Mapping[str, Mapping[str, Any]] = {
@@ -181,7 +182,7 @@ def _above(name: str, better: str, worse: str) -> Ordering:
     return Ordering(name, (better, "mask_AP_B"), (worse, "mask_AP_B"))
 
 
-MASKX = System(
+STUDY = Study(
     settings=PAPER_SETTINGS,
     measures={
         "mask_AP_B": Measure("mask AP, B"),

@@ -1,0 +1,90 @@
+"""Options of the quick start.
+
+A system says which of them have a meaning for it alone, see :class:`maskx.engine.system.System`.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from maskx.engine.system import find_system, system_names
+
+__all__ = ["QuickstartOptions", "check_options"]
+
+
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """Options of the quick start.
+
+    Attributes:
+        output: folder of the generated data, checkpoints, ``metrics.json`` and pictures.
+        seed: of the scenes, the initial weights and the order of the data.
+        iterations: training steps of every model; None for those of the system.
+        batch_size: images per step; None for that of the system. For ``transfernet`` it must be
+            even.
+        compare: train one more baseline in the same way: of ``maskx`` the class-agnostic one, with
+            GrabCut in the boxes that Mask^X finds evaluated too; of ``transfernet`` DecoupledNet.
+        resume: go on with an interrupted run.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        coco_train: annotation file and image folder to train on instead of generated scenes.
+        coco_val: annotation file and image folder to evaluate on.
+        masks_for: category split, see :func:`maskx.data.splits.resolve_split`: the categories
+            with masks of ``maskx``, the source of ``transfernet``, the base classes of
+            ``larvseg``, on COCO files the concepts with masks of ``concept_mask``, whose scenes
+            have a split of their own; ``class_patterns`` learns from no masks. None is
+            ``scenes_half``; on COCO files for ``maskx`` ``all``, for ``concept_mask``
+            ``coco_voc``.
+        skip_bad: leave bad annotations out, counted, instead of stopping at them.
+        backbone: ``small`` or the name of a torchvision ResNet; ``vgg16`` too for ``transfernet``,
+            ``larvseg`` and ``concept_mask``.
+        pretrained: start from ImageNet weights, which torchvision downloads; not with ``small``.
+        image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else. All but
+            ``maskx`` warp images to squares of this side.
+        workers: processes that read images; 0 reads them in the process that trains.
+        threshold: of ``class_patterns``, see
+            :class:`maskx.systems.class_patterns.proxy_masks.ProxyMaskSettings`;
+            None is "otsu", the paper has "zero".
+        resolve: the same; None is "standardised", the paper has "ignore".
+        crf: refine masks by a dense CRF: of ``class_patterns`` proxy masks of images with one
+            label, and predictions; of ``transfernet`` predictions.
+        multi_scale: of ``class_patterns``, test the segmentation network at three sizes, as the
+            paper does.
+    """
+
+    output: Path
+    seed: int = 0
+    iterations: int | None = None
+    batch_size: int | None = None
+    compare: bool = False
+    resume: bool = False
+    device: str = "auto"
+    coco_train: tuple[str, str] | None = None
+    coco_val: tuple[str, str] | None = None
+    masks_for: str | None = None
+    skip_bad: bool = False
+    backbone: str = "small"
+    pretrained: bool = False
+    image_size: int | None = None
+    workers: int = 0
+    threshold: str | None = None
+    resolve: str | None = None
+    crf: bool = False
+    multi_scale: bool = False
+
+
+def check_options(system: str, options: QuickstartOptions) -> None:
+    """Refuse options that have no meaning for a system.
+
+    Raises:
+        ValueError: there is one; the message says for which systems it has a meaning.
+    """
+    owners: dict[str, list[str]] = {}
+    for name in system_names():
+        for option in find_system(name).options:
+            owners.setdefault(option, []).append(name)
+    default = {field.name: field.default for field in fields(QuickstartOptions)}
+    for option in owners.keys() - find_system(system).options:
+        if getattr(options, option) != default[option]:
+            raise ValueError(
+                f"{option} has no meaning for the system {system}, only for "
+                f"{', '.join(owners[option])}. Leave it out, or choose another system."
+            )

@@ -1,0 +1,112 @@
+"""What a system is to the tools: a few callables, registered by name."""
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:  # a help text waits for none of these
+    import torch
+    from torch import nn
+
+    from maskx.engine.batches import RecordMapper
+    from maskx.engine.options import QuickstartOptions
+    from maskx.engine.results import Prediction
+    from maskx.engine.runs import Run
+    from maskx.supervision import CategorySplit
+
+    MakeSamples = Callable[[Mapping[str, Any], Sequence[str], CategorySplit], RecordMapper]
+
+__all__ = ["Scores", "System", "find_system", "register_system", "system_names"]
+
+
+class Scores(Protocol):
+    """Counts of an evaluation, which stream and merge."""
+
+    def update(self, record: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Take in the result of an image."""
+
+    def merge(self, other: "Scores") -> None:
+        """Take in what another process counted."""
+
+    def results(self) -> dict[str, Any]:
+        """Return the metrics, in percent, by task and name."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A system, as trainer, command line, quick start and studies see it.
+
+    A model maps a list of samples to losses in training and to a list of results in evaluation.
+    One that trains in one step gives ``build``, ``samples`` and ``scores``: then
+    :func:`maskx.engine.pipeline.one_stage` is its pipeline, and
+    :func:`maskx.detectron2.adapters.hooks_of_system` trains it on Detectron2.
+
+    Attributes:
+        name: by which it is asked for.
+        title: its name in prose.
+        pipeline: the quick start: from data to ``metrics.json``, called with options and with what
+            receives the lines for the reader.
+        open: loads the trained model of a run folder of the embedded host onto a device.
+        prediction: turns the result of an image, with the class names, into what people expect.
+        options: names of the options of the quick start that have a meaning for it alone.
+        build: makes a model of settings and class names.
+        samples: makes, of the same and the category split, what makes training samples.
+        scores: makes, of class names and split, what counts an evaluation.
+    """
+
+    name: str
+    title: str
+    pipeline: "Callable[[QuickstartOptions, Callable[[str], None]], dict[str, Any]]"
+    open: "Callable[[Run, torch.device], nn.Module] | None" = None
+    prediction: "Callable[[Mapping[str, Any], Sequence[str]], Prediction] | None" = None
+    options: frozenset[str] = frozenset()
+    build: "Callable[[Mapping[str, Any], Sequence[str]], nn.Module] | None" = None
+    samples: "Callable[[Mapping[str, Any], Sequence[str], CategorySplit], RecordMapper] | None" = (
+        None
+    )
+    scores: "Callable[[Sequence[str], CategorySplit], Scores] | None" = None
+
+
+_SYSTEMS: dict[str, System | str] = {}
+
+
+def register_system(name: str, system: System | str) -> None:
+    """Make a system known; again with the same does nothing.
+
+    Args:
+        name: by which it is asked for.
+        system: the system, or "module:attribute", which is imported when it is asked for.
+
+    Raises:
+        ValueError: the name stands for another system.
+    """
+    if _SYSTEMS.setdefault(name, system) != system:
+        raise ValueError(f"The system {name!r} is registered already, as {_SYSTEMS[name]!r}.")
+
+
+def system_names() -> tuple[str, ...]:
+    """Names of the systems that are registered, in the order of their registration."""
+    return tuple(_SYSTEMS)
+
+
+@functools.cache
+def _imported(path: str) -> System:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def find_system(name: str) -> System:
+    """Return a system.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in _SYSTEMS:
+        raise ValueError(
+            f"There is no system {name!r}. Allowed: {', '.join(_SYSTEMS)}. One of another package "
+            "is there once that is imported."
+        )
+    system = _SYSTEMS[name]
+    return _imported(system) if isinstance(system, str) else system
