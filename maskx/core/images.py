@@ -1,5 +1,8 @@
 """Images and label maps as tensors, warped to squares."""
 
+import cv2
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,3 +40,13 @@ def warp_label_map(label_map: Tensor, size: int) -> Tensor:
     # pixel. float32 holds all labels, which are below 2^24.
     as_image = label_map[None, None].float()
     return F.interpolate(as_image, (size, size), mode="nearest-exact")[0, 0].long()
+
+
+def resized_image(image: Tensor, height: int, width: int) -> np.ndarray:
+    """Make an image (height, width, 3) uint8 of a sample's (3, H, W) in [0, 255]."""
+    pixels = image.cpu().clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    shrinks = height < pixels.shape[0]
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=interpolation)

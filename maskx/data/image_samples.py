@@ -43,8 +43,9 @@ class ImageMapper:
         size: training images and their label maps are warped to squares of this side in pixels, so
             that they make a batch; None leaves them as they are.
         flip: mirror half of the training samples.
-        label_maps: give training samples a ``label_map``. Without it no mask and no label map is
-            opened or decoded, so nothing of them can reach a loss: that is learning from tags.
+        label_maps: give training samples ``sem_seg``, their label map. Without it no mask and no
+            label map is opened or decoded, so nothing of them can reach a loss: that is learning
+            from tags.
         read_label_map: maps a record to its (H, W) label map, in place of
             :func:`maskx.data.label_maps.semantic_label_map`.
 
@@ -97,7 +98,7 @@ class ImageMapper:
 
         Returns:
             What :meth:`read_image` returns, with ``image`` warped to (3, ``size``, ``size``), and
-            with ``label_map`` of the same size, int64, if label maps are asked for.
+            with ``sem_seg``, the label map, of the same size, int64, if label maps are asked for.
 
         Raises:
             FileNotFoundError: the image or its label map is missing.
@@ -105,13 +106,13 @@ class ImageMapper:
         """
         sample = self.read_image(record)
         if self.label_maps:
-            sample["label_map"] = self._label_map(record)
+            sample["sem_seg"] = self._label_map(record)
         if self.size is not None:
             sample["image"] = warp_image(sample["image"], self.size)
             if self.label_maps:
-                sample["label_map"] = warp_label_map(sample["label_map"], self.size)
+                sample["sem_seg"] = warp_label_map(sample["sem_seg"], self.size)
         if self.flip and random_state.randint(2):
-            for key in sample.keys() & {"image", "label_map"}:
+            for key in sample.keys() & {"image", "sem_seg"}:
                 sample[key] = sample[key].flip(-1)
         return sample
 

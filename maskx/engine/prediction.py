@@ -43,8 +43,8 @@ def predict_image_labels(
     with tqdm(total=len(records), desc=description, unit="img") as progress:
         for start in range(0, len(records), batch_size):
             samples = [read_image(record) for record in records[start : start + batch_size]]
-            logits = torch.stack([output["logits"] for output in model(samples)])
-            prob[start : start + len(samples)] = logits.float().sigmoid().cpu().numpy()
+            found = torch.stack([result["image_labels_prob"] for result in model(samples)])
+            prob[start : start + len(samples)] = found.float().cpu().numpy()
             progress.update(len(samples))
     return prob
 

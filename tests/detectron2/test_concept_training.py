@@ -130,7 +130,7 @@ def test_the_evaluator_measures_what_the_scores_measure(trained, tiny_concepts):
     for record in test.records:
         truths = {c: t for c, t in concept_truths(record) if test.indices[c] >= -1}
         image = cv2.imread(record["file_name"])[:, :, ::-1].transpose(2, 0, 1)
-        pixels = model.normalised(torch.from_numpy(np.ascontiguousarray(image)))
+        pixels = model.normalise({"image": torch.from_numpy(np.ascontiguousarray(image))})
         query = test.query(list(truths))
         with torch.no_grad():
             found = model.network.predict(pixels, query)
@@ -315,7 +315,7 @@ def test_fitted_values_are_written_into_the_checkpoint(trained, concept_files):
 
     def read_image(record):
         image = cv2.imread(record["file_name"])[:, :, ::-1]  # RGB, as the configuration says
-        return model.normalised(torch.from_numpy(image.transpose(2, 0, 1).copy()))
+        return model.normalise({"image": torch.from_numpy(image.transpose(2, 0, 1).copy())})
 
     assert fit_concepts(model.network, test, read_image) == fitted
     refitted = model.network.existence_thresholds

@@ -7,9 +7,9 @@ from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from maskx.core.images import resized_image
 from maskx.data.grabcut import grabcut_mask
 from maskx.detectron2 import MaskXCOCOEvaluator, Trainer
-from maskx.detectron2.image_model import resized_image
 from maskx.systems.maskx_rcnn.detectron2.grabcut import MaskXGrabCutRCNN, predicts_masks
 
 GRABCUT = (

@@ -36,14 +36,16 @@ def make_samples(size, seed=0):
         image = 255 * torch.randint(2, (3, *size), generator=generator, dtype=torch.uint8)
         label_map = torch.randint(K + 1, size, generator=generator)
         label_map[:3] = 255
-        samples.append({"image": image, "image_labels": labels, "label_map": label_map})
+        samples.append({"image": image, "image_labels": labels, "sem_seg": label_map})
     return samples
 
 
 def make_classifiers():
     torch.manual_seed(0)
     of_detectron2 = MaskXImageClassifier(
-        backbone=MaskXSmallResNet(widths=WIDTHS), image_size=SIZE, **FEATURE, **PIXELS
+        classifier=ImageClassifier(MaskXSmallResNet(widths=WIDTHS), in_channels=8, **FEATURE),
+        size=SIZE,
+        **PIXELS,
     )
     plain = ImageClassifier(SmallResNet(widths=WIDTHS), in_channels=8, **FEATURE)
     plain.load_state_dict(of_detectron2.classifier.state_dict())
@@ -76,26 +78,26 @@ def test_classifiers_learn_the_same(size, in_float64, assert_same_step):
 @torch.no_grad()
 @pytest.mark.parametrize("bgr", [False, True])
 def test_classifiers_predict_the_same(bgr, in_float64):
-    """What each returns differs: probabilities, labels and maps here, logits there."""
     first, second = in_float64(*make_classifiers())
     samples = make_samples((24, 41))
     if bgr:
         read_bgr(first, first.classifier.backbone)
     results = first.eval()(in_bgr(samples) if bgr else samples)
     for result, other in zip(results, second.eval()(samples), strict=True):
-        prob = other["logits"].sigmoid()
+        prob = other["image_labels_prob"]
         torch.testing.assert_close(result["image_labels_prob"], prob, rtol=0, atol=1e-6)
         chosen = choose_labels(prob[None])[0].nonzero()[:, 0]
         assert torch.equal(result["image_labels"], chosen)
+        torch.testing.assert_close(result["activation_maps"], other["activation_maps"])
 
 
 def test_segmenters_learn_the_same(in_float64, assert_same_step):
     first, second = in_float64(*make_segmenters())
     samples = make_samples((SIZE, SIZE))
     losses = []
-    for model, key in ((first, "sem_seg"), (second, "label_map")):
+    for model, key in ((first, "sem_seg"), (second, "sem_seg")):
         torch.manual_seed(1)  # dropout
-        losses.append(model.train()([s | {key: s["label_map"]} for s in samples]))
+        losses.append(model.train()([s | {key: s["sem_seg"]} for s in samples]))
     assert_same_step(
         *(first.network, second.network, *losses),
         expected={"loss_pixels": True},

@@ -58,7 +58,7 @@ def make_samples(size=(SIZE, SIZE)):
         samples.append({"image": image, "image_labels": labels})
     label_map = torch.randint(K + 1, size, generator=generator)
     label_map[:3] = 255
-    samples[0]["label_map"] = label_map
+    samples[0]["sem_seg"] = label_map
     return samples
 
 
@@ -129,8 +129,9 @@ def test_they_predict_the_same_for_the_true_labels_of_a_square_image(method, in_
 def test_their_classifiers_learn_the_same(in_float64, assert_same_step):
     """Source labels of a target image are absent on both, whatever labels are candidates."""
     torch.manual_seed(0)
-    form = {name: value for name, value in FORM.items() if name != "in_channels"}
-    first = MaskXTransferClassifier(backbone=make_backbone(), image_size=SIZE, **form, **PIXELS)
+    first = MaskXTransferClassifier(
+        classifier=ImageClassifier(make_backbone(), **FORM), size=SIZE, **PIXELS
+    )
     second = SampleClassifier(copy.deepcopy(first.classifier), size=SIZE)
     first, second = in_float64(first, second)
     samples = make_samples((24, 41))
@@ -157,7 +158,7 @@ def test_they_predict_the_same_for_labels_that_the_classifier_chooses(in_float64
     linear.bias -= first.classifier(second.preprocess(samples)).mean(dim=0)
     of_torchvision = SampleClassifier(copy.deepcopy(first.classifier), size=SIZE)
     classifier = in_float64(first, of_torchvision)[1].eval()
-    prob = torch.stack([output["logits"].sigmoid() for output in classifier(samples)])
+    prob = torch.stack([output["image_labels_prob"] for output in classifier(samples)])
     labels = [row.nonzero()[:, 0].tolist() for row in choose_labels(prob)]
     assert len({tuple(chosen) for chosen in labels}) > 1
     chosen_by_image = zip(samples, labels, strict=True)

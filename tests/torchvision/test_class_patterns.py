@@ -111,7 +111,7 @@ def test_predictions_to_retrain_on_hold_only_the_tags(scenes, finished):
     retraining = load_coco(output / "retraining" / "annotations.json", scenes[0])
     mapper = ImageMapper(4, size=None, flip=False, label_maps=True)
     for record in retraining.records:
-        found = set(mapper(record, None)["label_map"].unique().tolist())
+        found = set(mapper(record, None)["sem_seg"].unique().tolist())
         assert found <= {0, *(label + 1 for label in record["image_labels"])}
 
 

@@ -8,10 +8,9 @@ import torch
 import maskx.data.image_samples
 import maskx.data.label_maps
 from maskx.core.images import warp_image
-from maskx.data.image_samples import ImageMapper
+from maskx.data.image_samples import ImageMapper, read_image_sample
 from maskx.data.label_maps import semantic_label_map, write_label_map
 from maskx.engine.batches import training_batches
-from maskx.systems.maskx_rcnn.samples import InstanceMapper
 
 K = 8
 
@@ -44,7 +43,7 @@ def test_learning_from_tags_never_touches_a_mask(scenes, voc_like, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a mask or label map was read")
 
-    for module in (maskx.engine.batches, maskx.data.label_maps):
+    for module in (maskx.data.label_maps,):
         monkeypatch.setattr(module, "decode_segmentation", refuse)
     monkeypatch.setattr(maskx.data.label_maps, "read_label_map", refuse)
     monkeypatch.setattr(maskx.data.image_samples, "semantic_label_map", refuse)
@@ -54,8 +53,8 @@ def test_learning_from_tags_never_touches_a_mask(scenes, voc_like, monkeypatch):
         annotation["segmentation"] = "decoding this would fail"
     gone = voc_like | {"label_map_file_name": "there is no such file"}
     for record in (scene, voc_like, gone):
-        assert "label_map" not in mapper(record, state())
-        assert "label_map" not in mapper.read_image(record)
+        assert "sem_seg" not in mapper(record, state())
+        assert "sem_seg" not in mapper.read_image(record)
     with pytest.raises(AssertionError, match="was read"):
         ImageMapper(K, size=32, label_maps=True)(voc_like, state())
 
@@ -64,8 +63,8 @@ def test_samples_hold_image_labels_and_the_size_of_the_file(voc_like):
     sample = ImageMapper(K, size=24, label_maps=True)(voc_like, state())
     assert sample["image"].shape == (3, 24, 24)
     assert sample["image"].dtype == torch.uint8
-    assert sample["label_map"].shape == (24, 24)
-    assert sample["label_map"].dtype == torch.int64
+    assert sample["sem_seg"].shape == (24, 24)
+    assert sample["sem_seg"].dtype == torch.int64
     assert {key: sample[key] for key in ("height", "width", "image_id", "image_labels")} == {
         "height": 20,
         "width": 30,
@@ -76,7 +75,7 @@ def test_samples_hold_image_labels_and_the_size_of_the_file(voc_like):
 
 def test_images_for_inference_are_as_in_the_file(voc_like):
     sample = ImageMapper(K, size=24, label_maps=True).read_image(voc_like)
-    plain = InstanceMapper(()).read_image(voc_like)
+    plain = read_image_sample(voc_like)
     assert torch.equal(sample["image"], plain["image"])
     assert set(sample) == {*plain, "image_labels"}
 
@@ -84,8 +83,8 @@ def test_images_for_inference_are_as_in_the_file(voc_like):
 def test_without_a_size_nothing_is_warped(scenes):
     record = scenes.records[0]
     sample = ImageMapper(K, size=None, flip=False, label_maps=True)(record, state())
-    assert np.array_equal(sample["label_map"].numpy(), semantic_label_map(record, K))
-    assert torch.equal(sample["image"], InstanceMapper(()).read_image(record)["image"])
+    assert np.array_equal(sample["sem_seg"].numpy(), semantic_label_map(record, K))
+    assert torch.equal(sample["image"], read_image_sample(record)["image"])
 
 
 def test_label_maps_are_warped_to_the_nearest_pixel(voc_like):
@@ -94,7 +93,7 @@ def test_label_maps_are_warped_to_the_nearest_pixel(voc_like):
     for row in range(12):
         for column in range(12):
             y, x = int((row + 0.5) * 20 / 12), int((column + 0.5) * 30 / 12)
-            assert sample["label_map"][row, column] == truth[y, x], (row, column)
+            assert sample["sem_seg"][row, column] == truth[y, x], (row, column)
 
 
 def test_image_and_label_map_stay_aligned(voc_like):
@@ -104,7 +103,7 @@ def test_image_and_label_map_stay_aligned(voc_like):
             sample = ImageMapper(K, size=size, label_maps=True)(voc_like, state(seed))
             bright = sample["image"][0] > 120
             # All but pixels that the edge crosses.
-            assert (bright ^ (sample["label_map"] == 3)).float().mean() < 0.02
+            assert (bright ^ (sample["sem_seg"] == 3)).float().mean() < 0.02
 
 
 def test_flip_mirrors_image_and_label_map_together(voc_like):
@@ -115,7 +114,7 @@ def test_flip_mirrors_image_and_label_map_together(voc_like):
         sample = mapper(voc_like, state(seed))
         is_flipped = not torch.equal(sample["image"], plain["image"])
         flipped += is_flipped
-        for key in ("image", "label_map"):
+        for key in ("image", "sem_seg"):
             expected = plain[key].flip(-1) if is_flipped else plain[key]
             assert torch.equal(sample[key], expected)
     assert 4 <= flipped <= 16
@@ -143,7 +142,7 @@ def test_images_without_labels_are_samples_too(voc_like):
 def test_label_maps_may_come_from_elsewhere(voc_like):
     elsewhere = np.full((20, 30), 7, np.uint8)
     mapper = ImageMapper(K, size=None, label_maps=True, read_label_map=lambda record: elsewhere)
-    assert (mapper(voc_like, state())["label_map"] == 7).all()
+    assert (mapper(voc_like, state())["sem_seg"] == 7).all()
     mapper.read_label_map = lambda record: elsewhere.T
     with pytest.raises(ValueError, match=r"image 'one' has shape \(30, 20\), its image has height"):
         mapper(voc_like, state())
@@ -155,7 +154,7 @@ def test_large_labels_survive(voc_like):
     mapper = ImageMapper(
         21_841, size=11, flip=False, label_maps=True, read_label_map=lambda record: many
     )
-    assert set(mapper(voc_like, state())["label_map"].unique().tolist()) == {21_841, 65535}
+    assert set(mapper(voc_like, state())["sem_seg"].unique().tolist()) == {21_841, 65535}
 
 
 def test_batches_are_made_with_workers_too(scenes):
@@ -167,7 +166,7 @@ def test_batches_are_made_with_workers_too(scenes):
         for sample, other in zip(batch, same, strict=True):
             assert sample["image_id"] == other["image_id"]
             assert torch.equal(sample["image"], other["image"])
-            assert torch.equal(sample["label_map"], other["label_map"])
+            assert torch.equal(sample["sem_seg"], other["sem_seg"])
 
 
 def test_errors_name_what_is_wrong(voc_like):

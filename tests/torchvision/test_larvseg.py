@@ -360,7 +360,7 @@ def test_the_start_learns_only_the_classes_of_its_data_set(sets):
         row[sample["image_labels"]] = 1
     expected = F.binary_cross_entropy_with_logits(logits[:, :NUM_CLASSES], target)
     torch.testing.assert_close(losses["loss_labels"], expected)
-    assert model.eval()(tags)[0]["logits"].shape == (NUM_CLASSES + 2,)
+    assert model.eval()(tags)[0]["image_labels_prob"].shape == (NUM_CLASSES + 2,)
 
 
 # --- chain

@@ -97,10 +97,10 @@ def test_the_loss_of_labels_is_that_of_their_sigmoids(samples):
 def test_the_loss_of_pixels_ignores_unknown_ones(samples):
     model = make_segmenter().eval()  # without dropout
     for sample in samples:
-        sample["label_map"][:4] = 255
+        sample["sem_seg"][:4] = 255
     logits = model.network(model.preprocess(samples))
     logits = F.interpolate(logits, (SIZE, SIZE), mode="bilinear", align_corners=False)
-    truth = torch.stack([sample["label_map"] for sample in samples])
+    truth = torch.stack([sample["sem_seg"] for sample in samples])
     log_prob = logits.log_softmax(dim=1).permute(0, 2, 3, 1)[truth != 255]
     expected = -log_prob.gather(1, truth[truth != 255][:, None]).mean()
     model.training = True  # the wrapper alone: batch norm and dropout stay as they are
@@ -114,7 +114,7 @@ def test_the_loss_of_pixels_ignores_unknown_ones(samples):
 @pytest.mark.parametrize("name", MAKERS)
 def test_nothing_to_learn_from_is_a_zero_loss_with_a_graph(name, samples):
     for sample in samples:
-        sample["label_map"][:] = 255
+        sample["sem_seg"][:] = 255
     batches = [[], samples] if name == "loss_pixels" else [[]]
     for batch in batches:
         model = MAKERS[name]().train()
@@ -143,14 +143,14 @@ def test_label_maps_must_fit_the_model(samples, scenes):
     other = ImageMapper(K, size=16, label_maps=True)(scenes.records[0], np.random.RandomState(0))
     with pytest.raises(ValueError, match=r"came with \(16, 16\), .* of \(32, 32\).*size=32"):
         model([samples[0], other])
-    del samples[0]["label_map"]
+    del samples[0]["sem_seg"]
     with pytest.raises(ValueError, match="came with no label map"):
         model(samples)
 
 
 @pytest.mark.parametrize("make", MAKERS.values())
 def test_a_size_below_one_is_refused(make):
-    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
+    with pytest.raises(ValueError, match=r"size \(INPUT.MASKX.SIZE\) is 0"):
         make(size=0)
 
 
@@ -160,7 +160,7 @@ def test_outputs_have_the_names_and_shapes_of_both_hosts(scenes):
     sample["image"], sample["width"] = sample["image"][:, :, :50], 50
     with torch.no_grad():
         outputs = make_classifier().eval()([sample, reader.read_image(scenes.records[1])])
-        assert [output["logits"].shape for output in outputs] == [(K,), (K,)]
+        assert [output["image_labels_prob"].shape for output in outputs] == [(K,), (K,)]
         (output,) = make_segmenter().eval()([sample])
     assert output["prob"].shape == (K + 1, 64, 50)
     assert torch.allclose(output["prob"].sum(dim=0), torch.ones(64, 50), atol=1e-5)
@@ -192,7 +192,7 @@ def test_probabilities_of_labels_do_not_depend_on_the_batch(scenes):
     assert np.allclose(prob, predict_image_labels(model, scenes.records, batch_size=8), atol=1e-6)
     sample = ImageMapper(K, size=None, label_maps=False).read_image(scenes.records[4])
     with torch.no_grad():
-        expected = 1 / (1 + np.exp(-model([sample])[0]["logits"].double().numpy()))
+        expected = model([sample])[0]["image_labels_prob"].numpy()
     assert np.allclose(prob[4], expected, atol=1e-6)
     assert predict_image_labels(model, []).shape == (0, K)
 

@@ -118,15 +118,15 @@ def test_masks_of_target_images_are_decoded_only_where_asked_for(data, split):
     sets = transfer_sets(records, split)
     for record in sets.target:
         sample = mapper(record, np.random.RandomState(0))
-        assert "label_map" not in sample
+        assert "sem_seg" not in sample
         assert set(sample["image_labels"]) <= target
     for record in sets.source:
-        assert mapper(record, np.random.RandomState(0))["label_map"].shape == (SIZE, SIZE)
+        assert mapper(record, np.random.RandomState(0))["sem_seg"].shape == (SIZE, SIZE)
     with_masks = transfer_sets(records, split, use_target_masks=True)
     with pytest.raises((TypeError, ValueError, AttributeError)):
         mapper(with_masks.target[0], np.random.RandomState(0))
     readable = transfer_sets(data.records, split, use_target_masks=True).target[0]
-    assert "label_map" in mapper(readable, np.random.RandomState(0))
+    assert "sem_seg" in mapper(readable, np.random.RandomState(0))
 
 
 def test_labels_without_a_pixel_make_no_pair(sets):
@@ -201,10 +201,10 @@ def test_the_losses_are_those_of_the_equations(trained, samples):
                 model.preprocess([sample]), torch.tensor([0]), torch.tensor([label])
             )
             labels.append(-outputs.class_logits.log_softmax(dim=1)[0, label])
-            if "label_map" in sample:
+            if "sem_seg" in sample:
                 log_prob = outputs.mask_logits[0].log_softmax(dim=0)
-                is_label = sample["label_map"] == label + 1
-                known = sample["label_map"] != 255
+                is_label = sample["sem_seg"] == label + 1
+                known = sample["sem_seg"] != 255
                 masks.append(-torch.where(is_label, log_prob[1], log_prob[0])[known])
     assert len(masks) < len(labels)
     assert losses["loss_labels"].item() == pytest.approx(
@@ -218,7 +218,7 @@ def test_the_losses_are_those_of_the_equations(trained, samples):
 def test_nothing_to_learn_from_is_a_zero_loss_with_a_graph(trained, samples, method):
     model = trained._build(TransferMethod(method)).train()
     unlabelled = [sample | {"image_labels": []} for sample in samples]
-    tags_only = [sample for sample in samples if "label_map" not in sample]
+    tags_only = [sample for sample in samples if "sem_seg" not in sample]
     for batch, zero in (
         (unlabelled, ("loss_labels", "loss_masks")),
         (tags_only, ("loss_masks",)),
@@ -422,7 +422,7 @@ def test_every_step_sees_its_images_for_its_number_of_steps(make_chain, sets, mo
     source, target = ({r["image_id"] for r in side} for side in (sets.source, sets.target))
     for name, (_, samples) in steps.items():
         assert {sample["image_id"] for sample in samples} == source | target
-        with_masks = {sample["image_id"] for sample in samples if "label_map" in sample}
+        with_masks = {sample["image_id"] for sample in samples if "sem_seg" in sample}
         assert with_masks == (set() if name in ("classifier", "attention") else source)
 
 

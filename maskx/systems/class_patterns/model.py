@@ -38,7 +38,7 @@ class SampleSegmenter(SampleModel):
 
         Args:
             samples: as of :class:`maskx.data.image_samples.ImageMapper`: ``image``; in training
-                ``label_map`` of this model's ``size``; in evaluation ``height`` and ``width``.
+                ``sem_seg`` of this model's ``size``; in evaluation ``height`` and ``width``.
 
         Returns:
             ``{"loss_pixels"}``, or per sample ``{"prob": (K + 1, H, W)}`` at the size of the file,
@@ -65,14 +65,14 @@ class SampleSegmenter(SampleModel):
     def _label_maps(self, samples: list[Sample]) -> Tensor:
         square = (self.size, self.size)
         for sample in samples:
-            found = tuple(sample["label_map"].shape) if "label_map" in sample else "no label map"
+            found = tuple(sample["sem_seg"].shape) if "sem_seg" in sample else "no label map"
             if found != square:
                 raise ValueError(
                     f"Image {sample.get('image_id')!r} came with {found}, but this model trains on "
                     f"label maps of {square}. Make samples with ImageMapper(..., size={self.size}, "
                     "label_maps=True)."
                 )
-        label_maps = [sample["label_map"] for sample in samples]
+        label_maps = [sample["sem_seg"] for sample in samples]
         stacked = torch.stack(label_maps) if label_maps else torch.zeros(0, *square).long()
         return stacked.to(self.device)
 

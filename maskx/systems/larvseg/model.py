@@ -67,7 +67,8 @@ class SampleJointClassifier(_ScoringModel):
     def forward(self, samples: list[Sample]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """As of :class:`maskx.core.sample_models.SampleClassifier`, by table index."""
         if not self.training:
-            return [{"logits": row} for row in self.classifier(self.preprocess(samples))]
+            prob = self.classifier(self.preprocess(samples)).sigmoid()
+            return [{"image_labels_prob": row} for row in prob]
         images, scored = self._training_batch(samples)
         logits = self.classifier(images)[:, scored]
         labels = multi_hot([s["image_labels"] for s in samples], len(scored), logits.device)

@@ -127,13 +127,13 @@ class TransferMapper:
         """Make a training sample, as :class:`maskx.data.image_samples.ImageMapper` does.
 
         Returns:
-            With ``label_map`` where the record has masks; ``image_labels`` are then the labels of
+            With ``sem_seg`` where the record has masks; ``image_labels`` are then the labels of
             at least one pixel of it. The label map of a record that only has tags is not made.
         """
         if record["supervision"] != _MASK:
             return self._tags(record, random_state)
         sample = self._masks(record, random_state)
-        sample["image_labels"] = visible_labels(sample["image_labels"], sample["label_map"].numpy())
+        sample["image_labels"] = visible_labels(sample["image_labels"], sample["sem_seg"].numpy())
         return sample
 
 
@@ -217,7 +217,7 @@ class SampleTransferNet(SampleModel):
 
         Args:
             samples: each with ``image`` and ``image_labels``; in training as of
-                :class:`TransferMapper`, where those with ``label_map`` train the masks.
+                :class:`TransferMapper`, where those with ``sem_seg`` train the masks.
 
         Returns:
             A dictionary of scalar losses; or per sample ``labels``, its L labels; ``prob``
@@ -255,17 +255,17 @@ class SampleTransferNet(SampleModel):
         ignore = ignore_label(self.num_classes)
         label_maps = torch.full((len(samples), self.size, self.size), ignore)
         for row, sample in zip(label_maps, samples, strict=True):
-            if "label_map" not in sample:
+            if "sem_seg" not in sample:
                 continue
-            found = tuple(sample["label_map"].shape)
+            found = tuple(sample["sem_seg"].shape)
             if found != row.shape:
                 raise ValueError(
                     f"Image {sample.get('image_id')!r} came with a label map of {found}, but this "
                     f"model trains on {tuple(row.shape)}. Make samples with TransferMapper(..., "
                     f"size={self.size})."
                 )
-            row.copy_(sample["label_map"])
-        has_masks = torch.tensor(["label_map" in sample for sample in samples], dtype=torch.bool)
+            row.copy_(sample["sem_seg"])
+        has_masks = torch.tensor(["sem_seg" in sample for sample in samples], dtype=torch.bool)
         mask_pairs = has_masks.to(pair_images.device)[pair_images]
         outputs = self.network(images, pair_images, pair_labels, mask_pairs)
         targets = pair_target(

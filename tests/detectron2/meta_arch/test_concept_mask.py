@@ -180,7 +180,7 @@ def test_a_query_of_a_sample_is_answered_at_the_size_of_the_file(make_concept_cf
     assert found["concept_indices"].tolist() == [model.table.index_of("grass"), 3, -1]
     assert found["masks_prob"].shape == found["attention"].shape == (3, 50, 60)
     assert torch.equal(found["masks"], found["masks_prob"] > 0.5)
-    plain = model.network.predict(model.normalised(image), query, output_size=(50, 60))
+    plain = model.network.predict(model.normalise({"image": image}), query, output_size=(50, 60))
     assert torch.equal(plain.mask_prob, found["masks_prob"])
     assert torch.equal(plain.existence, found["existence"])
 

@@ -260,7 +260,7 @@ def grow(sample):
             drop,
             r"training sample of image 2 has no 'sem_seg'\. Use MaskXImageMapper with",
         ),
-        (grow, r"different sizes: \(48, 48\), \(50, 48\)\. Use MaskXImageMapper"),
+        (grow, r"different sizes: \(48, 48\), \(50, 48\)\. Use a mapper"),
     ],
 )
 def test_bad_samples_are_named(model, change, words):

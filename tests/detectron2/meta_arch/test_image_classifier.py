@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.engine import DefaultPredictor
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import build_model
 from PIL import Image
 
 from maskx.core.backbones import SmallResNet
@@ -151,9 +151,13 @@ def test_any_backbone_of_detectron2_can_be_classified(make_classifier_cfg, backb
 
 def test_it_is_built_without_a_configuration():
     model = MaskXImageClassifier(
-        backbone=MaskXSmallResNet(widths=(4, 4, 4, 8)),
-        num_classes=4,
-        image_size=32,
+        classifier=ImageClassifier(
+            MaskXSmallResNet(widths=(4, 4, 4, 8)),
+            in_feature="layer4",
+            in_channels=8,
+            num_classes=4,
+        ),
+        size=32,
         pixel_mean=MEAN,
         pixel_std=STD,
     )
@@ -183,7 +187,7 @@ def test_the_predictor_gives_the_image_as_it_is(make_classifier_cfg, tmp_path, w
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: s.pop("image_labels"), r"sample of image 2 has no 'image_labels'\. Use MaskXIm"),
+        (lambda s: s.pop("image_labels"), r"sample of image 2 has no 'image_labels'"),
         (lambda s: s.update(image_labels=[4]), r"image 1 of the batch has image_labels \[4\]; cl"),
         (lambda s: s.update(image_labels=[-1]), r"image_labels \[-1\]; class indices of 4"),
     ],
@@ -200,8 +204,7 @@ def test_bad_arguments_are_named(make_classifier_cfg):
     words = r"IN_FEATURE \(in_feature\) is 'res5', which MaskXSmallResNet .* layer1, layer2, layer3"
     with pytest.raises(ValueError, match=words):
         MaskXImageClassifier(cfg)
-    with pytest.raises(ValueError, match=r"INPUT\.MASKX\.SIZE \(image_size\) is 0\. Allowed"):
+    with pytest.raises(ValueError, match=r"size \(INPUT\.MASKX\.SIZE\) is 0\. Allowed"):
         MaskXImageClassifier(make_classifier_cfg("INPUT.MASKX.SIZE", 0))
-    backbone = build_backbone(cfg)
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
-        MaskXImageClassifier(backbone=backbone, num_classes=0, pixel_mean=MEAN, pixel_std=STD)
+        MaskXImageClassifier(make_classifier_cfg("MODEL.MASKX.NUM_CLASSES", 0))

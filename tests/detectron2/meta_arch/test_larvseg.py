@@ -310,7 +310,7 @@ def test_the_configuration_is_read(make_larvseg_cfg):
     assert (network.sample_classes, network.synchronise_bank) == (2, True)
     assert (network.pooling, network.in_feature) == ("normalised", "layer3")
     assert (network.image_weight, network.attentive_weight) == (0.3, 0.4)
-    assert (model.window, model.stride, model.image_size) == (32, 16, 32)
+    assert (model.window, model.stride, model.size) == (32, 16, 32)
     for memory in ("single_image", "none"):
         cfg.MODEL.MASKX.LARVSEG.MEMORY = memory
         assert build_model(cfg).network.bank is None

@@ -150,7 +150,7 @@ def reference_masks(model, image, labels):
     side = max(height, width)
     square = torch.zeros(3, side, side)
     square[:, :height, :width] = (image.float() - 128) / 58
-    size = model.image_size
+    size = model.size
     resized = F.interpolate(square[None], (size, size), mode="bilinear", antialias=True)
     masks = []
     for label in labels:
@@ -353,7 +353,8 @@ def test_labels_that_an_image_does_not_have_count_as_absent():
     """Also source labels on a target image, of which nobody knows, and whoever may be candidate."""
     torch.manual_seed(0)
     backbone = MaskXSmallResNet(widths=(4, 4, 6, 8))
-    model = MaskXTransferClassifier(backbone=backbone, num_classes=4, image_size=32, **PIXELS)
+    network = ImageClassifier(backbone, in_feature="layer4", in_channels=8, num_classes=4)
+    model = MaskXTransferClassifier(classifier=network, size=32, **PIXELS)
     samples = [make_sample([0]), make_sample([1], seed=1) | {"candidate_labels": [1, 3]}]
     loss = model.train()(samples)["loss_labels"]
     logits = model.classifier(torch.stack([normalised(s) for s in samples]))

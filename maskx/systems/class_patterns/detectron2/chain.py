@@ -25,6 +25,7 @@ from tqdm import tqdm
 from maskx.core.digests import sha256_of
 from maskx.core.files import write_json
 from maskx.core.image_classifier import LayerTaps
+from maskx.core.sample_models import take_classifier_backbone
 from maskx.data.dense_crf import check_crf
 from maskx.data.label_maps import read_label_map, write_label_map
 from maskx.detectron2.datasets import (
@@ -35,7 +36,6 @@ from maskx.detectron2.datasets import (
 )
 from maskx.detectron2.image_classifier import MaskXImageClassifier
 from maskx.detectron2.image_mapper import MaskXImageMapper
-from maskx.detectron2.image_model import check_same_backbone
 from maskx.detectron2.stagewise import (
     MadeData,
     Stage,
@@ -381,7 +381,7 @@ class TagChain:
         has_weights = second.MODEL.WEIGHTS or second.MODEL.MASKX.BACKBONE.PRETRAINED
         self._starts_from_classifier = not has_weights
         if self._starts_from_classifier:
-            check_same_backbone(segmenter, classifier.state_dict())
+            take_classifier_backbone(segmenter.network.backbone, classifier.state_dict())
             found = config_values(second, _INPUT_KEYS)
             for key, value in config_values(first, _INPUT_KEYS).items():
                 if found[key] != value:

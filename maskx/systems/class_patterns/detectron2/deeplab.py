@@ -5,28 +5,24 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import Tensor
 
+from maskx.core.images import resized_image
 from maskx.core.losses import pixel_loss
+from maskx.core.sample_models import SampleModel, required, take_classifier_backbone
 from maskx.data import dense_crf
 from maskx.data.label_maps import ignore_label
-from maskx.detectron2.image_model import (
-    ImageModel,
-    check_same_backbone,
-    choose_feature,
-    required,
-    resized_image,
-)
+from maskx.detectron2.image_model import choose_feature, pixel_arguments
 from maskx.systems.class_patterns.deeplab import DeepLab, multi_scale_scores, restrict_to_labels
 
-__all__ = ["MaskXDeepLab", "check_same_backbone"]
+__all__ = ["MaskXDeepLab"]
 
 _MAPPER = "Use MaskXImageMapper with label maps, which warps images and label maps to one size."
 
 
 @META_ARCH_REGISTRY.register()
-class MaskXDeepLab(ImageModel):
+class MaskXDeepLab(SampleModel):
     """Semantic segmentation by any backbone and a DeepLab-LargeFOV head.
 
     A checkpoint of :class:`maskx.detectron2.MaskXImageClassifier` as ``MODEL.WEIGHTS`` gives the
@@ -89,7 +85,11 @@ class MaskXDeepLab(ImageModel):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Read the arguments from a configuration."""
-        return super().from_config(cfg) | {
+        return {
+            "backbone": build_backbone(cfg),
+            "in_feature": cfg.MODEL.MASKX.IN_FEATURE,
+            "num_classes": cfg.MODEL.MASKX.NUM_CLASSES,
+            **pixel_arguments(cfg),
             "hidden_channels": cfg.MODEL.MASKX.LARGE_FOV.CHANNELS,
             "dilation": cfg.MODEL.MASKX.LARGE_FOV.DILATION,
             "test_sizes": cfg.TEST.MASKX.SIZES,
@@ -98,13 +98,7 @@ class MaskXDeepLab(ImageModel):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         """Take the backbone of a checkpoint of an image classifier."""
-        if f"{prefix}classifier.classifier.weight" in state_dict:
-            own, others = f"{prefix}network.backbone.", f"{prefix}classifier.backbone."
-            check_same_backbone(self, state_dict, prefix)
-            for name in [name for name in state_dict if name.startswith(f"{prefix}classifier.")]:
-                value = state_dict.pop(name)
-                if name.startswith(others):
-                    state_dict[own + name.removeprefix(others)] = value
+        take_classifier_backbone(self.network.backbone, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -125,14 +119,7 @@ class MaskXDeepLab(ImageModel):
         if not self.training:
             return [{"sem_seg": self.predict(sample)} for sample in batched_inputs]
         label_maps = [required(sample, "sem_seg", _MAPPER) for sample in batched_inputs]
-        images = [self.normalised(sample["image"]) for sample in batched_inputs]
-        sizes = {tuple(tensor.shape[-2:]) for tensor in (*images, *label_maps)}
-        if len(sizes) > 1:
-            raise ValueError(
-                "The images and label maps of a training batch have different sizes: "
-                f"{', '.join(map(str, sorted(sizes)))}. {_MAPPER}"
-            )
-        logits = self.network(torch.stack(images))
+        logits = self.network(self.training_images(batched_inputs))
         targets = torch.stack(label_maps).to(self.device)
         return {"loss_pixels": pixel_loss(logits, targets, ignore=self.ignore)}
 
@@ -154,7 +141,7 @@ class MaskXDeepLab(ImageModel):
         image = sample["image"]
         size = (sample.get("height", image.shape[1]), sample.get("width", image.shape[2]))
         prob = multi_scale_scores(
-            self.network, self.normalised(image), sizes=self.test_sizes, output_size=size
+            self.network, self.normalise({"image": image}), sizes=self.test_sizes, output_size=size
         )
         if labels is not None:
             prob = restrict_to_labels(prob, labels)

@@ -11,10 +11,11 @@ from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
 from maskx.core.backbones import DilatedResNet, SmallResNet
+from maskx.core.sample_models import SampleModel, required
 from maskx.core.word_table import WordTable
 from maskx.detectron2.backbones import check_imagenet_images
 from maskx.detectron2.hooks import hooks_of
-from maskx.detectron2.image_model import ImageModel, choose_feature, required
+from maskx.detectron2.image_model import choose_feature, pixel_arguments
 from maskx.systems.concept_mask.detectron2.data import concept_split, concept_table, unseen_words
 from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.network import STAGES, ConceptMask, ConceptQuery
@@ -34,7 +35,7 @@ _HASH, _NETWORK = "table_hash", "network."
 
 
 @META_ARCH_REGISTRY.register()
-class MaskXConceptMask(ImageModel):
+class MaskXConceptMask(SampleModel):
     """One of the three stages of ConceptMask, and inference.
 
     Wang et al., "ConceptMask: Large-Scale Segmentation from Semantic Concepts" (ECCV 2018). In
@@ -135,8 +136,7 @@ class MaskXConceptMask(ImageModel):
             "table": table,
             "unseen": unseen_words(cfg),
             "concepts": cfg.TEST.MASKX.CONCEPTS,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
+            **pixel_arguments(cfg),
         }
 
     def ask(self, concepts: Sequence[Any]) -> tuple[list[str], ConceptQuery]:
@@ -174,7 +174,7 @@ class MaskXConceptMask(ImageModel):
         for key in _TARGETS[self.network.stage]:
             for sample in batched_inputs:
                 required(sample, key, _MAPPER)
-        images = [self.normalised(sample["image"]) for sample in batched_inputs]
+        images = [self.normalise(sample) for sample in batched_inputs]
         sizes = {tuple(image.shape[-2:]) for image in images}
         if len(sizes) > 1:
             raise ValueError(
@@ -231,7 +231,7 @@ class MaskXConceptMask(ImageModel):
                 "TEST.MASKX.CONCEPTS.",
                 name=__name__,
             )
-        found = self.network.predict(self.normalised(image), query, output_size=size)
+        found = self.network.predict(self.normalise({"image": image}), query, output_size=size)
         names = [
             self.table.names[index] if index >= 0 else f"vector {place}"
             for place, index in enumerate(found.indices.tolist())

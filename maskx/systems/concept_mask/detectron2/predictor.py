@@ -130,7 +130,9 @@ def fit_checkpoint(
     def read_image(record: dict[str, Any]) -> torch.Tensor:
         image = utils.read_image(record["file_name"], format=cfg.INPUT.FORMAT)
         utils.check_image_size(record, image)
-        return model.normalised(torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))))
+        return model.normalise(
+            {"image": torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))}
+        )
 
     fitted = fit_concepts(model.network, test, read_image)
     path = Path(cfg.MODEL.WEIGHTS)

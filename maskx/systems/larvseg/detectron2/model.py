@@ -11,8 +11,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import Tensor
 
+from maskx.core.sample_models import SampleModel, required, take_classifier_backbone
 from maskx.core.text import listed
-from maskx.detectron2.image_model import ImageModel, check_same_backbone, choose_feature, required
+from maskx.detectron2.image_model import choose_feature, pixel_arguments
 from maskx.systems.larvseg.class_rows import take_rows
 from maskx.systems.larvseg.class_table import match_rows
 from maskx.systems.larvseg.classifier import check_class_indices
@@ -37,7 +38,7 @@ _CLASS_ROWS = ("classifier.class_embeddings", _TRAINED, "bank.means", "bank.coun
 
 
 @META_ARCH_REGISTRY.register()
-class MaskXLarvSeg(ImageModel):
+class MaskXLarvSeg(SampleModel):
     """Segmentation over the classes of several data sets, by name, that supervise it differently.
 
     Yu et al., "LarvSeg: Exploring Image Classification Data For Large Vocabulary Semantic
@@ -76,7 +77,7 @@ class MaskXLarvSeg(ImageModel):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ) -> None:
-        super().__init__(pixel_mean=pixel_mean, pixel_std=pixel_std)
+        super().__init__(image_size, pixel_mean=pixel_mean, pixel_std=pixel_std)
         if len(class_names) != network.num_classes:
             raise ValueError(
                 f"class_names has {len(class_names)} names, the network {network.num_classes} "
@@ -99,7 +100,7 @@ class MaskXLarvSeg(ImageModel):
             if test_classes is None
             else check_class_indices(test_classes, network.num_classes)
         )
-        self.image_size, self.top_k = image_size, top_k
+        self.top_k = top_k
         self.window, self.stride = window, stride or window
         self._divisor = divisor = network.backbone.size_divisibility or 1
         if window:
@@ -157,8 +158,7 @@ class MaskXLarvSeg(ImageModel):
             "window": test.WINDOW,
             "stride": test.STRIDE,
             "top_k": test.TOP_K,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
+            **pixel_arguments(cfg),
         }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -180,13 +180,7 @@ class MaskXLarvSeg(ImageModel):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Take rows of classes by name, or the backbone of a checkpoint of an image classifier."""
-        if f"{prefix}classifier.classifier.weight" in state_dict:
-            check_same_backbone(self, state_dict, prefix)
-            own, others = f"{prefix}network.backbone.", f"{prefix}classifier.backbone."
-            for name in [name for name in state_dict if name.startswith(f"{prefix}classifier.")]:
-                value = state_dict.pop(name)
-                if name.startswith(others):
-                    state_dict[own + name.removeprefix(others)] = value
+        take_classifier_backbone(self.network.backbone, state_dict, prefix)
         self._take_class_rows(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -267,7 +261,7 @@ class MaskXLarvSeg(ImageModel):
         if not self.training:
             return [self.predict(sample) for sample in batched_inputs]
         name, scored = self._data_set_of(batched_inputs)
-        images = [self.normalised(sample["image"]) for sample in batched_inputs]
+        images = [self.normalise(sample) for sample in batched_inputs]
         label_maps = image_labels = None
         if any("label_map" in sample for sample in batched_inputs):
             label_maps = [required(sample, "label_map", _MAPPER) for sample in batched_inputs]
@@ -343,9 +337,11 @@ class MaskXLarvSeg(ImageModel):
         if self.window:
             options |= {"window": self.window, "stride": self.stride}
             options["feature_stride"] = self._feature_stride
-            found, scores = predict_windows(self.network, self.normalised(image), size, **options)
+            found, scores = predict_windows(
+                self.network, self.normalise({"image": image}), size, **options
+            )
         else:
-            images = self.normalised_square(image, self.image_size)[None]
+            images = self.preprocess([sample])
             found, scores = (each[0] for each in self.network.predict(images, size, **options))
         labels = positions[found]
         return {

@@ -9,8 +9,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.structures import Instances
 from detectron2.utils import comm
 
+from maskx.core.images import resized_image
 from maskx.data.grabcut import grabcut_masks
-from maskx.detectron2.image_model import resized_image
 
 __all__ = ["MaskXGrabCutRCNN", "predicts_masks", "resized_image"]
 

@@ -13,17 +13,13 @@ from torch import Tensor
 
 from maskx.core.checks import check_choice
 from maskx.core.image_classifier import ImageClassifier, choose_labels, multi_hot
+from maskx.core.images import resized_image
+from maskx.core.sample_models import SampleModel, lacking_weights, required
 from maskx.data import dense_crf
 from maskx.data.label_maps import ignore_label
 from maskx.detectron2.hooks import architecture_of
 from maskx.detectron2.image_classifier import MaskXImageClassifier
-from maskx.detectron2.image_model import (
-    ImageModel,
-    choose_feature,
-    lacking_weights,
-    required,
-    resized_image,
-)
+from maskx.detectron2.image_model import choose_feature, pixel_arguments
 from maskx.systems.transfernet.attention import (
     FactoredAttention,
     FullyConnectedAttention,
@@ -60,7 +56,7 @@ class MaskXTransferClassifier(MaskXImageClassifier):
 
 
 @META_ARCH_REGISTRY.register()
-class MaskXTransferNet(ImageModel):
+class MaskXTransferNet(SampleModel):
     """TransferNet, BaselineNet or DecoupledNet, with a separate classifier that chooses labels.
 
     Hong et al., "Learning Transferrable Knowledge for Semantic Segmentation with Deep Convolutional
@@ -97,13 +93,12 @@ class MaskXTransferNet(ImageModel):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
     ) -> None:
-        super().__init__(pixel_mean=pixel_mean, pixel_std=pixel_std)
+        super().__init__(image_size, pixel_mean=pixel_mean, pixel_std=pixel_std)
         if crf:
             dense_crf.check_crf()
         self.network = network
         self.classifier = classifier.requires_grad_(False)
         self.num_classes = classifier.num_classes
-        self.image_size = image_size
         self.gt_labels = gt_labels
         self.crf = crf
         # Kept in checkpoints, so that a random classifier never chooses labels.
@@ -138,8 +133,7 @@ class MaskXTransferNet(ImageModel):
             "classifier_weights": weights,
             "gt_labels": cfg.TEST.MASKX.GT_LABELS,
             "crf": cfg.TEST.MASKX.CRF,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
+            **pixel_arguments(cfg),
         }
 
     def train(self, mode: bool = True) -> "MaskXTransferNet":
@@ -213,7 +207,7 @@ class MaskXTransferNet(ImageModel):
             return self.inference(batched_inputs) if batched_inputs else []
         labels = [required(sample, "image_labels", _MAPPER) for sample in batched_inputs]
         multi_hot(labels, self.num_classes)  # refuses labels outside the class list
-        images = [self.normalised(sample["image"]) for sample in batched_inputs]
+        images = [self.normalise(sample) for sample in batched_inputs]
         label_maps = [sample["sem_seg"] for sample in batched_inputs if "sem_seg" in sample]
         sizes = {tuple(tensor.shape[-2:]) for tensor in (*images, *label_maps)}
         if len(sizes) > 1:
@@ -278,9 +272,9 @@ class MaskXTransferNet(ImageModel):
         Returns:
             (3, S, S). What is padded has the mean colour.
         """
-        image = self.normalised(image)
+        image = self.normalise({"image": image})
         height, width = image.shape[1:]
-        side, size = max(height, width), self.image_size
+        side, size = max(height, width), self.size
         image = F.pad(image, (0, side - width, 0, side - height))
         if side == size:
             return image
