@@ -40,7 +40,7 @@ class System:
 
     A model maps a list of samples to losses in training and to a list of results in evaluation.
     One that trains in one step gives ``build``, ``samples`` and ``scores``: then
-    :func:`maskx.engine.pipeline.one_stage` is its pipeline, and
+    :func:`maskx.engine.pipeline.one_stage_system` makes all of it, and
     :func:`maskx.detectron2.adapters.hooks_of_system` trains it on Detectron2.
 
     Attributes:

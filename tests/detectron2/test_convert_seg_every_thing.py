@@ -20,7 +20,7 @@ from maskx.systems.maskx_rcnn.mask_head import MaskXHead
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_seg_every_thing.py"
-CAFFE2 = runpy.run_path(str(ROOT / "tests" / "caffe2_blobs.py"))
+CAFFE2 = runpy.run_path(str(ROOT / "tests" / "support" / "caffe2_blobs.py"))
 make_blobs, write_python2_pickle = CAFFE2["make_blobs"], CAFFE2["write_python2_pickle"]
 
 # Widths of the synthetic files, as options of Detectron2.

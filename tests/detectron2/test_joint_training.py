@@ -26,7 +26,7 @@ from maskx.detectron2 import Trainer, get_cfg, register_all
 from maskx.detectron2.datasets import split_from_config
 
 ROOT = Path(__file__).parents[2]
-FILES = runpy.run_path(str(ROOT / "tests" / "visual_genome_files.py"))
+FILES = runpy.run_path(str(ROOT / "tests" / "support" / "visual_genome_files.py"))
 WIDTH, HEIGHT = FILES["WIDTH"], FILES["HEIGHT"]
 NUM_CLASSES = 110
 

@@ -14,7 +14,7 @@ from converters.caffe2_weights import (
     save_detectron2_checkpoint,
 )
 
-CAFFE2 = runpy.run_path(str(Path(__file__).parents[1] / "caffe2_blobs.py"))
+CAFFE2 = runpy.run_path(str(Path(__file__).parents[1] / "support" / "caffe2_blobs.py"))
 make_blobs, write_python2_pickle = CAFFE2["make_blobs"], CAFFE2["write_python2_pickle"]
 
 ARRAYS = {

@@ -22,7 +22,7 @@ from maskx.data.prepare.visual_genome import (
 from maskx.data.vocabularies import COCO_THING_CLASSES
 
 SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare_visual_genome.py"
-FILES = runpy.run_path(str(Path(__file__).parents[2] / "visual_genome_files.py"))
+FILES = runpy.run_path(str(Path(__file__).parents[2] / "support" / "visual_genome_files.py"))
 make_vg, manual_synsets = FILES["make_vg"], FILES["manual_synsets"]
 WIDTH, HEIGHT = FILES["WIDTH"], FILES["HEIGHT"]
 

@@ -18,7 +18,9 @@ from maskx.data.tag_lists import read_tag_list
 from maskx.data.vocabularies import COCO_THING_CLASSES
 
 SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare_visual_genome_concepts.py"
-make_vg = runpy.run_path(str(Path(__file__).parents[2] / "visual_genome_files.py"))["make_vg"]
+make_vg = runpy.run_path(str(Path(__file__).parents[2] / "support" / "visual_genome_files.py"))[
+    "make_vg"
+]
 
 
 @pytest.fixture(scope="module")

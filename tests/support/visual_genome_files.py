@@ -1,6 +1,6 @@
 """A miniature Visual Genome: files of the same format, with every case that the rules tell apart.
 
-Tests read this file with ``runpy``: in pytest's importlib mode they cannot import each other.
+Tests read this file with ``runpy``.
 """
 
 import random

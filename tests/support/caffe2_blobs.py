@@ -1,6 +1,6 @@
 """Synthetic weights files as Detectron on Caffe2 saved them: same names and layouts, any width.
 
-Tests read this file with ``runpy``: in pytest's importlib mode they cannot import each other.
+Tests read this file with ``runpy``.
 """
 
 import io
