@@ -12,7 +12,7 @@ Classes: the file has weights, no names. The order of the rows is kept, only the
 A model of COCO has K = 80 in the order of the category ids, which is Detectron2's. The Visual
 Genome models have K = 3001 in the authors' own order: the 80 synsets aligned with COCO first, in
 COCO's order, then all others by name. It is the order of the categories in their
-instances_vg3k_cocoaligned_*.json; datasets/prepare_visual_genome.py --reference-classes makes a
+instances_vg3k_cocoaligned_*.json; datasets/prepare.py visual_genome --reference-classes makes a
 list by the same rule. A file whose box predictor was cut down to COCO gets all its classes back.
 
 Images: BGR, minus the mean that is printed, not divided, as in Detectron; stride in the 1x1

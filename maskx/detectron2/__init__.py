@@ -16,7 +16,6 @@ if importlib.util.find_spec("detectron2") is None:
 from maskx.detectron2.backbones import MaskXResNet, MaskXSmallResNet, MaskXVGG16, MaskXViT
 from maskx.detectron2.config import add_maskx_config, get_cfg
 from maskx.detectron2.datasets import (
-    register_all,
     register_coco,
     register_from_config,
     register_tag_list,
@@ -26,6 +25,7 @@ from maskx.detectron2.hooks import Detectron2Hooks
 from maskx.detectron2.image_classifier import MaskXImageClassifier
 from maskx.detectron2.image_label_evaluation import MaskXImageLabelEvaluator
 from maskx.detectron2.image_mapper import MaskXImageMapper
+from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.sem_seg_evaluation import MaskXLargeVocabularyEvaluator, MaskXSemSegEvaluator
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup

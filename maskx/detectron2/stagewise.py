@@ -28,11 +28,11 @@ from maskx.core.digests import sha256_of
 from maskx.core.files import write_json
 from maskx.detectron2.config import get_cfg
 from maskx.detectron2.datasets import (
-    register_all,
     register_from_config,
     training_class_names,
 )
 from maskx.detectron2.hooks import hooks_of
+from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.trainer import Trainer, check_config, setup
 
 __all__ = [

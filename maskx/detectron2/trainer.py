@@ -24,8 +24,9 @@ from torch import nn
 from maskx.core.seeds import step_seed
 from maskx.core.text import listed
 from maskx.detectron2.config import get_cfg
-from maskx.detectron2.datasets import register_all, register_from_config
+from maskx.detectron2.datasets import register_from_config
 from maskx.detectron2.hooks import hooks_of
+from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer, check_solver
 
 __all__ = ["Trainer", "check_num_gpus", "evaluate", "load_trained", "setup"]

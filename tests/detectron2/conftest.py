@@ -19,7 +19,8 @@ from maskx.core.word_table import WordTable, save_word_table
 from maskx.data.coco import load_coco
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.tag_lists import read_tag_list
-from maskx.detectron2 import datasets, get_cfg, register_all, register_coco
+from maskx.detectron2 import get_cfg, register_all, register_coco
+from maskx.detectron2.known_datasets import KNOWN_DATASETS, scene_dataset
 from maskx.systems.concept_mask.concept_sets import concept_sets
 from maskx.systems.concept_mask.overlap import concept_overlap, save_overlap
 from maskx.systems.concept_mask.scenes import (
@@ -260,13 +261,13 @@ def joint_root(tmp_path_factory):
 def tiny_joint(joint_root, monkeypatch):
     """Register the generated data sets of LarvSeg with 4 things and 6, 8 and 4 images."""
     tiny = {"size": 64, "num_categories": 4, "style": "sparse"}
-    stuff, tags = datasets._SCENES_WITH_STUFF, datasets._SCENES
-    for table, name, count, seed in (
-        (stuff, "maskx_scenes_sparse_stuff_train", 6, 2),
-        (tags, "maskx_scenes_sparse_train", 8, 0),
-        (stuff, "maskx_scenes_sparse_stuff_val", 4, 1),
+    for name, count, seed in (
+        ("maskx_scenes_sparse_stuff_train", 6, 2),
+        ("maskx_scenes_sparse_train", 8, 0),
+        ("maskx_scenes_sparse_stuff_val", 4, 1),
     ):
-        monkeypatch.setitem(table, name, (name, tiny | {"count": count, "seed": seed}))
+        known = scene_dataset(name, with_ground="stuff" in name, **tiny, count=count, seed=seed)
+        monkeypatch.setitem(KNOWN_DATASETS, name, known)
     register_all(joint_root)
 
 

@@ -8,8 +8,9 @@ from detectron2.data import DatasetCatalog
 
 from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.data.coco import load_coco
-from maskx.detectron2 import MaskXConceptMapper, Trainer, datasets, register_all, register_tag_list
+from maskx.detectron2 import MaskXConceptMapper, Trainer, register_all, register_tag_list
 from maskx.detectron2.datasets import class_names_of
+from maskx.detectron2.known_datasets import KNOWN_DATASETS, concept_scene_dataset
 from maskx.detectron2.trainer import check_config
 from maskx.systems.concept_mask.concept_sets import concept_sets, write_concept_split
 from maskx.systems.concept_mask.detectron2 import data as concept_data
@@ -203,7 +204,7 @@ def test_overlaps_are_made_of_the_boxes(make_concept_cfg, sets, tmp_path):
 def test_scenes_with_concepts_are_written_when_first_used(tmp_path, monkeypatch):
     tiny = {"size": 64, "count": 2, "seed": 0}
     name = "maskx_scenes_concepts_val"
-    monkeypatch.setitem(datasets._SCENES_WITH_CONCEPTS, name, ("scenes", tiny))
+    monkeypatch.setitem(KNOWN_DATASETS, name, concept_scene_dataset("scenes", **tiny))
     register_all(tmp_path)
     assert class_names_of(name) == list(scene_concept_kinds())
     assert not (tmp_path / "scenes").exists()
@@ -217,10 +218,10 @@ def test_public_tags_and_boxes_are_read_when_used(make_concept_cfg, tmp_path):
     register_all(tmp_path)
     register_all(tmp_path)
     for name, script in (
-        ("maskx_open_images_train_tags", "prepare_open_images.py"),
-        ("maskx_open_images_val_boxes", "prepare_open_images.py"),
-        ("maskx_visual_genome_train_boxes", "prepare_visual_genome_concepts.py"),
-        ("maskx_visual_genome_val_tags", "prepare_visual_genome_concepts.py"),
+        ("maskx_open_images_train_tags", "prepare.py open_images --split train"),
+        ("maskx_open_images_val_boxes", "prepare.py open_images --split val"),
+        ("maskx_visual_genome_train_boxes", "prepare.py visual_genome_concepts"),
+        ("maskx_visual_genome_val_tags", "prepare.py visual_genome_concepts"),
     ):
         with pytest.raises(FileNotFoundError, match=rf"There is no file .*{script} --root"):
             DatasetCatalog.get(name)

@@ -1,5 +1,6 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -21,7 +22,6 @@ from maskx.data.prepare.visual_genome import COCO_SYNSETS, prepare_visual_genome
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES
 from maskx.detectron2 import (
     MaskXDatasetMapper,
-    datasets,
     register_all,
     register_coco,
     register_from_config,
@@ -32,6 +32,7 @@ from maskx.detectron2.datasets import (
     records_of,
     split_from_config,
 )
+from maskx.detectron2.known_datasets import KNOWN_DATASETS, Scenes
 
 BAD_POLYGON = {"category_id": 20, "bbox": [5, 5, 20, 20], "segmentation": [[1, 1, 2, 2]]}
 GOOD = {"category_id": 40, "bbox": [1, 2, 30, 20], "segmentation": [[1, 2, 31, 2, 31, 22]]}
@@ -81,7 +82,7 @@ def test_registering_twice_is_harmless_and_anything_else_is_an_error(write_coco,
         register_coco("farm", path, root)
     with pytest.raises(ValueError, match=r"'farm' is already registered with strict True; now"):
         register_coco("farm", path, root, strict=False)
-    with pytest.raises(ValueError, match=r"with class_list None; now class_list \['yak', 'dog'"):
+    with pytest.raises(ValueError, match=r"names \['cat', .*now class names \['yak', 'dog'"):
         register_coco("farm", path, root, class_names=["yak", "dog", "owl", "cat"])
     with pytest.raises(ValueError, match="Choose another name"):
         register_coco("coco_2017_train", path, root)
@@ -104,7 +105,7 @@ def test_register_all_twice_reads_nothing(tmp_path):
 
 
 def write_voc(root):
-    """Write the files of prepare_voc.py for one image, and the image."""
+    """Write the files of `prepare.py voc` for one image, and the image."""
     folder, images = root / "voc2012", root / "VOCdevkit/VOC2012/JPEGImages"
     folder.mkdir(parents=True)
     images.mkdir(parents=True)
@@ -121,10 +122,11 @@ def write_voc(root):
         (folder / f"voc2012_{part}.json").write_text(json.dumps(content))
 
 
-def test_voc_is_registered_where_it_was_prepared(tmp_path):
+def test_voc_has_to_be_prepared(tmp_path):
     register_all(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"voc2012_trainaug\.json, which was not there"):
-        class_names_of("maskx_voc_2012_trainaug")
+    words = r"no file .*voc2012_trainaug\.json\. .*python datasets/prepare\.py voc --root"
+    with pytest.raises(FileNotFoundError, match=words):
+        DatasetCatalog.get("maskx_voc_2012_trainaug")
     write_voc(tmp_path)
     for _ in range(2):
         register_all()
@@ -136,9 +138,6 @@ def test_voc_is_registered_where_it_was_prepared(tmp_path):
     assert record == tags
     assert tags["image_labels"] == [19]
     assert tags["file_name"] == str(tmp_path / "VOCdevkit/VOC2012/JPEGImages/2007_000032.jpg")
-    words = r"voc2012_val\.json, .*python datasets/prepare_voc\.py --root"
-    with pytest.raises(FileNotFoundError, match=words):
-        class_names_of("maskx_voc_2012_val")
 
 
 def test_records_of_other_readers_get_the_form_of_ours(write_coco):
@@ -174,13 +173,15 @@ def test_the_root_comes_from_the_environment(tmp_path, monkeypatch):
     assert MetadataCatalog.get("maskx_scenes_val").image_root == str(tmp_path / "maskx_scenes/val")
 
 
+def few_scenes(known, count):
+    return replace(known, scenes=Scenes({**known.scenes.parameters, "count": count, "size": 64}))
+
+
 @pytest.mark.parametrize(("folder", "num_categories"), [("scenes", 40), ("scenes_sparse", 12)])
 def test_scenes_are_generated_when_first_used(tmp_path, monkeypatch, folder, num_categories):
     name = f"maskx_{folder}_val"
-    place, parameters = datasets._SCENES[name]
-    assert place == f"maskx_{folder}/val"
-    few = (place, parameters | {"count": 2, "size": 64})
-    monkeypatch.setitem(datasets._SCENES, name, few)
+    monkeypatch.setitem(KNOWN_DATASETS, name, few_scenes(KNOWN_DATASETS[name], 2))
+    assert KNOWN_DATASETS[name].image_root == f"maskx_{folder}/val"
     register_all(tmp_path)
     assert not (tmp_path / f"maskx_{folder}").exists()
     records = DatasetCatalog.get(name)
@@ -194,11 +195,13 @@ def test_scenes_are_generated_when_first_used(tmp_path, monkeypatch, folder, num
 
 def test_tags_of_scenes_name_the_ground_and_nothing_more_is_there(tmp_path, monkeypatch):
     source, tags = "maskx_scenes_sparse_train", "maskx_scenes_sparse_stuff_tags"
-    place, parameters = datasets._SCENES_WITH_STUFF[tags]
-    assert (place, parameters) == datasets._SCENES[source]
-    few = (place, parameters | {"count": 3, "size": 64})
-    monkeypatch.setitem(datasets._SCENES, source, few)
-    monkeypatch.setitem(datasets._SCENES_WITH_STUFF, tags, few)
+    place = KNOWN_DATASETS[tags].image_root
+    assert (place, KNOWN_DATASETS[tags].scenes) == (
+        KNOWN_DATASETS[source].image_root,
+        KNOWN_DATASETS[source].scenes,
+    )
+    for name in (source, tags):
+        monkeypatch.setitem(KNOWN_DATASETS, name, few_scenes(KNOWN_DATASETS[name], 3))
     register_all(tmp_path)
     assert class_names_of(tags) == class_names_of("maskx_scenes_sparse_stuff_val")
     pairs = list(zip(DatasetCatalog.get(tags), DatasetCatalog.get(source), strict=True))
@@ -220,7 +223,7 @@ def test_scenes_may_be_generated_by_several_processes_at_once(tmp_path):
     folder = tmp_path / "scenes" / "val"
     parameters = {"count": 3, "size": 64, "num_categories": 4, "seed": 1}
     with ThreadPoolExecutor(4) as pool:
-        for run in [pool.submit(datasets._write_scenes, folder, parameters) for _ in range(4)]:
+        for run in [pool.submit(Scenes(parameters).write, folder) for _ in range(4)]:
             run.result()
     assert [p.name for p in folder.parent.iterdir()] == ["val"]
     assert len(json.loads((folder / "annotations.json").read_text())["images"]) == 3
@@ -402,9 +405,9 @@ def test_visual_genome_has_to_be_prepared(vg_root):
     for name in (*VISUAL_GENOME, *COCO_IN_VG):
         with pytest.raises(FileNotFoundError) as error:
             class_names_of(name)
-        assert "python datasets/prepare_visual_genome.py --root" in str(error.value)
+        assert "python datasets/prepare.py visual_genome --root" in str(error.value)
         path = vg_root / "visual_genome" / "annotations" / "vg3k_categories.json"
-        assert f"'{name}' needs {path}" in str(error.value)
+        assert f"no file {path}" in str(error.value)
     prepare(vg_root)
     for _ in range(2):
         register_all()  # knows its root, and finds what is new

@@ -406,9 +406,9 @@ def test_class_lists_of_the_paper_are_known_without_any_file(tmp_path):
         assert len(class_names_of(f"maskx_ade20k_150_{part}")) == 150
         assert len(class_names_of(f"maskx_ade20k_847_{part}")) == 847
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(FileNotFoundError, match=r"coco_stuff_val2017.json.*prepare_coco_stuff.py"):
+    with pytest.raises(FileNotFoundError, match=r"coco_stuff_val2017.json.*prepare.py coco_stuff"):
         DatasetCatalog.get("maskx_coco_stuff_val")
-    with pytest.raises(FileNotFoundError, match=r"prepare_imagenet21k.py --classes ade150 --root"):
+    with pytest.raises(FileNotFoundError, match=r"prepare.py imagenet21k --classes ade150 --root"):
         class_names_of("maskx_imagenet_ade150")
 
 

@@ -154,7 +154,7 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path}: there is no such file of CCP. See datasets/prepare_ccp.py for the files."
+            f"{path}: there is no such file of CCP. See datasets/prepare.py ccp for the files."
         ) from None
 
 

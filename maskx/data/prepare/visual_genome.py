@@ -292,7 +292,7 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
         _fail(
             path,
             "is no list of categories with id, counted from 1, and name",
-            "Write it again with datasets/prepare_visual_genome.py",
+            "Write it again with datasets/prepare.py visual_genome",
         )
     return [category["name"] for category in categories]
 

@@ -70,7 +70,7 @@ def prepare_visual_genome_concepts(
         if content["categories"] != categories:
             raise ValueError(
                 f"{folder}: the files of 'train' and '{split}' have other categories. Run "
-                "datasets/prepare_visual_genome.py again."
+                "datasets/prepare.py visual_genome again."
             )
     boxes = Counter(a["category_id"] for content in data.values() for a in content["annotations"])
     counts = {category["id"]: boxes[category["id"]] for category in categories}
@@ -129,14 +129,14 @@ def format_concept_summary(summary: VisualGenomeConceptSummary) -> str:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: there is no such file. Run datasets/prepare_visual_genome.py first."
+            f"{path}: there is no such file. Run datasets/prepare.py visual_genome first."
         )
     content = read_coco_json(path)
     lacking = [category for category in content["categories"] if "synset" not in category]
     if lacking:
         raise ValueError(
             f"{path}: category {lacking[0]['id']} ({lacking[0]['name']!r}) has no synset. Write "
-            "the file again with datasets/prepare_visual_genome.py."
+            "the file again with datasets/prepare.py visual_genome."
         )
     return content
 

@@ -182,7 +182,7 @@ def union_of_class_lists(
         raise ValueError(
             f"{len(both)} categories are source and target: {', '.join(both[:8])}"
             f"{' and more' if len(both) > 8 else ''}. Target categories have no masks; take these "
-            "out of one of the files, with their images, as datasets/prepare_coco60.py does."
+            "out of one of the files, with their images, as `datasets/prepare.py coco60` does."
         )
     name = f"{len(source)} source and {len(target)} target categories"
     return CategorySplit(name, (*target, *source), tuple(source), tuple(target))

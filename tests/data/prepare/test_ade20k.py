@@ -275,7 +275,7 @@ def test_nothing_is_unpickled(full):
 
 
 def run_script(name, *arguments):
-    command = [sys.executable, DATASETS / f"prepare_{name}.py", "--workers", 1, *arguments]
+    command = [sys.executable, DATASETS / "prepare.py", name, "--workers", 1, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(DATASETS.parent)}
     return subprocess.run(
         [*map(str, command)], capture_output=True, text=True, check=False, env=environment

@@ -11,7 +11,7 @@ from maskx.data.coco import load_coco
 from maskx.data.label_maps import semantic_label_map
 from maskx.data.prepare.ccp import format_ccp_summary, prepare_ccp
 
-TOOL = Path(__file__).parents[3] / "datasets" / "prepare_ccp.py"
+TOOL = Path(__file__).parents[3] / "datasets" / "prepare.py"
 LISTS = {"pixel_train": ["0001", "0004"], "pixel_val": ["0003"], "image_level": ["1006"]}
 
 
@@ -47,7 +47,7 @@ def test_masks_and_tags_become_one_class_list(ccp, tmp_path):
 
 
 def test_the_command(ccp, tmp_path):
-    command = [sys.executable, str(TOOL), "--root", str(tmp_path)]
+    command = [sys.executable, str(TOOL), "ccp", "--root", str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert len(list((ccp / "annotations").iterdir())) == 4

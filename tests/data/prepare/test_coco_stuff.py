@@ -21,7 +21,7 @@ from maskx.data.prepare.coco_stuff import (
 )
 from maskx.data.prepare.label_map_sets import format_label_map_summary
 
-SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare_coco_stuff.py"
+SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare.py"
 HEIGHT, WIDTH = 10, 14
 IDS = [entry.category_id for entry in coco_stuff_classes()]
 
@@ -264,7 +264,16 @@ def test_the_summary_names_classes_without_an_image(coco):
 
 def test_the_script_takes_what_is_there(coco):
     def run(*arguments):
-        command = [sys.executable, SCRIPT, "--root", coco.root, "--workers", 1, *arguments]
+        command = [
+            sys.executable,
+            SCRIPT,
+            "coco_stuff",
+            "--root",
+            coco.root,
+            "--workers",
+            1,
+            *arguments,
+        ]
         environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
         return subprocess.run(
             [*map(str, command)], capture_output=True, text=True, check=False, env=environment

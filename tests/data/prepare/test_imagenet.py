@@ -25,7 +25,7 @@ from maskx.data.prepare.imagenet import (
     synset_names,
 )
 
-SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare_imagenet21k.py"
+SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare.py"
 # crane (bird), crane (machine), sky, one of the walls, tench
 SYNSETS = {"n02012849": 2, "n03126707": 1, "n09436708": 3, "n04547592": 2, "n01440764": 1}
 
@@ -273,7 +273,16 @@ def test_missing_folders_are_named(folders):
 
 def test_the_script_takes_what_is_there(folders):
     def run(*arguments):
-        command = [sys.executable, SCRIPT, "--root", folders.root, "--workers", 1, *arguments]
+        command = [
+            sys.executable,
+            SCRIPT,
+            "imagenet21k",
+            "--root",
+            folders.root,
+            "--workers",
+            1,
+            *arguments,
+        ]
         environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
         return subprocess.run(
             [*map(str, command)], capture_output=True, text=True, check=False, env=environment

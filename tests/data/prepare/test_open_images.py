@@ -23,7 +23,7 @@ from maskx.data.prepare.open_images_names import OPEN_IMAGES_NAMES, read_open_im
 from maskx.data.tag_lists import read_tag_list
 from maskx.data.vocabularies import COCO_THING_CLASSES
 
-SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare_open_images.py"
+SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare.py"
 CAR, DOG, RED, COMPUTER_MOUSE, MOUSE = "/m/0k4j", "/m/0bt9lr", "/m/06fvc", "/m/020lf", "/m/04rmv"
 A, B, C = "000060e3121c7305", "ffffffffffffffff", "0a00000000000001"
 SIZES = {A: (30, 40), B: (25, 10), C: (8, 8)}  # height, width
@@ -445,7 +445,15 @@ def test_names_agree_with_those_of_the_first_release(shared_data):
 
 
 def run(files, *arguments):
-    command = [sys.executable, str(SCRIPT), "--root", str(files.root.parent), "--workers", "1"]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "open_images",
+        "--root",
+        str(files.root.parent),
+        "--workers",
+        "1",
+    ]
     return subprocess.run(
         [*command, "--split", "val", *arguments], capture_output=True, text=True, check=False
     )

@@ -21,7 +21,7 @@ from maskx.data.prepare.visual_genome import (
 )
 from maskx.data.vocabularies import COCO_THING_CLASSES
 
-SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare_visual_genome.py"
+SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare.py"
 FILES = runpy.run_path(str(Path(__file__).parents[2] / "support" / "visual_genome_files.py"))
 make_vg, manual_synsets = FILES["make_vg"], FILES["manual_synsets"]
 WIDTH, HEIGHT = FILES["WIDTH"], FILES["HEIGHT"]
@@ -379,7 +379,7 @@ def test_a_run_that_breaks_off_leaves_no_class_list(write_vg):
 
 
 def run_script(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    command = [sys.executable, str(SCRIPT), "visual_genome", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -17,7 +17,7 @@ from maskx.data.prepare.visual_genome_concepts import (
 from maskx.data.tag_lists import read_tag_list
 from maskx.data.vocabularies import COCO_THING_CLASSES
 
-SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare_visual_genome_concepts.py"
+SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare.py"
 make_vg = runpy.run_path(str(Path(__file__).parents[2] / "support" / "visual_genome_files.py"))[
     "make_vg"
 ]
@@ -118,7 +118,7 @@ def test_files_that_do_not_fit_are_named(tmp_path):
         content = {"images": [], "annotations": [], "categories": categories}
         path.write_text(json.dumps(content))
 
-    with pytest.raises(FileNotFoundError, match=r"train\.json: .*prepare_visual_genome.py first"):
+    with pytest.raises(FileNotFoundError, match=r"train\.json: .*prepare.py visual_genome first"):
         prepare_visual_genome_concepts(tmp_path)
     category = {"id": 1, "name": "dog", "synset": "dog.n.01"}
     for split in SPLITS:
@@ -132,7 +132,7 @@ def test_files_that_do_not_fit_are_named(tmp_path):
 
 
 def test_the_command(root, tmp_path):
-    command = [sys.executable, str(SCRIPT), "--root"]
+    command = [sys.executable, str(SCRIPT), "visual_genome_concepts", "--root"]
     finished = subprocess.run([*command, str(root)], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "concepts keep their synset as name" in finished.stdout

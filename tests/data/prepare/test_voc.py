@@ -27,7 +27,7 @@ from maskx.data.vocabularies import (
     VOC_TO_COCO,
 )
 
-SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare_voc.py"
+SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare.py"
 HEIGHT, WIDTH = 12, 16
 
 
@@ -431,7 +431,7 @@ def test_a_file_that_is_no_mask_among_the_masks_is_named(devkit):
 
 
 def run_script(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    command = [sys.executable, str(SCRIPT), "voc", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 

@@ -11,7 +11,7 @@ from maskx.data.coco import load_coco
 from maskx.systems.concept_mask.concept_lists import choose_concepts, format_concept_lists
 from maskx.systems.concept_mask.concept_sets import concept_sets, read_concept_split
 
-SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare_concept_split.py"
+SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare.py"
 VOCABULARY = ("apple", "big dog", "car", "person", "sky", "tv", "wheel")
 
 
@@ -96,7 +96,15 @@ def test_the_command(files, tmp_path):
     ones = np.ones(len(VOCABULARY), np.float32)
     vectors = np.eye(len(VOCABULARY), dtype=np.float32)
     save_word_table(words, WordTable(VOCABULARY, vectors, ones, None, "test"))
-    command = [sys.executable, str(SCRIPT), "--root", str(tmp_path), "--words", str(words)]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "concept_split",
+        "--root",
+        str(tmp_path),
+        "--words",
+        str(words),
+    ]
     command += ["--masks", str(files["masks"]), "--min-images", "2"]
     boxes = ["--boxes", *map(str, files["boxes"])]
     finished = subprocess.run([*command, *boxes], capture_output=True, text=True, check=False)

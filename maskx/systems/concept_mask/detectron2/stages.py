@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from maskx.core.word_table import load_word_table
-from maskx.detectron2.datasets import register_all, register_from_config
+from maskx.detectron2.datasets import register_from_config
 from maskx.detectron2.hooks import architecture_of
+from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.stagewise import Stage, build_on_cpu, check_chain
 from maskx.detectron2.trainer import check_config
 from maskx.systems.concept_mask.detectron2.data import make_overlap, make_word_table

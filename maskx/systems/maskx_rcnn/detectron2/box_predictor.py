@@ -16,7 +16,8 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from torch import Tensor, nn
 
 from maskx.core.word_vectors import load_class_vectors
-from maskx.detectron2.datasets import register_all, register_from_config, training_class_names
+from maskx.detectron2.datasets import register_from_config, training_class_names
+from maskx.detectron2.known_datasets import register_all
 from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights
 
 __all__ = ["MaskXTextOutputLayers", "TextClassifier", "class_names_from_config"]

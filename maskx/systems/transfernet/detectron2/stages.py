@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maskx.detectron2.datasets import register_all
 from maskx.detectron2.hooks import architecture_of
+from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.stagewise import Stage, build_on_cpu, check_chain
 from maskx.detectron2.trainer import check_config
 from maskx.systems.transfernet.detectron2.model import MaskXTransferClassifier, MaskXTransferNet
