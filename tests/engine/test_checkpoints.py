@@ -1,0 +1,156 @@
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from maskx.engine.checkpoints import (
+    check_finite,
+    find_damage,
+    locked,
+    newest_whole,
+    read_archive,
+    write_checkpoint,
+)
+
+CONTENT = {
+    "model": {"weight": torch.linspace(0, 1, 5000), "count": torch.tensor([3])},
+    "iteration": 7,
+    "run": {"name": "toy"},
+}
+
+
+def same(found):
+    weights = (torch.equal(found["model"][k], v) for k, v in CONTENT["model"].items())
+    return found["iteration"] == 7 and found["run"] == CONTENT["run"] and all(weights)
+
+
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "new" / "checkpoint.pth"
+    write_checkpoint(path, CONTENT)
+    assert find_damage(path) is None
+    assert same(read_archive(path))
+    assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pth"]
+
+
+def test_no_flipped_bit_and_no_lost_end_goes_unnoticed(tmp_path):
+    path, broken = tmp_path / "checkpoint.pth", tmp_path / "broken.pth"
+    write_checkpoint(path, CONTENT)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    messages = []
+    for _ in range(300):
+        flipped = bytearray(whole)
+        flipped[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        broken.write_bytes(flipped)
+        try:
+            found = read_archive(broken)
+        except ValueError as error:
+            messages.append(str(error))
+        else:  # in what only fills gaps
+            assert same(found)
+    assert len(messages) > 250
+    assert all("broken.pth' is no checkpoint, or is damaged" in text for text in messages)
+    for length in (0, 1, 3, 100, len(whole) // 2, len(whole) - 1):
+        broken.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"broken.pth' is no checkpoint, or is damaged"):
+            read_archive(broken)
+
+
+def test_files_of_before_there_were_checksums_are_read(tmp_path):
+    path = tmp_path / "old.pth"
+    torch.save(CONTENT, path, _use_new_zipfile_serialization=False)
+    assert find_damage(path) is None
+    assert same(read_archive(path))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"old.pth' is no checkpoint, or is damaged"):
+        read_archive(path)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint '.*none.pth'"):
+        read_archive(tmp_path / "none.pth")
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    torch.save({"model": os.getcwd}, tmp_path / "hostile.pth")
+    with pytest.raises(ValueError, match=r"hostile.pth' is no checkpoint, or is damaged \(Unp"):
+        read_archive(tmp_path / "hostile.pth")
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path):
+    paths = [tmp_path / f"model_{index}.pth" for index in range(3)]
+    for age, path in enumerate(paths):
+        write_checkpoint(path, CONTENT)
+        os.utime(path, (age, age))
+    assert newest_whole(paths) == paths[2]
+    paths[2].write_bytes(b"")
+    assert newest_whole(paths) == paths[1]
+    paths[1].write_bytes(paths[1].read_bytes()[:-50])
+    assert newest_whole(paths) == paths[0]
+    assert newest_whole(paths[1:]) is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="limits of file sizes are of POSIX")
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    write_checkpoint(path, CONTENT)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not be written \(.*File too large.*--resume"):
+            write_checkpoint(path, CONTENT | {"iteration": 8})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert same(read_archive(path))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path):
+    with pytest.raises(AttributeError):  # a function of a function cannot be pickled
+        write_checkpoint(tmp_path / "checkpoint.pth", {"model": lambda: 0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    weights = {"a": torch.ones(2), "n": torch.tensor([1]), "e": torch.ones(0), "_extra": "text"}
+    check_finite(weights, when="after iteration 3")
+    check_finite({}, when="after iteration 3")
+    weights |= {"b": torch.tensor([1.0, float("nan")]), "var": torch.tensor(float("inf"))}
+    message = (
+        r"2 of 3 weights are not finite after iteration 3, such as 'b', 'var'\..*"
+        r"The last images were '5', 'cat.jpg'\..*--resume"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        check_finite(weights, when="after iteration 3", images=(5, "cat.jpg"))
+
+
+_HOLDS = """
+import sys
+from maskx.engine.checkpoints import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_holds_a_folder(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", _HOLDS, str(folder)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=r"Another process is at work in '.*run'"), locked(folder):
+        pass
+    other.kill()  # the lock goes with it
+    other.wait()
+    leftover = (
+        folder / f".checkpoint.pth.{os.uname().nodename.replace('.', '-')}.{other.pid}.partial"
+    )
+    leftover.touch()
+    with locked(folder), locked(folder):
+        assert not leftover.exists()
+    with locked(folder):
+        pass
