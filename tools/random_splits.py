@@ -25,14 +25,15 @@ from pathlib import Path
 from maskx.detectron2 import check_num_gpus  # says what is missing
 
 # isort: split
-from maskx.detectron2.stagewise import Stage, exit_with_message
-from maskx.systems.maskx_rcnn.detectron2.random_splits import (
+from studies.random_splits import (
     BASELINE,
     PAPER_SPLITS,
     TRANSFER,
     RandomSplits,
     write_summary,
 )
+
+from maskx.detectron2.stagewise import Stage, exit_with_message
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "MaskX" / "random_splits"
 

@@ -39,14 +39,14 @@ from maskx.systems.concept_mask.detectron2.predictor import ConceptPredictor
 from maskx.systems.larvseg.detectron2 import hooks as _larvseg  # noqa: F401
 from maskx.systems.larvseg.detectron2.data import MaskXJointMapper
 from maskx.systems.larvseg.detectron2.model import MaskXLarvSeg
-from maskx.systems.maskx_rcnn.detectron2 import hooks as _maskx_rcnn  # noqa: F401
-from maskx.systems.maskx_rcnn.detectron2.box_predictor import MaskXTextOutputLayers
-from maskx.systems.maskx_rcnn.detectron2.dataset_mapper import MaskXDatasetMapper
-from maskx.systems.maskx_rcnn.detectron2.grabcut import MaskXGrabCutRCNN
-from maskx.systems.maskx_rcnn.detectron2.mask_head import MaskHeadProtocol, MaskXMaskHead
+from maskx.systems.maskx_rcnn.detectron2.data import MaskXDatasetMapper
+from maskx.systems.maskx_rcnn.detectron2.heads import (
+    MaskHeadProtocol,
+    MaskXMaskHead,
+    MaskXTextOutputLayers,
+)
 from maskx.systems.maskx_rcnn.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
-from maskx.systems.maskx_rcnn.detectron2.proposal_generator import MaskXRPN
-from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXRCNN
+from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXGrabCutRCNN, MaskXRCNN, MaskXRPN
 from maskx.systems.maskx_rcnn.detectron2.roi_heads import (
     MaskXCascadeROIHeads,
     MaskXROIHeads,

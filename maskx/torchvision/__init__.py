@@ -1,9 +1,11 @@
 """What plugs into torchvision: a mask branch for its detectors, and detectors that have one."""
 
-from maskx.systems.maskx_rcnn.torchvision.detection import SampleDetector, detect
-from maskx.systems.maskx_rcnn.torchvision.models import (
+from maskx.systems.maskx_rcnn.torchvision import (
+    SampleDetector,
     add_mask_branch,
+    detect,
     faster_rcnn_small,
+    init_box_predictor,
     maskx_rcnn_resnet_fpn,
     maskx_rcnn_small,
 )
@@ -13,6 +15,7 @@ __all__ = [
     "add_mask_branch",
     "detect",
     "faster_rcnn_small",
+    "init_box_predictor",
     "maskx_rcnn_resnet_fpn",
     "maskx_rcnn_small",
 ]

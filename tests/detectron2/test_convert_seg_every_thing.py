@@ -138,7 +138,7 @@ def load(model, path, caplog):
     incompatible = model.load_state_dict(dict(weights), strict=False)
     assert incompatible.missing_keys == incompatible.unexpected_keys == []
     # What kind of mask head a checkpoint is of, only our own ones say.
-    assert set(model.state_dict()) - set(weights) <= {"roi_heads.mask_head.architecture"}
+    assert set(model.state_dict()) - set(weights) <= {"roi_heads.mask_head._extra_state"}
     caplog.clear()
     DetectionCheckpointer(model).load(str(path))
     assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")], caplog.text
@@ -223,7 +223,7 @@ def test_a_file_of_the_real_widths_fits_the_base_configuration(depth, rows):
     with torch.device("meta"):  # shapes alone
         model = build([*options, "MODEL.DEVICE", "meta"])
     expected = {name: weight.shape for name, weight in model.state_dict().items()}
-    del expected["roi_heads.mask_head.architecture"]
+    del expected["roi_heads.mask_head._extra_state"]
     assert {name: weight.shape for name, weight in converted.weights.items()} == expected
 
 

@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from maskx.core.images import resized_image
 from maskx.data.grabcut import grabcut_mask
 from maskx.detectron2 import MaskXCOCOEvaluator, Trainer
-from maskx.systems.maskx_rcnn.detectron2.grabcut import MaskXGrabCutRCNN, predicts_masks
+from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXGrabCutRCNN, predicts_masks
 
 GRABCUT = (
     *("MODEL.META_ARCHITECTURE", "MaskXGrabCutRCNN", "MODEL.MASK_ON", False),

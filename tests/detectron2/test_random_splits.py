@@ -7,14 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import studies.random_splits
 import yaml
-
-import maskx.systems.maskx_rcnn.detectron2.random_splits
-from maskx.data.scenes.generator import THING_CATEGORIES
-from maskx.data.splits import resolve_split
-from maskx.detectron2 import register_coco
-from maskx.detectron2.stagewise import Stage, read_record, run_stage
-from maskx.systems.maskx_rcnn.detectron2.random_splits import (
+from studies.random_splits import (
     BASELINE,
     PAPER_SPLITS,
     TRANSFER,
@@ -25,6 +20,11 @@ from maskx.systems.maskx_rcnn.detectron2.random_splits import (
     relative_gains,
     write_summary,
 )
+
+from maskx.data.scenes.generator import THING_CATEGORIES
+from maskx.data.splits import resolve_split
+from maskx.detectron2 import register_coco
+from maskx.detectron2.stagewise import Stage, read_record, run_stage
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "random_splits.py")
@@ -88,7 +88,7 @@ def test_an_interrupted_protocol_goes_on_and_no_run_is_made_twice(protocol, monk
         made.append(stage.output.relative_to(protocol["output"]).as_posix())
         return run_stage(stage, **kwargs)
 
-    monkeypatch.setattr(maskx.systems.maskx_rcnn.detectron2.random_splits, "run_stage", watched)
+    monkeypatch.setattr(studies.random_splits, "run_stage", watched)
     runs = RandomSplits(**protocol)
     with pytest.raises(FloatingPointError):
         runs.run(report=told.append)
@@ -197,7 +197,7 @@ def test_the_figure_shows_the_points_of_the_table(tmp_path, monkeypatch):
         write_result(tmp_path, split, TRANSFER, ap, size=size, mean=mean)
     drawn = {}
     monkeypatch.setattr(
-        maskx.systems.maskx_rcnn.detectron2.random_splits,
+        studies.random_splits,
         "plot_relative_gains",
         lambda path, **points: drawn.update(points, path=path),
     )

@@ -6,8 +6,7 @@ import torch
 from maskx.data.coco import load_coco
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
-from maskx.systems.maskx_rcnn.torchvision.detection import SampleDetector
-from maskx.systems.maskx_rcnn.torchvision.models import maskx_rcnn_small
+from maskx.systems.maskx_rcnn.torchvision import SampleDetector, maskx_rcnn_small
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from maskx.engine import quickstart
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import write_metrics
 from maskx.engine.system import find_system, system_names
-from maskx.systems.maskx_rcnn.torchvision.quickstart import quickstart_maskx
+from maskx.systems.maskx_rcnn.pipeline import quickstart_maskx
 
 TOOL = Path(__file__).parents[2] / "tools" / "quickstart.py"
 

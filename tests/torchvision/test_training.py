@@ -14,8 +14,7 @@ from maskx.engine.training import (
     train,
 )
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
-from maskx.systems.maskx_rcnn.torchvision.detection import SampleDetector
-from maskx.systems.maskx_rcnn.torchvision.models import maskx_rcnn_small
+from maskx.systems.maskx_rcnn.torchvision import SampleDetector, maskx_rcnn_small
 
 SETTINGS = TrainingSettings(
     iterations=5, batch_size=2, learning_rate=0.01, seed=3, checkpoint_every=2

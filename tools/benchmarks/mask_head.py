@@ -180,7 +180,7 @@ def _head_case(
     name: str, head: MaskXHead, num_rois: int, num_classes: int, **settings: Any
 ) -> Case:
     size = _MASK_SIZE // 2
-    roi_features = torch.randn(num_rois, _CHANNELS, size, size, device=head.architecture.device)
+    roi_features = torch.randn(num_rois, _CHANNELS, size, size, device=head.deconv.weight.device)
     step = _training_step(head, *_inputs(roi_features, num_classes))
     settings = {"num_rois": num_rois, "num_classes": num_classes, **settings}
     return Case(name, step, num_parameters(head), settings)

@@ -20,8 +20,12 @@ from maskx.engine.quickstart import load_data
 from maskx.engine.training import TrainingSettings, select_device, train
 from maskx.evaluation.average_precision import evaluate_detections
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
-from maskx.systems.maskx_rcnn.torchvision.detection import SampleDetector, detect
-from maskx.systems.maskx_rcnn.torchvision.models import faster_rcnn_small, maskx_rcnn_small
+from maskx.systems.maskx_rcnn.torchvision import (
+    SampleDetector,
+    detect,
+    faster_rcnn_small,
+    maskx_rcnn_small,
+)
 from studies.study import Measure, Ordering, Report, Study, StudyOptions, process_lock
 
 # What each word of a method sets; those of configs/MaskX/README.md set the same there.

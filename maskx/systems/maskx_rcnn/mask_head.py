@@ -12,7 +12,7 @@ Shape legend:
     P: resolution of the pooled RoI features; M = 2 * P: resolution of the masks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,14 +21,10 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from maskx.core.checks import check_choice
+from maskx.core.extra_state import EXTRA_STATE, pack_state, unpack_state
 from maskx.core.layers import msra_fill
-from maskx.systems.maskx_rcnn.mask_trunks import TRUNKS, trunk_layers
-from maskx.systems.maskx_rcnn.weight_transfer import (
-    ACTIVATIONS,
-    TRANSFER_INPUTS,
-    DetectorWeights,
-    WeightTransfer,
-)
+from maskx.systems.maskx_rcnn.mask_trunks import trunk_layers
+from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, WeightTransfer
 
 PREDICTORS = ("transfer", "class_agnostic", "class_specific")
 MLP_BRANCHES = ("none", "single_fc", "bottleneck")
@@ -36,6 +32,8 @@ MLP_BRANCHES = ("none", "single_fc", "bottleneck")
 # Channels that the light MLP branch keeps: 8 * M * M * M * M weights instead of C * M * M * M * M,
 # that is 4.9 M parameters instead of 157.4 M at C = 256 and M = 28.
 _BOTTLENECK_CHANNELS = 8
+
+_VERSION = 2  # of what a head says of itself in a checkpoint
 
 
 def class_logits(features: Tensor, class_weights: Tensor) -> Tensor:
@@ -267,23 +265,20 @@ class MaskXHead(nn.Module):
         )
         self.mlp = None if mlp == "none" else MaskMLP(channels, self.mask_size, mlp)
 
-        transfers = predictor == "transfer"
-        self.register_buffer(
-            "architecture",
-            torch.tensor(
-                [
-                    TRUNKS.index(trunk),
-                    PREDICTORS.index(predictor),
-                    MLP_BRANCHES.index(mlp),
-                    TRANSFER_INPUTS.index(transfer_inputs) if transfers else -1,
-                    transfer_layers if transfers else -1,
-                    ACTIVATIONS.index(transfer_activation) if transfers else -1,
-                    num_convs,
-                    channels,
-                    num_classes or 0,
-                ]
-            ),
-        )
+        self.architecture: dict[str, Any] = {
+            "trunk": trunk,
+            "num_convs": num_convs,
+            "channels": channels,
+            "predictor": predictor,
+            "mlp": mlp,
+            "num_classes": num_classes,
+        }
+        if predictor == "transfer":
+            self.architecture |= {
+                "transfer_inputs": transfer_inputs,
+                "transfer_layers": transfer_layers,
+                "transfer_activation": transfer_activation,
+            }
 
     def forward(
         self,
@@ -309,34 +304,33 @@ class MaskXHead(nn.Module):
             mask_logits = mask_logits + self.mlp(features)
         return mask_logits
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+    def get_extra_state(self) -> Tensor:
+        """Describe the architecture; it is saved beside the weights."""
+        return pack_state(self.architecture, version=_VERSION)
+
+    def set_extra_state(self, state: Tensor) -> None:
         """Refuse a checkpoint of another architecture instead of keeping random weights.
 
-        A checkpoint of another code base has no ``architecture``; it is taken as it is.
+        A checkpoint of another code base describes none; it is taken as it is.
         """
-        key = f"{prefix}architecture"
-        found, own = state_dict.get(key), self.architecture
-        if found is not None and found.shape != own.shape:
-            raise ValueError(
-                "The checkpoint was made by another version of maskx, whose mask head is described "
-                f"by {len(found)} numbers instead of {len(own)}. Train again, or use that version."
-            )
-        if found is not None and not self._fits(found.to(own.device)):
-            raise ValueError(
-                "The checkpoint was made by another mask head.\n"
-                f"  checkpoint: {_describe_architecture(found.tolist())}\n"
-                f"  this model: {_describe_architecture(own.tolist())}\n"
-                "Use the configuration that the checkpoint was trained with, or another checkpoint."
-            )
-        state_dict[key] = own
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _fits(self, architecture: Tensor) -> bool:
-        same = architecture == self.architecture
+        found, own = unpack_state(state, version=_VERSION, what="a mask head"), self.architecture
+        ignored = set()
         # K may differ where nothing depends on it. It may for fine-tuning, since weights that do
         # not depend on it are worth keeping, but a model that is to be evaluated must match in K.
-        any_classes = self.training or self.architecture[-1] == 0
-        return bool((same[:-1] if any_classes else same).all())
+        if self.training or own["num_classes"] is None:
+            ignored = {"num_classes"}
+        if any(found.get(key) != own.get(key) for key in (found.keys() | own.keys()) - ignored):
+            raise ValueError(
+                "The checkpoint was made by another mask head.\n"
+                f"  checkpoint: {_describe_architecture(found)}\n"
+                f"  this model: {_describe_architecture(own)}\n"
+                "Use the configuration that the checkpoint was trained with, or another checkpoint."
+            )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # Without a description, torch would call the extra state missing.
+        state_dict.setdefault(f"{prefix}{EXTRA_STATE}", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _init_predictor(layer: nn.Conv2d | nn.Linear) -> None:
@@ -345,17 +339,7 @@ def _init_predictor(layer: nn.Conv2d | nn.Linear) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def _describe_architecture(architecture: Sequence[int]) -> str:
-    trunk, predictor, mlp, inputs, layers, activation, *sizes = architecture
-    num_convs, channels, num_classes = sizes
-    parts = [
-        f"trunk {TRUNKS[trunk]} with {num_convs} convolutions of {channels} channels",
-        f"predictor {PREDICTORS[predictor]}",
-    ]
-    if inputs >= 0:
-        parts.append(
-            f"transfer from {TRANSFER_INPUTS[inputs]} with {layers} layer(s) of "
-            f"{ACTIVATIONS[activation]}"
-        )
-    classes = f"{num_classes or 'any number of'} classes"
-    return ", ".join([*parts, f"MLP {MLP_BRANCHES[mlp]}", classes])
+def _describe_architecture(architecture: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {'any' if value is None else value}" for key, value in architecture.items()
+    )

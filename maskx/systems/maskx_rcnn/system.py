@@ -1,7 +1,7 @@
 """What Mask^X R-CNN is to the tools."""
 
 from maskx.engine.system import System
-from maskx.systems.maskx_rcnn.torchvision.quickstart import quickstart_maskx
+from maskx.systems.maskx_rcnn.pipeline import quickstart_maskx
 
 SYSTEM = System(
     name="maskx",

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskx.core.extra_state import EXTRA_STATE, pack_state
 from maskx.systems.maskx_rcnn.mask_head import (
     MLP_BRANCHES,
     PREDICTORS,
@@ -242,12 +243,12 @@ def test_bad_arguments_are_named(changes, words):
     ("changes", "word"),
     [
         ({"predictor": "class_agnostic"}, "predictor class_agnostic"),
-        ({"transfer_layers": 3}, "3 layer"),
-        ({"transfer_inputs": "cls"}, "transfer from cls with"),
-        ({"num_classes": K + 1}, "6 classes"),
-        ({"channels": 2 * C}, "16 channels"),
+        ({"transfer_layers": 3}, "transfer_layers 3"),
+        ({"transfer_inputs": "cls"}, "transfer_inputs cls"),
+        ({"num_classes": K + 1}, "num_classes 6"),
+        ({"channels": 2 * C}, "channels 16"),
         ({"trunk": "residual"}, "trunk residual[^$]*this model: trunk conv"),
-        ({"mlp": "bottleneck"}, "MLP bottleneck"),
+        ({"mlp": "bottleneck"}, "mlp bottleneck"),
     ],
 )
 def test_a_checkpoint_of_another_head_is_refused(changes, word):
@@ -272,7 +273,7 @@ def test_fine_tuning_on_another_number_of_classes_keeps_the_transfer():
     torch.nn.init.normal_(trained.predictor.layers[0].weight)
     head.train().load_state_dict(trained.state_dict())
     assert torch.equal(head.predictor.layers[0].weight, trained.predictor.layers[0].weight)
-    assert head.state_dict()["architecture"][-1] == K
+    assert torch.equal(head.get_extra_state(), make_head().get_extra_state())
     head.eval().load_state_dict(make_head().state_dict())
 
 
@@ -280,13 +281,13 @@ def test_without_learned_classes_a_checkpoint_fits_any_class_list():
     trained, head = (make_head(transfer_inputs="cls", num_classes=None) for _ in range(2))
     head.eval().load_state_dict(trained.state_dict())
     head.load_state_dict(make_head(transfer_inputs="cls").state_dict())
-    with pytest.raises(ValueError, match=r"checkpoint: .*any number of classes"):
+    with pytest.raises(ValueError, match=r"checkpoint: .*num_classes any"):
         make_head(transfer_inputs="cls").eval().load_state_dict(trained.state_dict())
 
 
 def test_a_foreign_checkpoint_without_architecture_loads():
     head = make_head(predictor="class_specific")
-    checkpoint = {k: v for k, v in head.state_dict().items() if k != "architecture"}
+    checkpoint = {k: v for k, v in head.state_dict().items() if k != EXTRA_STATE}
     make_head(predictor="class_specific").eval().load_state_dict(checkpoint)
 
 
@@ -328,6 +329,6 @@ def test_export_with_a_dynamic_number_of_rois_equals_eager(trunk, size):
 
 def test_a_checkpoint_of_another_version_is_refused():
     head = MaskXHead(in_channels=4, num_classes=3, channels=4, predictor="class_agnostic")
-    state = head.state_dict() | {"architecture": torch.zeros(8, dtype=torch.long)}
-    with pytest.raises(ValueError, match=r"another version of maskx, .* 8 numbers instead of 9"):
+    state = head.state_dict() | {EXTRA_STATE: pack_state({}, version=1)}
+    with pytest.raises(ValueError, match=r"a mask head in form 1, but this version of maskx reads"):
         head.load_state_dict(state)

@@ -28,7 +28,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from maskx.core.layers import msra_fill
-from maskx.systems.maskx_rcnn.detectron2.mask_head import (
+from maskx.systems.maskx_rcnn.detectron2.heads import (
     crop_gt_masks,
     num_classes_from_config,
     transfer_arguments,

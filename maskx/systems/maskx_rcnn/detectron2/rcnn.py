@@ -1,20 +1,47 @@
-"""Generalized R-CNN whose detector can stay frozen while the mask branch learns."""
+"""Meta-architectures and region proposals of Mask^X R-CNN in Detectron2."""
 
+import os
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
-from torch import nn
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    GeneralizedRCNN,
+    detector_postprocess,
+)
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils import comm
+from torch import Tensor, nn
 
-__all__ = ["MaskXRCNN", "check_can_freeze"]
+from maskx.core.images import resized_image
+from maskx.data.grabcut import grabcut_masks
+from maskx.data.sized_masks import PastedMasks
+from maskx.systems.maskx_rcnn.samples import given_boxes, scale_boxes
+
+__all__ = [
+    "MaskXGrabCutRCNN",
+    "MaskXRCNN",
+    "MaskXRPN",
+    "check_can_freeze",
+    "has_complete_boxes",
+    "predicts_masks",
+]
 
 
 @META_ARCH_REGISTRY.register()
 class MaskXRCNN(GeneralizedRCNN):
-    """Detectron2's ``GeneralizedRCNN``, for both stages of stage-wise training.
+    """Detectron2's ``GeneralizedRCNN``, whose masks are pasted one at a time, when asked for.
 
-    "Learning to Segment Every Thing" (Hu et al., CVPR 2018), section 2.2: stage-wise training
-    first trains a detector on the boxes of all categories, then only the mask branch.
+    ``pred_masks`` of its results are :class:`maskx.data.sized_masks.PastedMasks`, so a photograph
+    costs what its detections do, not its pixels times their number. Samples may have
+    ``given_boxes``, see :func:`maskx.systems.maskx_rcnn.samples.given_boxes`.
+
+    It also trains both stages of stage-wise training ("Learning to Segment Every Thing", Hu et al.,
+    CVPR 2018, section 2.2): first a detector on the boxes of all categories, then only the mask
+    branch.
 
     Args:
         freeze_detector: train nothing but ``roi_heads.mask_head``. The rest needs no gradient and
@@ -56,6 +83,32 @@ class MaskXRCNN(GeneralizedRCNN):
         """Read the arguments from a configuration."""
         return super().from_config(cfg) | {"freeze_detector": cfg.MODEL.MASKX.FREEZE_DETECTOR}
 
+    def inference(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        detected_instances: list[Instances] | None = None,
+        do_postprocess: bool = True,
+    ) -> list[Any]:
+        """Detect, or segment given boxes; see ``GeneralizedRCNN.inference``."""
+        given = given_boxes(batched_inputs) if detected_instances is None else None
+        if given is not None:
+            detected_instances = [
+                Instances(
+                    sample["image"].shape[-2:],
+                    pred_boxes=Boxes(boxes),
+                    pred_classes=classes,
+                    scores=torch.ones(len(boxes)),
+                )
+                for sample, (boxes, classes) in zip(batched_inputs, given, strict=True)
+            ]
+        found = super().inference(batched_inputs, detected_instances, do_postprocess=False)
+        if not do_postprocess:
+            return found
+        return [
+            {"instances": _in_pixels_of_the_file(sample, instances, keep_all=given is not None)}
+            for sample, instances in zip(batched_inputs, found, strict=True)
+        ]
+
     def train(self, mode: bool = True) -> nn.Module:
         """Set training mode; a frozen detector stays in evaluation mode."""
         super().train(mode and not self.freeze_detector)
@@ -64,6 +117,36 @@ class MaskXRCNN(GeneralizedRCNN):
             self.training = self.roi_heads.training = mode
             self.roi_heads.mask_head.train(mode)
         return self
+
+
+def _in_pixels_of_the_file(
+    sample: dict[str, Any], instances: Instances, *, keep_all: bool
+) -> Instances:
+    """Do what ``detector_postprocess`` does, without pasting all masks.
+
+    Args:
+        sample: perhaps with ``height`` and ``width``.
+        instances: of the network, in pixels of the image of the sample.
+        keep_all: keep boxes without area, which Detectron2 leaves out.
+    """
+    height, width = (
+        sample.get(key, side)
+        for key, side in zip(("height", "width"), instances.image_size, strict=True)
+    )
+    fields = dict(instances.get_fields())
+    masks = fields.pop("pred_masks", None)
+    plain = Instances(instances.image_size, **fields, index=torch.arange(len(instances)))
+    found = detector_postprocess(plain, height, width)
+    if keep_all and len(found) < len(plain):
+        found = Instances((height, width), **fields, index=plain.index)
+        found.pred_boxes = Boxes(
+            scale_boxes(plain.pred_boxes.tensor, plain.image_size, found.image_size)
+        )
+    if masks is not None:
+        masks = masks[found.index.to(masks.device), 0]
+        found.pred_masks = PastedMasks(masks, found.pred_boxes.tensor, (height, width))
+    found.remove("index")
+    return found
 
 
 def check_can_freeze(cfg: CfgNode) -> None:
@@ -78,3 +161,125 @@ def check_can_freeze(cfg: CfgNode) -> None:
             f"MODEL.MASKX.FREEZE_DETECTOR is True, but MODEL.META_ARCHITECTURE {name} would train "
             "the detector all the same. Set MODEL.META_ARCHITECTURE MaskXRCNN."
         )
+
+
+@META_ARCH_REGISTRY.register()
+class MaskXGrabCutRCNN(GeneralizedRCNN):
+    """Detectron2's ``GeneralizedRCNN`` without a mask head; its masks are GrabCut's.
+
+    The baseline "Faster R-CNN tested w/ GrabCut" of the Mask^X R-CNN paper. Training it is
+    training Faster R-CNN, and weights of any Faster R-CNN load.
+
+    Args:
+        **kwargs: arguments of ``GeneralizedRCNN``.
+    """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read the arguments from a configuration.
+
+        Raises:
+            ValueError: the configuration has a mask head.
+        """
+        if cfg.MODEL.MASK_ON:
+            raise ValueError(
+                "MODEL.MASK_ON is True, but the masks of MaskXGrabCutRCNN are made by GrabCut, not "
+                "by a mask head. Set MODEL.MASK_ON False and MODEL.ROI_HEADS.NAME "
+                "StandardROIHeads, or another MODEL.META_ARCHITECTURE."
+            )
+        return super().from_config(cfg)
+
+    def inference(
+        self,
+        batched_inputs: list[dict[str, Any]],
+        detected_instances: list[Instances] | None = None,
+        do_postprocess: bool = True,
+    ) -> list[Any]:
+        """Detect, then segment each box on the input image, at the size of the output.
+
+        Args:
+            batched_inputs: samples with ``image`` (3, H, W), from 0 to 255, and the output size
+                ``height``, ``width``.
+            detected_instances: known boxes; see ``GeneralizedRCNN.inference``.
+            do_postprocess: False returns the instances of the network, without masks.
+
+        Returns:
+            Per sample ``{"instances": Instances}`` in pixels of the output, with ``pred_masks``
+            (R, height, width) bool.
+        """
+        outputs = super().inference(batched_inputs, detected_instances, do_postprocess)
+        if do_postprocess:
+            for sample, output in zip(batched_inputs, outputs, strict=True):
+                instances = output["instances"]
+                image = resized_image(sample["image"], *instances.image_size)
+                boxes = instances.pred_boxes.tensor
+                # All processes of a machine cut at the same time.
+                workers = max(1, (os.cpu_count() or 1) // comm.get_local_size())
+                masks = grabcut_masks(image, boxes.tolist(), workers=workers)
+                instances.pred_masks = torch.from_numpy(masks).to(boxes.device)
+        return outputs
+
+
+def predicts_masks(cfg: CfgNode) -> bool:
+    """Whether the model of a configuration predicts masks: by a mask head, or by GrabCut."""
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    return cfg.MODEL.MASK_ON or issubclass(architecture, MaskXGrabCutRCNN)
+
+
+def has_complete_boxes(targets: Instances) -> bool:
+    """Whether an image is annotated with the boxes of all classes of the class list.
+
+    Where it is not, as on COCO images in a model of 3,000 classes, an object without a box is no
+    background, so the image must not train the detector; its masks train the mask branch.
+
+    Args:
+        targets: instances of one image. :class:`MaskXDatasetMapper` gives those of an incomplete
+            image the field ``gt_boxes_complete``.
+    """
+    return not targets.has("gt_boxes_complete")
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class MaskXRPN(RPN):
+    """Detectron2's RPN, whose losses leave images with incomplete boxes out.
+
+    Parameters and proposals are those of ``RPN``.
+    """
+
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        gt_instances: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """Propose regions; see :class:`RPN`.
+
+        The losses are means over the images with complete boxes, zero with graph without any.
+        """
+        proposals, losses = super().forward(images, features, gt_instances)
+        if losses:
+            # The base class divides by the number of all images.
+            num_complete = sum(map(has_complete_boxes, gt_instances))
+            scale = len(gt_instances) / max(num_complete, 1)
+            losses = {name: loss * scale for name, loss in losses.items()}
+        return proposals, losses
+
+    @torch.no_grad()
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Label anchors; see :class:`RPN`. Those of incomplete images are ignored (-1)."""
+        complete = [has_complete_boxes(x) for x in gt_instances]
+        sampled = super().label_and_sample_anchors(
+            anchors, [x for x, keep in zip(gt_instances, complete, strict=True) if keep]
+        )
+        per_image = zip(*sampled, strict=True)
+        nothing = self._nothing_to_learn(anchors)
+        pairs = [next(per_image) if keep else nothing for keep in complete]
+        labels, boxes = zip(*pairs, strict=True)
+        return list(labels), list(boxes)
+
+    @staticmethod
+    def _nothing_to_learn(anchors: list[Boxes]) -> tuple[Tensor, Tensor]:
+        boxes = torch.cat([x.tensor for x in anchors])
+        return boxes.new_full((len(boxes),), -1, dtype=torch.int8), torch.zeros_like(boxes)

@@ -11,10 +11,8 @@ from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from maskx.systems.maskx_rcnn.detectron2.box_predictor import MaskXTextOutputLayers
-from maskx.systems.maskx_rcnn.detectron2.mask_head import takes_detector_weights
-from maskx.systems.maskx_rcnn.detectron2.proposal_generator import has_complete_boxes
-from maskx.systems.maskx_rcnn.detectron2.rcnn import check_can_freeze
+from maskx.systems.maskx_rcnn.detectron2.heads import MaskXTextOutputLayers, takes_detector_weights
+from maskx.systems.maskx_rcnn.detectron2.rcnn import check_can_freeze, has_complete_boxes
 from maskx.systems.maskx_rcnn.weight_transfer import (
     DETECTOR_INPUTS,
     DetectorWeights,

@@ -58,7 +58,7 @@ ARGUMENTS = {
 
 
 def test_words_set_what_they_set_in_the_configs():
-    page = Path(__file__).parents[2] / "configs" / "MaskX" / "README.md"
+    page = Path(__file__).parents[3] / "configs" / "MaskX" / "README.md"
     rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|$", page.read_text("utf-8"), re.M)
     cells = {word: re.findall("`([^`]+)`", cell) for word, cell in rows}
 

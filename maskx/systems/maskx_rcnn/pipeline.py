@@ -24,9 +24,13 @@ from maskx.engine.training import TrainingSettings, select_device, train
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.figures import contact_sheet, draw_instances, save_png
 from maskx.supervision import CategorySplit
-from maskx.systems.maskx_rcnn.samples import InstanceMapper
-from maskx.systems.maskx_rcnn.torchvision.detection import SampleDetector, detect
-from maskx.systems.maskx_rcnn.torchvision.models import maskx_rcnn_resnet_fpn, maskx_rcnn_small
+from maskx.systems.maskx_rcnn.samples import InstanceMapper, check_masks
+from maskx.systems.maskx_rcnn.torchvision import (
+    SampleDetector,
+    detect,
+    maskx_rcnn_resnet_fpn,
+    maskx_rcnn_small,
+)
 
 _ITERATIONS, _BATCH_SIZE = 1200, 8
 _FIGURE_IMAGES, _FIGURE_COLUMNS, _FIGURE_SCORE = 8, 4, 0.5
@@ -69,6 +73,8 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
         f"boxes only (B), on {device}"
     )
 
+    check_masks(train_data.records, split)
+
     metrics: dict[str, Any] = {"system": "maskx"}
     detections: dict[str, list[dict[str, Any]]] = {}
     for name in ("maskx", "class_agnostic") if options.compare else ("maskx",):
@@ -79,9 +85,9 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
         results = trained | _evaluate(name, val_data, detections[name], split, report)
         metrics |= results if name == "maskx" else {name: results}
     if options.compare:
-        detections["grabcut"] = _with_grabcut_masks(val_data, detections["maskx"])
+        detections["grabcut"] = with_grabcut_masks(val_data, detections["maskx"])
         metrics["grabcut"] = _evaluate("grabcut", val_data, detections["grabcut"], split, report)
-    pictures = _save_pictures(options.output, val_data, detections, split)
+    pictures = save_pictures(options.output, val_data, detections, split)
     metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
     names = [path.name for path in pictures]
     return write_metrics(options, metrics, started=started, pictures=names, report=report)
@@ -108,7 +114,7 @@ def _train_detector(
     batches = functools.partial(
         training_batches,
         data.records,
-        InstanceMapper(split.indices_with_masks),
+        InstanceMapper(split.indices_with_masks, sizes=model.sizes),
         batch_size=settings.batch_size,
         seed=settings.seed,
         num_workers=options.workers,
@@ -173,7 +179,7 @@ def _evaluate(
     return _without_class_lists(results)
 
 
-def _with_grabcut_masks(
+def with_grabcut_masks(
     data: CocoData, detections: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Replace the masks of detections by GrabCut's in their boxes."""
@@ -193,15 +199,15 @@ def _with_grabcut_masks(
     return replaced
 
 
-def _save_pictures(
+def save_pictures(
     folder: Path,
     data: CocoData,
     detections: Mapping[str, Sequence[dict[str, Any]]],
     split: CategorySplit,
 ) -> list[Path]:
     """Draw the images on which Mask^X is surest; with several methods, side by side as well."""
-    confident = {name: _confident(data, found) for name, found in detections.items()}
-    records = _interesting_records(data, confident["maskx"], split)
+    confident = {name: confident_detections(data, found) for name, found in detections.items()}
+    records = interesting_records(data, confident["maskx"], split)
     paths = [folder / "predictions.png"]
     save_png(paths[0], contact_sheet(_draw_tiles(data, records, confident["maskx"], split)))
     if len(confident) > 1:
@@ -216,7 +222,7 @@ def _save_pictures(
     return paths
 
 
-def _confident(
+def confident_detections(
     data: CocoData, detections: Sequence[dict[str, Any]]
 ) -> dict[Any, list[dict[str, Any]]]:
     """Keep confident detections that no surer one covers, by image, the surest first."""
@@ -228,7 +234,7 @@ def _confident(
     return by_image
 
 
-def _interesting_records(
+def interesting_records(
     data: CocoData, by_image: Mapping[Any, Sequence[dict[str, Any]]], split: CategorySplit
 ) -> list[dict[str, Any]]:
     """Choose the surest images that show both A and B."""

@@ -13,7 +13,7 @@ from torchvision.models.detection import (
 
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead, class_logits, crop_mask_targets, mask_loss
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
-from maskx.systems.maskx_rcnn.torchvision.models import (
+from maskx.systems.maskx_rcnn.torchvision import (
     add_mask_branch,
     faster_rcnn_small,
     maskx_rcnn_resnet_fpn,
@@ -247,8 +247,9 @@ def test_a_mask_branch_on_torchvisions_own_detector():
         "masks": torch.ones(2, 64, 64, dtype=torch.uint8),
     }
     images = [torch.rand(3, 64, 64)]
+    target["has_masks"] = torch.tensor([True, False])
     assert model.train()(images, [target])["loss_mask"] > 0
-    box_only = {k: v for k, v in target.items() if k != "masks"}
+    box_only = {key: target[key] for key in ("boxes", "labels")}
     assert model(images, [box_only])["loss_mask"] == 0
     none_has = target | {"has_masks": torch.tensor([False, False])}
     assert model(images, [none_has])["loss_mask"] == 0
@@ -272,6 +273,27 @@ def test_a_row_per_box_is_required(make_detector, scenes, split, key):
     samples[1]["instances"][key] = samples[1]["instances"][key][:1]
     with pytest.raises(ValueError, match=r"Target 1 of the batch has \d boxes but 1 rows of"):
         losses_of(make_detector(), samples)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"has_masks": None}, r"Target 0 .* has masks but no has_masks.*Set has_masks"),
+        ({"masks": None}, r"has_masks \[True\] but no masks\. Add masks"),
+        ({"labels": torch.tensor([0])}, r"labels \[0\]\. Allowed: 1 to 8; 0 is the background"),
+        ({"labels": torch.tensor([9])}, r"labels \[9\]\. Allowed: 1 to 8"),
+    ],
+)
+def test_targets_that_contradict_themselves_are_refused(make_detector, change, words):
+    target = {
+        "boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]),
+        "labels": torch.tensor([2]),
+        "masks": torch.ones(1, 64, 64, dtype=torch.uint8),
+        "has_masks": torch.tensor([True]),
+    } | change
+    target = {key: value for key, value in target.items() if value is not None}
+    with pytest.raises(ValueError, match=words):
+        make_detector().detector.train()([torch.rand(3, 64, 64)], [target])
 
 
 @pytest.mark.parametrize("build", [maskrcnn_resnet50_fpn, retinanet_resnet50_fpn])
@@ -298,6 +320,7 @@ def test_resnet_builder_trains_a_step():
         "boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]),
         "labels": torch.tensor([2]),
         "masks": torch.ones(1, 64, 64, dtype=torch.uint8),
+        "has_masks": torch.tensor([True]),
     }
     losses = model.train()([torch.rand(3, 64, 64)] * 2, [target] * 2)
     sum(losses.values()).backward()

@@ -9,9 +9,10 @@ from maskx.engine.batches import training_batches
 from maskx.engine.training import TrainingSettings, train
 from maskx.systems.maskx_rcnn.mask_trunks import TRUNKS
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
-from maskx.systems.maskx_rcnn.torchvision.models import (
+from maskx.systems.maskx_rcnn.torchvision import (
     add_mask_branch,
     faster_rcnn_small,
+    init_box_predictor,
     maskx_rcnn_small,
 )
 
@@ -118,3 +119,22 @@ def test_with_a_frozen_detector_only_objects_with_masks_are_sampled(make_detecto
     assert all(torch.equal(t["labels"], m) for t, m in zip(seen[0], masked, strict=True))
     num_objects = sum(len(s["instances"]["gt_classes"]) for s in samples)
     assert 0 < sum(map(len, masked)) < num_objects
+
+
+def test_a_new_box_predictor_is_told_from_one_that_was_trained_or_initialised(caplog):
+    def add(prepare):
+        detector = fasterrcnn_mobilenet_v3_large_320_fpn(
+            weights=None, weights_backbone=None, num_classes=9
+        )
+        prepare(detector)
+        caplog.clear()
+        add_mask_branch(detector, channels=8, num_convs=1)
+        return caplog.text
+
+    def train(detector):
+        weight = detector.roi_heads.box_predictor.cls_score.weight
+        torch.nn.init.normal_(weight, std=0.03)
+
+    assert "init_box_predictor(detector) before training" in add(lambda detector: None)
+    assert not add(init_box_predictor)
+    assert not add(train)

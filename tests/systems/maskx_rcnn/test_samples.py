@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from maskx.core.seeds import step_seed
+from maskx.data.image_samples import read_image_sample
 from maskx.engine.batches import training_batches
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
 
@@ -95,11 +96,11 @@ def test_bad_images_are_named(scenes, tmp_path):
     broken.write_bytes(b"\x89PNG half of it")
     record = scenes.records[0]
     with pytest.raises(ValueError, match=r"broken\.png' \(id 0\) cannot be read"):
-        InstanceMapper(()).read_image(record | {"file_name": str(broken)})
+        read_image_sample(record | {"file_name": str(broken)})
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
-        InstanceMapper(()).read_image(record | {"file_name": str(tmp_path / "none.png")})
+        read_image_sample(record | {"file_name": str(tmp_path / "none.png")})
     with pytest.raises(ValueError, match="is 64 x 64 pixels, but its annotations say 64 x 32"):
-        InstanceMapper(()).read_image(record | {"height": 32})
+        read_image_sample(record | {"height": 32})
 
 
 def test_each_sample_is_augmented_by_a_seed_of_its_own(scenes):

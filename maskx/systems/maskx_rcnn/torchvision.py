@@ -1,0 +1,588 @@
+"""Mask^X R-CNN on torchvision's detectors: the model of samples, RoI heads, and builders."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model_weights, list_models
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import MultiScaleRoIAlign
+from tqdm import tqdm
+
+from maskx.core.backbones import SmallFPN
+from maskx.core.checks import check_choice
+from maskx.data.image_samples import read_image_sample
+from maskx.data.sized_masks import PastedMasks
+from maskx.systems.maskx_rcnn.mask_head import MaskXHead, crop_mask_targets, mask_loss
+from maskx.systems.maskx_rcnn.samples import given_boxes, scale_boxes, shrink_image
+from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, detector_weights
+
+logger = logging.getLogger(__name__)
+
+
+class SampleDetector(nn.Module):
+    """Drives a torchvision detector with samples, as Detectron2 drives its models.
+
+    Args:
+        detector: a detector of torchvision, whose label 0 is the background.
+    """
+
+    def __init__(self, detector: GeneralizedRCNN) -> None:
+        super().__init__()
+        self.detector = detector
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The most that the sides of an image, the shorter and the longer, are resized to."""
+        transform = self.detector.transform
+        return max(transform.min_size), transform.max_size
+
+    def forward(self, samples: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """Compute losses in training, detections in evaluation.
+
+        Args:
+            samples: each with ``image`` (3, H, W) uint8 RGB and, in training, ``instances`` as
+                made by :class:`maskx.systems.maskx_rcnn.samples.InstanceMapper`; in evaluation
+                with ``height`` and ``width`` of the result, by default those of the image, and
+                perhaps ``given_boxes``, see :func:`maskx.systems.maskx_rcnn.samples.given_boxes`.
+
+        Returns:
+            A dictionary of scalar losses, or per sample ``{"instances": {...}}`` with
+            ``pred_boxes`` (R, 4) XYXY pixels, ``scores`` (R,), ``pred_classes`` (R,) class
+            indices and ``pred_masks``, R masks of (height, width) in a
+            :class:`maskx.data.sized_masks.PastedMasks`. Given boxes have the score 1.
+        """
+        device = next(self.parameters()).device
+        # An image is shrunk before it becomes float: a photograph would take gigabytes.
+        images = [sample["image"] for sample in samples]
+        if not self.training:  # a training sample is as small as its mapper made it
+            images = [shrink_image(image, self.sizes) for image in images]
+        images = [image.to(device).float() / 255 for image in images]
+        if not self.training:
+            return self._detect(samples, images)
+        return self.detector(images, [_target(sample["instances"], device) for sample in samples])
+
+    def _detect(
+        self, samples: Sequence[dict[str, Any]], images: list[Tensor]
+    ) -> list[dict[str, Any]]:
+        # As the detector's own forward, but for the end, which pastes all masks.
+        batch, _ = self.detector.transform(images)
+        features = self.detector.backbone(batch.tensors)
+        if isinstance(features, Tensor):
+            features = {"0": features}
+        heads, given = self.detector.roi_heads, given_boxes(samples)
+        if given is None:
+            proposals, _ = self.detector.rpn(batch, features)
+            detections, _ = heads(features, proposals, batch.image_sizes)
+        else:
+            boxes = [
+                scale_boxes(boxes, sample["image"].shape[-2:], size).to(images[0].device)
+                for sample, (boxes, _), size in zip(samples, given, batch.image_sizes, strict=True)
+            ]
+            labels = [classes.to(images[0].device) + 1 for _, classes in given]
+            detections = heads.with_masks(features, boxes, labels, batch.image_sizes)
+        results = []
+        for sample, detection, size in zip(samples, detections, batch.image_sizes, strict=True):
+            height, width = sample["image"].shape[-2:]
+            of_file = sample.get("height", height), sample.get("width", width)
+            boxes = scale_boxes(detection["boxes"], size, of_file)
+            instances = {
+                "pred_boxes": boxes,
+                "scores": detection["scores"],
+                "pred_classes": detection["labels"] - 1,
+            }
+            if "masks" in detection:
+                instances["pred_masks"] = PastedMasks(detection["masks"][:, 0], boxes, of_file)
+            results.append({"instances": instances})
+        return results
+
+
+@torch.inference_mode()
+def detect(
+    model: SampleDetector,
+    records: Sequence[dict[str, Any]],
+    category_ids: Sequence[int],
+    *,
+    batch_size: int = 8,
+    description: str = "evaluation",
+) -> list[dict[str, Any]]:
+    """Run a model over records.
+
+    Args:
+        model: the model; it is put into evaluation mode.
+        records: records of :func:`maskx.data.coco.load_coco`.
+        category_ids: id in the file by class index.
+        batch_size: images at a time.
+        description: label of the progress bar.
+
+    Returns:
+        Detections in COCO's results format.
+    """
+    model.eval()
+    results = []
+    with tqdm(total=len(records), desc=description, unit="img") as progress:
+        for start in range(0, len(records), batch_size):
+            samples = [read_image_sample(record) for record in records[start : start + batch_size]]
+            for sample, output in zip(samples, model(samples), strict=True):
+                results += _coco_results(sample["image_id"], output["instances"], category_ids)
+            progress.update(len(samples))
+    return results
+
+
+def _target(instances: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {
+        "boxes": instances["gt_boxes"].to(device),
+        "labels": instances["gt_classes"].to(device) + 1,
+        "masks": instances["gt_masks"].to(device, torch.uint8),
+        "has_masks": instances["gt_has_mask"].to(device),
+    }
+
+
+def _coco_results(
+    image_id: int | str, instances: dict[str, Tensor], category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    boxes = instances["pred_boxes"].clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    rows = zip(
+        instances["pred_classes"].tolist(),
+        boxes.tolist(),
+        instances["scores"].tolist(),
+        instances["pred_masks"].encode(),
+        strict=True,
+    )
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[class_index],
+            "bbox": box,
+            "score": score,
+            "segmentation": mask,
+        }
+        for class_index, box, score, mask in rows
+    ]
+
+
+class MaskXRoIHeads(RoIHeads):
+    """Torchvision's RoI heads with the mask branch of Mask^X R-CNN.
+
+    The box branch is torchvision's own. The K-channel mask branch of the base class stays off:
+    here only RoIs that have a mask enter the branch in training, and only the logits of the class
+    that a RoI needs are computed.
+
+    Args:
+        roi_heads: the RoI heads of a torchvision detector, whose box branch is taken over.
+        mask_roi_pool: pools (R, C, P, P) features for the mask branch.
+        mask_head: the shared mask head.
+        gt_boxes_only: train the mask branch on the ground-truth boxes instead of the sampled
+            proposals (found to help unseen categories by Deep-MAC, Birodkar et al., ICCV 2021).
+        freeze_detector: compute the mask loss only; the rest is frozen by
+            :func:`add_mask_branch`.
+    """
+
+    def __init__(
+        self,
+        roi_heads: RoIHeads,
+        *,
+        mask_roi_pool: MultiScaleRoIAlign,
+        mask_head: MaskXHead,
+        gt_boxes_only: bool = False,
+        freeze_detector: bool = False,
+    ) -> None:
+        super().__init__(
+            roi_heads.box_roi_pool,
+            roi_heads.box_head,
+            roi_heads.box_predictor,
+            roi_heads.proposal_matcher.high_threshold,
+            roi_heads.proposal_matcher.low_threshold,
+            roi_heads.fg_bg_sampler.batch_size_per_image,
+            roi_heads.fg_bg_sampler.positive_fraction,
+            roi_heads.box_coder.weights,
+            roi_heads.score_thresh,
+            roi_heads.nms_thresh,
+            roi_heads.detections_per_img,
+        )
+        # Without a mask_predictor has_mask() is false, so the base class runs no mask branch.
+        self.mask_roi_pool = mask_roi_pool
+        self.mask_head = mask_head
+        self.gt_boxes_only = gt_boxes_only
+        self.freeze_detector = freeze_detector
+        self._training_samples: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
+
+    def select_training_samples(
+        self, proposals: list[Tensor], targets: list[dict[str, Tensor]] | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Sample as torchvision does, and keep the sample for the mask branch."""
+        samples = super().select_training_samples(proposals, targets)
+        self._training_samples = samples[:3]
+        return samples
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Run the box branch, then the mask branch.
+
+        Args:
+            features: feature maps by name.
+            proposals: per image (R, 4) proposals, XYXY in pixels of the resized image.
+            image_shapes: (H, W) of the resized images.
+            targets: in training, per image ``boxes`` (N, 4), ``labels`` (N,) in [1, K] and, where
+                there are masks, ``masks`` (N, H, W) and ``has_masks`` (N,) bool. A row of
+                ``masks`` counts where ``has_masks`` is true.
+
+        Returns:
+            Detections with ``boxes``, ``labels``, ``scores`` and, as probabilities, ``masks``
+            (R, 1, M, M) at inference; losses, with ``loss_mask``, in training.
+
+        Raises:
+            ValueError: ``masks`` or ``has_masks`` stands alone or has not one row per box, or a
+                label is out of range.
+        """
+        if not self.training:
+            found, losses = super().forward(features, proposals, image_shapes, targets)
+            boxes, labels = ([d[key] for d in found] for key in ("boxes", "labels"))
+            pasted = self.with_masks(features, boxes, labels, image_shapes)
+            return [d | {"masks": x["masks"]} for d, x in zip(found, pasted, strict=True)], losses
+        num_classes = len(self.box_predictor.cls_score.weight) - 1
+        for image, target in enumerate(targets or []):  # the base class refuses None
+            _check_target(image, target, num_classes)
+        if self.freeze_detector:
+            # Objects without a mask would only take places in the sample.
+            targets = [_only_masked(target) for target in targets]
+            self.select_training_samples(proposals, targets)
+            detections, losses = [], {}
+        else:
+            detections, losses = super().forward(features, proposals, image_shapes, targets)
+        losses["loss_mask"] = self._mask_loss(features, image_shapes, targets)
+        return detections, losses
+
+    def _mask_loss(
+        self,
+        features: dict[str, Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
+    ) -> Tensor:
+        boxes, class_indices, mask_targets = [], [], []
+        for target, *sample in zip(targets, *self._mask_samples(targets), strict=True):
+            proposals, matched, labels = sample
+            has_masks = _has_masks(target)
+            masked = labels > 0
+            if len(has_masks):  # else all samples are background, and match no row
+                masked = masked & has_masks[matched]
+            boxes.append(proposals[masked])
+            class_indices.append(labels[masked] - 1)
+            if "masks" in target:
+                mask_targets.append(
+                    crop_mask_targets(
+                        target["masks"], boxes[-1], matched[masked], self.mask_head.mask_size
+                    )
+                )
+        mask_logits = self._mask_logits(features, boxes, class_indices, image_shapes)
+        if not mask_targets:
+            return mask_loss(mask_logits, mask_logits)
+        return mask_loss(mask_logits, torch.cat(mask_targets))
+
+    def _mask_samples(
+        self, targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per image: boxes that may train the branch, the target each belongs to, its label."""
+        samples, self._training_samples = self._training_samples, None
+        if self.gt_boxes_only:
+            boxes = [target["boxes"] for target in targets]
+            indices = [torch.arange(len(b), device=b.device) for b in boxes]
+            return boxes, indices, [target["labels"] for target in targets]
+        return samples
+
+    def with_masks(
+        self,
+        features: dict[str, Tensor],
+        boxes: list[Tensor],
+        labels: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        """Predict the masks of given boxes.
+
+        Args:
+            features: feature maps by name.
+            boxes: per image (R, 4), XYXY in pixels of the resized image.
+            labels: per image (R,) in [1, K].
+            image_shapes: (H, W) of the resized images.
+
+        Returns:
+            Detections of score 1; see :meth:`forward`.
+        """
+        class_indices = [x - 1 for x in labels]
+        mask_prob = self._mask_logits(features, boxes, class_indices, image_shapes).sigmoid()
+        per_image = mask_prob[:, None].split([len(b) for b in boxes])
+        return [
+            {"boxes": b, "labels": x, "scores": torch.ones_like(b[:, 0]), "masks": masks}
+            for b, x, masks in zip(boxes, labels, per_image, strict=True)
+        ]
+
+    def _mask_logits(
+        self,
+        features: dict[str, Tensor],
+        boxes: list[Tensor],
+        class_indices: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+    ) -> Tensor:
+        roi_features = self.mask_roi_pool(features, boxes, image_shapes)
+        return self.mask_head(roi_features, torch.cat(class_indices), self.detector_weights())
+
+    def detector_weights(self) -> DetectorWeights:
+        """Foreground rows of the live box predictor; background is row 0 in torchvision."""
+        predictor = self.box_predictor
+        return detector_weights(
+            predictor.cls_score.weight, predictor.bbox_pred.weight, background_row=0
+        )
+
+
+def _only_masked(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    has_masks = _has_masks(target)
+    keys = target.keys() & {"boxes", "labels", "masks", "has_masks"}
+    return {key: target[key][has_masks] for key in keys}
+
+
+def _has_masks(target: dict[str, Tensor]) -> Tensor:
+    if "has_masks" not in target:
+        return torch.zeros_like(target["labels"], dtype=torch.bool)
+    return target["has_masks"].bool()
+
+
+def _check_target(image: int, target: dict[str, Tensor], num_classes: int) -> None:
+    labels, where = target["labels"], f"Target {image} of the batch has"
+    for key in {"masks", "has_masks"} & set(target):
+        if len(target[key]) != len(target["boxes"]):
+            raise ValueError(
+                f"{where} {len(target['boxes'])} boxes but {len(target[key])} rows of '{key}'. "
+                "There must be one row per box; where a box has no mask, any row with has_masks "
+                "false."
+            )
+    if "masks" in target and "has_masks" not in target:
+        raise ValueError(
+            f"{where} masks but no has_masks. Without it masks that are to be withheld, or do not "
+            "exist, would train the model. Set has_masks, a bool per box."
+        )
+    if "masks" not in target and _has_masks(target).any():
+        raise ValueError(
+            f"{where} has_masks {target['has_masks'].tolist()} but no masks. Add masks (N, H, W), "
+            "or set has_masks false."
+        )
+    if ((labels < 1) | (labels > num_classes)).any():
+        raise ValueError(
+            f"{where} the labels {labels.tolist()}. Allowed: 1 to {num_classes}; 0 is the "
+            "background, of which there are no boxes."
+        )
+
+
+def add_mask_branch(
+    detector: FasterRCNN,
+    *,
+    gt_boxes_only: bool = False,
+    freeze_detector: bool = False,
+    pool_size: int = 14,
+    **mask_head: Any,
+) -> FasterRCNN:
+    """Give a torchvision Faster R-CNN the mask branch of Mask^X R-CNN, in place.
+
+    Works with any backbone and with pretrained detectors, e.g.
+    ``add_mask_branch(fasterrcnn_resnet50_fpn(weights="DEFAULT"))``: the box branch stays as it is,
+    and mask weights of every class, seen with masks or not, come from its box predictor.
+
+    Args:
+        detector: a Faster R-CNN with torchvision's box predictor. A new one, such as after a
+            change of the number of classes, needs :func:`init_box_predictor` first.
+        gt_boxes_only: see :class:`MaskXRoIHeads`.
+        freeze_detector: train nothing but the mask branch (the second stage of stage-wise
+            training, section 2.2). The rest needs no gradient and stays in evaluation mode, and
+            its losses are not computed.
+        pool_size: P, resolution of the pooled features; masks have twice this resolution.
+        **mask_head: arguments of :class:`maskx.systems.maskx_rcnn.mask_head.MaskXHead`.
+
+    Returns:
+        The same detector. In training it takes targets with ``masks`` and ``has_masks``, see
+        :meth:`MaskXRoIHeads.forward`; at inference it returns ``masks`` as Mask R-CNN does.
+
+    Raises:
+        ValueError: the detector has no box branch, one with another box predictor, or further
+            branches already; or an argument of the mask head is out of range.
+    """
+    box = getattr(detector, "roi_heads", None)
+    if not isinstance(box, RoIHeads) or box.has_mask() or box.has_keypoint():
+        raise ValueError(
+            f"A mask branch can be added to a Faster R-CNN, got {type(detector).__name__}. Build "
+            "the detector without masks or keypoints, e.g. with fasterrcnn_resnet50_fpn."
+        )
+    predictor = box.box_predictor
+    if not (hasattr(predictor, "cls_score") and hasattr(predictor, "bbox_pred")):
+        raise ValueError(
+            f"A mask branch reads cls_score.weight and bbox_pred.weight of the box predictor, but "
+            f"{type(predictor).__name__} has none. Use torchvision's FastRCNNPredictor, or name "
+            "the layers of your own so."
+        )
+    _warn_of_default_weights(predictor.cls_score)
+    num_rows, detector_channels = predictor.cls_score.weight.shape
+    detector.roi_heads = MaskXRoIHeads(
+        box,
+        mask_roi_pool=MultiScaleRoIAlign(
+            featmap_names=box.box_roi_pool.featmap_names,
+            output_size=pool_size,
+            sampling_ratio=box.box_roi_pool.sampling_ratio,
+            canonical_scale=box.box_roi_pool.canonical_scale,
+            canonical_level=box.box_roi_pool.canonical_level,
+        ),
+        mask_head=MaskXHead(
+            in_channels=detector.backbone.out_channels,
+            num_classes=num_rows - 1,
+            pool_size=pool_size,
+            detector_channels=detector_channels,
+            **mask_head,
+        ),
+        gt_boxes_only=gt_boxes_only,
+        freeze_detector=freeze_detector,
+    )
+    if freeze_detector:
+        for part in (detector.backbone, detector.rpn, box.box_head, box.box_predictor):
+            _freeze(part)
+    return detector
+
+
+def maskx_rcnn_resnet_fpn(
+    num_classes: int,
+    *,
+    backbone: str = "resnet50",
+    weights_backbone: str | None = None,
+    trainable_layers: int = 5,
+    min_size: int | tuple[int, ...] = 800,
+    max_size: int = 1333,
+    detector: dict[str, Any] | None = None,
+    **mask_branch: Any,
+) -> FasterRCNN:
+    """Mask^X R-CNN on a ResNet with feature pyramid.
+
+    Args:
+        num_classes: number of classes *with* background, as everywhere in torchvision.
+        backbone: name of a torchvision ResNet.
+        weights_backbone: name of ImageNet weights of torchvision, e.g. ``DEFAULT`` (a download);
+            None starts from random weights, with normalisation layers that can learn.
+        trainable_layers: number of backbone stages that learn, from the last; 3 is usual with
+            pretrained weights.
+        min_size: shorter side of the resized image in pixels; several are drawn from.
+        max_size: longest side of the resized image in pixels.
+        detector: further arguments of torchvision's ``FasterRCNN``.
+        **mask_branch: arguments of :func:`add_mask_branch`.
+
+    Raises:
+        ValueError: there is no such ResNet.
+    """
+    resnets = list_models(include=["resnet*", "resnext*", "wide_resnet*"], exclude=["*quant*"])
+    check_choice("ResNet backbone", backbone, tuple(name for name in resnets if "." not in name))
+    # Frozen statistics only make sense with pretrained weights: from scratch they would stay
+    # at mean 0 and variance 1.
+    norm = {} if weights_backbone else {"norm_layer": nn.BatchNorm2d}
+    weights = get_model_weights(backbone)[weights_backbone] if weights_backbone else None
+    features = resnet_fpn_backbone(
+        backbone_name=backbone, weights=weights, trainable_layers=trainable_layers, **norm
+    )
+    model = FasterRCNN(
+        features, num_classes, min_size=min_size, max_size=max_size, **(detector or {})
+    )
+    init_box_predictor(model)
+    return add_mask_branch(model, **mask_branch)
+
+
+def maskx_rcnn_small(
+    num_classes: int, *, min_size: int | tuple[int, ...] = 128, **mask_branch: Any
+) -> FasterRCNN:
+    """Mask^X R-CNN that learns small scenes from scratch in minutes on a CPU.
+
+    Args:
+        num_classes: number of classes *with* background, as everywhere in torchvision.
+        min_size: shorter side of the resized image in pixels; several are drawn from.
+        **mask_branch: arguments of :func:`add_mask_branch`.
+    """
+    model = faster_rcnn_small(num_classes, min_size=min_size)
+    # The other trunks take their convolutions in pairs.
+    num_convs = 3 if mask_branch.get("trunk", "conv") == "conv" else 2
+    return add_mask_branch(model, **({"channels": 64, "num_convs": num_convs} | mask_branch))
+
+
+def faster_rcnn_small(num_classes: int, *, min_size: int | tuple[int, ...] = 128) -> FasterRCNN:
+    """The detector of :func:`maskx_rcnn_small`, without its mask branch."""
+    backbone = SmallFPN()
+    levels = list(backbone.strides)
+    anchors = tuple((4 * stride, 6 * stride) for stride in backbone.strides.values())
+    ratios = ((0.5, 1.0, 2.0),) * len(levels)
+    largest = min_size if isinstance(min_size, int) else max(min_size)
+    # Objects of under 56 pixels are pooled from stride 4, as those of under 112 pixels are at the
+    # image size of the paper. One sample per bin: the backward pass of RoIAlign, which runs on one
+    # core, takes 36 % of a step with the usual four.
+    box_pool = MultiScaleRoIAlign(
+        featmap_names=levels, output_size=7, sampling_ratio=1, canonical_scale=112
+    )
+    model = FasterRCNN(
+        backbone,
+        min_size=min_size,
+        max_size=2 * largest,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.25, 0.25, 0.25],
+        rpn_anchor_generator=AnchorGenerator(anchors, ratios),
+        rpn_pre_nms_top_n_train=300,
+        rpn_pre_nms_top_n_test=300,
+        rpn_post_nms_top_n_train=200,
+        rpn_post_nms_top_n_test=100,
+        rpn_batch_size_per_image=64,
+        box_roi_pool=box_pool,
+        box_head=TwoMLPHead(backbone.out_channels * 7**2, 256),
+        box_predictor=FastRCNNPredictor(256, num_classes),
+        box_batch_size_per_image=64,
+        box_detections_per_img=50,
+    )
+    init_box_predictor(model)
+    return model
+
+
+def init_box_predictor(detector: FasterRCNN) -> None:
+    """Initialise the box predictor as Faster R-CNN does, with small weights; for new detectors.
+
+    Torchvision leaves PyTorch's default, whose random rows stay larger than what training adds to
+    them. Weight transfer reads these rows: with the default it learns each class by its noise, and
+    the masks of categories without masks come out empty. The builders here do it themselves.
+    """
+    predictor = detector.roi_heads.box_predictor
+    for layer, std in ((predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)):
+        nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(layer.bias)
+
+
+def _warn_of_default_weights(layer: nn.Linear) -> None:
+    """Say where a box predictor is as PyTorch makes it: uniform, in a range that follows D."""
+    weight = layer.weight.detach()
+    bound = weight.shape[1] ** -0.5
+    if weight.numel() > 99 and 0.95 * bound < weight.abs().max() <= bound * 1.001:
+        logger.warning(
+            "The box predictor has PyTorch's initial weights, from which weight transfer learns "
+            "little: the masks of categories without masks come out empty. Call "
+            "maskx.torchvision.init_box_predictor(detector) before training."
+        )
+
+
+def _freeze(module: nn.Module) -> None:
+    """Keep a module as it is, also when the model around it is put into training mode."""
+    module.requires_grad_(False).eval()
+    module.train = functools.partial(_stay_in_evaluation_mode, module)
+
+
+def _stay_in_evaluation_mode(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
