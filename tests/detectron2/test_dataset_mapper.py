@@ -158,7 +158,7 @@ def test_masks_and_boxes_move_with_the_image(make_record, name, form, monkeypatc
     transform = TRANSFORMS[name]
     record = make_record({"segmentation": FORMS[form]()}, {})
     cv2.imwrite(record["file_name"], np.repeat(bitmap()[:, :, None], 3, axis=2) * 255)
-    sample = make_mapper(transform, recompute_boxes=name == "crop")(record)
+    sample = make_mapper(transform)(record)
     image, instances = sample["image"], sample["instances"]
     assert instances.gt_has_mask.tolist() == [True, False]
     bright = image[0] > 127
@@ -173,22 +173,22 @@ def test_masks_and_boxes_move_with_the_image(make_record, name, form, monkeypatc
         torch.testing.assert_close(box, torch.tensor(tight).float(), rtol=0, atol=1.01)
 
 
-def test_only_masks_that_may_be_used_tighten_a_box(make_record):
-    """Trap: with a crop Detectron2 makes all boxes from masks; box-only ones would vanish."""
+def test_a_crop_clips_the_boxes_of_all_instances_alike(make_record):
+    """Traps: with a crop Detectron2 makes all boxes from masks; box-only ones would vanish."""
     upper = {"segmentation": polygon(y1=15.0)}
     record = make_record(upper, {}, upper, {"segmentation": rle(x0=10, y0=10, x1=20, y1=30)})
     crop = T.CropTransform(5, 5, 40, 30, WIDTH, HEIGHT)
-    mapper = make_mapper(crop, recompute_boxes=True, classes_with_masks=(0, 1, 3))
-    instances = mapper(record)["instances"]
+    instances = make_mapper(crop, classes_with_masks=(0, 1, 3))(record)["instances"]
     assert instances.gt_has_mask.tolist() == [True, False, False, True]
-    clipped = [5, 5, 35, 25]
-    assert instances.gt_boxes.tensor.tolist() == [[5, 5, 35, 10], clipped, clipped, [5, 5, 15, 25]]
+    assert instances.gt_boxes.tensor.tolist() == [[5, 5, 35, 25]] * 4
+    with pytest.raises(ValueError, match=r"two kinds of boxes\. Set recompute_boxes=False"):
+        make_mapper(crop, recompute_boxes=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_mask_that_is_cropped_away_leaves_its_box(make_record, form, caplog):
     """Trap: filter_empty_instances drops an instance with an empty mask by default."""
-    mapper = make_mapper(T.CropTransform(25, 5, 20, 30, WIDTH, HEIGHT), recompute_boxes=True)
+    mapper = make_mapper(T.CropTransform(25, 5, 20, 30, WIDTH, HEIGHT))
     record = make_record({"segmentation": FORMS[form](x0=10, y0=10, x1=20, y1=30)})
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -292,6 +292,6 @@ def test_configuration(make_cfg, tiny_train):
     cfg = make_cfg("INPUT.CROP.ENABLED", True, "INPUT.MASK_FORMAT", "bitmask")
     mapper = MaskXDatasetMapper(cfg, is_train=True)
     assert mapper.classes_with_masks == {0, 2}
-    assert mapper.recompute_boxes
+    assert not mapper.recompute_boxes
     assert mapper.instance_mask_format == "bitmask"
     assert MaskXDatasetMapper(cfg, is_train=False).classes_with_masks is None

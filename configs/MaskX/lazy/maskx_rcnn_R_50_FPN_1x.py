@@ -13,7 +13,6 @@ from detectron2.data import (
 )
 from detectron2.data import transforms as T
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import FPN, BasicStem, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
@@ -32,13 +31,14 @@ from maskx.detectron2 import (
     MaskXCOCOEvaluator,
     MaskXDatasetMapper,
     MaskXMaskHead,
+    MaskXRCNN,
     MaskXROIHeads,
     register_all,
 )
 
 register_all()  # lazyconfig_train_net.py registers no data sets
 
-model = L(GeneralizedRCNN)(
+model = L(MaskXRCNN)(
     backbone=L(FPN)(
         bottom_up=L(ResNet)(
             stem=L(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),

@@ -19,7 +19,7 @@ from detectron2.data import (
 from detectron2.data import transforms as T
 from detectron2.layers import ShapeSpec
 from detectron2.layers.batch_norm import LayerNorm
-from detectron2.modeling import GeneralizedRCNN, SimpleFeaturePyramid, ViT
+from detectron2.modeling import SimpleFeaturePyramid, ViT
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.vit import get_vit_lr_decay_rate
@@ -38,13 +38,14 @@ from maskx.detectron2 import (
     MaskXCOCOEvaluator,
     MaskXDatasetMapper,
     MaskXMaskHead,
+    MaskXRCNN,
     MaskXROIHeads,
     register_all,
 )
 
 register_all()  # lazyconfig_train_net.py registers no data sets
 
-model = L(GeneralizedRCNN)(
+model = L(MaskXRCNN)(
     backbone=L(SimpleFeaturePyramid)(
         net=L(ViT)(
             img_size=1024,
@@ -154,7 +155,6 @@ dataloader = {
             ],
             image_format="RGB",
             use_instance_mask=True,
-            recompute_boxes=True,  # of instances with a mask, which a crop may cut
             classes_with_masks=resolve_split("coco_voc", COCO_THING_CLASSES).indices_with_masks,
         ),
         total_batch_size=64,

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def has_usable_mask(annotation: Mapping[str, Any], classes_with_masks: Collectio
     return "segmentation" in annotation and annotation["class_index"] in classes_with_masks
 
 
-def check_masks(records: Sequence[Mapping[str, Any]], split: CategorySplit) -> None:
+def check_masks(records: Iterable[Mapping[str, Any]], split: CategorySplit) -> None:
     """Compare what a split says of masks with the annotations that will be trained on.
 
     Categories that have masks by the split, and none in the data, are named in a warning.
@@ -99,11 +99,11 @@ def check_masks(records: Sequence[Mapping[str, Any]], split: CategorySplit) -> N
         for annotation in record["annotations"]:
             if not annotation["iscrowd"]:
                 boxes[annotation["class_index"]] += 1
-                masks[annotation["class_index"]] += "segmentation" in annotation
+                masks[annotation["class_index"]] += bool(annotation.get("segmentation"))
     names = dict(zip(split.indices_with_masks, split.with_masks, strict=True))
     without = [index for index in names if not masks[index]]
     listed = ", ".join(f"{names[index]!r} ({boxes[index]} boxes)" for index in without[:8])
-    if len(without) == len(names):
+    if without and len(without) == len(names):
         raise ValueError(
             f"Category split '{split.name}' says that {len(names)} categories have masks (A), but "
             f"no annotation of theirs has one: {listed}{', ...' if len(without) > 8 else ''}. The "

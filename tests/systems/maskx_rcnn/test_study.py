@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from studies import maskx_rcnn as study_maskx
+from studies import maskx as study_maskx
 from studies.maskx import PAPER_SETTINGS, STUDY, WORDS, mask_branch
 from studies.run import StudyOptions, run_study
 
@@ -44,15 +44,15 @@ def test_names_are_decoded_word_by_word():
 
 # Keys of a configuration and the arguments that they are here.
 ARGUMENTS = {
-    "MODEL.STUDY.FREEZE_DETECTOR": "freeze_detector",
-    "MODEL.STUDY.PREDICTOR": "predictor",
-    "MODEL.STUDY.MLP": "mlp",
-    "MODEL.STUDY.TRUNK": "trunk",
-    "MODEL.STUDY.GT_BOXES_ONLY": "gt_boxes_only",
-    "MODEL.STUDY.TRANSFER.INPUTS": "transfer_inputs",
-    "MODEL.STUDY.TRANSFER.LAYERS": "transfer_layers",
-    "MODEL.STUDY.TRANSFER.ACTIVATION": "transfer_activation",
-    "MODEL.STUDY.TRANSFER.STOP_GRADIENT": "stop_gradient",
+    "MODEL.MASKX.FREEZE_DETECTOR": "freeze_detector",
+    "MODEL.MASKX.PREDICTOR": "predictor",
+    "MODEL.MASKX.MLP": "mlp",
+    "MODEL.MASKX.TRUNK": "trunk",
+    "MODEL.MASKX.GT_BOXES_ONLY": "gt_boxes_only",
+    "MODEL.MASKX.TRANSFER.INPUTS": "transfer_inputs",
+    "MODEL.MASKX.TRANSFER.LAYERS": "transfer_layers",
+    "MODEL.MASKX.TRANSFER.ACTIVATION": "transfer_activation",
+    "MODEL.MASKX.TRANSFER.STOP_GRADIENT": "stop_gradient",
     "MODEL.ROI_MASK_HEAD.NUM_CONV": "num_convs",
 }
 

@@ -23,14 +23,14 @@ from detectron2.data import (
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY, ROI_HEADS_REGISTRY
-from detectron2.structures import BitMasks, Instances, PolygonMasks
+from detectron2.structures import BitMasks, PolygonMasks
 from torch import nn
 
 from maskx.core.text import listed
 from maskx.data.coco import AnnotationProblem, read_mask
 from maskx.data.masks import decode_segmentation
 from maskx.detectron2.adapters import AspectGroupedBatches, SeededMapper, seeded_train_loader
-from maskx.detectron2.datasets import split_from_config
+from maskx.detectron2.datasets import record_from_detectron2, split_from_config
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.hooks import Detectron2Hooks, check_num_classes, set_default_hooks
 from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXRPN, check_can_freeze, predicts_masks
@@ -55,7 +55,8 @@ class MaskXDatasetMapper(DatasetMapper):
       without instances has it as well, of length 0.
 
     No box is dropped for its mask: an instance whose mask cannot be used, or was cropped away,
-    goes on without it and is counted.
+    goes on without it and is counted. Boxes that a crop cuts are clipped, and not fitted to their
+    masks (``recompute_boxes``), which only some instances have.
 
     Args:
         is_train: whether it is used in training.
@@ -77,6 +78,12 @@ class MaskXDatasetMapper(DatasetMapper):
         **kwargs: Any,
     ) -> None:
         super().__init__(is_train, **kwargs)
+        if self.recompute_boxes:
+            raise ValueError(
+                "recompute_boxes would fit the boxes of instances with a mask to what a crop leaves "
+                "of it, those of the others not, so the detector would learn from two kinds of "
+                "boxes. Set recompute_boxes=False: all boxes are clipped alike."
+            )
         self.classes_with_masks = (
             None if classes_with_masks is None else frozenset(classes_with_masks)
         )
@@ -85,7 +92,7 @@ class MaskXDatasetMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Read the arguments from a configuration."""
-        ret = super().from_config(cfg, is_train)
+        ret = super().from_config(cfg, is_train) | {"recompute_boxes": False}
         if is_train and cfg.MODEL.MASK_ON:
             ret["classes_with_masks"] = split_from_config(cfg).indices_with_masks
         return ret
@@ -129,8 +136,6 @@ class MaskXDatasetMapper(DatasetMapper):
                     self._count_lost(problem, annotation, dataset_dict)
             instances.gt_has_mask = torch.tensor([m is not None for m in masks], dtype=torch.bool)
             instances.gt_masks = _collect_masks(masks, image_shape, self.instance_mask_format)
-            if self.recompute_boxes:
-                _tighten_boxes(instances)
         if not dataset_dict.get("boxes_complete", True):
             instances.gt_boxes_complete = torch.zeros(len(instances), dtype=torch.bool)
         dataset_dict["instances"] = utils.filter_empty_instances(instances, by_mask=False)
@@ -245,13 +250,6 @@ def _collect_masks(
     return BitMasks(torch.from_numpy(bitmaps))
 
 
-def _tighten_boxes(instances: Instances) -> None:
-    """Fit the boxes of instances with a mask to what a crop has left of it."""
-    has_mask = instances.gt_has_mask
-    boxes = instances.gt_masks[has_mask].get_bounding_boxes()
-    instances.gt_boxes.tensor[has_mask] = boxes.tensor
-
-
 def _train_loader(cfg: CfgNode) -> Any:
     mapper = MaskXDatasetMapper(cfg, is_train=True)
     keys = cfg.DATALOADER
@@ -262,6 +260,8 @@ def _train_loader(cfg: CfgNode) -> Any:
         filter_empty=keys.FILTER_EMPTY_ANNOTATIONS,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
+    if cfg.MODEL.MASK_ON:
+        check_masks(map(record_from_detectron2, records), split_from_config(cfg))
     batches = None
     if keys.ASPECT_RATIO_GROUPING:
         is_wide = [record["width"] > record["height"] for record in records]
