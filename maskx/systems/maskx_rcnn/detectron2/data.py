@@ -35,6 +35,7 @@ from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.hooks import Detectron2Hooks, check_num_classes, set_default_hooks
 from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXRPN, check_can_freeze, predicts_masks
 from maskx.systems.maskx_rcnn.detectron2.roi_heads import MaskXROIHeadsMixin
+from maskx.systems.maskx_rcnn.samples import check_masks
 
 __all__ = ["HOOKS", "MaskXDatasetMapper"]
 
@@ -80,8 +81,8 @@ class MaskXDatasetMapper(DatasetMapper):
         super().__init__(is_train, **kwargs)
         if self.recompute_boxes:
             raise ValueError(
-                "recompute_boxes would fit the boxes of instances with a mask to what a crop leaves "
-                "of it, those of the others not, so the detector would learn from two kinds of "
+                "recompute_boxes would fit boxes of instances with a mask to what a crop leaves of "
+                "it, those of the others not, so the detector would learn from two kinds of "
                 "boxes. Set recompute_boxes=False: all boxes are clipped alike."
             )
         self.classes_with_masks = (
