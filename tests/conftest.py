@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import timm
 
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 
@@ -35,6 +36,21 @@ def restored_loggers():
 def _restore_loggers():
     for log, (propagate, level, handlers) in zip(_LOGGERS, _LOGGER_STATES, strict=True):
         log.propagate, log.level, log.handlers = propagate, level, list(handlers)
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """Names of the models whose weights timm was asked to download; they stay at random."""
+    names, create = [], timm.create_model
+
+    def without_download(name, pretrained=False, **options):
+        if pretrained and "pretrained_cfg_overlay" not in options:
+            names.append(name)
+            pretrained = False
+        return create(name, pretrained=pretrained, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_download)
+    return names
 
 
 @pytest.fixture(scope="session")

@@ -1,49 +1,91 @@
-"""Backbones of whole-image models on the embedded host, by name."""
+"""Backbones by name: those of maskx, and every model of timm that returns feature maps."""
 
-from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
-from maskx.core.backbones import RESNET_DEPTHS, VGG16, DilatedResNet, FeatureShape, SmallResNet
+from maskx.core.backbones import (
+    VGG16,
+    Backbone,
+    FeatureShape,
+    PyramidBackbone,
+    SmallFPN,
+    SmallResNet,
+)
 from maskx.core.checks import check_choice
+from maskx.core.timm_backbones import TimmBackbone, can_dilate
 
-__all__ = ["BACKBONES", "RESNETS", "build_backbone", "choose_feature"]
-
-_DEPTHS = {f"resnet{depth}": depth for depth in RESNET_DEPTHS}
-RESNETS = ("small", *_DEPTHS)
-"""Names of the backbones with the stages of a ResNet."""
-BACKBONES = ("small", "vgg16", *_DEPTHS)
-"""Names of all backbones."""
+__all__ = ["build_backbone", "build_pyramid", "choose_feature"]
 
 
 def build_backbone(
-    name: str, *, frozen_norm: bool, pretrained: bool, allowed: Sequence[str] = BACKBONES
-) -> SmallResNet | DilatedResNet | VGG16:
-    """Make a backbone.
+    name: str,
+    *,
+    output_stride: int | None = None,
+    frozen_norm: bool = False,
+    frozen_stages: int = 0,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+) -> Backbone:
+    """Make a backbone whose last feature map is fine enough to segment with.
 
     Args:
-        name: ``small``, with stride 8; ``vgg16``, with stride 16; or a torchvision ResNet, with
-            stride 8.
-        frozen_norm: fix the norms of a ResNet; the others have no use for it.
-        pretrained: load ImageNet weights, which torchvision downloads.
-        allowed: names that the caller has a use for.
+        name: ``small``; ``vgg16``, with pool switches; or a model of timm, e.g. ``resnet50``,
+            ``efficientnet_lite0``, ``convnext_tiny``, ``vit_base_patch16_224``.
+        output_stride: of the last feature map. None: 8, for ``vgg16`` 16, and for a network that
+            has no dilation its own.
+        frozen_norm: fix the batch norms of a network of timm; the others have no use for it.
+        frozen_stages: how many stages stay as they are; see :class:`TimmBackbone`.
+        pretrained: start from ImageNet weights, of an installed package or by download.
+        weights: a file to start from instead.
 
     Raises:
-        ValueError: the name is not allowed, or there are no such weights.
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such backbone, or it does not have what is asked for.
     """
-    if name not in allowed:
-        raise ValueError(f"backbone must be one of {', '.join(allowed)}; got {name!r}.")
-    weights = "DEFAULT" if pretrained else None
+    if name == "small":
+        _check_without_weights(pretrained or weights is not None)
+        return SmallResNet(output_stride=output_stride or 8, frozen_stages=frozen_stages)
+    shared = {"frozen_stages": frozen_stages, "pretrained": pretrained, "weights": weights}
     if name == "vgg16":
-        return VGG16(weights=weights)
-    if name in _DEPTHS:
-        return DilatedResNet(depth=_DEPTHS[name], frozen_norm=frozen_norm, weights=weights)
-    if pretrained:
-        raise ValueError(
-            "There are no pretrained weights of the backbone 'small'. Name one of torchvision, "
-            "such as resnet50, or train from random weights."
-        )
-    return SmallResNet(output_stride=8)
+        return VGG16(output_stride=output_stride or 16, **shared)
+    if output_stride is None and can_dilate(name, 8):
+        output_stride = 8
+    return TimmBackbone(name, output_stride=output_stride, frozen_norm=frozen_norm, **shared)
+
+
+def build_pyramid(
+    name: str,
+    *,
+    out_channels: int | None = None,
+    frozen_norm: bool = False,
+    frozen_stages: int = 0,
+    pretrained: bool = False,
+    weights: str | Path | None = None,
+) -> SmallFPN | PyramidBackbone:
+    """Make a backbone with a feature pyramid, for detectors.
+
+    Args:
+        name: as for :func:`build_backbone`; the network keeps its strides.
+        out_channels: of every level; None for 64 (``small``) or 256.
+        frozen_norm: as for :func:`build_backbone`.
+        frozen_stages: likewise.
+        pretrained: likewise.
+        weights: likewise.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such backbone, or it does not have what is asked for.
+    """
+    if name == "small":
+        _check_without_weights(pretrained or weights is not None)
+        return SmallFPN(out_channels=out_channels or 64)
+    shared = {"frozen_stages": frozen_stages, "pretrained": pretrained, "weights": weights}
+    if name == "vgg16":
+        backbone = VGG16(**shared)
+    else:
+        backbone = TimmBackbone(name, frozen_norm=frozen_norm, **shared)
+    return PyramidBackbone(backbone, out_channels=out_channels or 256, extra_level=True)
 
 
 def choose_feature(backbone: nn.Module, name: str | None = None) -> tuple[str, FeatureShape]:
@@ -53,5 +95,13 @@ def choose_feature(backbone: nn.Module, name: str | None = None) -> tuple[str, F
         ValueError: the backbone has no feature map of that name.
     """
     name = name or list(backbone.feature_shapes)[-1]
-    check_choice(f"in_feature of {type(backbone).__name__}", name, tuple(backbone.feature_shapes))
+    check_choice(f"in_feature of {backbone}", name, tuple(backbone.feature_shapes))
     return name, backbone.feature_shapes[name]
+
+
+def _check_without_weights(asked: bool) -> None:
+    if asked:
+        raise ValueError(
+            "There are no pretrained weights of the backbone 'small'. Name one of timm, such as "
+            "resnet50 or efficientnet_lite0, or train from random weights."
+        )

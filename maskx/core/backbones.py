@@ -1,25 +1,39 @@
-"""Backbones that map an image batch to a dictionary of feature maps.
+"""Backbones that map an image batch to a dictionary of feature maps, each a :class:`Backbone`.
 
-:class:`SmallResNet`, :class:`DilatedResNet` and :class:`VGG16` say by ``feature_shapes`` which maps
-they return, and by ``layer_aliases`` which of their modules are known by a name of the papers
-(``C41``: first block of the last stage; ``conv5_3``), for
-:class:`maskx.core.image_classifier.LayerTaps`.
+Networks of timm are in :mod:`maskx.core.timm_backbones`. Here is what timm does not have:
+:class:`SmallResNet` and :class:`SmallFPN`, to train from scratch on a CPU; :class:`VGG16`, which
+says where its pools found their maxima; and :class:`PyramidBackbone`, a feature pyramid on any.
 """
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import get_model, get_model_weights
 from torchvision.models.resnet import BasicBlock, conv1x1
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from maskx.core.checks import check_choice
 from maskx.core.layers import msra_fill
+from maskx.core.pretrained import load_part
 
-RESNET_DEPTHS = (18, 34, 50, 101)
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "VGG16",
+    "Backbone",
+    "FeatureShape",
+    "PyramidBackbone",
+    "SmallFPN",
+    "SmallResNet",
+]
+
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+"""Of ImageNet's pixels, RGB from 0 to 255."""
 
 # Channels of the 3x3 convolutions of VGG-16, stage by stage; a pool follows each stage but the
 # last, whose pool only feeds the fully connected layers.
@@ -31,6 +45,106 @@ class FeatureShape(NamedTuple):
 
     channels: int
     stride: int
+
+
+class Backbone(nn.Module):
+    """What the backbones of maskx have in common.
+
+    Attributes:
+        feature_shapes: channels and stride of each feature map, by name, from the finest on.
+        layer_aliases: modules that are known by a name of the papers (``C41``: first block of the
+            last stage; ``conv5_3``), for :class:`maskx.core.image_classifier.LayerTaps`.
+        pixel_mean: of the images that the network expects, RGB from 0 to 255.
+        pixel_std: likewise.
+    """
+
+    pixel_mean: tuple[float, ...] = IMAGENET_MEAN
+    pixel_std: tuple[float, ...] = IMAGENET_STD
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feature_shapes: dict[str, FeatureShape] = {}
+        self.layer_aliases: dict[str, str] = {}
+        self._frozen: list[str] = []
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Set the mode; what is frozen stays as in evaluation: its norms, its dropout."""
+        super().train(mode)
+        for path in self._frozen:
+            self.get_submodule(path).training = False
+        return self
+
+    def take_input_convolution(self) -> nn.Conv2d:
+        """Take the first convolution out: from now on its output is the input of the backbone.
+
+        Raises:
+            ValueError: the network does not start with one convolution.
+        """
+        path = self._input_layer()
+        layer = None if path is None else self.get_submodule(path)
+        if not isinstance(layer, nn.Conv2d):
+            raise ValueError(
+                f"The backbone {self} does not start with one convolution that could take more "
+                "than the image. Name another, such as a ResNet or EfficientNet."
+            )
+        parent, _, child = path.rpartition(".")
+        setattr(self.get_submodule(parent), child, nn.Identity())
+        return layer
+
+    def drop_layers_after(self, feature: str) -> None:
+        """Take away what comes after a feature map, so that nothing is left without a gradient."""
+        names = list(self.feature_shapes)
+        dropped = names[names.index(feature) + 1 :]
+        for name in dropped:
+            del self.feature_shapes[name]
+        if dropped:
+            self._drop(dropped)
+            modules = dict(self.named_modules())
+            self.layer_aliases = {a: m for a, m in self.layer_aliases.items() if m in modules}
+            self._frozen = [path for path in self._frozen if path in modules]
+            self.train(self.training)
+
+    def _input_layer(self) -> str | None:
+        """Path of the first convolution."""
+        raise NotImplementedError
+
+    def _drop(self, names: list[str]) -> None:
+        """Take away the layers of the last feature maps."""
+        raise NotImplementedError
+
+    def _freeze(self, stages: int, paths: Sequence[str]) -> None:
+        """Freeze the first stages.
+
+        Args:
+            stages: 0: nothing; 1: what comes before the first feature map; 2: the first feature
+                map, too; one more than there are maps: all.
+            paths: of the modules that put out the feature maps. If one is empty, only all or
+                nothing can be frozen.
+
+        Raises:
+            ValueError: there are not so many stages.
+        """
+        num_maps = len(self.feature_shapes)
+        allowed = tuple(range(num_maps + 2)) if all(paths) else (0, num_maps + 1)
+        check_choice(f"frozen_stages of {self}", stages, allowed)
+        if stages == 0:
+            return
+        order = [path for path, _ in self.named_modules()]
+        if stages > num_maps:
+            end = len(order)
+        elif stages == 1:
+            end = order.index(paths[0])
+        else:
+            end = _end_of(order, paths[stages - 2])
+        for path, module in self.named_modules():
+            if _end_of(order, path) <= end:
+                self._frozen.append(path)
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
+        self.train(self.training)
 
 
 class SmallFPN(nn.Module):
@@ -69,7 +183,7 @@ class SmallFPN(nn.Module):
         return self.fpn(features)
 
 
-class SmallResNet(nn.Module):
+class SmallResNet(Backbone):
     """Residual network of four stages of basic blocks, for training from scratch on a CPU.
 
     About 1.3 M parameters and 0.36 GMAC for a 128 x 128 image at output stride 8 (1.36 at 4, 0.13
@@ -78,10 +192,15 @@ class SmallResNet(nn.Module):
     Args:
         widths: channels of ``layer1`` to ``layer4``.
         output_stride: stride of ``layer4`` in image pixels: 4, 8 or 16.
+        frozen_stages: 0: none; 1: what comes before ``layer1``; 2: ``layer1``, too; 5: all.
     """
 
     def __init__(
-        self, *, widths: tuple[int, int, int, int] = (32, 64, 96, 128), output_stride: int = 8
+        self,
+        *,
+        widths: tuple[int, int, int, int] = (32, 64, 96, 128),
+        output_stride: int = 8,
+        frozen_stages: int = 0,
     ) -> None:
         super().__init__()
         check_choice("output_stride of SmallResNet", output_stride, (4, 8, 16))
@@ -94,65 +213,28 @@ class SmallResNet(nn.Module):
         self.layer4 = _stage(widths[2], widths[3], num_blocks=3, stride=2)
         _trade_stride_for_dilation(self.layer4, dilation=1)
         strides = (4, min(output_stride, 8), output_stride, output_stride)
-        self.feature_shapes = _stage_shapes(widths, strides)
-        self.layer_aliases = _block_aliases(self.layer4)
+        for i, shape in enumerate(zip(widths, strides, strict=True), start=1):
+            self.feature_shapes[f"layer{i}"] = FeatureShape(*shape)
+        self.layer_aliases = {f"C4{i + 1}": f"layer4.{i}" for i in range(len(self.layer4))}
+        self._freeze(frozen_stages, tuple(self.feature_shapes))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map (N, 3, H, W) normalised images to ``{"layer1": (N, C, H / 4, W / 4), ...}``."""
         x = self.relu(self.bn1(self.conv1(images)))
-        return _run_stages(self, x)
+        features = {}
+        for name in self.feature_shapes:
+            features[name] = x = getattr(self, name)(x)
+        return features
+
+    def _input_layer(self) -> str:
+        return "conv1"
+
+    def _drop(self, names: list[str]) -> None:
+        for name in names:
+            delattr(self, name)
 
 
-class DilatedResNet(nn.Module):
-    """ResNet of torchvision without its classifier, with dilation in place of late strides.
-
-    Parameters have the names and shapes of torchvision's network, and what is computed is what the
-    strided network computes, at more positions: taking every second position of a stage whose
-    stride was traded gives back the strided stage. Bottleneck networks equal torchvision's
-    ``replace_stride_with_dilation``, which refuses basic blocks.
-
-    Args:
-        depth: 18, 34, 50 or 101.
-        output_stride: stride of ``layer4`` in image pixels: 8, 16 or 32.
-        frozen_norm: batch norm as a fixed affine map, for batches too small for statistics.
-        weights: name of ImageNet weights of torchvision, e.g. ``DEFAULT`` (a download); None starts
-            at random. They expect RGB images in [0, 1], normalised by the ImageNet mean and std.
-    """
-
-    def __init__(
-        self,
-        *,
-        depth: int = 101,
-        output_stride: int = 8,
-        frozen_norm: bool = False,
-        weights: str | None = None,
-    ) -> None:
-        super().__init__()
-        check_choice("depth of DilatedResNet", depth, RESNET_DEPTHS)
-        check_choice("output_stride of DilatedResNet", output_stride, (8, 16, 32))
-        name = f"resnet{depth}"
-        norm = FrozenBatchNorm2d if frozen_norm else nn.BatchNorm2d
-        for child_name, child in get_model(name, norm_layer=norm).named_children():
-            if child_name not in ("avgpool", "fc"):
-                self.add_module(child_name, child)
-        if weights is not None:
-            _load_imagenet_weights(self, name, weights, without="fc.")
-        if output_stride == 8:
-            _trade_stride_for_dilation(self.layer3, dilation=1)
-        if output_stride <= 16:
-            _trade_stride_for_dilation(self.layer4, dilation=16 // output_stride)
-        channels = (64, 128, 256, 512) if depth < 50 else (256, 512, 1024, 2048)
-        strides = (4, 8, min(output_stride, 16), output_stride)
-        self.feature_shapes = _stage_shapes(channels, strides)
-        self.layer_aliases = _block_aliases(self.layer4)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Map (N, 3, H, W) normalised images to ``{"layer1": (N, C, H / 4, W / 4), ...}``."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        return _run_stages(self, x)
-
-
-class VGG16(nn.Module):
+class VGG16(Backbone):
     """Convolutions of VGG-16, up to conv5_3; parameters have the names of torchvision's network.
 
     "Very Deep Convolutional Networks for Large-Scale Image Recognition" (Simonyan & Zisserman,
@@ -161,17 +243,23 @@ class VGG16(nn.Module):
     Args:
         output_stride: stride of ``conv5_3`` in image pixels. 16: four 2x2 pools. 8: the form of
             DeepLab-LargeFOV, the fourth pool is 3x3 with stride 1 and conv5 has dilation 2.
-        weights: name of ImageNet weights of torchvision, e.g. ``DEFAULT`` (a download); None starts
-            at random.
+        frozen_stages: 0: none; 1: what comes before ``conv1_2``; 2: that, too; 6: all.
+        pretrained: start from ImageNet weights of timm's hub, those of torchvision.
+        weights: a file to start from instead, safetensors or a state dict.
     """
 
-    def __init__(self, *, output_stride: int = 16, weights: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        output_stride: int = 16,
+        frozen_stages: int = 0,
+        pretrained: bool = False,
+        weights: str | Path | None = None,
+    ) -> None:
         super().__init__()
         check_choice("output_stride of VGG16", output_stride, (8, 16))
         self.output_stride = output_stride
         self.features = nn.Sequential()
-        self.layer_aliases = {}
-        self.feature_shapes = {}
         in_channels, stride = 3, 1
         for stage, widths in enumerate(_VGG16_STAGES, start=1):
             if stage > 1:
@@ -189,8 +277,10 @@ class VGG16(nn.Module):
                 self.layer_aliases[f"conv{stage}_{number}"] = f"features.{len(self.features) - 1}"
                 in_channels = channels
             self.feature_shapes[f"conv{stage}_{len(widths)}"] = FeatureShape(in_channels, stride)
-        if weights is not None:
-            _load_imagenet_weights(self, "vgg16", weights, without="classifier.")
+        state = load_part("vgg16", "features.", weights=weights, pretrained=pretrained)
+        if state is not None:
+            self.load_state_dict(state)
+        self._freeze(frozen_stages, [self.layer_aliases[name] for name in self.feature_shapes])
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Map (N, 3, H, W) normalised images to ``{"conv1_2": (N, 64, H, W), ...}``.
@@ -207,6 +297,13 @@ class VGG16(nn.Module):
             x = layer(x)
         features[next(names)] = x
         return features
+
+    def _input_layer(self) -> str:
+        return "features.0"
+
+    def _drop(self, names: list[str]) -> None:
+        last_kept = next(reversed(self.feature_shapes))
+        del self.features[int(self.layer_aliases[last_kept].rpartition(".")[2]) + 1 :]
 
     def forward_with_switches(self, images: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Also return where each pool found its maxima.
@@ -234,6 +331,60 @@ class VGG16(nn.Module):
                 x = layer(x)
         features[next(names)] = x
         return features, switches
+
+
+class PyramidBackbone(nn.Module):
+    """Feature pyramid on a backbone; its levels have the names of the maps they are made of.
+
+    "Feature Pyramid Networks for Object Detection" (Lin et al., CVPR 2017).
+
+    Args:
+        backbone: best without dilation, each map half the size of the one before.
+        in_features: names of the maps that the pyramid is built of; None for all.
+        out_channels: channels of every level.
+        extra_level: add ``pool``, every second position of the last level, as detectors have it.
+
+    Attributes:
+        feature_shapes: channels and stride by name.
+        out_channels: channels of every level.
+
+    Raises:
+        ValueError: the backbone has no such feature map.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        in_features: Sequence[str] | None = None,
+        out_channels: int = 256,
+        extra_level: bool = False,
+    ) -> None:
+        super().__init__()
+        shapes = backbone.feature_shapes
+        names = list(shapes if in_features is None else in_features)
+        unknown = [name for name in names if name not in shapes]
+        if unknown:
+            raise ValueError(
+                f"in_features of the pyramid has {', '.join(map(repr, unknown))}; {backbone} has "
+                f"{', '.join(shapes)}."
+            )
+        self.backbone = backbone
+        self.out_channels = out_channels
+        self.pixel_mean, self.pixel_std = backbone.pixel_mean, backbone.pixel_std
+        self._in_features = names
+        pool = LastLevelMaxPool() if extra_level else None
+        channels = [shapes[name].channels for name in names]
+        self.fpn = FeaturePyramidNetwork(channels, out_channels, pool)
+        self.feature_shapes = {n: FeatureShape(out_channels, shapes[n].stride) for n in names}
+        if extra_level:
+            stride = 2 * shapes[names[-1]].stride
+            self.feature_shapes["pool"] = FeatureShape(out_channels, stride)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Map (N, 3, H, W) normalised images to the levels of the pyramid."""
+        features = self.backbone(images)
+        return self.fpn(OrderedDict((name, features[name]) for name in self._in_features))
 
 
 def _stage(in_channels: int, out_channels: int, *, num_blocks: int, stride: int) -> nn.Sequential:
@@ -267,28 +418,7 @@ def _trade_stride_for_dilation(stage: nn.Module, *, dilation: int) -> None:
         layer.stride = (1, 1)
 
 
-def _run_stages(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    features = {}
-    for name in network.feature_shapes:
-        features[name] = x = getattr(network, name)(x)
-    return features
-
-
-def _stage_shapes(channels: tuple[int, ...], strides: tuple[int, ...]) -> dict[str, FeatureShape]:
-    return {
-        f"layer{i}": FeatureShape(*shape)
-        for i, shape in enumerate(zip(channels, strides, strict=True), start=1)
-    }
-
-
-def _block_aliases(last_stage: nn.Sequential) -> dict[str, str]:
-    return {f"C4{i + 1}": f"layer4.{i}" for i in range(len(last_stage))}
-
-
-def _load_imagenet_weights(network: nn.Module, name: str, weights: str, *, without: str) -> None:
-    """Load the weights of torchvision's network ``name`` but those that start with ``without``."""
-    known = get_model_weights(name).__members__
-    check_choice(f"weights of {name}", weights, tuple(known))
-    # The state dict comes by the name of a file on a server: it is read without executing code.
-    state = known[weights].get_state_dict(progress=True, check_hash=True, weights_only=True)
-    network.load_state_dict({k: v for k, v in state.items() if not k.startswith(without)})
+def _end_of(order: list[str], path: str) -> int:
+    """Position after the last module inside that of this path."""
+    inside = [i for i, each in enumerate(order) if not path or f"{each}.".startswith(f"{path}.")]
+    return inside[-1] + 1

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskx.core.backbones import IMAGENET_MEAN, IMAGENET_STD
 from maskx.core.image_classifier import ImageClassifier, choose_labels, multi_hot
 from maskx.core.images import warp_image
 from maskx.core.losses import multi_label_loss
@@ -20,9 +21,6 @@ __all__ = [
     "required",
     "take_classifier_backbone",
 ]
-
-IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-"""Of RGB in [0, 255]; what torchvision's and timm's ImageNet weights were trained with."""
 
 Sample = dict[str, Any]
 
@@ -227,8 +225,8 @@ def take_classifier_backbone(
             f"The image classifier that the segmentation network is to start from lacks "
             f"{len(lacking)} of the weights of its backbone {type(backbone).__name__}, or holds "
             f"them in another shape, such as {lacking[0]}. Choose the same backbone for both "
-            "(MODEL.BACKBONE.NAME, MODEL.RESNETS), or start the segmentation network from other "
-            "weights: MODEL.WEIGHTS, or MODEL.MASKX.BACKBONE.PRETRAINED True."
+            "(MODEL.BACKBONE.NAME, MODEL.MASKX.BACKBONE), or start the segmentation network from "
+            "other weights: MODEL.WEIGHTS, or MODEL.MASKX.BACKBONE.PRETRAINED True."
         )
     for name in [name for name in state if name.startswith(start)]:
         value = state.pop(name)

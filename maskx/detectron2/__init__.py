@@ -13,7 +13,7 @@ if importlib.util.find_spec("detectron2") is None:
         "maskx works without it."
     )
 
-from maskx.detectron2.backbones import MaskXResNet, MaskXSmallResNet, MaskXVGG16, MaskXViT
+from maskx.detectron2.backbones import MaskXSmallResNet, MaskXTimm, MaskXTimmFPN, MaskXVGG16
 from maskx.detectron2.config import add_maskx_config, get_cfg
 from maskx.detectron2.datasets import (
     register_coco,
@@ -84,17 +84,17 @@ __all__ = [
     "MaskXROIHeads",
     "MaskXROIHeadsMixin",
     "MaskXRPN",
-    "MaskXResNet",
     "MaskXSemSegEvaluator",
     "MaskXSmallResNet",
     "MaskXTextOutputLayers",
+    "MaskXTimm",
+    "MaskXTimmFPN",
     "MaskXTransferClassifier",
     "MaskXTransferLabelEvaluator",
     "MaskXTransferMapper",
     "MaskXTransferNet",
     "MaskXTransferSemSegEvaluator",
     "MaskXVGG16",
-    "MaskXViT",
     "PointLayers",
     "Trainer",
     "add_maskx_config",

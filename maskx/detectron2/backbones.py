@@ -1,23 +1,24 @@
-"""The plain backbones of maskx in Detectron2's registry, with the same names of parameters."""
+"""The backbones of maskx in Detectron2's registry."""
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
+import detectron2.modeling
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, FPN
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
-from maskx.core.backbones import VGG16, DilatedResNet, SmallResNet
-from maskx.core.vit import ViTBackbone, timm_vit
+from maskx.core.backbones import VGG16, Backbone, SmallResNet
+from maskx.core.timm_backbones import TimmBackbone, expected_pixels
 
-__all__ = ["MaskXResNet", "MaskXSmallResNet", "MaskXVGG16", "MaskXViT", "check_imagenet_images"]
+__all__ = ["MaskXSmallResNet", "MaskXTimm", "MaskXTimmFPN", "MaskXVGG16", "check_images"]
 
-# What torchvision's ImageNet weights expect, for pixels in [0, 255].
+# The networks of timm and torchvision expect it.
 _FORMAT = "RGB"
-_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
-class _MaskXBackbone(Backbone):
+class _MaskXBackbone(Backbone, detectron2.modeling.Backbone):
     """What Detectron2 asks of a backbone. Images of any size are taken: nothing is padded."""
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -26,18 +27,6 @@ class _MaskXBackbone(Backbone):
             name: ShapeSpec(channels=shape.channels, stride=shape.stride)
             for name, shape in self.feature_shapes.items()
         }
-
-    def drop_layers_after(self, feature: str) -> None:
-        """Take away what comes after a feature map, so that nothing is left without a gradient."""
-        names = list(self.feature_shapes)
-        for name in names[names.index(feature) + 1 :]:
-            del self.feature_shapes[name]
-            self._drop_stage(name)
-        modules = dict(self.named_modules())
-        self.layer_aliases = {a: m for a, m in self.layer_aliases.items() if m in modules}
-
-    def _drop_stage(self, name: str) -> None:
-        delattr(self, name)
 
 
 @BACKBONE_REGISTRY.register()
@@ -59,45 +48,17 @@ class MaskXSmallResNet(SmallResNet, _MaskXBackbone):
         Raises:
             ValueError: ``MODEL.MASKX.BACKBONE`` asks for what this network does not have.
         """
-        _check_without(cfg, cls, "PRETRAINED", "there are no weights for it")
+        for key in ("PRETRAINED", "WEIGHTS"):
+            _check_without(cfg, cls, key, "there are no weights for it")
         _check_without(cfg, cls, "FROZEN_NORM", "it is trained from scratch")
-        return {"output_stride": cfg.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE}
-
-
-@BACKBONE_REGISTRY.register()
-class MaskXResNet(DilatedResNet, _MaskXBackbone):
-    """torchvision's ResNet: :class:`maskx.core.backbones.DilatedResNet`.
-
-    ``MODEL.RESNETS.DEPTH`` is its depth. No other key of ``MODEL.RESNETS`` is read, and neither is
-    ``MODEL.BACKBONE.FREEZE_AT``.
-
-    Args:
-        **kwargs: arguments of ``DilatedResNet``.
-    """
-
-    @configurable
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """Read the arguments from a configuration.
-
-        Raises:
-            ValueError: the images would not be those that the ImageNet weights expect.
-        """
         keys = cfg.MODEL.MASKX.BACKBONE
-        return {
-            "depth": cfg.MODEL.RESNETS.DEPTH,
-            "output_stride": keys.OUTPUT_STRIDE,
-            "frozen_norm": keys.FROZEN_NORM,
-            "weights": _imagenet_weights(cfg),
-        }
+        options = {"frozen_stages": keys.FROZEN_STAGES}
+        return options | ({"output_stride": keys.OUTPUT_STRIDE} if keys.OUTPUT_STRIDE else {})
 
 
 @BACKBONE_REGISTRY.register()
 class MaskXVGG16(VGG16, _MaskXBackbone):
-    """torchvision's VGG-16, convolutions only: :class:`maskx.core.backbones.VGG16`.
+    """VGG-16, convolutions only, with pool switches: :class:`maskx.core.backbones.VGG16`.
 
     Args:
         **kwargs: arguments of ``VGG16``.
@@ -112,122 +73,138 @@ class MaskXVGG16(VGG16, _MaskXBackbone):
         """Read the arguments from a configuration.
 
         Raises:
-            ValueError: the images would not be those that the ImageNet weights expect, or
+            ValueError: the images would not be those that the weights expect, or
                 ``MODEL.MASKX.BACKBONE`` asks for what this network does not have.
         """
         _check_without(cfg, cls, "FROZEN_NORM", "it has no batch norm")
-        return {
-            "output_stride": cfg.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE,
-            "weights": _imagenet_weights(cfg),
-        }
-
-    def _drop_stage(self, name: str) -> None:
-        last_kept = next(reversed(self.feature_shapes))
-        del self.features[int(self.layer_aliases[last_kept].rpartition(".")[2]) + 1 :]
+        return _options(cfg, "vgg16")
 
 
 @BACKBONE_REGISTRY.register()
-class MaskXViT(ViTBackbone, _MaskXBackbone):
-    """A vision transformer of timm: :class:`maskx.core.vit.ViTBackbone`.
+class MaskXTimm(TimmBackbone, _MaskXBackbone):
+    """Any model of timm with feature maps: :class:`maskx.core.timm_backbones.TimmBackbone`.
 
-    ``MODEL.MASKX.BACKBONE.OUTPUT_STRIDE`` is not read: the stride is the size of a patch.
+    ``MODEL.MASKX.BACKBONE.NAME`` is its name. ``MODEL.RESNETS`` and ``MODEL.BACKBONE.FREEZE_AT``
+    are not read.
 
     Args:
         name: of the model.
-        pretrained: download its weights.
-        drop_path: probability with which a layer is skipped in training.
-
-    Raises:
-        ImportError: timm is not installed.
+        **kwargs: other arguments of ``TimmBackbone``.
     """
 
     @configurable
-    def __init__(self, *, name: str, pretrained: bool = False, drop_path: float = 0.1) -> None:
-        plain = timm_vit(name, pretrained=pretrained, drop_path=drop_path)
-        super().__init__(plain.transformer)
-        self.layer_aliases: dict[str, str] = {}
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        super().__init__(name, **kwargs)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         """Read the arguments from a configuration.
 
         Raises:
-            ValueError: timm has no such model, the images would not be those that its weights
-                expect, or ``MODEL.MASKX.BACKBONE`` asks for what this network does not have.
+            ValueError: the images would not be those that the weights expect, or there is no such
+                model.
         """
-        _check_without(cfg, cls, "FROZEN_NORM", "it has no batch norm")
         keys = cfg.MODEL.MASKX.BACKBONE
-        return {
-            "name": keys.VIT,
-            "pretrained": _timm_weights(cfg),
+        return _options(cfg, keys.NAME) | {
+            "name": keys.NAME,
+            "frozen_norm": keys.FROZEN_NORM,
             "drop_path": keys.DROP_PATH,
         }
 
 
-def _timm_weights(cfg: CfgNode) -> bool:
-    """Whether to load the weights of timm, after a check that there are any for these images."""
-    try:
-        import timm
-    except ImportError:
-        return False  # timm_vit says what to install
-    name = cfg.MODEL.MASKX.BACKBONE.VIT
-    if not timm.is_model(name):
-        raise ValueError(
-            f"MODEL.MASKX.BACKBONE.VIT is '{name}', which timm {timm.__version__} does not have. "
-            "Give one of timm.list_models('vit*')."
-        )
-    if not cfg.MODEL.MASKX.BACKBONE.PRETRAINED or cfg.MODEL.WEIGHTS:
-        return False
-    weights = timm.get_pretrained_cfg(name)
-    expected = [
-        [round(255 * value, 3) for value in values] for values in (weights.mean, weights.std)
-    ]
-    _check_images(cfg, "timm", *expected)
-    return True
+@BACKBONE_REGISTRY.register()
+class MaskXTimmFPN(FPN):
+    """Detectron2's feature pyramid, ``p2`` to ``p6``, on :class:`MaskXTimm`.
+
+    Args:
+        bottom_up: the network.
+        in_features: its maps that the pyramid is built of, e.g. ``layer1`` to ``layer4``.
+        out_channels: of every level.
+        norm: as of Detectron2's ``FPN``.
+        fuse_type: likewise.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        bottom_up: MaskXTimm,
+        in_features: list[str],
+        out_channels: int = 256,
+        norm: str = "",
+        fuse_type: str = "sum",
+    ) -> None:
+        top = LastLevelMaxPool()
+        # Detectron2 takes it for granted that the last level has stride 32.
+        top.in_feature = f"p{round(math.log2(bottom_up.feature_shapes[in_features[-1]].stride))}"
+        super().__init__(bottom_up, in_features, out_channels, norm, top, fuse_type=fuse_type)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """Read the arguments from a configuration.
+
+        Raises:
+            ValueError: the network has no such feature maps.
+        """
+        network, keys = MaskXTimm(cfg, input_shape), cfg.MODEL.FPN
+        unknown = [name for name in keys.IN_FEATURES if name not in network.feature_shapes]
+        if unknown or not keys.IN_FEATURES:
+            raise ValueError(
+                f"MODEL.FPN.IN_FEATURES is {list(keys.IN_FEATURES)}, but {network} has "
+                f"{', '.join(network.feature_shapes)}. Name some of these."
+            )
+        network.drop_layers_after(keys.IN_FEATURES[-1])
+        return {
+            "bottom_up": network,
+            "in_features": keys.IN_FEATURES,
+            "out_channels": keys.OUT_CHANNELS,
+            "norm": keys.NORM,
+            "fuse_type": keys.FUSE_TYPE,
+        }
 
 
-def _check_without(cfg: CfgNode, cls: type, key: str, reason: str) -> None:
-    if cfg.MODEL.MASKX.BACKBONE[key]:
-        raise ValueError(
-            f"MODEL.MASKX.BACKBONE.{key} is True, but MODEL.BACKBONE.NAME is {cls.__name__}: "
-            f"{reason}. Set {key} False, or NAME MaskXResNet."
-        )
-
-
-def _imagenet_weights(cfg: CfgNode) -> str | None:
-    """Name of torchvision's weights; None where ``MODEL.WEIGHTS`` replaces them anyway."""
-    if not cfg.MODEL.MASKX.BACKBONE.PRETRAINED or cfg.MODEL.WEIGHTS:
-        return None
-    _check_images(cfg, "torchvision", _MEAN, _STD)
-    return "DEFAULT"
-
-
-def check_imagenet_images(cfg: CfgNode, key: str) -> None:
-    """Refuse images that are not those that torchvision's ImageNet weights expect.
+def check_images(cfg: CfgNode, name: str, key: str) -> None:
+    """Refuse images that are not those that the weights of a backbone expect.
 
     Args:
         cfg: the configuration.
+        name: of the backbone.
         key: what asks for the weights.
 
     Raises:
         ValueError: format, mean or deviation are others.
     """
-    _check_images(cfg, "torchvision", _MEAN, _STD, key)
-
-
-def _check_images(
-    cfg: CfgNode,
-    library: str,
-    mean: Sequence[float],
-    std: Sequence[float],
-    key: str = "MODEL.MASKX.BACKBONE.PRETRAINED",
-) -> None:
-    """Refuse images that are not those that downloaded weights expect."""
-    found = (cfg.INPUT.FORMAT, *cfg.MODEL.PIXEL_MEAN, *cfg.MODEL.PIXEL_STD)
-    if found != (_FORMAT, *mean, *std):
+    mean, std = map(list, expected_pixels(name))
+    found = (cfg.INPUT.FORMAT, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD))
+    if found != (_FORMAT, mean, std):
         raise ValueError(
             f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, MODEL.PIXEL_MEAN {cfg.MODEL.PIXEL_MEAN} and "
-            f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}, but {key} loads weights of {library}, which "
-            f"expect {_FORMAT}, {list(mean)} and {list(std)}. Set all three so, or "
-            f"{key.rpartition('.')[2]} False."
+            f"MODEL.PIXEL_STD {cfg.MODEL.PIXEL_STD}, but {key} loads weights of {name!r}, which "
+            f"expect {_FORMAT}, {mean} and {std}. Set all three so, or {key.rpartition('.')[2]} "
+            "off."
+        )
+
+
+def _options(cfg: CfgNode, name: str) -> dict[str, Any]:
+    """Arguments that VGG-16 and the models of timm share."""
+    keys = cfg.MODEL.MASKX.BACKBONE
+    # MODEL.WEIGHTS replaces them anyway.
+    starts = not cfg.MODEL.WEIGHTS
+    for key in ("PRETRAINED", "WEIGHTS"):
+        if keys[key] and starts:
+            check_images(cfg, name, f"MODEL.MASKX.BACKBONE.{key}")
+    return {
+        "output_stride": keys.OUTPUT_STRIDE or None,
+        "frozen_stages": keys.FROZEN_STAGES,
+        "pretrained": keys.PRETRAINED and starts,
+        "weights": keys.WEIGHTS or None if starts else None,
+    }
+
+
+def _check_without(cfg: CfgNode, cls: type, key: str, reason: str) -> None:
+    value = cfg.MODEL.MASKX.BACKBONE[key]
+    if value:
+        raise ValueError(
+            f"MODEL.MASKX.BACKBONE.{key} is {value}, but MODEL.BACKBONE.NAME is {cls.__name__}: "
+            f"{reason}. Set {key} {type(value)()!r}, or NAME MaskXTimm."
         )

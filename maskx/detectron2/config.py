@@ -81,21 +81,26 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.NUM_CLASSES = 20
     # Feature map of the backbone that these read; "": its last. What comes after it is left out.
     keys.MODEL.MASKX.IN_FEATURE = ""
-    # What MODEL.BACKBONE.NAME MaskXSmallResNet, MaskXResNet, MaskXVGG16 and MaskXViT read. The
-    # depth of MaskXResNet is RESNETS.DEPTH.
+    # What MODEL.BACKBONE.NAME MaskXSmallResNet, MaskXVGG16, MaskXTimm and MaskXTimmFPN read.
     keys.MODEL.MASKX.BACKBONE = CN()
-    # Model of timm and the probability that a layer is skipped in training (MaskXViT).
-    keys.MODEL.MASKX.BACKBONE.VIT = "vit_base_patch16_384.augreg_in21k_ft_in1k"
-    keys.MODEL.MASKX.BACKBONE.DROP_PATH = 0.1
-    # Stride of the last feature map in pixels: 4, 8 or 16 (MaskXSmallResNet), 8, 16 or 32
-    # (MaskXResNet), 8 or 16 (MaskXVGG16).
-    keys.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE = 8
-    # True: start from ImageNet weights of torchvision (or of timm, MaskXViT), which are downloaded;
-    # not where MODEL.WEIGHTS is set. Needs INPUT.FORMAT "RGB" and the PIXEL_MEAN and PIXEL_STD that
-    # the weights expect.
+    # Model of timm, with or without the tag of its weights (MaskXTimm, MaskXTimmFPN).
+    keys.MODEL.MASKX.BACKBONE.NAME = "resnet50"
+    # Stride of the last feature map in pixels: 4, 8 or 16 (MaskXSmallResNet), 8 or 16 (MaskXVGG16),
+    # 8, 16 or 32 (MaskXTimm). 0: that of the network, which is 8, 16, and for a ResNet 32.
+    keys.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE = 0
+    # True: start from ImageNet weights, of an installed package (the extra "photos") or of timm's
+    # hub; not where MODEL.WEIGHTS is set. Needs INPUT.FORMAT "RGB" and the PIXEL_MEAN and PIXEL_STD
+    # that the weights expect.
     keys.MODEL.MASKX.BACKBONE.PRETRAINED = False
-    # True: batch norm keeps its statistics and its weights (MaskXResNet).
+    # A file of weights to start from instead, safetensors or a state dict with timm's names.
+    keys.MODEL.MASKX.BACKBONE.WEIGHTS = ""
+    # How much stays as it was loaded: 0 nothing, 1 what comes before the first feature map, 2 the
+    # first feature map, too; one more than there are maps: all. BACKBONE.FREEZE_AT is not read.
+    keys.MODEL.MASKX.BACKBONE.FROZEN_STAGES = 0
+    # True: batch norm keeps its statistics and its weights (MaskXTimm, MaskXTimmFPN).
     keys.MODEL.MASKX.BACKBONE.FROZEN_NORM = False
+    # Probability that a block is skipped in training (MaskXTimm, MaskXTimmFPN).
+    keys.MODEL.MASKX.BACKBONE.DROP_PATH = 0.0
     # The head of MaskXDeepLab: channels of its hidden layers, and the dilation of the first.
     keys.MODEL.MASKX.LARGE_FOV = CN()
     keys.MODEL.MASKX.LARGE_FOV.CHANNELS = 1024

@@ -1,62 +1,21 @@
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork
 
-from maskx.core.backbones import VGG16, DilatedResNet, SmallFPN, SmallResNet
-
-
-def shuffle_norms(network):
-    """Give every batch norm statistics and an affine map of its own, so that each one counts."""
-    for layer in network.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.normal_(std=0.1)
-            layer.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(layer.weight, 0.2, 0.6)
-            nn.init.normal_(layer.bias, std=0.1)
-    return network
-
-
-def torchvision_resnet(depth, **options):
-    torch.manual_seed(depth)
-    return shuffle_norms(torchvision.models.get_model(f"resnet{depth}", **options)).eval()
-
-
-def load_trunk(backbone, network):
-    """Load a network of torchvision but its classifier, strictly."""
-    state = {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
-    backbone.load_state_dict(state)
-    return backbone.eval()
-
-
-def stages(network, images):
-    """Feature maps of a ResNet of torchvision, stage by stage."""
-    x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
-    features = {}
-    for name in ("layer1", "layer2", "layer3", "layer4"):
-        features[name] = x = getattr(network, name)(x)
-    return features
+from maskx.core.backbone_choice import build_backbone, build_pyramid, choose_feature
+from maskx.core.backbones import VGG16, FeatureShape, PyramidBackbone, SmallFPN, SmallResNet
+from maskx.core.timm_backbones import TimmBackbone
 
 
 def assert_same_features(features, expected):
     assert list(features) == list(expected)
     for name, feature in features.items():
         torch.testing.assert_close(feature, expected[name])
-
-
-def serve(monkeypatch, state):
-    """Let torchvision 'download' this state dict; returns the calls it made."""
-    calls = []
-
-    def load(url, *args, **kwargs):
-        calls.append((url, kwargs))
-        return state
-
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", load)
-    return calls
 
 
 def test_feature_maps_have_the_promised_strides_and_channels():
@@ -115,7 +74,7 @@ def test_small_resnet_costs_what_its_docstring_says(output_stride, gmac):
 
 @pytest.mark.parametrize(
     ("make", "options"),
-    [(SmallResNet, {}), (DilatedResNet, {"depth": 18}), (VGG16, {"output_stride": 8})],
+    [(SmallResNet, {}), (VGG16, {"output_stride": 8})],
 )
 def test_aliases_name_modules_whose_output_is_the_feature(make, options):
     backbone = make(**options)
@@ -134,86 +93,6 @@ def test_aliases_name_modules_whose_output_is_the_feature(make, options):
 def test_the_last_stage_has_the_block_names_of_the_papers():
     three = {"C41": "layer4.0", "C42": "layer4.1", "C43": "layer4.2"}
     assert SmallResNet().layer_aliases == three
-    assert DilatedResNet(depth=50).layer_aliases == three
-    assert DilatedResNet(depth=18).layer_aliases == {"C41": "layer4.0", "C42": "layer4.1"}
-
-
-@pytest.mark.parametrize("depth", [18, 34, 50, 101])
-def test_dilated_resnet_at_stride_32_is_the_network_of_torchvision(depth):
-    reference = torchvision_resnet(depth)
-    backbone = load_trunk(DilatedResNet(depth=depth, output_stride=32), reference)
-    images = torch.randn(1, 3, 61, 75)
-    with torch.no_grad():
-        assert_same_features(backbone(images), stages(reference, images))
-
-
-@pytest.mark.parametrize(
-    ("output_stride", "replaced"), [(16, [False, False, True]), (8, [False, True, True])]
-)
-def test_dilated_bottlenecks_are_those_of_torchvision(output_stride, replaced):
-    reference = torchvision_resnet(50, replace_stride_with_dilation=replaced)
-    backbone = load_trunk(DilatedResNet(depth=50, output_stride=output_stride), reference)
-    images = torch.randn(1, 3, 61, 75)
-    with torch.no_grad():
-        features = backbone(images)
-        assert_same_features(features, stages(reference, images))
-    for name, (channels, stride) in backbone.feature_shapes.items():
-        assert features[name].shape == (1, channels, -(-61 // stride), -(-75 // stride))
-
-
-@pytest.mark.parametrize("depth", [18, 34, 50])
-@pytest.mark.parametrize("output_stride", [8, 16])
-def test_dilation_computes_the_strided_features_at_more_positions(depth, output_stride):
-    reference = torchvision_resnet(depth)
-    backbone = load_trunk(DilatedResNet(depth=depth, output_stride=output_stride), reference)
-    images = torch.randn(1, 3, 61, 75)
-    with torch.no_grad():
-        features = backbone(images)
-        expected = stages(reference, images)
-    step3, step4 = 16 // min(output_stride, 16), 32 // output_stride
-    torch.testing.assert_close(features["layer3"][..., ::step3, ::step3], expected["layer3"])
-    torch.testing.assert_close(features["layer4"][..., ::step4, ::step4], expected["layer4"])
-    assert features["layer4"].shape[1:] == (
-        backbone.feature_shapes["layer4"].channels,
-        -(-61 // output_stride),
-        -(-75 // output_stride),
-    )
-
-
-def test_frozen_norm_computes_the_norm_of_evaluation_and_learns_nothing():
-    reference = torchvision_resnet(18)
-    backbone = DilatedResNet(depth=18, output_stride=32, frozen_norm=True)
-    load_trunk(backbone, reference).train()
-    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in backbone.modules())
-    assert any(isinstance(layer, FrozenBatchNorm2d) for layer in backbone.modules())
-    images = torch.randn(1, 3, 40, 40)
-    with torch.no_grad():
-        assert_same_features(backbone(images), stages(reference, images))
-    assert all(p.dim() == 4 for p in backbone.parameters())
-
-
-@pytest.mark.parametrize("frozen_norm", [False, True])
-def test_resnet_loads_the_weights_of_torchvision_without_executing_code(monkeypatch, frozen_norm):
-    reference = torchvision_resnet(18)
-    calls = serve(monkeypatch, reference.state_dict())
-    backbone = DilatedResNet(depth=18, weights="DEFAULT", frozen_norm=frozen_norm).eval()
-    [(url, options)] = calls
-    assert url == torchvision.models.ResNet18_Weights.DEFAULT.url
-    assert options["weights_only"] is True
-    assert options["check_hash"] is True
-    with torch.no_grad():
-        images = torch.randn(1, 3, 33, 33)
-        torch.testing.assert_close(
-            backbone(images)["layer4"][..., ::4, ::4], stages(reference, images)["layer4"]
-        )
-
-
-def test_weights_that_lack_a_layer_are_refused(monkeypatch):
-    state = torchvision_resnet(18).state_dict()
-    del state["layer3.1.conv2.weight"]
-    serve(monkeypatch, state)
-    with pytest.raises(RuntimeError, match=r"Missing key.*layer3\.1\.conv2\.weight"):
-        DilatedResNet(depth=18, weights="DEFAULT")
 
 
 @pytest.fixture(scope="module")
@@ -281,15 +160,18 @@ def test_vgg16_aliases_are_the_layers_after_their_relu():
     assert backbone.layer_aliases["conv4_3"] == "features.22"
 
 
-def test_vgg16_loads_the_weights_of_torchvision_without_executing_code(
-    monkeypatch, torchvision_vgg16
-):
+@pytest.mark.parametrize("way", ["file", "download"])
+def test_vgg16_starts_from_weights(monkeypatch, tmp_path, torchvision_vgg16, way):
     state = {**vgg_state(torchvision_vgg16), "classifier.0.weight": torch.zeros(1)}
-    calls = serve(monkeypatch, state)
-    backbone = VGG16(weights="DEFAULT")
-    [(url, options)] = calls
-    assert url == torchvision.models.VGG16_Weights.DEFAULT.url
-    assert options["weights_only"] is True
+    if way == "file":
+        torch.save(state, tmp_path / "vgg.pth")
+        options = {"weights": tmp_path / "vgg.pth"}
+    else:
+        options = {"pretrained": True}
+        served = nn.Module()
+        served.state_dict = lambda: state
+        monkeypatch.setattr(timm, "create_model", lambda name, pretrained: served)
+    backbone = VGG16(**options)
     assert torch.equal(backbone.features[28].weight, torchvision_vgg16[28].weight)
 
 
@@ -326,18 +208,14 @@ def test_switches_put_values_back_to_where_they_came_from(size):
             lambda: SmallResNet(output_stride=32),
             "output_stride of SmallResNet must be one of 4, 8, 16, got 32",
         ),
-        (
-            lambda: DilatedResNet(depth=20),
-            "depth of DilatedResNet must be one of 18, 34, 50, 101, got 20",
-        ),
-        (
-            lambda: DilatedResNet(depth=18, output_stride=4),
-            "output_stride of DilatedResNet must be one of 8, 16, 32, got 4",
-        ),
         (lambda: VGG16(output_stride=32), "output_stride of VGG16 must be one of 8, 16, got 32"),
         (
-            lambda: DilatedResNet(depth=18, weights="imagenet"),
-            "weights of resnet18 must be one of 'IMAGENET1K_V1', 'DEFAULT', got 'imagenet'",
+            lambda: SmallResNet(frozen_stages=6),
+            "frozen_stages of SmallResNet must be one of 0, 1, 2, 3, 4, 5, got 6",
+        ),
+        (
+            lambda: PyramidBackbone(SmallResNet(), in_features=("layer1", "layer5")),
+            "has 'layer5'; SmallResNet has layer1, layer2",
         ),
         (
             lambda: VGG16(output_stride=8).forward_with_switches(torch.zeros(1, 3, 16, 16)),
@@ -348,3 +226,104 @@ def test_switches_put_values_back_to_where_they_came_from(size):
 def test_what_a_backbone_cannot_do_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "feature", "gone"),
+    [
+        (lambda: SmallResNet(widths=(4, 4, 4, 8)), "layer2", "layer4.0"),
+        (VGG16, "conv2_2", "features.9"),
+    ],
+)
+def test_layers_after_a_map_can_be_dropped(make, feature, gone):
+    backbone = make().eval()
+    images = torch.rand(1, 3, 33, 48)
+    with torch.no_grad():
+        expected = backbone(images)
+        modules = set(dict(backbone.named_modules()))
+        backbone.drop_layers_after(feature)
+        found = backbone(images)
+    assert list(found) == list(expected)[: list(expected).index(feature) + 1]
+    assert list(backbone.feature_shapes) == list(found)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    left = set(dict(backbone.named_modules()))
+    assert gone in modules - left
+    assert set(backbone.layer_aliases.values()) <= left
+
+
+@pytest.mark.parametrize(
+    ("backbone", "trained"),
+    [
+        (SmallResNet(frozen_stages=4), "layer4."),
+        (VGG16(frozen_stages=5), ("features.24.", "features.26.", "features.28.")),
+        (SmallResNet(frozen_stages=5), "nothing"),
+    ],
+)
+def test_frozen_stages_learn_nothing_in_training(backbone, trained):
+    backbone.train()
+    parameters = {name for name, value in backbone.named_parameters() if value.requires_grad}
+    assert parameters == {n for n, _ in backbone.named_parameters() if n.startswith(trained)}
+    before = {k: v.clone() for k, v in backbone.state_dict().items() if not k.startswith(trained)}
+    backbone(torch.randn(2, 3, 64, 64))
+    after = backbone.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_levels_are_those_of_a_pyramid_on_the_features():
+    torch.manual_seed(0)
+    backbone = SmallResNet(output_stride=16)
+    network = PyramidBackbone(backbone, in_features=("layer1", "layer3"), out_channels=8).eval()
+    assert network.feature_shapes == {"layer1": (8, 4), "layer3": (8, 16)}
+    images = torch.randn(1, 3, 32, 48)
+    levels = network(images)
+    assert {name: tuple(level.shape) for name, level in levels.items()} == {
+        "layer1": (1, 8, 8, 12),
+        "layer3": (1, 8, 2, 3),
+    }
+    pyramid = FeaturePyramidNetwork([32, 96], 8)
+    pyramid.load_state_dict(network.fpn.state_dict())
+    features = backbone(images)
+    expected = pyramid({name: features[name] for name in ("layer1", "layer3")})
+    torch.testing.assert_close(dict(levels), dict(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "last", "shape"),
+    [
+        ("small", SmallResNet, "layer4", FeatureShape(128, 8)),
+        ("vgg16", VGG16, "conv5_3", FeatureShape(512, 16)),
+        ("resnet18", TimmBackbone, "layer4", FeatureShape(512, 8)),
+        ("efficientnet_lite0", TimmBackbone, "layer4", FeatureShape(320, 8)),
+        ("pvt_v2_b0", TimmBackbone, "layer4", FeatureShape(256, 32)),
+    ],
+)
+def test_a_name_makes_its_network(name, network, last, shape):
+    backbone = build_backbone(name)
+    assert type(backbone) is network
+    assert choose_feature(backbone) == (last, shape)
+
+
+def test_a_name_makes_a_pyramid_of_undilated_maps():
+    assert type(build_pyramid("small")) is SmallFPN
+    network = build_pyramid("efficientnet_lite0", out_channels=16, frozen_stages=2).eval()
+    assert network.out_channels == 16
+    assert network.pixel_mean == (127.5, 127.5, 127.5)
+    shapes = {"layer1": 4, "layer2": 8, "layer3": 16, "layer4": 32, "pool": 64}
+    assert network.feature_shapes == {name: (16, stride) for name, stride in shapes.items()}
+    with torch.no_grad():
+        levels = network(torch.randn(1, 3, 128, 192))
+    assert {name: tuple(level.shape[2:]) for name, level in levels.items()} == {
+        name: (128 // stride, 192 // stride) for name, stride in shapes.items()
+    }
+
+
+def test_what_a_name_cannot_make_is_refused():
+    with pytest.raises(ValueError, match=r"no backbone 'vgg'\. Allowed: 'small', 'vgg16', and"):
+        build_backbone("vgg")
+    for options in ({"pretrained": True}, {"weights": "weights.pth"}):
+        with pytest.raises(ValueError, match=r"no pretrained weights of the backbone 'small'"):
+            build_backbone("small", **options)
+    backbone = SmallResNet()
+    assert choose_feature(backbone, "layer3") == ("layer3", backbone.feature_shapes["layer3"])
+    with pytest.raises(ValueError, match=r"in_feature of SmallResNet must be one of .*'layer9'"):
+        choose_feature(backbone, "layer9")

@@ -15,7 +15,6 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import maskx.systems.class_patterns.detectron2.chain
-from maskx.core import backbones
 from maskx.core.digests import network_hash, sha256_of
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import read_label_map
@@ -404,9 +403,8 @@ def test_another_backbone_is_not_started_from_the_classifier(opts, tmp_path, mor
     assert {str(weights)} == {s.cfg.MODEL.WEIGHTS for s in (chain.segmenter, chain.retrained)}
 
 
-def test_imagenet_weights_go_before_the_classifier(opts, tmp_path, monkeypatch):
-    monkeypatch.setattr(backbones, "_load_imagenet_weights", lambda *args, **kwargs: None)
-    more = ("MODEL.BACKBONE.NAME", "MaskXResNet", "MODEL.RESNETS.DEPTH", 18)
+def test_imagenet_weights_go_before_the_classifier(opts, tmp_path, downloads):
+    more = ("MODEL.BACKBONE.NAME", "MaskXTimm", "MODEL.MASKX.BACKBONE.NAME", "resnet18")
     more += ("MODEL.MASKX.BACKBONE.PRETRAINED", True)
     chain = make_chain(tmp_path, opts, *more)
     assert {s.cfg.MODEL.WEIGHTS for s in (chain.segmenter, chain.retrained)} == {""}
@@ -614,13 +612,13 @@ def test_weights_that_are_none_are_refused(opts, tmp_path, content, words):
 
 
 def test_weights_of_a_deeper_network_are_refused(opts, tmp_path):
-    given = (*opts, "MODEL.BACKBONE.NAME", "MaskXResNet", "MODEL.RESNETS.DEPTH")
-    model = Trainer.build_model(make_chain(tmp_path / "out", (*given, 34)).classifier.cfg)
+    given = (*opts, "MODEL.BACKBONE.NAME", "MaskXTimm", "MODEL.MASKX.BACKBONE.NAME")
+    model = Trainer.build_model(make_chain(tmp_path / "out", (*given, "resnet34")).classifier.cfg)
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     with pytest.raises(
         ValueError, match=r"holds \d+ weights that .*Classifier does not have: .*lay"
     ):
-        open_classifier(CLASSIFIER, tmp_path / "model.pth", (*given, 18))
+        open_classifier(CLASSIFIER, tmp_path / "model.pth", (*given, "resnet18"))
 
 
 def test_what_does_not_belong_together_is_refused(weights, opts, tmp_path):

@@ -9,13 +9,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import timm
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.utils.logger import _LOG_COUNTER
 
-from maskx.core import backbones
 from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.data.coco import load_coco
 from maskx.detectron2 import ConceptPredictor, MaskXConceptEvaluator, Trainer, evaluate
@@ -100,12 +100,16 @@ def test_a_later_stage_does_not_start_from_nothing(make_concept_cfg):
 def test_the_encoder_starts_from_imagenet_unless_it_was_trained(
     make_concept_cfg, tmp_path, monkeypatch
 ):
-    """The weights of torchvision are replaced by others, so that nothing is downloaded."""
-    monkeypatch.setattr(
-        backbones,
-        "_load_imagenet_weights",
-        lambda network, *_, **__: torch.nn.init.constant_(network.conv1.weight, 0.5),
-    )
+    """The weights of timm are replaced by others, so that nothing is downloaded."""
+    create = timm.create_model
+
+    def filled(name, pretrained=False, **options):
+        network = create(name, **options)
+        if pretrained:
+            torch.nn.init.constant_(network.conv1.weight, 0.5)
+        return network
+
+    monkeypatch.setattr(timm, "create_model", filled)
     opts = (KEYS + "ENCODER_DEPTH", 18, KEYS + "ENCODER_PRETRAINED", True)
     for stage, starts in ((2, True), (3, False)):
         own = () if stage == 2 else opts

@@ -14,7 +14,6 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
-from maskx.core import backbones
 from maskx.data.label_maps import label_map_of_instances, write_label_map
 from maskx.detectron2 import (
     MaskXImageLabelEvaluator,
@@ -159,22 +158,18 @@ def test_the_architecture_chooses_the_evaluator(
 
 
 def test_evaluation_loads_no_imagenet_weights(
-    make_classifier_cfg, register_opt, monkeypatch, tmp_path
+    make_classifier_cfg, register_opt, downloads, tmp_path
 ):
-    names = []
-    monkeypatch.setattr(
-        backbones, "_load_imagenet_weights", lambda _, name, *a, **k: names.append(name)
-    )
-    on = ("MODEL.BACKBONE.NAME", "MaskXResNet", "MODEL.MASKX.BACKBONE.PRETRAINED", True)
+    on = ("MODEL.BACKBONE.NAME", "MaskXTimm", "MODEL.MASKX.BACKBONE.PRETRAINED", True)
     cfg = make_classifier_cfg(*register_opt, *on, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 9)
     trainer = Trainer(cfg)
-    assert names == ["resnet18"]
+    assert downloads == ["resnet18"]
     trainer.checkpointer.save("model_final")
     evaluate(cfg, resume=True)  # MODEL.WEIGHTS is empty
     cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     evaluate(cfg)
     DefaultPredictor(cfg)(np.zeros((8, 8, 3), np.uint8))
-    assert names == ["resnet18"]
+    assert downloads == ["resnet18"]
     assert cfg.MODEL.MASKX.BACKBONE.PRETRAINED
 
 

@@ -48,10 +48,10 @@ def test_importing_registers_our_model_components_and_no_data():
         "print(json.dumps([sorted(names() - before), data() == data_before]))\n"
     )
     assert registered == [
-        ["BACKBONE_REGISTRY", "MaskXResNet"],
         ["BACKBONE_REGISTRY", "MaskXSmallResNet"],
+        ["BACKBONE_REGISTRY", "MaskXTimm"],
+        ["BACKBONE_REGISTRY", "MaskXTimmFPN"],
         ["BACKBONE_REGISTRY", "MaskXVGG16"],
-        ["BACKBONE_REGISTRY", "MaskXViT"],
         ["META_ARCH_REGISTRY", "MaskXConceptMask"],
         ["META_ARCH_REGISTRY", "MaskXDeepLab"],
         ["META_ARCH_REGISTRY", "MaskXGrabCutRCNN"],

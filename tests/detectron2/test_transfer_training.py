@@ -16,7 +16,6 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
-from maskx.core import backbones
 from maskx.core.digests import sha256_of
 from maskx.data.scenes.generator import generate_scenes
 from maskx.detectron2 import (
@@ -257,14 +256,10 @@ def load(path):
     return cfg
 
 
-def test_imagenet_weights_are_for_the_encoder_alone(make_transfer_cfg, monkeypatch):
-    names = []
-    monkeypatch.setattr(
-        backbones, "_load_imagenet_weights", lambda _, name, *a, **k: names.append(name)
-    )
-    on = ("MODEL.BACKBONE.NAME", "MaskXResNet", "MODEL.MASKX.BACKBONE.PRETRAINED", True)
+def test_imagenet_weights_are_for_the_encoder_alone(make_transfer_cfg, downloads):
+    on = ("MODEL.BACKBONE.NAME", "MaskXTimm", "MODEL.MASKX.BACKBONE.PRETRAINED", True)
     build_model(make_transfer_cfg(*on))
-    assert names == ["resnet18"]
+    assert downloads == ["resnet18"]
 
 
 def test_a_checkpoint_knows_its_classes(make_transfer_cfg, tiny_sparse, sparse_scenes, tmp_path):

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks.measure import Case, num_parameters
-from maskx.core.backbones import DilatedResNet
 from maskx.core.image_classifier import ImageClassifier
+from maskx.core.timm_backbones import TimmBackbone
 from maskx.systems.class_patterns.patterns import PatternMoments, accumulate_moments
 
 _NUM_CLASSES = 20
@@ -33,7 +33,7 @@ def discovery_cases(
         device: where to run.
     """
     torch.manual_seed(0)
-    backbone = DilatedResNet(depth=depth, output_stride=8)
+    backbone = TimmBackbone(f"resnet{depth}", output_stride=8)
     in_feature = "layer4"
     model = ImageClassifier(
         backbone,

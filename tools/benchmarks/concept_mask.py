@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import Case, num_parameters
-from maskx.core.backbones import DilatedResNet
+from maskx.core.timm_backbones import TimmBackbone
 from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.network import ConceptMask, ConceptQuery, concept_query
 from maskx.systems.concept_mask.segmenter import ConceptSegmenter
@@ -90,8 +90,8 @@ def prediction_cases(
     image = torch.randn(3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     image = image.to(device)
     for num_vocabulary in vocabularies:
-        backbone = DilatedResNet(depth=depth, output_stride=_STRIDE)
-        segmenter = ConceptSegmenter(DilatedResNet(depth=depth, output_stride=_STRIDE))
+        backbone = TimmBackbone(f"resnet{depth}", output_stride=_STRIDE)
+        segmenter = ConceptSegmenter(TimmBackbone(f"resnet{depth}", output_stride=_STRIDE))
         network = _network(backbone, num_vocabulary, image_size=image_size, segmenter=segmenter)
         network = network.to(device).eval()
         query = _query(network, num_concepts)

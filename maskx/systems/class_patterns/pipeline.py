@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from maskx.core.backbone_choice import RESNETS, build_backbone
+from maskx.core.backbone_choice import build_backbone
 from maskx.core.digests import network_hash
 from maskx.core.files import write_json
 from maskx.core.image_classifier import ImageClassifier, multi_hot
@@ -539,7 +539,6 @@ def _build_classifier(content: Mapping[str, Any], *, pretrained: bool) -> Sample
         content["backbone"],
         frozen_norm=content["frozen_norm"],
         pretrained=pretrained,
-        allowed=RESNETS,
     )
     classifier = ImageClassifier(
         backbone,

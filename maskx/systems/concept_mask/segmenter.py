@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskx.core.layers import msra_fill
+from maskx.core.layers import convolution_like, msra_fill
 
 
 def normalise_maps(maps: Tensor) -> Tensor:
@@ -75,8 +75,8 @@ class ConceptSegmenter(nn.Module):
 
     Args:
         encoder: :class:`maskx.core.backbones.SmallResNet` or
-            :class:`maskx.core.backbones.DilatedResNet`, best of its largest output stride. Its
-            first convolution becomes ``image_stem``.
+            :class:`maskx.core.timm_backbones.TimmBackbone` that starts with a convolution, best of
+            its largest output stride. This convolution becomes ``image_stem``.
         num_maps: A.
         decoder_channels: of the decoder, from the deepest feature map of the encoder to the
             output of its first convolution.
@@ -94,21 +94,18 @@ class ConceptSegmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.num_maps = num_maps
-        stem = encoder.conv1
+        stem = encoder.take_input_convolution()
         skips = [shape.channels for shape in encoder.feature_shapes.values()]
         skips = [*reversed(skips), stem.out_channels]
         if len(decoder_channels) != len(skips):
             raise ValueError(
                 f"decoder_channels of ConceptSegmenter has {len(decoder_channels)} numbers, "
                 f"{tuple(decoder_channels)}. Needed: {len(skips)}, one for each feature map of "
-                f"{type(encoder).__name__} and one for its first convolution."
+                f"{encoder} and one for its first convolution."
             )
         self.image_stem = stem
-        self.attention_stem = nn.Conv2d(
-            num_maps, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=False
-        )
+        self.attention_stem = convolution_like(stem, num_maps)
         msra_fill(self.attention_stem)
-        encoder.conv1 = nn.Identity()
         self.encoder = encoder
         deeper = [0, *decoder_channels]
         self.decoder = nn.ModuleList(

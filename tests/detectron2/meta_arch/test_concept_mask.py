@@ -2,13 +2,13 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.modeling import build_model
 from torch import nn
 
-from maskx.core import backbones
 from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.detectron2 import MaskXConceptMask, Trainer
 from maskx.detectron2.trainer import check_config
@@ -259,18 +259,22 @@ def test_another_word_table_is_refused(change, make_concept_cfg, concept_files, 
 
 
 def test_the_encoder_starts_from_imagenet(make_concept_cfg, monkeypatch):
-    """The weights of torchvision are replaced by others, so that nothing is downloaded."""
+    """The weights of timm are replaced by others, so that nothing is downloaded."""
+    create = timm.create_model
 
-    def load(network, *_, **__):
-        nn.init.constant_(network.conv1.weight, 0.5)
-        nn.init.constant_(network.layer1[0].conv1.weight, 0.25)
+    def filled(name, pretrained=False, **options):
+        network = create(name, **options)
+        if pretrained:
+            nn.init.constant_(network.conv1.weight, 0.5)
+            nn.init.constant_(network.layer1[0].conv1.weight, 0.25)
+        return network
 
-    monkeypatch.setattr(backbones, "_load_imagenet_weights", load)
+    monkeypatch.setattr(timm, "create_model", filled)
     model = build_model(make_concept_cfg(KEYS + "ENCODER_DEPTH", 18))
     model.start_encoder(18)
     segmenter = model.network.segmenter
     assert (segmenter.image_stem.weight == 0.5).all()
-    assert (segmenter.encoder.layer1[0].conv1.weight == 0.25).all()
+    assert (segmenter.encoder.network.layer1[0].conv1.weight == 0.25).all()
 
 
 def test_gamma_is_that_of_the_file(make_concept_cfg, concept_files):

@@ -179,7 +179,7 @@ def test_pixels_of_which_nothing_is_known_train_nothing(model):
     [
         ("build_resnet_backbone", ("MODEL.RESNETS.OUT_FEATURES", ["res5"])),
         ("MaskXVGG16", ()),
-        ("MaskXResNet", ("MODEL.MASKX.IN_FEATURE", "layer4")),
+        ("MaskXTimm", ("MODEL.MASKX.IN_FEATURE", "layer4")),
     ],
 )
 def test_any_backbone_of_detectron2_can_segment(make_deeplab_cfg, backbone, opts):
@@ -239,8 +239,8 @@ def test_it_does_not_start_from_another_backbone(make_deeplab_cfg, make_classifi
     classifier = build_model(make_classifier_cfg()).state_dict()
     path = str(tmp_path / "classifier.pth")
     torch.save({"model": classifier}, path)
-    model = build_model(make_deeplab_cfg("MODEL.BACKBONE.NAME", "MaskXResNet"))
-    words = r"image classifier that .* lacks \d+ of the weights of its backbone MaskXResNet.*PRETR"
+    model = build_model(make_deeplab_cfg("MODEL.BACKBONE.NAME", "MaskXTimm"))
+    words = r"image classifier that .* lacks \d+ of the weights of its backbone MaskXTimm.*PRETR"
     with pytest.raises(ValueError, match=words):
         DetectionCheckpointer(model).load(path)
 

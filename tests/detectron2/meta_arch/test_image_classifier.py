@@ -114,8 +114,8 @@ def test_layers_can_be_tapped(model):
         ("build_resnet_backbone", ("MODEL.RESNETS.OUT_FEATURES", ["res4"]), "res4"),
         ("MaskXVGG16", (), "conv5_3"),
         ("MaskXVGG16", ("MODEL.MASKX.IN_FEATURE", "conv3_3"), "conv3_3"),
-        ("MaskXResNet", ("MODEL.MASKX.IN_FEATURE", "layer4"), "layer4"),
-        ("MaskXResNet", ("MODEL.MASKX.IN_FEATURE", "layer2"), "layer2"),
+        ("MaskXTimm", ("MODEL.MASKX.IN_FEATURE", "layer4"), "layer4"),
+        ("MaskXTimm", ("MODEL.MASKX.IN_FEATURE", "layer2"), "layer2"),
         (
             "build_resnet_backbone",
             ("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4"], "MODEL.MASKX.IN_FEATURE", "res3"),

@@ -496,6 +496,6 @@ def test_the_backbone_of_an_image_classifier_is_a_start(make_larvseg_cfg, make_c
     expected = classifier.classifier.backbone.state_dict()
     for key, value in model.network.backbone.state_dict().items():
         assert torch.equal(value, expected[key])
-    other = build_model(make_larvseg_cfg("MODEL.BACKBONE.NAME", "MaskXResNet"))
-    with pytest.raises(ValueError, match=r"lacks \d+ of the weights of its backbone MaskXResNet"):
+    other = build_model(make_larvseg_cfg("MODEL.BACKBONE.NAME", "MaskXTimm"))
+    with pytest.raises(ValueError, match=r"lacks \d+ of the weights of its backbone MaskXTimm"):
         other.load_state_dict(classifier.state_dict(), strict=False)

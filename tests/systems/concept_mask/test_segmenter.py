@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from maskx.core.backbones import DilatedResNet, SmallResNet
+from maskx.core.backbones import SmallResNet
+from maskx.core.timm_backbones import TimmBackbone
 from maskx.systems.concept_mask.segmenter import (
     ConceptSegmenter,
     concept_segmentation_loss,
@@ -112,7 +113,8 @@ def test_the_image_goes_through_the_stem_once_for_all_its_concepts():
     "make_encoder",
     [
         lambda: SmallResNet(widths=(4, 6, 8, 12), output_stride=16),
-        lambda: DilatedResNet(depth=18, output_stride=32),
+        lambda: TimmBackbone("resnet18"),
+        lambda: TimmBackbone("tf_efficientnet_lite0"),
     ],
 )
 def test_masks_have_the_size_of_the_images(make_encoder, size):

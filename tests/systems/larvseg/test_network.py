@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maskx.core.backbones import DilatedResNet, SmallFPN, SmallResNet
-from maskx.core.feature_pyramid import PyramidBackbone
+from maskx.core.backbones import PyramidBackbone, SmallFPN, SmallResNet
 from maskx.core.label_pairs import label_pairs
+from maskx.core.timm_backbones import TimmBackbone
 from maskx.systems.larvseg import network as larvseg
 from maskx.systems.larvseg.attention import attention_maps, pseudo_background, top_token_means
 from maskx.systems.larvseg.losses import attentive_loss, image_level_loss, segmentation_loss
@@ -244,7 +244,7 @@ def test_an_unknown_feature_is_refused():
         (SmallFPN, "1", 64, 8),
         (lambda: SmallResNet(output_stride=8), "layer4", 128, 8),
         (
-            lambda: PyramidBackbone(DilatedResNet(depth=50, output_stride=32), out_channels=512),
+            lambda: PyramidBackbone(TimmBackbone("resnet50"), out_channels=512),
             "layer1",
             512,
             4,

@@ -10,10 +10,11 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.utils.logger import log_first_n
 from torch import Tensor
 
-from maskx.core.backbones import DilatedResNet, SmallResNet
+from maskx.core.backbones import SmallResNet
 from maskx.core.sample_models import SampleModel, required
+from maskx.core.timm_backbones import TimmBackbone
 from maskx.core.word_table import WordTable
-from maskx.detectron2.backbones import check_imagenet_images
+from maskx.detectron2.backbones import check_images
 from maskx.detectron2.hooks import hooks_of
 from maskx.detectron2.image_model import choose_feature, pixel_arguments
 from maskx.systems.concept_mask.detectron2.data import concept_split, concept_table, unseen_words
@@ -239,15 +240,14 @@ class MaskXConceptMask(SampleModel):
         return names, found
 
     def start_encoder(self, depth: int) -> None:
-        """Start the encoder of the segmentation network from ImageNet weights of torchvision.
+        """Start the encoder of the segmentation network from ImageNet weights.
 
         Args:
             depth: of the encoder.
         """
         segmenter = self.network.segmenter
-        trained = DilatedResNet(depth=depth, output_stride=32, weights="DEFAULT")
-        segmenter.image_stem.load_state_dict(trained.conv1.state_dict())
-        trained.conv1 = torch.nn.Identity()
+        trained = TimmBackbone(f"resnet{depth}", pretrained=True)
+        segmenter.image_stem.load_state_dict(trained.take_input_convolution().state_dict())
         segmenter.encoder.load_state_dict(trained.state_dict())
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
@@ -301,7 +301,7 @@ def check_concept_mask(cfg: CfgNode) -> None:
                 f"{_KEYS}.ENCODER_PRETRAINED is True, but ENCODER_DEPTH is 0, the small network, "
                 "for which there are no weights. Set it False, or a depth of a ResNet."
             )
-        check_imagenet_images(cfg, f"{_KEYS}.ENCODER_PRETRAINED")
+        check_images(cfg, f"resnet{keys.ENCODER_DEPTH}", f"{_KEYS}.ENCODER_PRETRAINED")
 
 
 def check_started(cfg: CfgNode, missing: Sequence[str]) -> None:
@@ -347,4 +347,4 @@ def _check_sizes(cfg: CfgNode, divisor: int) -> None:
 
 
 def _build_encoder(depth: int) -> torch.nn.Module:
-    return DilatedResNet(depth=depth, output_stride=32) if depth else SmallResNet(output_stride=16)
+    return TimmBackbone(f"resnet{depth}") if depth else SmallResNet(output_stride=16)
