@@ -5,8 +5,6 @@ Legend of that array: (T, R, K, A, M) = IoU thresholds, recall steps, classes, o
 on detections an image.
 """
 
-import contextlib
-import io
 import logging
 import math
 import os
@@ -15,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_utils
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval, Params
+from pycocotools.cocoeval import Params
 
 from maskx.data.coco import AnnotationProblem, check_coco_structure, read_coco_json, read_mask
+from maskx.evaluation.coco_matching import run_cocoeval
 
 __all__ = [
     "METRICS",
@@ -92,7 +90,7 @@ def evaluate_detections(
     iou_types: Sequence[str] = ("bbox", "segm"),
     max_detections: int = 100,
 ) -> dict[str, dict[str, Any]]:
-    """Score detections with pycocotools, once for each kind of IoU.
+    """Score detections as COCOeval does, once for each kind of IoU.
 
     Ground truth without a usable mask (none, or one that `read_mask` refuses) cannot be scored as
     a mask. For "segm" it becomes a crowd region that fills its box: a detection of its category
@@ -129,9 +127,8 @@ def evaluate_detections(
     results = {}
     for iou_type in iou_types:
         annotations, num_without_mask = _scored_annotations(ground_truth, category_ids, iou_type)
-        precision = _run_cocoeval(
-            # Some versions of pycocotools need the key "info".
-            {"info": {}, **ground_truth, "annotations": annotations},
+        precision = run_cocoeval(
+            {**ground_truth, "annotations": annotations},
             detections,
             category_ids=category_ids,
             iou_type=iou_type,
@@ -166,44 +163,6 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _mean_percent(precision: np.ndarray) -> float:
     valid = precision[precision > -1]
     return 100 * float(np.mean(valid)) if valid.size else math.nan
-
-
-def _run_cocoeval(
-    ground_truth: dict[str, Any],
-    detections: Sequence[Mapping[str, Any]],
-    *,
-    category_ids: Sequence[int],
-    iou_type: str,
-    max_detections: int,
-) -> np.ndarray:
-    """Return the precision array (T, R, K, A, 1), K in the order of `category_ids`.
-
-    The annotation dicts are COCOeval's to change.
-    """
-    # Only one kind of region is passed on: COCOeval takes the size of a detection from its box
-    # if there is one, so that masks would be sorted into small, medium and large by their box.
-    region = "bbox" if iou_type == "bbox" else "segmentation"
-    keys = ("image_id", "category_id", "score", region)
-    copies = [{key: detection[key] for key in keys} for detection in detections]
-    without_annotations = {**ground_truth, "annotations": []}
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        coco_gt = _make_coco(ground_truth)
-        # loadRes looks at the first detection and fails if there is none.
-        coco_dt = coco_gt.loadRes(copies) if copies else _make_coco(without_annotations)
-        evaluation = COCOeval(coco_gt, coco_dt, iou_type)
-        evaluation.params.catIds = list(category_ids)
-        evaluation.params.maxDets = [max_detections]
-        evaluation.evaluate()
-        evaluation.accumulate()
-    # COCOeval sorts the categories by id.
-    return evaluation.eval["precision"][:, :, np.argsort(np.argsort(category_ids))]
-
-
-def _make_coco(dataset: dict[str, Any]) -> COCO:
-    coco = COCO()
-    coco.dataset = dataset
-    coco.createIndex()
-    return coco
 
 
 def _scored_annotations(

@@ -27,6 +27,10 @@ from maskx.data.label_maps import ignore_label
 __all__ = ["MeanIoU", "format_table"]
 
 
+# Most classes for which all pairs of labels are counted, in a table of 8 MB.
+_MOST_PAIRED = 1000
+
+
 class MeanIoU:
     """Counts pixels image by image. Counts of several processes are added with `merge`.
 
@@ -80,16 +84,44 @@ class MeanIoU:
                 f"The prediction for image {image_id!r} has shape {predicted.shape}, its truth "
                 f"{truth.shape}. Resize the prediction (scores, before the argmax) to the image."
             )
-        hint = f", {self._ignore} (ignore)"
-        decided = predicted[predicted != self._ignore] if allow_undecided else predicted
-        where = f"The prediction for image {image_id!r}"
-        self._check_range(decided, where, hint if allow_undecided else "")
-        is_known = truth != self._ignore
-        predicted, truth = predicted[is_known], truth[is_known]
-        self._check_range(truth, f"The truth of image {image_id!r}", hint)
-        self.predicted += self._count(predicted[predicted != self._ignore])
-        self.true += self._count(truth)
-        self.intersections += self._count(truth[predicted == truth])
+        self._check_range(predicted, f"The prediction for image {image_id!r}", allow_undecided)
+        self._check_range(truth, f"The truth of image {image_id!r}", True)
+        is_few = self.num_classes <= _MOST_PAIRED
+        counts = (self._count_pairs if is_few else self._count_apart)(predicted, truth)
+        for total, of_image in zip(
+            (self.intersections, self.predicted, self.true), counts, strict=True
+        ):
+            total += of_image
+
+    def _count_pairs(self, predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Count from a table of all pairs of labels, which one pass over the pixels fills."""
+        unknown = self.num_classes + 1
+        if self._ignore == 255:
+            side = 256  # both labels of a pixel are the bytes of one number
+            pairs = predicted.astype(np.uint16) << 8
+            pairs |= truth.astype(np.uint8, copy=False)
+        else:
+            side = unknown + 1
+            pairs = np.minimum(predicted, unknown, dtype=np.intp)
+            pairs *= side
+            pairs += np.minimum(truth, unknown)
+        table = np.bincount(pairs.ravel(), minlength=side * side).reshape(side, side)
+        table = table[:, :unknown]
+        return table.diagonal()[:unknown], table[:unknown].sum(axis=1), table.sum(axis=0)
+
+    def _count_apart(self, predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Count without a table, in memory that grows with the number of classes alone."""
+        unknown = self.num_classes + 1
+        truth = np.minimum(truth.ravel().astype(np.intp), unknown)
+        predicted = np.minimum(predicted.ravel().astype(np.intp), unknown)
+        return tuple(
+            np.bincount(labels, minlength=unknown + 1)[:unknown]
+            for labels in (
+                np.where(predicted == truth, truth, unknown),
+                np.where(truth == unknown, unknown, predicted),
+                truth,
+            )
+        )
 
     def merge(self, other: "MeanIoU") -> None:
         """Add the counts of other images, such as those of another process.
@@ -146,18 +178,22 @@ class MeanIoU:
             "pixel_accuracy": 100 * num_right / num_known if num_known else math.nan,
         }
 
-    def _check_range(self, labels: np.ndarray, where: str, hint: str) -> None:
+    def _check_range(self, labels: np.ndarray, where: str, may_be_ignored: bool) -> None:
         if labels.size == 0:
             return
-        for value in (labels.min(), labels.max()):
-            if not 0 <= value <= self.num_classes:
-                raise ValueError(
-                    f"{where} has the value {value}. Allowed: 0 (background), 1 to "
-                    f"{self.num_classes} (class index + 1){hint}."
-                )
-
-    def _count(self, labels: np.ndarray) -> np.ndarray:
-        return np.bincount(labels.astype(np.intp), minlength=self.num_classes + 1)
+        low, high = labels.min(), labels.max()
+        num_wrong = int(high > self.num_classes)
+        if may_be_ignored and high == self._ignore:
+            num_ignored = np.count_nonzero(labels == self._ignore)
+            num_wrong = np.count_nonzero(labels > self.num_classes) - num_ignored
+        if low < 0 or num_wrong:
+            wrong = labels[(labels < 0) | (labels > self.num_classes)]
+            value = wrong[wrong != self._ignore].max() if may_be_ignored else wrong.max()
+            hint = f", {self._ignore} (ignore)" if may_be_ignored else ""
+            raise ValueError(
+                f"{where} has the value {value}. Allowed: 0 (background), 1 to "
+                f"{self.num_classes} (class index + 1){hint}."
+            )
 
 
 def format_table(result: Mapping[str, Any]) -> str:
