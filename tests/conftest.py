@@ -10,7 +10,7 @@ import timm
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 
 # Without Detectron2 its tests cannot even be imported; the header below says so.
-collect_ignore = [] if HAS_DETECTRON2 else ["detectron2"]
+collect_ignore_glob = [] if HAS_DETECTRON2 else ["*detectron2*"]
 
 
 def pytest_report_header():

@@ -53,7 +53,6 @@ from maskx.systems.maskx_rcnn.detectron2.roi_heads import (
     MaskXROIHeadsMixin,
 )
 from maskx.systems.transfernet.detectron2 import hooks as _transfernet  # noqa: F401
-from maskx.systems.transfernet.detectron2.data import MaskXTransferMapper
 from maskx.systems.transfernet.detectron2.evaluation import (
     MaskXTransferLabelEvaluator,
     MaskXTransferSemSegEvaluator,
@@ -91,7 +90,6 @@ __all__ = [
     "MaskXTimmFPN",
     "MaskXTransferClassifier",
     "MaskXTransferLabelEvaluator",
-    "MaskXTransferMapper",
     "MaskXTransferNet",
     "MaskXTransferSemSegEvaluator",
     "MaskXVGG16",

@@ -1,7 +1,12 @@
 """Configuration keys of maskx for Detectron2's YAML files."""
 
+import inspect
+from collections.abc import Callable
+
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as get_detectron2_cfg
+
+from maskx.systems.transfernet.model import build_network
 
 
 def get_cfg() -> CN:
@@ -106,34 +111,9 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.LARGE_FOV.CHANNELS = 1024
     keys.MODEL.MASKX.LARGE_FOV.DILATION = 12
 
-    # What MaskXTransferNet reads; its classes are those of source and target together, NUM_CLASSES.
-    keys.MODEL.MASKX.TRANSFERNET = CN()
-    # "transfernet", or a baseline without attention: "baseline" (BaselineNet), "decoupled".
-    keys.MODEL.MASKX.TRANSFERNET.METHOD = "transfernet"
-    # "attention" trains attention and classifier (Eq. 6), "joint" also the decoder (Eq. 9). The
-    # baselines have one stage, "joint".
-    keys.MODEL.MASKX.TRANSFERNET.STAGE = "joint"
-    # "factored" (1x1 factors, any input size) or "fc" (Eq. 4 as published, for one input size).
-    # BaselineNet has the same two forms of the layer before its decoder.
-    keys.MODEL.MASKX.TRANSFERNET.ATTENTION = "factored"
-    # d, factors of the attention.
-    keys.MODEL.MASKX.TRANSFERNET.NUM_FACTORS = 1024
-    # Hidden channels of the classifier that is trained with the masks.
-    keys.MODEL.MASKX.TRANSFERNET.HIDDEN_CHANNELS = 512
-    # "transposed" (any backbone, any size) or "unpooling" (the paper's: BACKBONE.NAME MaskXVGG16
-    # with OUTPUT_STRIDE 16, sizes that 16 divides).
-    keys.MODEL.MASKX.TRANSFERNET.DECODER = "transposed"
-    # "densified" (Eq. 7) or "attention" (Eq. 3).
-    keys.MODEL.MASKX.TRANSFERNET.DECODER_INPUT = "densified"
-    # True: features are multiplied by 0.004, as the reference does for Caffe's VGG-16. False: the
-    # decoder's input is normalised, whatever the scale of the features.
-    keys.MODEL.MASKX.TRANSFERNET.REFERENCE_SCALE = False
-    # True: the encoder stays as it was loaded, as in the paper.
-    keys.MODEL.MASKX.TRANSFERNET.FREEZE_ENCODER = True
-    # True: in the stage "joint" the attention stays as it was loaded.
-    keys.MODEL.MASKX.TRANSFERNET.FREEZE_ATTENTION = False
-    # lambda of Eq. 9.
-    keys.MODEL.MASKX.TRANSFERNET.MASK_WEIGHT = 2.0
+    # What MaskXTransferNet reads: the arguments of maskx.systems.transfernet.model.build_network in
+    # capitals, with their defaults. Its classes are those of source and target, NUM_CLASSES.
+    keys.MODEL.MASKX.TRANSFERNET = _arguments_of(build_network)
     # Checkpoint of a MaskXTransferClassifier (or MaskXImageClassifier) with the same backbone: its
     # backbone becomes the encoder, and it chooses the labels of an image at inference. Not read
     # where MODEL.WEIGHTS is set, since checkpoints of MaskXTransferNet hold both.
@@ -283,6 +263,12 @@ def _defaults() -> CN:
     # tools/learn_word_vectors.py --fold-in, with the words beside it in a .txt file, or a table.
     keys.TEST.MASKX.UNSEEN_WORDS = ""
     return keys
+
+
+def _arguments_of(function: Callable) -> CN:
+    """Make keys of the arguments that have a default."""
+    arguments = inspect.signature(function).parameters.values()
+    return CN({a.name.upper(): a.default for a in arguments if a.default is not a.empty})
 
 
 def _add_missing(node: CN, defaults: CN) -> None:

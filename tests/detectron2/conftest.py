@@ -157,14 +157,14 @@ def tiny_train(scenes):
 
 @pytest.fixture
 def run_two_processes():
-    """Run a script of this folder as two processes: ``run_two_processes(name)``.
+    """Run a script of this folder, or any, as two processes: ``run_two_processes(path)``.
 
     The ranks are ``<script> 0 <port>`` and ``<script> 1 <port>``. None is the process of the tests:
     Detectron2 keeps its process group, and the next test would get one that is no more.
     """
 
     def run(name):
-        script = str(Path(__file__).with_name(name))
+        script = str(Path(__file__).parent / name)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -588,7 +588,10 @@ def test_experiments_of_transfernet_have_the_papers_settings(name):
     assert is_vgg == ("R_101" not in name)
     assert "stage0" in name or (keys.DECODER == "unpooling") == is_vgg
     assert (keys.ATTENTION == "fc") == ("_fc_" in name)
-    assert ("_fc_" in name and keys.METHOD == "transfernet") == keys.REFERENCE_SCALE
+    # 0.004 of the reference is for pixels that are not divided by a deviation.
+    deviation = sum(cfg.MODEL.PIXEL_STD) / 3
+    scale = round(0.004 * deviation, 2) if "_fc_" in name and keys.METHOD == "transfernet" else 0
+    assert scale == keys.FEATURE_SCALE
     if name.startswith("Base-"):
         return
     assert f"output/TransferNet/{name.removesuffix('.yaml')}" == cfg.OUTPUT_DIR
@@ -623,7 +626,7 @@ def test_stages_of_transfernet_start_from_one_another():
         assert bool(cfg.MODEL.WEIGHTS) == ("stage2" in name)
         if cfg.MODEL.WEIGHTS:
             before.append(load(written[cfg.MODEL.WEIGHTS], TRANSFERNET))
-            for key in ("ATTENTION", "REFERENCE_SCALE", "NUM_FACTORS", "DECODER"):
+            for key in ("ATTENTION", "FEATURE_SCALE", "NUM_FACTORS", "DECODER"):
                 assert before[1].MODEL.MASKX.TRANSFERNET[key] == keys[key]
         for other in before:
             for key in ("BACKBONE", "RESNETS", "PIXEL_MEAN", "PIXEL_STD"):

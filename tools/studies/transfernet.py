@@ -5,7 +5,6 @@ the first stage. A share of the source is that of the images with masks: the cla
 first stage, which need no masks, learn from the labels of all source images.
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
@@ -15,12 +14,8 @@ from maskx.data.splits import resolve_split
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import load_data
 from maskx.engine.training import select_device
-from maskx.systems.transfernet.pipeline import (
-    TransferChain,
-    TransferMethod,
-    TransferSettings,
-    evaluate_transfer,
-)
+from maskx.systems.transfernet.evaluation import evaluate_transfer
+from maskx.systems.transfernet.pipeline import TransferChain, TransferMethod, TransferSettings
 from maskx.systems.transfernet.transfer_sets import SOURCE_FRACTIONS, transfer_sets
 from studies.study import Measure, Ordering, Report, Study, StudyOptions, process_lock
 
@@ -84,25 +79,20 @@ class _SeedRuns:
             device=select_device(options.device),
         )
 
-    @functools.cached_property
-    def _predicted(self) -> list[list[int]]:
-        """Labels of the validation images, by the classifier."""
-        return self.chain.predict_labels(self.val_data.records)[0]
-
     def run(self, setting: str) -> dict[str, float]:
         method = METHODS[setting]
         with process_lock(self.folder):
-            predicted = self._predicted
+            _ = self.chain.classifier
             if method.method == _FULL.method:
                 _ = self.chain.attention  # the first stage, trained once
         model = self.chain.train_masks(method)
         result = {}
-        for suffix, labels in (("", predicted), ("_gt", None)):
+        for suffix in _LABELS:
             found = evaluate_transfer(
                 model,
                 self.val_data.records,
                 self.groups,
-                image_labels=labels,
+                gt_labels=bool(suffix),
                 description=f"{setting}: {_LABELS[suffix]}",
             )
             result |= {f"{group}{suffix}": found["mIoU"][group] for group in _GROUPS}

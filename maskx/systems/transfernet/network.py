@@ -28,9 +28,6 @@ from maskx.systems.transfernet.attention import (
 TRAIN_STAGES = ("attention", "joint")
 DECODER_INPUTS = ("densified", "attention")
 
-# What the reference multiplies the features of Caffe's VGG-16 by, so that they lie in about [0, 1].
-_REFERENCE_SCALE = 0.004
-
 _UNKNOWN = 255  # pixels of a pair's target of which nothing is known
 
 
@@ -224,9 +221,11 @@ class TransferNet(PairNetwork):
         decoder: see :class:`PairNetwork`.
         hidden_channels: of the classifier, which has two fully connected layers.
         decoder_input: ``densified`` (Eq. 7) or ``attention`` (Eq. 3, the ablation).
-        reference_scale: multiply the features by 0.004 as the reference does, which fits Caffe's
-            VGG-16. Otherwise the decoder's input is normalised over its positions, then scaled and
-            shifted by two learned numbers, whatever the encoder's scale.
+        feature_scale: multiply the features by it, and give the decoder its input as it then is,
+            as the reference does by 0.004. That number is of Caffe's VGG-16, which sees pixels up
+            to 255; where they are divided by a deviation of 58, as for torchvision's weights, it is
+            58 times as large. With 0 the decoder's input is normalised over its positions, then
+            scaled and shifted by two learned numbers, whatever the encoder's scale.
         freeze_encoder: see :class:`PairNetwork`.
         train_stage: ``attention`` trains attention and classifier (Eq. 6), ``joint`` also the
             decoder (Eq. 9). What a stage does not train has `requires_grad` False.
@@ -248,7 +247,7 @@ class TransferNet(PairNetwork):
         decoder: nn.Module,
         hidden_channels: int = 512,
         decoder_input: str = "densified",
-        reference_scale: bool = False,
+        feature_scale: float = 0.0,
         freeze_encoder: bool = True,
         train_stage: str = "joint",
         freeze_attention: bool = False,
@@ -267,7 +266,7 @@ class TransferNet(PairNetwork):
         self.decoder_input = decoder_input
         self.train_stage = train_stage
         self.mask_weight = mask_weight
-        self.feature_scale = _REFERENCE_SCALE if reference_scale else 1.0
+        self.feature_scale = feature_scale or 1.0
         self.attention = attention
         self.classifier = nn.Sequential(
             nn.Linear(in_channels, hidden_channels),
@@ -276,7 +275,7 @@ class TransferNet(PairNetwork):
         )
         xavier_fill(self.classifier[0])
         xavier_fill(self.classifier[2])
-        self.decoder_norm = nn.Identity() if reference_scale else MapNorm(1)
+        self.decoder_norm = nn.Identity() if feature_scale else MapNorm(1)
         if train_stage == "attention":
             self.decoder.requires_grad_(False)
             self.decoder_norm.requires_grad_(False)

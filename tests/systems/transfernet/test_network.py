@@ -154,13 +154,13 @@ def slow_outputs(net, images):
 
 
 @pytest.mark.parametrize("decoder_input", ["densified", "attention"])
-@pytest.mark.parametrize("reference_scale", [False, True])
-def test_outputs_equal_the_equations_pair_by_pair(decoder_input, reference_scale):
-    net = make_net(decoder_input=decoder_input, reference_scale=reference_scale).double()
+@pytest.mark.parametrize("feature_scale", [0.0, 0.004])
+def test_outputs_equal_the_equations_pair_by_pair(decoder_input, feature_scale):
+    net = make_net(decoder_input=decoder_input, feature_scale=feature_scale).double()
     for module in (net.attention, net.classifier, net.decoder_norm, net.decoder):
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=0.5)
-    assert net.feature_scale == (0.004 if reference_scale else 1)
+    assert net.feature_scale == (feature_scale or 1)
     images = make_images().double()
     found = net(images, PAIR_IMAGES, PAIR_LABELS)
     *expected, expected_masks = slow_outputs(net, images)
@@ -229,7 +229,7 @@ def test_paper_form_with_vgg16_switches_and_fully_connected_attention():
             in_channels=512, num_classes=L, feature_size=(2, 3), num_factors=16
         ),
         decoder=UnpoolingDecoder(),
-        reference_scale=True,
+        feature_scale=0.004,
     )
     outputs = net(make_images(), PAIR_IMAGES, PAIR_LABELS)
     assert outputs.mask_logits.shape == (3, 2, *IMAGE_SIZE)

@@ -5,39 +5,41 @@ with a category split, or in two data sets, whose class lists are united by name
 their masks before a mapper sees them. See :mod:`maskx.systems.transfernet.transfer_sets`.
 """
 
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from detectron2.config import CfgNode, configurable
-from detectron2.data import build_detection_train_loader
-from detectron2.data import transforms as T
-from detectron2.data.samplers import TrainingSampler
+from detectron2.config import CfgNode
 from detectron2.utils import comm
-from torch.utils.data import Sampler
 
+from maskx.core.checks import check_choice
 from maskx.data.vocabularies import VOC_TO_COCO
-from maskx.detectron2.datasets import class_names_of, records_of, split_from_config
+from maskx.detectron2 import adapters
+from maskx.detectron2.adapters import in_format, seeded_train_loader
+from maskx.detectron2.datasets import (
+    class_names_of,
+    record_from_detectron2,
+    records_of,
+    split_from_config,
+)
 from maskx.detectron2.hooks import hooks_of
-from maskx.detectron2.image_mapper import MaskXImageMapper
-from maskx.supervision import CategorySplit, Supervision
+from maskx.supervision import CategorySplit
+from maskx.systems.transfernet.samples import AlternatingBatches, TransferMapper
 from maskx.systems.transfernet.transfer_sets import (
     TransferSets,
     check_fraction,
     records_in_union,
     source_subset,
-    transfer_label_map,
     transfer_sets,
     union_of_class_lists,
-    visible_labels,
 )
 
 __all__ = [
-    "AlternatingSampler",
-    "MaskXTransferMapper",
-    "build_transfer_loader",
     "check_transfer_data",
     "labels_of_dataset",
+    "test_loader",
+    "train_loader",
     "transfer_records",
     "transfer_split",
 ]
@@ -170,125 +172,45 @@ def transfer_records(cfg: CfgNode) -> TransferSets:
         *(len(chosen), len(sets.source), len(sets.target)),
         "with what there is of" if keys.USE_TARGET_MASKS else "without",
     )
-    return TransferSets(source=chosen, target=sets.target, num_unlabelled=sets.num_unlabelled)
+    return replace(sets, source=chosen)
 
 
-def build_transfer_loader(cfg: CfgNode) -> Any:
+def train_loader(cfg: CfgNode) -> Any:
     """Make the training loader.
 
-    Batches of MaskXTransferNet are half source, half target images on every GPU; those of a
-    classifier are drawn from all images alike.
+    Batches of MaskXTransferNet are half source, half target images in every process; those of a
+    classifier, which reads no mask, are drawn from all images alike.
     """
-    sets = transfer_records(cfg)
-    sampler = None
-    if hooks_of(cfg).learns_label_maps:
-        sampler = AlternatingSampler(
-            len(sets.source), len(sets.target), seed=None if cfg.SEED < 0 else cfg.SEED
-        )
-    return build_detection_train_loader(
-        cfg,
-        mapper=MaskXTransferMapper(cfg, is_train=True),
-        dataset=[*sets.source, *sets.target],
-        sampler=sampler,
-        aspect_ratio_grouping=False,  # it would sort source from target
-    )
+    sets, masks = transfer_records(cfg), hooks_of(cfg).learns_label_maps
+    sides = len(sets.source), len(sets.target)
+    mapper = in_format(_mapper(cfg, masks=masks), cfg.INPUT.FORMAT)
+    batches = functools.partial(AlternatingBatches, *sides) if masks else None
+    return seeded_train_loader(cfg, [*sets.source, *sets.target], mapper, batches)
 
 
-class AlternatingSampler(Sampler):
-    """Endless indices of source and target images in turn, each side shuffled on its own.
+def test_loader(cfg: CfgNode, dataset_name: str) -> Any:
+    """Make the loader of a test set.
 
-    So any even number of indices in a row has as many of either side. Processes share the stream.
-
-    Args:
-        num_source: number of source images, which come first in the list of records.
-        num_target: number of target images.
-        seed: of the order; None draws one that all processes share.
+    Its labels are translated into the class list of the model, and ``candidate_labels`` are the
+    class indices of the data set: no other label is predicted of an image.
     """
-
-    def __init__(self, num_source: int, num_target: int, *, seed: int | None) -> None:
-        if seed is None:
-            seed = comm.shared_random_seed()
-        self._num_source = num_source
-        self._source = TrainingSampler(num_source, seed=seed)
-        self._target = TrainingSampler(num_target, seed=seed + 1)
-
-    def __iter__(self) -> Iterator[int]:
-        for source, target in zip(self._source, self._target, strict=True):
-            yield source
-            yield self._num_source + target
+    labels = labels_of_dataset(dataset_name, transfer_split(cfg))
+    return adapters.test_loader(cfg, dataset_name, _TestReader(_mapper(cfg), labels))
 
 
-class MaskXTransferMapper:
-    """Map records to samples in the class list of source and target.
+def _mapper(cfg: CfgNode, *, masks: bool = True) -> TransferMapper:
+    flip = cfg.INPUT.RANDOM_FLIP
+    check_choice("INPUT.RANDOM_FLIP", flip, ("none", "horizontal"))
+    num_classes, size = cfg.MODEL.MASKX.NUM_CLASSES, cfg.INPUT.MASKX.SIZE
+    return TransferMapper(num_classes, size=size, flip=flip == "horizontal", masks=masks)
 
-    As of :class:`MaskXImageMapper`, but
 
-    - in training, of records of :func:`transfer_records`, ``sem_seg`` is there only where the
-      record has masks, and ``image_labels`` are then those of at least one pixel of it;
-    - in evaluation, records are those of a test set in its own class list, and labels are
-      translated;
-    - in evaluation ``candidate_labels`` are the class indices of the data set. No other label is
-      predicted of the image.
-
-    Args:
-        is_train: whether it is used in training.
-        augmentations: what is done to training images.
-        image_format: "BGR" or "RGB".
-        num_classes: number of source and target classes.
-        label_maps: whether label maps are made in training.
-        dataset_labels: class indices of the model by class index of the test set; not in training.
-    """
-
-    @configurable
-    def __init__(
-        self,
-        is_train: bool,
-        *,
-        augmentations: Sequence[T.Augmentation | T.Transform],
-        image_format: str,
-        num_classes: int,
-        label_maps: bool,
-        dataset_labels: Sequence[int] = (),
-    ) -> None:
-        shared = {
-            "augmentations": augmentations,
-            "image_format": image_format,
-            "num_classes": num_classes,
-        }
-        self.is_train = is_train
-        self.dataset_labels = list(dataset_labels)
-        self._with_tags = MaskXImageMapper(is_train, label_maps=False, **shared)
-        self._with_masks = _UnionImageMapper(is_train, label_maps=label_maps, **shared)
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, is_train: bool = True, dataset_name: str | None = None
-    ) -> dict[str, Any]:
-        """Read the arguments from a configuration; ``dataset_name`` is the test set."""
-        arguments = MaskXImageMapper.from_config(cfg, is_train)
-        del arguments["classes_with_masks"]  # transfer_records has removed what must not be used
-        if not is_train:
-            arguments["dataset_labels"] = labels_of_dataset(dataset_name, transfer_split(cfg))
-        return arguments
+class _TestReader:  # a class, as other processes read images
+    def __init__(self, mapper: TransferMapper, labels: list[int]) -> None:
+        self.mapper, self.labels = mapper, labels
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Map a record to a sample; the record stays as it is."""
-        if not self.is_train:
-            sample = self._with_tags(record)
-            labels = [self.dataset_labels[label] for label in sample["image_labels"]]
-            return sample | {"image_labels": labels, "candidate_labels": self.dataset_labels}
-        labels = record["image_labels"]
-        has_masks = record["supervision"] == Supervision.MASK.value
-        sample = (self._with_masks if has_masks else self._with_tags)(record)
-        # Not those of all annotations: a target image with masks has some of source categories.
-        sample["image_labels"] = list(labels)
-        if "sem_seg" in sample:
-            sample["image_labels"] = visible_labels(labels, sample["sem_seg"].numpy())
-        return sample
-
-
-class _UnionImageMapper(MaskXImageMapper):
-    """Reads label maps of either file of a union in the class list of the union."""
-
-    def _label_map(self, record: dict[str, Any]) -> Any:
-        return transfer_label_map(record, self.num_classes)
+        record = record_from_detectron2(record)
+        own = [self.labels[label] for label in record.get("image_labels", ())]
+        sample = self.mapper.read({**record, "image_labels": own})
+        return sample | {"candidate_labels": self.labels}

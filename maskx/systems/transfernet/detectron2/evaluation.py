@@ -19,9 +19,8 @@ __all__ = ["MaskXTransferLabelEvaluator", "MaskXTransferSemSegEvaluator"]
 class MaskXTransferSemSegEvaluator(MaskXSemSegEvaluator):
     """Mean IoU on the classes of a data set of label maps in the class list of the model.
 
-    The model is asked for the classes of the data set alone (``candidate_labels`` of
-    :class:`maskx.systems.transfernet.detectron2.data.MaskXTransferMapper`); any other label in a
-    prediction is an error.
+    The model is asked for the classes of the data set alone (``candidate_labels`` of its samples);
+    any other label in a prediction is an error.
 
     Args:
         dataset_name: a registered data set.

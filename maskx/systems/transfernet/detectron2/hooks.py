@@ -1,19 +1,17 @@
 """How TransferNet, its baselines and its classifier are trained by Detectron2's engine."""
 
 from collections.abc import Callable
-from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.file_io import PathManager
 
 from maskx.detectron2.hooks import Detectron2Hooks
 from maskx.detectron2.image_label_evaluation import check_all_classes_known
 from maskx.systems.transfernet.detectron2.data import (
-    MaskXTransferMapper,
-    build_transfer_loader,
     check_transfer_data,
+    test_loader,
+    train_loader,
     transfer_split,
 )
 from maskx.systems.transfernet.detectron2.evaluation import (
@@ -26,11 +24,6 @@ from maskx.systems.transfernet.detectron2.model import (
     check_loaded,
     check_transfernet,
 )
-
-
-def _test_loader(cfg: CfgNode, dataset_name: str) -> Any:
-    mapper = MaskXTransferMapper(cfg, is_train=False, dataset_name=dataset_name)
-    return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
 
 def _evaluator(kind: Callable[..., DatasetEvaluator]) -> Callable[..., DatasetEvaluator]:
@@ -60,11 +53,10 @@ def _for_inference(cfg: CfgNode) -> None:
 
 _SHARED = {
     "system": "transfernet",
-    "train_loader": build_transfer_loader,
-    "test_loader": _test_loader,
+    "train_loader": train_loader,
+    "test_loader": test_loader,
     "class_names": lambda cfg: transfer_split(cfg).class_names,
     "split": transfer_split,
-    "keeps_class_names": True,
 }
 MaskXTransferNet.maskx_hooks = Detectron2Hooks(
     evaluator=_evaluator(MaskXTransferSemSegEvaluator),

@@ -28,7 +28,7 @@ _SHARED_KEYS = (
 # What the attention of stage 1 must have like that of stage 2.
 _ATTENTION_KEYS = (
     *(f"MODEL.MASKX.TRANSFERNET.{key}" for key in ("METHOD", "ATTENTION", "NUM_FACTORS")),
-    *(f"MODEL.MASKX.TRANSFERNET.{key}" for key in ("HIDDEN_CHANNELS", "REFERENCE_SCALE")),
+    *(f"MODEL.MASKX.TRANSFERNET.{key}" for key in ("HIDDEN_CHANNELS", "FEATURE_SCALE")),
     *("MODEL.MASKX.IN_FEATURE", "MODEL.MASKX.TRANSFERNET.CLASSIFIER_FEATURE"),
 )
 

@@ -30,7 +30,7 @@ from maskx.detectron2.stagewise import read_record
 from maskx.detectron2.trainer import check_config
 from maskx.systems.transfernet.detectron2.stages import check_transfer_stages, transfer_stages
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 TOOL = str(ROOT / "tools" / "train_transfernet.py")
 KEYS = "MODEL.MASKX.TRANSFERNET."
 GT = ("TEST.MASKX.GT_LABELS", True)
@@ -269,7 +269,6 @@ def test_a_checkpoint_knows_its_classes(make_transfer_cfg, tiny_sparse, sparse_s
     opts = ("DATASETS.MASKX.SPLIT", str(split), "SOLVER.MAX_ITER", 1)
     cfg = make_transfer_cfg(*TRAINED, *opts)
     train(cfg)
-    assert len(weights_of(cfg.OUTPUT_DIR)["class_list"]["class_names"]) == 4
     first, second = content["categories"][:2]
     first["id"], second["id"] = second["id"], first["id"]
     path = Path(sparse_scenes[1]) / "renamed.json"
@@ -277,7 +276,7 @@ def test_a_checkpoint_knows_its_classes(make_transfer_cfg, tiny_sparse, sparse_s
     register_coco("renamed", path, sparse_scenes[1])
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("renamed",)
     cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-    with pytest.raises(ValueError, match=r"Class 0 is '.*' in the checkpoint, but '.*' by DATAS"):
+    with pytest.raises(ValueError, match=r"Class 0 is '.*' in the checkpoint, but '.*' by the d"):
         evaluate(cfg)
 
 
@@ -404,4 +403,4 @@ def test_stages_with_other_networks_are_named(write_config, tmp_path, both, seco
 
 
 def test_two_processes_train_together(run_two_processes):
-    run_two_processes("two_transfer_processes.py")
+    run_two_processes(Path(__file__).with_name("two_transfer_processes.py"))

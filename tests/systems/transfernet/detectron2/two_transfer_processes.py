@@ -1,10 +1,9 @@
 """One of two CPU processes that train TransferNet together; rank 1 has no image with a label.
 
-test_transfer_training.py calls ``run`` for rank 0 and runs ``two_transfer_processes.py 1 <port>``
+test_training.py calls ``run`` for rank 0 and runs ``two_transfer_processes.py 1 <port>``
 beside it.
 """
 
-import itertools
 import os
 import sys
 import warnings
@@ -20,7 +19,6 @@ from maskx.detectron2 import MaskXSmallResNet, MaskXTransferNet
 from maskx.systems.transfernet.attention import FactoredAttention
 from maskx.systems.transfernet.baselines import BaselineNet, DecoupledNet
 from maskx.systems.transfernet.decoder import TransposedDecoder
-from maskx.systems.transfernet.detectron2.data import AlternatingSampler
 from maskx.systems.transfernet.network import TransferNet
 
 
@@ -30,7 +28,6 @@ def run(rank, port):
     try:
         for method in (TransferNet, BaselineNet, DecoupledNet):
             take_steps(method, rank)
-        share_order()
     finally:
         dist.destroy_process_group()
 
@@ -63,7 +60,7 @@ def take_steps(method, rank):
     model = MaskXTransferNet(
         network=make_network(method),
         classifier=classifier,
-        image_size=32,
+        size=32,
         pixel_mean=[128.0] * 3,
         pixel_std=[58.0] * 3,
     )
@@ -84,14 +81,6 @@ def take_steps(method, rank):
             dist.all_gather(others, own)
             assert torch.isfinite(own).all()
             assert torch.equal(*others)
-
-
-def share_order():
-    """Each process takes its own images."""
-    own = torch.tensor(list(itertools.islice(AlternatingSampler(4, 4, seed=1), 4)))
-    parts = [torch.empty_like(own) for _ in range(2)]
-    dist.all_gather(parts, own)
-    assert sorted(torch.cat(parts).tolist()) == list(range(8))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 import json
+import os
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ from studies.transfernet import METHODS
 
 from maskx.engine import quickstart, training_chain
 from maskx.systems.transfernet import pipeline as transfernet
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -92,8 +96,8 @@ def test_the_settings_are_what_their_names_say(tiny, monkeypatch):
 
 
 def test_measures_with_true_labels_are_told_apart(tiny, monkeypatch):
-    def evaluate_transfer(model, records, groups, *, image_labels, **_):
-        return {"mIoU": dict.fromkeys(groups, 50.0 if image_labels is None else 40.0)}
+    def evaluate_transfer(model, records, groups, *, gt_labels, **_):
+        return {"mIoU": dict.fromkeys(groups, 50.0 if gt_labels else 40.0)}
 
     monkeypatch.setattr(study_transfernet, "evaluate_transfer", evaluate_transfer)
     run_study(StudyOptions(**tiny | {"settings": ("baseline",)}), print)
@@ -157,6 +161,7 @@ def test_processes_that_share_a_study_make_each_part_once(tiny):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tools")))},
         )
         for part in parts
     ]

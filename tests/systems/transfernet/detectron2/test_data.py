@@ -1,5 +1,3 @@
-import copy
-import itertools
 import json
 import logging
 
@@ -11,11 +9,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 import maskx.data.label_maps
 from maskx.data.label_maps import label_map_of_instances, write_label_map
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES, VOC_CLASSES_IN_COCO
-from maskx.detectron2 import MaskXTransferMapper, Trainer, register_all, register_coco
+from maskx.detectron2 import Trainer, register_all, register_coco
 from maskx.detectron2.trainer import check_config
 from maskx.supervision import CategorySplit
 from maskx.systems.transfernet.detectron2.data import (
-    AlternatingSampler,
     labels_of_dataset,
     transfer_records,
     transfer_split,
@@ -70,6 +67,12 @@ def two_sets(write_set):
     root = write_set("target", ("cat", "sofa"), tags)
     write_label_map(root / "map.png", label_map, num_classes=2)
     return root
+
+
+def mapper_of(cfg):
+    """Return the sets, and what makes a training sample: source images come first."""
+    dataset = Trainer.build_train_loader(cfg).dataset
+    return transfer_records(cfg), lambda index: dataset[index, 0]
 
 
 TWO = ("DATASETS.TRAIN", ("source", "target"), "DATASETS.TEST", ("target",))
@@ -139,16 +142,14 @@ def test_samples_have_the_masks_of_the_source_and_the_tags_of_the_target(
     make_transfer_cfg, two_sets
 ):
     cfg = make_transfer_cfg(*TWO, "INPUT.RANDOM_FLIP", "none")
-    sets, mapper = transfer_records(cfg), MaskXTransferMapper(cfg, is_train=True)
-    before = copy.deepcopy(sets.source[0])
-    source = mapper(sets.source[0])
-    assert sets.source[0] == before
+    sets, sample_of = mapper_of(cfg)
+    source = sample_of(0)
     assert source["image"].shape == (3, 32, 32)
     expected = torch.zeros(32, 32, dtype=torch.int64)
     expected[:, :11] = 3  # 16 of 48 columns, as 32 columns; nearest
     assert torch.equal(source["sem_seg"], expected)
     assert source["image_labels"] == [2]
-    target = mapper(sets.target[1])
+    target = sample_of(len(sets.source) + 1)
     assert "sem_seg" not in target
     assert target["image_labels"] == [1]
 
@@ -157,8 +158,8 @@ def test_target_masks_are_used_only_where_asked(make_transfer_cfg, two_sets):
     cfg = make_transfer_cfg(
         *TWO, "DATASETS.MASKX.USE_TARGET_MASKS", True, "INPUT.RANDOM_FLIP", "none"
     )
-    mapper = MaskXTransferMapper(cfg, is_train=True)
-    tagged, masked = map(mapper, transfer_records(cfg).target)
+    sets, sample_of = mapper_of(cfg)
+    tagged, masked = (sample_of(len(sets.source) + index) for index in range(2))
     assert "sem_seg" not in tagged
     assert masked["sem_seg"].unique().tolist() == [0, 2, 255]  # couch is class 1 in the union
     assert masked["image_labels"] == [1]
@@ -173,12 +174,12 @@ def test_target_masks_are_neither_opened_nor_decoded(make_transfer_cfg, two_sets
         lambda segmentation, *size: decoded.append(segmentation) or original(segmentation, *size),
     )
     cfg = make_transfer_cfg(*TWO)
-    sets, mapper = transfer_records(cfg), MaskXTransferMapper(cfg, is_train=True)
+    sets, sample_of = mapper_of(cfg)
     (two_sets / "map.png").unlink()  # its presence is checked when the set is read
-    for record in sets.target:
-        mapper(record)
+    for index in range(len(sets.target)):
+        sample_of(len(sets.source) + index)
     assert decoded == []
-    mapper(sets.source[0])
+    sample_of(0)
     assert len(decoded) == 1
 
 
@@ -186,12 +187,12 @@ def test_target_objects_of_one_data_set_are_not_decoded(
     make_transfer_cfg, tiny_sparse, monkeypatch
 ):
     cfg = make_transfer_cfg()
-    sets, mapper = transfer_records(cfg), MaskXTransferMapper(cfg, is_train=True)
+    sets, sample_of = mapper_of(cfg)
     monkeypatch.setattr(maskx.data.label_maps, "decode_segmentation", None)
-    for record in sets.target:
-        mapper(record)
+    for index in range(len(sets.target)):
+        sample_of(len(sets.source) + index)
     with pytest.raises(TypeError, match="NoneType"):
-        mapper(sets.source[0])
+        sample_of(0)
 
 
 def test_the_classifier_reads_no_mask_at_all(make_transfer_cfg, tiny_sparse, monkeypatch):
@@ -204,9 +205,9 @@ def test_the_classifier_reads_no_mask_at_all(make_transfer_cfg, tiny_sparse, mon
 
 def test_source_label_maps_are_those_of_the_objects(make_transfer_cfg, tiny_sparse):
     cfg = make_transfer_cfg("INPUT.MASKX.SIZE", 64, "INPUT.RANDOM_FLIP", "none")
-    mapper = MaskXTransferMapper(cfg, is_train=True)
-    for record in transfer_records(cfg).source:
-        sample = mapper(record)
+    sets, sample_of = mapper_of(cfg)
+    for index, record in enumerate(sets.source):
+        sample = sample_of(index)
         truth = label_map_of_instances(record, 4)
         assert np.array_equal(sample["sem_seg"].numpy(), truth)
         assert sample["image_labels"] == [
@@ -227,33 +228,7 @@ def test_every_batch_is_half_source_half_target(make_transfer_cfg, tiny_sparse):
     loader = iter(Trainer.build_train_loader(make_transfer_cfg()))
     for _ in range(6):
         sides = ["sem_seg" in sample for sample in next(loader)]
-        assert sides == [True, False, True, False]
-
-
-def test_the_order_is_endless_shuffled_and_depends_on_the_seed():
-    def take(seed, count=24):
-        return list(itertools.islice(AlternatingSampler(3, 5, seed=seed), count))
-
-    first = take(7)
-    assert take(7) == first
-    assert take(8) != first
-    assert all((index < 3) == (place % 2 == 0) for place, index in enumerate(first))
-    assert all(sorted(first[start : start + 6 : 2]) == [0, 1, 2] for start in (0, 6, 12))
-    assert sorted(first[1:11:2]) == [3, 4, 5, 6, 7]
-    assert len(take(None)) == 24
-
-
-def test_processes_share_the_order_and_keep_both_halves(monkeypatch):
-    whole = list(itertools.islice(AlternatingSampler(4, 6, seed=1), 24))
-    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
-    parts = []
-    for rank in (0, 1):
-        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda rank=rank: rank)
-        parts.append(list(itertools.islice(AlternatingSampler(4, 6, seed=1), 12)))
-    for side in (0, 1):
-        pairs = zip(parts[0][side::2], parts[1][side::2], strict=True)
-        woven = list(itertools.chain.from_iterable(pairs))
-        assert woven == whole[side::2]
+        assert sides == [True, True, False, False]
 
 
 def test_fractions_of_the_source_are_nested_and_keep_the_target(make_transfer_cfg, tiny_sparse):
@@ -289,8 +264,8 @@ def test_a_data_set_of_detectron2_itself_works(make_transfer_cfg, sparse_scenes)
     register_coco_instances("plain", {}, str(sparse_scenes[0]), str(sparse_scenes[1]))
     cfg = make_transfer_cfg("DATASETS.TRAIN", ("plain",), "DATASETS.TEST", ("plain",))
     check_config(cfg)
-    sets = transfer_records(cfg)
-    assert "sem_seg" in MaskXTransferMapper(cfg, is_train=True)(sets.source[0])
+    _, sample_of = mapper_of(cfg)
+    assert "sem_seg" in sample_of(0)
 
 
 def test_photographs_of_coco_are_divided(make_transfer_cfg, shared_data):
@@ -309,7 +284,7 @@ def test_photographs_of_coco_are_divided(make_transfer_cfg, shared_data):
             labels = {names[label] in VOC_CLASSES_IN_COCO for label in record["image_labels"]}
             assert labels == {is_target}
     sides = ["sem_seg" in sample for sample in next(iter(Trainer.build_train_loader(cfg)))]
-    assert sides == [True, False, True, False]
+    assert sides == [True, True, False, False]
 
 
 def test_the_classifier_needs_labels_of_all_classes(make_transfer_cfg, sparse_scenes, tmp_path):

@@ -1,0 +1,183 @@
+"""Evaluation of TransferNet: mean IoU of target and source categories, and pictures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from maskx.core.image_classifier import multi_hot
+from maskx.core.sample_models import Sample
+from maskx.data.image_samples import ImageMapper
+from maskx.evaluation.figures import (
+    contact_sheet,
+    draw_heat_map,
+    draw_label_map,
+    plain_tile,
+    save_png,
+)
+from maskx.evaluation.image_labels import evaluate_image_labels
+from maskx.evaluation.mean_iou import MeanIoU
+from maskx.supervision import CategorySplit
+from maskx.systems.transfernet.attention import attention_entropy
+from maskx.systems.transfernet.model import TransferNetModel
+from maskx.systems.transfernet.transfer_sets import transfer_label_map
+
+__all__ = ["draw_transfer", "evaluate_transfer", "format_transfer", "predict_transfer"]
+
+_FIGURE_ROWS, _TILE_SIDE = 6, 256
+
+Record = Mapping[str, Any]
+
+
+@torch.inference_mode()
+def predict_transfer(
+    model: TransferNetModel,
+    records: Sequence[Record],
+    *,
+    gt_labels: bool = False,
+    batch_size: int = 16,
+    description: str = "label maps",
+) -> Iterator[tuple[Record, Sample, dict[str, Any]]]:
+    """Predict the masks of the labels of images.
+
+    Args:
+        model: the model; it is put into evaluation mode.
+        records: as of :func:`maskx.data.coco.load_coco`.
+        gt_labels: of the labels of the records (TransferNet-GT), instead of the classifier's.
+        batch_size: images at a time.
+        description: label of the progress bar.
+
+    Yields:
+        Record, sample, and result of the model.
+    """
+    model.eval()
+    model.gt_labels = gt_labels
+    read_image = ImageMapper(model.num_classes, size=None, label_maps=False).read_image
+    with tqdm(total=len(records), desc=description, unit="img") as progress:
+        for start in range(0, len(records), batch_size):
+            batch = records[start : start + batch_size]
+            samples = [read_image(record) for record in batch]
+            yield from zip(batch, samples, model(samples), strict=True)
+            progress.update(len(batch))
+
+
+def evaluate_transfer(
+    model: TransferNetModel,
+    records: Sequence[Record],
+    groups: Mapping[str, Sequence[int]],
+    **options: Any,
+) -> dict[str, Any]:
+    """Compute the mean IoU of label maps; one batch of images is held at a time.
+
+    Args:
+        model: the model.
+        records: with true masks; of one file, or of
+            :func:`maskx.systems.transfernet.transfer_sets.records_in_union`.
+        groups: class indices by name.
+        options: of :func:`predict_transfer`.
+
+    Returns:
+        What `maskx.evaluation.mean_iou.MeanIoU.evaluate` returns, in percent. With labels of the
+        classifier also ``tag_mAP`` by group; of TransferNet ``attention_entropy``, the mean over
+        all attention maps, 1 where they are uniform.
+    """
+    counts = MeanIoU(model.num_classes)
+    entropies, probs = [], []
+    for record, _, result in predict_transfer(model, records, **options):
+        truth = transfer_label_map(record, model.num_classes)
+        counts.update(result["sem_seg"].cpu().numpy(), truth, record["image_id"])
+        if "attention" in result:
+            entropies.append(attention_entropy(result["attention"]))
+        if "image_labels_prob" in result:
+            probs.append(result["image_labels_prob"].float().cpu())
+    results = counts.evaluate(groups)
+    if entropies:
+        results["attention_entropy"] = torch.cat(entropies).mean().item()
+    if probs:
+        prob = torch.stack(probs).numpy()
+        truth = multi_hot([record["image_labels"] for record in records], model.num_classes).numpy()
+        results["tag_mAP"] = {
+            name: evaluate_image_labels(prob[:, list(indices)], truth[:, list(indices)])["mAP"]
+            for name, indices in groups.items()
+        }
+    return results
+
+
+def format_transfer(metrics: Mapping[str, Any]) -> str:
+    """Lay out the measures in a table."""
+    lines = ["| mIoU in percent | target | source | all |", "|---|---|---|---|"]
+    names = {"transfernet": "TransferNet", "baseline": "BaselineNet", "decoupled": "DecoupledNet"}
+    for kind, title in (("mIoU", "predicted labels"), ("mIoU_gt_labels", "true labels")):
+        for method in (name for name in names if name in metrics[kind]["target"]):
+            cells = [f"{metrics[kind][group][method]:.1f}" for group in ("target", "source", "all")]
+            lines.append(f"| {names[method]}, {title} | {' | '.join(cells)} |")
+    tags = metrics["tag_mAP"]
+    lines.append(
+        f"Image labels: mAP {tags['target']:.1f} percent of target, {tags['source']:.1f} of source "
+        f"categories. Attention entropy: {metrics['attention_entropy']:.2f}; 1 is uniform."
+    )
+    times = ", ".join(f"{name} {value:.0f}" for name, value in metrics["step_seconds"].items())
+    return "\n".join([*lines, f"Seconds: {times}"])
+
+
+def draw_transfer(
+    path: Path, model: TransferNetModel, records: Sequence[Record], split: CategorySplit
+) -> None:
+    """Draw validation images from the image to the mask, one label in a row.
+
+    Args:
+        path: PNG file to write.
+        model: TransferNet.
+        records: as of :func:`maskx.data.coco.load_coco`; the true labels are used.
+        split: target categories are shown first.
+    """
+    target = set(split.indices_without_masks)
+    shown = _varied(records, target)
+    names = {"num_classes": model.num_classes, "names": split.class_names, "side": _TILE_SIDE}
+    tiles, titles = [], []
+    predicted = predict_transfer(model, shown, gt_labels=True, description="picture")
+    for record, sample, result in predicted:
+        image = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
+        labels = result["image_labels"].tolist()
+        row = next((i for i, label in enumerate(labels) if label in target), 0)
+        attention, densified = (
+            result[name][row].float().cpu().numpy() for name in ("attention", "densified")
+        )
+        tiles += [
+            plain_tile(image, _TILE_SIDE),
+            draw_heat_map(image, attention, symmetric=False, side=_TILE_SIDE),
+            draw_heat_map(image, densified - densified.mean(), symmetric=True, side=_TILE_SIDE),
+            draw_label_map(image, result["sem_seg"].cpu().numpy(), **names),
+            draw_label_map(image, transfer_label_map(record, model.num_classes), **names),
+        ]
+        side = "target" if labels[row] in target else "source"
+        titles.append(f"attention for: {split.class_names[labels[row]]} ({side} category)")
+    columns = ("image", "attention", "densified", "mask", "truth")
+    legend = (
+        ((253, 231, 37), "attention: most"),
+        ((220, 30, 30), "densified: above its mean"),
+        ((30, 60, 220), "below"),
+    )
+    sheet = contact_sheet(
+        tiles, columns=len(columns), row_titles=titles, column_titles=columns, legend=legend
+    )
+    save_png(path, sheet)
+
+
+def _varied(records: Sequence[Record], target: set[int]) -> list[Record]:
+    """Choose images whose target labels are not shown yet, those with two labels first."""
+    chosen: list[Record] = []
+    shown: set[int] = set()
+    rest = sorted(
+        (record for record in records if record["image_labels"]),
+        key=lambda record: abs(2 - len(record["image_labels"])),
+    )
+    while rest and len(chosen) < _FIGURE_ROWS:
+        best = max(rest, key=lambda record: len(target & set(record["image_labels"]) - shown))
+        rest.remove(best)
+        chosen.append(best)
+        shown |= set(best["image_labels"])
+    return chosen
