@@ -11,10 +11,10 @@ Examples:
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from maskx.core.command_line import ended_in_one_line
 from maskx.data.prepare.table import PREPARATIONS, Preparation
 
 
@@ -107,13 +107,9 @@ def main() -> None:
     """Make the files and say what is in them."""
     options = vars(parse_arguments())
     name, root = options.pop("name"), options.pop("root").expanduser()
-    try:
+    with ended_in_one_line("the same command goes on with what is left"):
         for text in _TABLE[name].run(root, **options):
             print(text)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on with what is left")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Examples:
 import argparse
 import importlib.util
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from benchmarks.mask_head import head_cases, mlp_cases, predictor_cases, trunk_c
 from benchmarks.measure import Case, describe_machine, format_table, measure
 from benchmarks.tag_vectors import measure_learning, write_generated_tags
 
+from maskx.core.command_line import ended_in_one_line
 from maskx.core.files import write_json
 
 CONFIG = Path(__file__).parents[1] / "configs" / "MaskX" / "Base-MaskX-RCNN-FPN.yaml"
@@ -228,11 +228,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run; user errors end with their message instead of a traceback."""
-    try:
+    with ended_in_one_line():
         arguments = parse_arguments()
         arguments.run(arguments)
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

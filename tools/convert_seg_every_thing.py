@@ -22,7 +22,8 @@ convolutions of the ResNet. The last two are Detectron2's defaults.
 import argparse
 import shlex
 import sys
-from pathlib import Path
+from pathlib import Pathfrom maskx.core.command_line import ended_in_one_line
+
 
 from converters.caffe2_weights import (
     Caffe2Architecture,
@@ -100,11 +101,9 @@ def report(converted: ConvertedWeights, target: Path) -> str:
 def main() -> None:
     """Convert; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with ended_in_one_line():
         converted = convert_caffe2_file(arguments.source, allow_unknown=arguments.allow_unknown)
         save_detectron2_checkpoint(converted, arguments.target)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
     print(report(converted, arguments.target))
 
 

@@ -11,9 +11,9 @@ Examples:
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
+from maskx.core.command_line import ended_in_one_line
 from maskx.data.grabcut_coco import write_grabcut_json
 
 
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Write the file; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with ended_in_one_line("the same command goes on with the images that are left"):
         summary = write_grabcut_json(
             arguments.json,
             arguments.images,
@@ -45,10 +45,6 @@ def main() -> None:
             workers=arguments.workers,
             progress=True,
         )
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on with the images that are left")
     print(
         f"Wrote {arguments.output}: {summary.num_masks} masks by GrabCut, of which "
         f"{summary.num_whole_boxes} are the whole box; {summary.num_left_out} annotations left "

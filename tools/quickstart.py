@@ -13,10 +13,10 @@ Examples:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import maskx.systems  # noqa: F401 - registers them
+from maskx.core.command_line import ended_in_one_line
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.system import find_system, system_names
 
@@ -83,12 +83,8 @@ def main() -> None:
     arguments = vars(parse_arguments())
     system = arguments.pop("system")
     arguments["output"] = arguments["output"] or Path("output") / f"quickstart-{system}"
-    try:
+    with ended_in_one_line("the same command with --resume goes on from the last checkpoint"):
         find_system(system).pipeline(QuickstartOptions(**arguments), print)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

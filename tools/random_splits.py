@@ -22,6 +22,7 @@ Examples:
 import argparse
 from pathlib import Path
 
+from maskx.core.command_line import ended_in_one_line
 from maskx.detectron2 import check_num_gpus  # says what is missing
 
 # isort: split
@@ -33,7 +34,7 @@ from studies.random_splits import (
     write_summary,
 )
 
-from maskx.detectron2.stagewise import Stage, exit_with_message
+from maskx.detectron2.stagewise import Stage
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "MaskX" / "random_splits"
 
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run the protocol; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    with exit_with_message("the same command goes on"):
+    with ended_in_one_line("the same command goes on"):
         run(arguments)
 
 

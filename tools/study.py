@@ -15,12 +15,12 @@ Examples:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from studies.run import StudyOptions, run_study
 
 import maskx.systems  # noqa: F401 - registers them
+from maskx.core.command_line import ended_in_one_line
 from maskx.engine.system import system_names
 
 
@@ -48,12 +48,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Run the study; user errors end with their message instead of a traceback."""
-    try:
+    with ended_in_one_line("the same command goes on from the last checkpoint"):
         run_study(StudyOptions(**vars(parse_arguments())), print)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

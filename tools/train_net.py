@@ -10,9 +10,9 @@ The flags are Detectron2's, with KEY VALUE pairs of the configuration at the end
 """
 
 import argparse
-import sys
 from typing import Any
 
+from maskx.core.command_line import ended_in_one_line
 from maskx.detectron2 import Trainer, check_num_gpus, evaluate, setup  # says what is missing
 
 # isort: split
@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> Any:
 
 if __name__ == "__main__":
     args = default_argument_parser(epilog=__doc__).parse_args()
-    try:
+    with ended_in_one_line("the same command with --resume goes on from the last checkpoint"):
         check_num_gpus(args.num_gpus)
         launch(
             main,
@@ -41,7 +41,3 @@ if __name__ == "__main__":
             dist_url=args.dist_url,
             args=(args,),
         )
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")

@@ -18,9 +18,9 @@ Examples:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from maskx.core.command_line import ended_in_one_line
 from maskx.detectron2 import check_num_gpus  # says what is missing
 
 # isort: split
@@ -74,12 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run both stages; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with ended_in_one_line("the same command with --resume goes on from the last checkpoint"):
         run(arguments)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""How a command ends: with one line where something is wrong, and the details in a file."""
+
+import contextlib
+import errno
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["ended_in_one_line"]
+
+_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.")
+# Errors that the package raises itself, with a message that says all.
+_OWN = (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError)
+
+
+@contextlib.contextmanager
+def ended_in_one_line(goes_on: str = "nothing is lost: give the command again") -> Iterator[None]:
+    """End a command with one line and exit status 1, whatever is raised inside.
+
+    What the package refuses is said as it is. What a library raises is said with its cause and a
+    remedy, and its traceback goes into a file that the line names.
+
+    Args:
+        goes_on: what to say of an interrupted command, such as "--resume goes on".
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; {goes_on}")
+    except Exception as error:  # the last one to see it
+        if isinstance(error, _OWN) and not _of_worker(error):
+            sys.exit(f"error: {error}")
+        sys.exit(f"error: {_one_line(error)} The traceback is in {_write_traceback(error)}.")
+
+
+def _of_worker(error: BaseException) -> bool:
+    return bool(_WORKER.match(str(error)))
+
+
+def _one_line(error: Exception) -> str:
+    """Say what happened and what to do, for errors that libraries raise."""
+    if _of_worker(error):
+        # The message holds the traceback of the other process; its last line is the error itself.
+        last = [line for line in str(error).splitlines() if line and not line.startswith(" ")][-1]
+        return f"A process that reads images failed: {_ended(last)}"
+    if isinstance(error, OSError):
+        where = f" '{error.filename}'" if error.filename else ""
+        remedies = {
+            errno.ENOSPC: f"The disk is full{where}. Make room; the last checkpoint is whole.",
+            errno.EDQUOT: f"The quota of the disk is used up{where}. Make room.",
+            errno.EROFS: f"The file system of{where or ' the output'} is read-only. Choose another "
+            "output folder.",
+            errno.EACCES: f"No permission to use{where or ' a file'}. Choose another folder, or "
+            "change its permissions.",
+        }
+        if error.errno in remedies:
+            return remedies[error.errno]
+        if type(error).__name__ in ("URLError", "HTTPError", "ConnectionError", "SSLError"):
+            return (
+                f"The network could not be used: {_ended(error)} Download the file elsewhere, and "
+                "name it as a local file (for weights: --weights FILE)."
+            )
+    text = _first_line(error)
+    if "out of memory" in text.lower() or isinstance(error, MemoryError):
+        return f"There is not enough memory: {_ended(text)} Lower the batch or the image size."
+    kind = type(error).__name__
+    return f"{kind}: {_ended(text)}" if text else f"{kind}, without a message."
+
+
+def _first_line(error: object) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+
+
+def _ended(text: object) -> str:
+    line = _first_line(text)
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+def _write_traceback(error: Exception) -> Path:
+    number, name = tempfile.mkstemp(prefix="maskx-", suffix=".log")
+    with os.fdopen(number, "w", encoding="utf-8") as file:
+        file.write(" ".join(sys.argv) + "\n\n")
+        file.writelines(traceback.format_exception(error))
+    return Path(name)
