@@ -21,9 +21,7 @@ convolutions of the ResNet. The last two are Detectron2's defaults.
 
 import argparse
 import shlex
-import sys
-from pathlib import Pathfrom maskx.core.command_line import ended_in_one_line
-
+from pathlib import Path
 
 from converters.caffe2_weights import (
     Caffe2Architecture,
@@ -31,6 +29,8 @@ from converters.caffe2_weights import (
     convert_caffe2_file,
     save_detectron2_checkpoint,
 )
+
+from maskx.core.command_line import ended_in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
