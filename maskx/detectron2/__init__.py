@@ -29,8 +29,7 @@ from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.sem_seg_evaluation import MaskXLargeVocabularyEvaluator, MaskXSemSegEvaluator
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
-from maskx.systems.class_patterns.detectron2 import hooks as _class_patterns  # noqa: F401
-from maskx.systems.class_patterns.detectron2.deeplab import MaskXDeepLab
+from maskx.systems.class_patterns.detectron2.model import MaskXDeepLab
 from maskx.systems.concept_mask.detectron2 import hooks as _concept_mask  # noqa: F401
 from maskx.systems.concept_mask.detectron2.data import MaskXConceptMapper
 from maskx.systems.concept_mask.detectron2.evaluation import MaskXConceptEvaluator

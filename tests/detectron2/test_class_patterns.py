@@ -358,7 +358,7 @@ def test_folders_of_something_else_are_refused(opts, tmp_path):
         (("SOLVER.MASKX.OPTIMIZER", "lamb"), {}, r"OPTIMIZER is 'lamb'"),
         (("SOLVER.MAX_ITERS", 1), {}, r"Non-existent key: SOLVER\.MAX_ITERS"),
         (("OUTPUT_DIR", "x"), {}, r"Use --output instead"),
-        (("TEST.MASKX.SIZES", (0,)), {}, r"TEST\.MASKX\.SIZES \(test_sizes\) is \(0,\)"),
+        (("TEST.MASKX.SIZES", (0,)), {}, r"test_sizes \(TEST\.MASKX\.SIZES\) is \(0,\)"),
         (
             ("MODEL.META_ARCHITECTURE", "MaskXDeepLab"),
             {},
@@ -598,7 +598,7 @@ def test_patterns_of_another_network_are_refused(finished, weights, opts, tmp_pa
         (b"nothing", r"cannot be read \(UnpicklingError\)\. Give the model_final\.pth"),
         (b"", r"cannot be read \(EOFError\)"),
         ([1, 2], r"cannot be read \(AttributeError\)"),
-        ({"model": {}}, r"lacks 107 of the model's weights.*: classifier\.backbone\.conv1\.weight"),
+        ({"model": {}}, r"lacks 107 of the model's weights.*: 'classifier\.backbone\.conv1\.weight"),
     ],
 )
 def test_weights_that_are_none_are_refused(opts, tmp_path, content, words):

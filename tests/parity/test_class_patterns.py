@@ -55,12 +55,11 @@ def make_classifiers():
 def make_segmenters(sizes=(SIZE,)):
     torch.manual_seed(0)
     form = {"hidden_channels": 8, "dilation": 2} | FEATURE
-    of_detectron2 = MaskXDeepLab(
-        backbone=MaskXSmallResNet(widths=WIDTHS), test_sizes=sizes, **form, **PIXELS
-    )
+    network = DeepLab(MaskXSmallResNet(widths=WIDTHS), in_channels=8, **form)
+    of_detectron2 = MaskXDeepLab(network=network, test_sizes=sizes, **PIXELS)
     plain = DeepLab(SmallResNet(widths=WIDTHS), in_channels=8, **form)
     plain.load_state_dict(of_detectron2.network.state_dict())
-    return of_detectron2, SampleSegmenter(plain, size=SIZE, test_sizes=sizes)
+    return of_detectron2, SampleSegmenter(plain, test_sizes=sizes)
 
 
 @pytest.mark.parametrize("size", [(SIZE, SIZE), (24, 41)])
@@ -95,9 +94,9 @@ def test_segmenters_learn_the_same(in_float64, assert_same_step):
     first, second = in_float64(*make_segmenters())
     samples = make_samples((SIZE, SIZE))
     losses = []
-    for model, key in ((first, "sem_seg"), (second, "sem_seg")):
+    for model in (first, second):
         torch.manual_seed(1)  # dropout
-        losses.append(model.train()([s | {key: s["sem_seg"]} for s in samples]))
+        losses.append(model.train()(samples))
     assert_same_step(
         *(first.network, second.network, *losses),
         expected={"loss_pixels": True},
@@ -115,5 +114,6 @@ def test_segmenters_predict_the_same(bgr, sizes, in_float64):
     samples = [sample | {"height": 30, "width": 37} for sample in make_samples((24, 41))]
     results = first.eval()(in_bgr(samples) if bgr else samples)
     for result, other in zip(results, second.eval()(samples), strict=True):
-        assert result["sem_seg"].shape == (K + 1, 30, 37)
-        torch.testing.assert_close(result["sem_seg"], other["prob"], rtol=0, atol=1e-6)
+        assert result["sem_seg_prob"].shape == (K + 1, 30, 37)
+        torch.testing.assert_close(result["sem_seg_prob"], other["sem_seg_prob"], rtol=0, atol=1e-6)
+        assert torch.equal(result["sem_seg"], other["sem_seg"])

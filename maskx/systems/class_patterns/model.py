@@ -1,4 +1,4 @@
-"""A segmentation network that takes samples."""
+"""The segmentation network driven with samples, on both hosts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -8,81 +8,132 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from maskx.core.images import resized_image
 from maskx.core.losses import pixel_loss
-from maskx.core.sample_models import Sample, SampleModel
+from maskx.core.sample_models import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Sample,
+    SampleModel,
+    required,
+    take_classifier_backbone,
+)
+from maskx.data import dense_crf
 from maskx.data.image_samples import ImageMapper
 from maskx.data.label_maps import ignore_label
 from maskx.systems.class_patterns.deeplab import DeepLab, multi_scale_scores, restrict_to_labels
 
+__all__ = ["SampleSegmenter", "predict_label_maps"]
+
 
 class SampleSegmenter(SampleModel):
-    """Drives a segmentation network with samples, as Detectron2 drives its models.
+    """Drives a segmentation network with samples.
+
+    Weights of :class:`maskx.core.sample_models.SampleClassifier` give the backbone to start from.
 
     Args:
         network: maps normalised images to logits of the background and K classes.
-        size: side in pixels of the squares that training images are warped to.
-        test_sizes: sides of the squares whose scores are averaged in evaluation; only ``size``
-            without.
+        test_sizes: sides in pixels of the squares to which an image is warped to predict it; the
+            scores are averaged.
+        crf: whether a dense CRF refines what is predicted.
+        pixel_mean: see :class:`maskx.core.sample_models.SampleModel`.
+        pixel_std: likewise.
+
+    Raises:
+        ImportError: there is no library for the CRF.
+        ValueError: a size is not above 0.
     """
 
     def __init__(
-        self, network: DeepLab, *, size: int, test_sizes: Sequence[int] | None = None
+        self,
+        network: DeepLab,
+        *,
+        test_sizes: Sequence[int] = (328,),
+        crf: bool = False,
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        super().__init__(size)
+        super().__init__(pixel_mean=pixel_mean, pixel_std=pixel_std)
+        if not test_sizes or not all(isinstance(s, int) and s > 0 for s in test_sizes):
+            raise ValueError(
+                f"test_sizes (TEST.MASKX.SIZES) is {test_sizes}. Allowed: one or more sides of a "
+                "square in pixels, such as (241, 328, 401)."
+            )
+        if crf:
+            dense_crf.check_crf()
         self.network = network
         self.num_classes = network.num_classes
-        self.test_sizes = (size,) if test_sizes is None else tuple(test_sizes)
+        self.test_sizes = tuple(test_sizes)
+        self.crf = crf
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        take_classifier_backbone(self.network.backbone, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, samples: list[Sample]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Compute losses in training, probabilities in evaluation.
+        """Compute the loss in training, label maps in evaluation.
 
         Args:
-            samples: as of :class:`maskx.data.image_samples.ImageMapper`: ``image``; in training
-                ``sem_seg`` of this model's ``size``; in evaluation ``height`` and ``width``.
+            samples: each with ``image`` (3, H, W) in [0, 255]; in training all of one size, with
+                ``sem_seg``, the label map (H, W); in evaluation see :meth:`predict`.
 
         Returns:
-            ``{"loss_pixels"}``, or per sample ``{"prob": (K + 1, H, W)}`` at the size of the file,
-            background first.
+            ``{"loss_pixels": scalar}``, zero where no pixel is known; or per sample ``sem_seg``
+            (height, width) int64, and ``sem_seg_prob`` (K + 1, height, width), background first.
 
         Raises:
-            ValueError: a training sample has no label map, or one of another size.
+            ValueError: a training sample has no label map, or the sizes differ.
         """
-        if self.training:
-            label_maps = self._label_maps(samples)
-            logits = self.network(self.preprocess(samples))
-            ignore = ignore_label(self.num_classes)
-            return {"loss_pixels": pixel_loss(logits, label_maps, ignore=ignore)}
-        return [{"prob": self._prob(sample)} for sample in samples]
+        if not self.training:
+            probs = [self.predict(sample) for sample in samples]
+            return [{"sem_seg": prob.argmax(dim=0), "sem_seg_prob": prob} for prob in probs]
+        remedy = "Use a mapper that makes label maps."
+        label_maps = [required(sample, "sem_seg", remedy) for sample in samples]
+        logits = self.network(self.training_images(samples))
+        targets = torch.stack(label_maps).to(self.device)
+        return {"loss_pixels": pixel_loss(logits, targets, ignore=ignore_label(self.num_classes))}
 
-    def _prob(self, sample: Sample) -> Tensor:
-        return multi_scale_scores(
-            self.network,
-            self.normalise(sample),
-            sizes=self.test_sizes,
-            output_size=(sample["height"], sample["width"]),
+    def predict(self, sample: Sample, labels: Sequence[int] | None = None) -> Tensor:
+        """Predict what one image shows, in evaluation mode.
+
+        Args:
+            sample: with ``image`` (3, H, W) in [0, 255], and the size of the output, ``height``
+                and ``width``; without them it is that of the image.
+            labels: class indices known to be present: all others get probability 0; None if they
+                are not known.
+
+        Returns:
+            (K + 1, height, width) probabilities, background first.
+
+        Raises:
+            ValueError: a label is no class index.
+        """
+        image = sample["image"]
+        size = (sample.get("height", image.shape[1]), sample.get("width", image.shape[2]))
+        prob = multi_scale_scores(
+            self.network, self.normalise(sample), sizes=self.test_sizes, output_size=size
         )
-
-    def _label_maps(self, samples: list[Sample]) -> Tensor:
-        square = (self.size, self.size)
-        for sample in samples:
-            found = tuple(sample["sem_seg"].shape) if "sem_seg" in sample else "no label map"
-            if found != square:
-                raise ValueError(
-                    f"Image {sample.get('image_id')!r} came with {found}, but this model trains on "
-                    f"label maps of {square}. Make samples with ImageMapper(..., size={self.size}, "
-                    "label_maps=True)."
-                )
-        label_maps = [sample["sem_seg"] for sample in samples]
-        stacked = torch.stack(label_maps) if label_maps else torch.zeros(0, *square).long()
-        return stacked.to(self.device)
+        if labels is not None:
+            prob = restrict_to_labels(prob, labels)
+        if not self.crf:
+            return prob
+        if labels is None:
+            kept = list(range(len(prob)))
+        else:  # the CRF takes time for every label, also for those that were ruled out
+            kept = [0, *(index + 1 for index in sorted(set(labels)))]
+        pixels = resized_image(image, *size)
+        refined = dense_crf.refine(pixels, prob[kept].float().cpu().numpy())
+        result = torch.zeros_like(prob)
+        result[kept] = torch.from_numpy(refined).to(prob)
+        return result
 
 
 def predict_label_maps(
     model: SampleSegmenter,
     records: Iterable[Mapping[str, Any]],
     *,
+    read_image: Callable[[Mapping[str, Any]], Sample] | None = None,
     only_image_labels: bool = False,
-    refine: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
     description: str = "label maps",
 ) -> Iterator[tuple[int | str, np.ndarray]]:
     """Predict label maps, one image at a time.
@@ -90,46 +141,23 @@ def predict_label_maps(
     Args:
         model: the model; it is put into evaluation mode.
         records: as of :func:`maskx.data.coco.load_coco`.
+        read_image: makes a sample of a record, in the channel order of the model; None for RGB.
         only_image_labels: predict nothing but the background and the image labels of the record,
             for images whose labels are known to be complete.
-        refine: maps an image (H, W, 3) uint8 RGB and its probabilities (L, H, W) float32 to
-            better probabilities, such as :func:`maskx.data.dense_crf.refine`. With
-            ``only_image_labels`` it gets only the rows of the labels that are left.
         description: label of the progress bar.
 
     Yields:
         Image id and (H, W) label map of the size of the file, uint8 for up to 254 classes, else
         int32. No pixel is ignored.
-
-    Raises:
-        ValueError: what ``refine`` returns has another shape.
     """
     model.eval()
-    read_image = ImageMapper(model.num_classes, size=None, label_maps=False).read_image
+    if read_image is None:
+        read_image = ImageMapper(model.num_classes, size=None, label_maps=False).read_image
     label_type = np.uint8 if ignore_label(model.num_classes) <= 255 else np.int32
     for record in tqdm(records, desc=description, unit="img"):
         sample = read_image(record)
         # Around the model alone: the caller's code runs between two images.
         with torch.inference_mode():
-            prob = model([sample])[0]["prob"]
-            labels = np.arange(model.num_classes + 1)
-            if only_image_labels:
-                kept = [0, *(index + 1 for index in sorted(set(sample["image_labels"])))]
-                labels = np.array(kept)
-                prob = restrict_to_labels(prob, sample["image_labels"])[kept]
-            if refine is None:
-                best = prob.argmax(dim=0).cpu().numpy()
-        if refine is not None:
-            best = _refined(refine, sample, prob.float().cpu().numpy()).argmax(axis=0)
-        yield sample["image_id"], labels[best].astype(label_type)
-
-
-def _refined(refine: Callable, sample: Sample, prob: np.ndarray) -> np.ndarray:
-    image = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
-    refined = np.asarray(refine(image, prob))
-    if refined.shape != prob.shape:
-        raise ValueError(
-            f"For image {sample['image_id']!r} refine returned shape {refined.shape} for "
-            f"probabilities of shape {prob.shape}. They must be equal."
-        )
-    return refined
+            labels = sample["image_labels"] if only_image_labels else None
+            best = model.predict(sample, labels).argmax(dim=0)
+        yield sample["image_id"], best.cpu().numpy().astype(label_type)

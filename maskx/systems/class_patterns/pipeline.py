@@ -25,9 +25,9 @@ from maskx.core.files import write_json
 from maskx.core.image_classifier import ImageClassifier, multi_hot
 from maskx.core.sample_models import SampleClassifier
 from maskx.data.coco import CocoData, load_coco
-from maskx.data.dense_crf import check_crf, refine
+from maskx.data.dense_crf import check_crf
 from maskx.data.image_samples import ImageMapper
-from maskx.data.label_maps import read_label_map, semantic_label_map, write_label_map
+from maskx.data.label_maps import read_label_map, semantic_label_map
 from maskx.engine.batches import training_batches
 from maskx.engine.prediction import evaluate_label_maps, predict_image_labels
 from maskx.engine.training import CHECKPOINT_NAME, TrainingSettings, load_weights, train
@@ -50,6 +50,7 @@ from maskx.systems.class_patterns.steps import (
     discover,
     make_masks,
     masks_to_json,
+    predict_masks,
     project,
     projections_folder,
     settings_name,
@@ -337,7 +338,7 @@ class TagRun:
         torch.manual_seed(settings.seed)
         network = _build_segmenter(settings.backbone, settings.pretrained, self.num_classes)
         network.backbone.load_state_dict(start.classifier.backbone.state_dict())
-        model = SampleSegmenter(network, size=settings.image_size, test_sizes=settings.test_sizes)
+        model = SampleSegmenter(network, test_sizes=settings.test_sizes, crf=settings.masks.crf)
         mapper = ImageMapper(self.num_classes, size=settings.image_size, label_maps=True)
         with self.timed(name):
             self._train(model, name, settings.segmenter_iterations, data, mapper, identity)
@@ -353,18 +354,8 @@ class TagRun:
             "crf": self.settings.masks.crf,
         }
         claim_folder(masks, "predictions.json", made_with)
-        todo = [record for record in data.records if not self._is_readable(masks, record)]
-        found = predict_label_maps(
-            model,
-            todo,
-            only_image_labels=True,
-            refine=self._refine(),
-            description="training images",
-        )
         with self.timed("predictions"):
-            for image_id, label_map in found:
-                path = mask_path(masks, image_id)
-                write_label_map(path, label_map, num_classes=self.num_classes)
+            predict_masks(model, data.records, masks)
         json_file = folder / "annotations.json"
         names, ids = data.class_names, data.category_ids
         masks_to_json(json_file, data.records, masks, self.image_root, class_names=names, ids=ids)
@@ -373,9 +364,7 @@ class TagRun:
     def evaluate(self, model: SampleSegmenter, name: str) -> float:
         """Mean IoU on the validation images, in percent."""
         records = self.val_data.records
-        predictions = predict_label_maps(
-            model, records, refine=self._refine(), description=f"{name}: evaluation"
-        )
+        predictions = predict_label_maps(model, records, description=f"{name}: evaluation")
         with self.timed("evaluation"):
             results = evaluate_label_maps(predictions, records, self.num_classes)
         return results["mIoU"]["all"]
@@ -431,23 +420,6 @@ class TagRun:
             description=f"{name}: training",
         )
         model.eval()
-
-    def _refine(self) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
-        settings = self.settings.masks
-        if not settings.crf:
-            return None
-        return functools.partial(refine, settings=settings.crf_settings)
-
-    def _is_readable(self, masks: Path, record: Mapping[str, Any]) -> bool:
-        try:
-            read_label_map(
-                *(mask_path(masks, record["image_id"]), record["height"], record["width"]),
-                num_classes=self.num_classes,
-                image_id=record["image_id"],
-            )
-        except (FileNotFoundError, ValueError):
-            return False
-        return True
 
 
 # --- networks
@@ -588,9 +560,7 @@ def draw_steps(
     """Draw training images from the image to the prediction into ``predictions.png``."""
     layer, data = run.settings.layer, run.train_data
     records = _varied(data.records)
-    predicted = dict(
-        predict_label_maps(model, records, refine=run._refine(), description="picture")
-    )
+    predicted = dict(predict_label_maps(model, records, description="picture"))
     read_image = ImageMapper(run.num_classes, size=None, label_maps=False).read_image
     names = {"num_classes": run.num_classes, "names": data.class_names, "side": _TILE_SIDE}
     tiles, titles = [], []

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from maskx.core.digests import digest_of, network_hash
 from maskx.core.image_classifier import ImageClassifier, LayerTaps
 from maskx.core.processes import run_jobs
+from maskx.data.label_maps import read_label_map, write_label_map
+from maskx.systems.class_patterns.model import SampleSegmenter, predict_label_maps
 from maskx.systems.class_patterns.pattern_files import check_identity, merge_moments
 from maskx.systems.class_patterns.pattern_moments import check_labels
 from maskx.systems.class_patterns.patterns import (
@@ -46,6 +48,7 @@ from maskx.systems.class_patterns.proxy_masks import (
     ProxyMaskSettings,
     ProxyMaskSummary,
     make_proxy_masks,
+    mask_path,
     projections_path,
     write_proxy_json,
 )
@@ -58,6 +61,7 @@ __all__ = [
     "format_masks",
     "make_masks",
     "masks_to_json",
+    "predict_masks",
     "project",
     "projections_folder",
 ]
@@ -537,6 +541,46 @@ def format_masks(made: Mapping[str, LayerMasks]) -> str:
                 f"{layer}: {masks.summary.num_redone} damaged or outdated masks were made again"
             )
     return "\n".join(lines)
+
+
+def predict_masks(
+    model: SampleSegmenter,
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    read_image: Callable[[Record], dict[str, Any]] | None = None,
+) -> None:
+    """Predict label maps of training images, of nothing but the labels of each, to train on.
+
+    Those that are there and readable are kept.
+
+    Args:
+        model: the trained network.
+        records: as of :func:`maskx.data.coco.load_coco`, whose labels are complete.
+        folder: of the label maps, at :func:`mask_path`.
+        read_image: see :func:`predict_label_maps`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    num_classes = model.num_classes
+
+    def is_missing(record: Record) -> bool:
+        path, image_id = mask_path(folder, record["image_id"]), record["image_id"]
+        size = record["height"], record["width"]
+        try:
+            read_label_map(path, *size, num_classes=num_classes, image_id=image_id)
+        except (FileNotFoundError, ValueError):
+            return True
+        return False
+
+    found = predict_label_maps(
+        model,
+        [record for record in records if is_missing(record)],
+        read_image=read_image,
+        only_image_labels=True,
+        description="training images",
+    )
+    for image_id, label_map in found:
+        write_label_map(mask_path(folder, image_id), label_map, num_classes=num_classes)
 
 
 # --- checks

@@ -15,19 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
-from tqdm import tqdm
 
 from maskx.core.digests import sha256_of
 from maskx.core.files import write_json
 from maskx.core.image_classifier import LayerTaps
 from maskx.core.sample_models import take_classifier_backbone
 from maskx.data.dense_crf import check_crf
-from maskx.data.label_maps import read_label_map, write_label_map
 from maskx.detectron2.datasets import (
     class_names_of,
     records_of,
@@ -46,14 +43,15 @@ from maskx.detectron2.stagewise import (
     stage_is_finished,
 )
 from maskx.detectron2.trainer import check_config, load_trained
-from maskx.systems.class_patterns.detectron2.deeplab import MaskXDeepLab
+from maskx.systems.class_patterns.detectron2.model import MaskXDeepLab
 from maskx.systems.class_patterns.projections import claim_folder
-from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, mask_path
+from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
 from maskx.systems.class_patterns.steps import (
     ClassifierSource,
     discover,
     make_masks,
     masks_to_json,
+    predict_masks,
     project,
     settings_name,
 )
@@ -330,18 +328,8 @@ class TagChain:
 
         def work() -> dict[str, int]:
             masks = folder / "label_maps"
-            masks.mkdir(exist_ok=True)
-            num_classes = len(self._class_names)
-            todo = [r for r in self._records if not _is_readable(masks, r, num_classes)]
-            model, read_image = _load_trained(cfg, weights), _read_image(cfg)
-            for record in tqdm(
-                todo, "training images", initial=len(self._records) - len(todo), unit="img"
-            ):
-                with torch.inference_mode():
-                    prob = model.predict(read_image(record), record["image_labels"])
-                label_map = prob.argmax(dim=0).cpu().numpy()
-                path = mask_path(masks, record["image_id"])
-                write_label_map(path, label_map, num_classes=num_classes)
+            model = _load_trained(cfg, weights)
+            predict_masks(model, self._records, masks, read_image=_read_image(cfg))
             masks_to_json(
                 *(self.retrained.data.json_file, self._records, masks, self._image_root),
                 class_names=self._class_names,
@@ -441,18 +429,6 @@ def _run_step(
     results = work()
     write_json(path, {"results": results, "seconds": time.perf_counter() - started})
     return results
-
-
-def _is_readable(masks: Path, record: Record, num_classes: int) -> bool:
-    try:
-        read_label_map(
-            *(mask_path(masks, record["image_id"]), record["height"], record["width"]),
-            num_classes=num_classes,
-            image_id=record["image_id"],
-        )
-    except (FileNotFoundError, ValueError):
-        return False
-    return True
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ from torch import nn
 from maskx.core.backbones import SmallResNet
 from maskx.core.image_classifier import ImageClassifier
 from maskx.core.sample_models import SampleClassifier
+from maskx.data import dense_crf
 from maskx.data.image_samples import ImageMapper
 from maskx.data.label_maps import semantic_label_map
 from maskx.engine.batches import training_batches
 from maskx.engine.prediction import evaluate_label_maps, predict_image_labels
 from maskx.engine.training import TrainingSettings, train
 from maskx.evaluation.image_labels import evaluate_image_labels
-from maskx.systems.class_patterns.deeplab import DeepLab
+from maskx.systems.class_patterns.deeplab import DeepLab, restrict_to_labels
 from maskx.systems.class_patterns.model import SampleSegmenter, predict_label_maps
 
 K, SIZE = 8, 32
@@ -39,7 +41,7 @@ def make_segmenter(**changes):
         hidden_channels=8,
         dilation=2,
     )
-    return SampleSegmenter(network, **{"size": SIZE} | changes)
+    return SampleSegmenter(network, **{"test_sizes": (SIZE,)} | changes)
 
 
 MAKERS = {"loss_labels": make_classifier, "loss_pixels": make_segmenter}
@@ -98,7 +100,7 @@ def test_the_loss_of_pixels_ignores_unknown_ones(samples):
     model = make_segmenter().eval()  # without dropout
     for sample in samples:
         sample["sem_seg"][:4] = 255
-    logits = model.network(model.preprocess(samples))
+    logits = model.network(model.training_images(samples))
     logits = F.interpolate(logits, (SIZE, SIZE), mode="bilinear", align_corners=False)
     truth = torch.stack([sample["sem_seg"] for sample in samples])
     log_prob = logits.log_softmax(dim=1).permute(0, 2, 3, 1)[truth != 255]
@@ -115,13 +117,11 @@ def test_the_loss_of_pixels_ignores_unknown_ones(samples):
 def test_nothing_to_learn_from_is_a_zero_loss_with_a_graph(name, samples):
     for sample in samples:
         sample["sem_seg"][:] = 255
-    batches = [[], samples] if name == "loss_pixels" else [[]]
-    for batch in batches:
-        model = MAKERS[name]().train()
-        loss = model(batch)[name]
-        assert loss.item() == 0
-        loss.backward()
-        assert_all_have_gradients(model)
+    model = MAKERS[name]().train()
+    loss = model(samples if name == "loss_pixels" else [])[name]
+    assert loss.item() == 0
+    loss.backward()
+    assert_all_have_gradients(model)
 
 
 def test_images_without_labels_teach_that_nothing_is_there(samples):
@@ -138,49 +138,120 @@ def test_labels_outside_the_class_list_are_refused(samples):
         make_classifier().train()(samples)
 
 
-def test_label_maps_must_fit_the_model(samples, scenes):
+def test_images_and_label_maps_of_a_batch_have_one_size(samples, scenes):
     model = make_segmenter().train()
     other = ImageMapper(K, size=16, label_maps=True)(scenes.records[0], np.random.RandomState(0))
-    with pytest.raises(ValueError, match=r"came with \(16, 16\), .* of \(32, 32\).*size=32"):
+    with pytest.raises(ValueError, match=r"different sizes: \(16, 16\), \(32, 32\)\. Use a mapper"):
         model([samples[0], other])
-    del samples[0]["sem_seg"]
-    with pytest.raises(ValueError, match="came with no label map"):
+    del samples[1]["sem_seg"]
+    name = samples[1]["image_id"]
+    with pytest.raises(ValueError, match=rf"of image {name} has no 'sem_seg'\. Use a mapper"):
         model(samples)
 
 
-@pytest.mark.parametrize("make", MAKERS.values())
-def test_a_size_below_one_is_refused(make):
+def test_a_size_below_one_is_refused():
     with pytest.raises(ValueError, match=r"size \(INPUT.MASKX.SIZE\) is 0"):
-        make(size=0)
+        make_classifier(size=0)
+    for sizes in ((), (0,), (48, -1), (32.5,)):
+        with pytest.raises(ValueError, match=r"test_sizes \(TEST\.MASKX\.SIZES\) is \(.*Allowed"):
+            make_segmenter(test_sizes=sizes)
 
 
-def test_outputs_have_the_names_and_shapes_of_both_hosts(scenes):
-    reader = ImageMapper(K, size=None, label_maps=False)
-    sample = reader.read_image(scenes.records[0])
-    sample["image"], sample["width"] = sample["image"][:, :, :50], 50
+def sharpened(model):
+    """Make predictions that differ from pixel to pixel."""
     with torch.no_grad():
-        outputs = make_classifier().eval()([sample, reader.read_image(scenes.records[1])])
-        assert [output["image_labels_prob"].shape for output in outputs] == [(K,), (K,)]
-        (output,) = make_segmenter().eval()([sample])
-    assert output["prob"].shape == (K + 1, 64, 50)
-    assert torch.allclose(output["prob"].sum(dim=0), torch.ones(64, 50), atol=1e-5)
+        model.network.head[-1].weight.mul_(2000)
+    return model.eval()
+
+
+@pytest.fixture
+def sample(scenes):
+    sample = ImageMapper(K, size=None, label_maps=False).read_image(scenes.records[0])
+    return {"image": sample["image"][:, :, :50]}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [(SIZE,), (24, 32, 40)])
+@pytest.mark.parametrize("output_size", [(64, 50), (45, 61)])
+def test_scores_of_several_sizes_are_averaged_at_the_size_of_the_file(sample, sizes, output_size):
+    model = sharpened(make_segmenter(test_sizes=sizes))
+    height, width = output_size
+    (result,) = model([sample | {"height": height, "width": width}])
+    scores = []
+    for size in sizes:
+        square = F.interpolate(
+            model.normalise(sample)[None], (size, size), mode="bilinear", antialias=True
+        )
+        scores.append(F.interpolate(model.network(square), output_size, mode="bilinear")[0])
+    expected = torch.stack(scores).mean(dim=0).softmax(dim=0)
+    torch.testing.assert_close(result["sem_seg_prob"], expected)
+    assert torch.equal(result["sem_seg"], result["sem_seg_prob"].argmax(dim=0))
+    assert result["sem_seg"].dtype == torch.int64
+    assert result["sem_seg_prob"].std(dim=(1, 2)).max() > 1e-3
+
+
+@torch.no_grad()
+def test_results_of_images_of_different_sizes(scenes, sample):
+    other = ImageMapper(K, size=None, label_maps=False).read_image(scenes.records[1])
+    results = make_classifier().eval()([sample, other])
+    assert [result["image_labels_prob"].shape for result in results] == [(K,), (K,)]
+    results = make_segmenter().eval()([sample, other])
+    assert [result["sem_seg"].shape for result in results] == [(64, 50), (64, 64)]
     assert make_classifier().eval()([]) == make_segmenter().eval()([]) == []
 
 
-def test_scores_of_several_sizes_are_averaged(scenes):
-    sample = ImageMapper(K, size=None, label_maps=False).read_image(scenes.records[0])
-    model = make_segmenter(test_sizes=(24, 40)).eval()
-    scores = []
+@torch.no_grad()
+def test_other_labels_can_be_ruled_out(sample):
+    model = sharpened(make_segmenter())
+    free, prob = model.predict(sample), model.predict(sample, [2, 0])
+    assert prob[[2, *range(4, K + 1)]].abs().sum() == 0
+    torch.testing.assert_close(prob[[0, 1, 3]], free[[0, 1, 3]] / free[[0, 1, 3]].sum(dim=0))
+    assert (model.predict(sample, [])[0] == 1).all()
+    with pytest.raises(ValueError, match=r"class indices \[8\]\. Allowed: 0 to 7"):
+        model.predict(sample, [8])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [None, [2], []])
+def test_the_crf_sees_the_image_and_the_labels_that_are_left(sample, labels):
+    pytest.importorskip("pydensecrf")
+    model = sharpened(make_segmenter(crf=True))
+    refined = model.predict(sample, labels)
+    model.crf = False
+    prob = model.predict(sample, labels)
+    kept = [0, *(c + 1 for c in (range(K) if labels is None else labels))]
+    pixels = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
+    expected = torch.from_numpy(dense_crf.refine(pixels, prob[kept].numpy()))
+    assert labels == [] or (expected - prob[kept]).abs().max() > 0.01
+    torch.testing.assert_close(refined[kept], expected)
+    assert refined.sum() == pytest.approx(64 * 50, rel=1e-4)
+
+    model.crf = True
+    refined = model.predict(sample | {"height": 15, "width": 35}, labels)
+    torch.testing.assert_close(refined.sum(dim=0), torch.ones(15, 35))
+
+
+def test_a_missing_crf_is_named_before_the_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    make_segmenter()
+    with pytest.raises(ImportError, match="needs pydensecrf2"):
+        make_segmenter(crf=True)
+
+
+def test_it_starts_from_the_backbone_of_an_image_classifier():
+    model, classifier = make_segmenter(), make_classifier()
     with torch.no_grad():
-        for size in (24, 40):
-            model.size = size
-            logits = model.network(model.preprocess([sample]))
-            scores.append(F.interpolate(logits, (64, 64), mode="bilinear", align_corners=False)[0])
-        expected = ((scores[0] + scores[1]) / 2).softmax(dim=0)
-        assert torch.allclose(model([sample])[0]["prob"], expected, atol=1e-5)
-        single = make_segmenter().eval()([sample])[0]["prob"]
-        only = make_segmenter(test_sizes=(SIZE,)).eval()([sample])[0]["prob"]
-    assert torch.equal(single, only)
+        classifier.classifier.backbone.conv1.weight.normal_()
+    head = {name: value.clone() for name, value in model.network.head.state_dict().items()}
+    model.load_state_dict(classifier.state_dict(), strict=False)
+    for name, value in classifier.classifier.backbone.state_dict().items():
+        assert torch.equal(model.network.backbone.state_dict()[name], value)
+    assert all(torch.equal(v, head[n]) for n, v in model.network.head.state_dict().items())
+    state = classifier.state_dict()
+    state["classifier.backbone.conv1.weight"] = torch.zeros(1)
+    words = r"image classifier that .* lacks 1 of the weights of its backbone SmallResNet.*PRETR"
+    with pytest.raises(ValueError, match=words):
+        model.load_state_dict(state, strict=False)
 
 
 def test_probabilities_of_labels_do_not_depend_on_the_batch(scenes):
@@ -207,16 +278,14 @@ class Oracle(nn.Module):
         self.records = {record["image_id"]: record for record in records}
         self.wrong = wrong
 
-    def forward(self, samples):
-        return [{"prob": self.answer(self.records[s["image_id"]])} for s in samples]
-
-    def answer(self, record):
-        truth = torch.from_numpy(semantic_label_map(record, K)).long()
+    def predict(self, sample, labels=None):
+        truth = torch.from_numpy(semantic_label_map(self.records[sample["image_id"]], K)).long()
         truth[truth == 255] = 0
         scores = 5 * F.one_hot(truth, K + 1).permute(2, 0, 1).float()
         if self.wrong is not None:
             scores[self.wrong] += 7
-        return scores.softmax(dim=0)
+        prob = scores.softmax(dim=0)
+        return prob if labels is None else restrict_to_labels(prob, labels)
 
 
 def evaluate(model, records, **options):
@@ -242,55 +311,6 @@ def test_only_image_labels_are_predicted_where_asked_for(scenes):
         model, [record | {"image_labels": []}], only_image_labels=True
     )
     assert not nothing.any()
-
-
-@pytest.mark.parametrize("only_image_labels", [False, True])
-def test_refinement_sees_the_image_and_the_rows_that_are_left(scenes, only_image_labels):
-    record = scenes.records[0]
-    seen = []
-
-    def refine(image, prob):
-        seen.append((image, prob))
-        return prob[::-1]
-
-    ((_, label_map),) = predict_label_maps(
-        Oracle([record]), [record], refine=refine, only_image_labels=only_image_labels
-    )
-    ((image, prob),) = seen
-    assert (image.shape, image.dtype) == ((64, 64, 3), np.uint8)
-    sample = ImageMapper(K, size=None, label_maps=False).read_image(record)
-    assert np.array_equal(image.transpose(2, 0, 1), sample["image"].numpy())
-    present = [0, *(index + 1 for index in record["image_labels"])]
-    labels = np.array(present if only_image_labels else range(K + 1))
-    assert prob.shape == (len(labels), 64, 64)
-    assert prob.dtype == np.float32
-    assert np.allclose(prob.sum(axis=0), 1, atol=1e-5)
-    truth = semantic_label_map(record, K)
-    known = truth != 255
-    position = np.zeros(256, int)
-    position[labels] = np.arange(len(labels))
-    assert np.array_equal(label_map[known], labels[::-1][position[truth[known]]])
-
-
-def test_a_refinement_of_another_shape_is_refused(scenes):
-    record = scenes.records[0]
-    with pytest.raises(ValueError, match=r"refine returned shape \(64, 64\) for .* \(9, 64, 64\)"):
-        list(predict_label_maps(Oracle([record]), [record], refine=lambda image, prob: prob[0]))
-
-
-def test_the_dense_crf_is_a_refinement(scenes):
-    pytest.importorskip("pydensecrf.densecrf")
-    from maskx.data.dense_crf import refine
-
-    # Its last image has one label alone, the background.
-    records = [*scenes.records[:2], scenes.records[2] | {"image_labels": []}]
-    for only_image_labels in (False, True):
-        predictions = predict_label_maps(
-            make_segmenter(), records, refine=refine, only_image_labels=only_image_labels
-        )
-        label_maps = [label_map for _, label_map in predictions]
-        assert [label_map.shape for label_map in label_maps] == [(64, 64)] * 3
-    assert not label_maps[-1].any()
 
 
 def test_inference_does_not_leak_into_the_callers_code(scenes):

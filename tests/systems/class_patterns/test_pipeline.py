@@ -10,6 +10,7 @@ from maskx.data.image_samples import ImageMapper
 from maskx.data.scenes.generator import generate_scenes
 from maskx.engine.prediction import predict_image_labels
 from maskx.systems.class_patterns import pipeline as class_patterns
+from maskx.systems.class_patterns import steps
 from maskx.systems.class_patterns.pipeline import (
     TagSettings,
     learn_from_tags,
@@ -132,7 +133,8 @@ def test_a_finished_run_is_only_measured_again(scenes, finished, monkeypatch):
 @pytest.mark.parametrize("step", ["discover", "project", "make_masks", "write_label_map"])
 def test_an_interrupted_run_goes_on(scenes, finished, tmp_path, monkeypatch, step):
     whole, metrics, _ = finished
-    function, calls = getattr(class_patterns, step), []
+    module = steps if step == "write_label_map" else class_patterns
+    function, calls = getattr(module, step), []
 
     def interrupted(*args, **kwargs):
         calls.append(step)
@@ -140,7 +142,7 @@ def test_an_interrupted_run_goes_on(scenes, finished, tmp_path, monkeypatch, ste
             raise KeyboardInterrupt
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(class_patterns, step, interrupted)
+    monkeypatch.setattr(module, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
         learn(scenes, tmp_path)
     resumed = learn(scenes, tmp_path, resume=True)
