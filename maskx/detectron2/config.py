@@ -1,10 +1,13 @@
 """Configuration keys of maskx for Detectron2's YAML files."""
 
 import inspect
+import os
 from collections.abc import Callable
 
+import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as get_detectron2_cfg
+from detectron2.utils.file_io import PathManager
 
 from maskx.systems.transfernet.model import build_network
 
@@ -277,3 +280,25 @@ def _add_missing(node: CN, defaults: CN) -> None:
             node[key] = value
         elif isinstance(value, CN):
             _add_missing(node[key], value)
+
+
+def read_config(file: str | os.PathLike[str]) -> CN:
+    """Read a configuration file, and those it is based on, without running code from them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML, holds a tag that would run code, or an unknown key.
+    """
+    file = os.fspath(file)
+    if not PathManager.isfile(file):
+        raise FileNotFoundError(f"--config-file '{file}': there is no such file.")
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(file, allow_unsafe=False)
+    except yaml.YAMLError as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"Configuration '{file}', or one that it is based on, is not plain YAML: {cause}. "
+            "Allowed: keys and plain values; tags such as !!python are never run."
+        ) from error
+    return cfg

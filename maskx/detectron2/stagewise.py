@@ -26,7 +26,7 @@ from torch import nn
 
 from maskx.core.digests import sha256_of
 from maskx.core.files import write_json
-from maskx.detectron2.config import get_cfg
+from maskx.detectron2.config import get_cfg, read_config
 from maskx.detectron2.datasets import (
     register_from_config,
     training_class_names,
@@ -169,9 +169,8 @@ def read_config(config_file: Path, opts: Sequence[Any] = ()) -> CfgNode:
     """
     if not config_file.is_file():
         raise FileNotFoundError(f"'{config_file}': there is no such config file.")
-    cfg = get_cfg()
     try:
-        cfg.merge_from_file(str(config_file))
+        cfg = read_config(config_file)
         cfg.merge_from_list(list(opts))
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(

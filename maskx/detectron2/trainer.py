@@ -4,12 +4,11 @@ import argparse
 import contextlib
 import itertools
 import logging
-import pickle
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, default_setup
 from detectron2.evaluation import DatasetEvaluator
@@ -23,7 +22,8 @@ from torch import nn
 
 from maskx.core.seeds import step_seed
 from maskx.core.text import listed
-from maskx.detectron2.config import get_cfg
+from maskx.detectron2.checkpointer import MaskXCheckpointer
+from maskx.detectron2.config import read_config
 from maskx.detectron2.datasets import register_from_config
 from maskx.detectron2.hooks import hooks_of
 from maskx.detectron2.known_datasets import register_all
@@ -78,6 +78,13 @@ class Trainer(DefaultTrainer):
         if not resume:
             hooks_of(self.cfg).started(self.cfg, self.checkpointer.model, missing)
 
+    def build_hooks(self) -> list:
+        """Make the hooks; those that save get a checkpointer that writes whole files."""
+        self.checkpointer = MaskXCheckpointer(
+            self.checkpointer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        return super().build_hooks()
+
     def run_step(self) -> None:
         """Make a step; what is random in it follows from ``SEED`` and the iteration."""
         if self.cfg.SEED >= 0:
@@ -125,10 +132,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Returns:
         The frozen configuration. All data sets it names are registered, and it was checked.
     """
-    if not PathManager.isfile(args.config_file):
-        raise FileNotFoundError(f"--config-file '{args.config_file}': there is no such file.")
-    cfg = get_cfg()
-    cfg.merge_from_file(args.config_file)
+    cfg = read_config(args.config_file)
     cfg.merge_from_list(args.opts)
     cfg.freeze()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="maskx")
@@ -173,7 +177,7 @@ def load_trained(cfg: CfgNode, *, resume: bool = False, exact: bool = False) -> 
     model_cfg.MODEL.MASKX.BACKBONE.PRETRAINED = False
     hooks_of(cfg).for_inference(model_cfg)
     model = Trainer.build_model(model_cfg).eval()
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = MaskXCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     _keep_class_names(cfg, checkpointer)
     source = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
@@ -183,14 +187,8 @@ def load_trained(cfg: CfgNode, *, resume: bool = False, exact: bool = False) -> 
             "MODEL.WEIGHTS is empty: there is nothing to evaluate. Add MODEL.WEIGHTS <file>, or "
             "--resume for the last checkpoint of OUTPUT_DIR."
         )
-    try:
-        with _load_report(model) as (missing, unknown):
-            checkpointer.load(source)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"'{source}' cannot be read ({type(error).__name__}). Give the model_final.pth of a "
-            "training."
-        ) from error
+    with _load_report(model) as (missing, unknown):
+        checkpointer.load(source)
     if missing:
         raise ValueError(
             f"'{source}' lacks {len(missing)} of the model's weights, or holds them in another "
@@ -272,7 +270,7 @@ class _ClassNames:
                 )
 
 
-def _keep_class_names(cfg: CfgNode, checkpointer: DetectionCheckpointer) -> None:
+def _keep_class_names(cfg: CfgNode, checkpointer: MaskXCheckpointer) -> None:
     hooks = hooks_of(cfg)
     if hooks.keeps_class_names:
         names = _ClassNames(hooks.class_names(cfg))

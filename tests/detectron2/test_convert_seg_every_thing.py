@@ -251,7 +251,9 @@ def test_the_tool_converts_a_file_and_prints_the_options_that_go_with_it(
     source = write_python2_pickle(tmp_path / "model_final.pkl", content)
     target = tmp_path / "maskx.pth"
     refused = run_main(source, target)
-    assert refused.startswith(f"error: {source}: Blobs of the file are not known (1): 'odd_w (2, 3)'")
+    assert refused.startswith(
+        f"error: {source}: Blobs of the file are not known (1): 'odd_w (2, 3)'"
+    )
     assert not target.exists()
 
     *lines, options = run_main(source, target, "--allow-unknown").splitlines()
