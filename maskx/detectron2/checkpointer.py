@@ -83,7 +83,13 @@ class MaskXCheckpointer(DetectionCheckpointer):
         return super()._load_file(filename)
 
     def _torch_load(self, f: str) -> Any:
-        return read_archive(f)
+        content = read_archive(f)
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"'{f}' holds a {type(content).__name__}, so it is no checkpoint. Give the "
+                "model_final.pth of a training."
+            )
+        return content
 
 
 def _zoo_weights(filename: str) -> dict[str, Any]:

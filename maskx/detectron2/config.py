@@ -2,7 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import yaml
 from detectron2.config import CfgNode as CN
@@ -282,23 +283,33 @@ def _add_missing(node: CN, defaults: CN) -> None:
             _add_missing(node[key], value)
 
 
-def read_config(file: str | os.PathLike[str]) -> CN:
+def read_config(file: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CN:
     """Read a configuration file, and those it is based on, without running code from them.
+
+    Args:
+        file: YAML file.
+        opts: KEY VALUE pairs over the file, as on a command line.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no YAML, holds a tag that would run code, or an unknown key.
+        ValueError: it is no plain YAML, or a key does not exist or has a value of the wrong type.
     """
     file = os.fspath(file)
     if not PathManager.isfile(file):
-        raise FileNotFoundError(f"--config-file '{file}': there is no such file.")
+        raise FileNotFoundError(f"--config-file '{file}': there is no such config file.")
     cfg = get_cfg()
     try:
         cfg.merge_from_file(file, allow_unsafe=False)
+        cfg.merge_from_list(list(opts))
     except yaml.YAMLError as error:
         cause = " ".join(str(error).split())
         raise ValueError(
             f"Configuration '{file}', or one that it is based on, is not plain YAML: {cause}. "
             "Allowed: keys and plain values; tags such as !!python are never run."
+        ) from error
+    except (AssertionError, KeyError, ValueError) as error:
+        pairs = f" with KEY VALUE pairs {list(opts)}" if opts else ""
+        raise ValueError(
+            f"{file}{pairs}: {error.args[0]}. Correct the key or its value."
         ) from error
     return cfg

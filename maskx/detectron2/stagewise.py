@@ -156,30 +156,6 @@ class Stage:
         return cfg
 
 
-def read_config(config_file: Path, opts: Sequence[Any] = ()) -> CfgNode:
-    """Read a configuration.
-
-    Args:
-        config_file: YAML file.
-        opts: KEY VALUE pairs over the file, as on a command line.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a key does not exist or has a value of the wrong type.
-    """
-    if not config_file.is_file():
-        raise FileNotFoundError(f"'{config_file}': there is no such config file.")
-    try:
-        cfg = read_config(config_file)
-        cfg.merge_from_list(list(opts))
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{config_file} with KEY VALUE pairs {list(opts)}: {error.args[0]}. "
-            "Correct the key or its value."
-        ) from error
-    return cfg
-
-
 def check_stages(first: Stage | Path, second: Stage) -> None:
     """Check that a second stage can follow, before hours are spent on the first.
 

@@ -132,8 +132,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Returns:
         The frozen configuration. All data sets it names are registered, and it was checked.
     """
-    cfg = read_config(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = read_config(args.config_file, args.opts)
     cfg.freeze()
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="maskx")
     default_setup(cfg, args)

@@ -52,7 +52,7 @@ def test_a_configuration_runs_no_code(tmp_path, evil, where):
 
 
 def test_a_missing_configuration_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.yaml': there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml': there is no such config file"):
         read_config(tmp_path / "none.yaml")
 
 

@@ -598,7 +598,10 @@ def test_patterns_of_another_network_are_refused(finished, weights, opts, tmp_pa
         (b"nothing", r"cannot be read \(UnpicklingError\)\. Give the model_final\.pth"),
         (b"", r"cannot be read \(EOFError\)"),
         ([1, 2], r"cannot be read \(AttributeError\)"),
-        ({"model": {}}, r"lacks 107 of the model's weights.*: 'classifier\.backbone\.conv1\.weight"),
+        (
+            {"model": {}},
+            r"lacks 107 of the model's weights.*: 'classifier\.backbone\.conv1\.weight",
+        ),
     ],
 )
 def test_weights_that_are_none_are_refused(opts, tmp_path, content, words):

@@ -171,7 +171,7 @@ CRAFTED = {
 @pytest.mark.parametrize("message", CRAFTED)
 def test_a_crafted_file_is_refused(path, message):
     path.write_bytes(b"(dVblobs\n(dVx\n" + CRAFTED[message] + b"ss.")
-    with pytest.raises(ValueError, match=rf"model_final.pkl is no Caffe2 weights.*{message}"):
+    with pytest.raises(ValueError, match=rf"model_final.pkl is no weights.*{message}"):
         read_caffe2_file(path)
     np.testing.assert_array_equal(
         read_caffe2_file(write(path, {"blobs": ARRAYS}))[0]["int"], [-1, 300]

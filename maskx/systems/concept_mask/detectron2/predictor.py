@@ -12,8 +12,8 @@ from detectron2.data import detection_utils as utils
 
 from maskx.core.files import written_whole
 from maskx.data.coco import load_coco
+from maskx.detectron2.config import read_config
 from maskx.detectron2.hooks import hooks_of
-from maskx.detectron2.stagewise import read_config
 from maskx.detectron2.trainer import load_trained
 from maskx.systems.concept_mask.detectron2.data import concept_split, concept_table, unseen_words
 from maskx.systems.concept_mask.detectron2.model import MaskXConceptMask
