@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 
 from maskx.core.command_line import ended_in_one_line
-from maskx.data.grabcut_coco import write_grabcut_json
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,6 +35,8 @@ def main() -> None:
     """Write the file; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
     with ended_in_one_line("the same command goes on with the images that are left"):
+        from maskx.data.grabcut_coco import write_grabcut_json
+
         summary = write_grabcut_json(
             arguments.json,
             arguments.images,

@@ -23,18 +23,6 @@ import argparse
 from pathlib import Path
 
 from maskx.core.command_line import ended_in_one_line
-from maskx.detectron2 import check_num_gpus  # says what is missing
-
-# isort: split
-from studies.random_splits import (
-    BASELINE,
-    PAPER_SPLITS,
-    TRANSFER,
-    RandomSplits,
-    write_summary,
-)
-
-from maskx.detectron2.stagewise import Stage
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "MaskX" / "random_splits"
 
@@ -52,14 +40,13 @@ def parse_arguments() -> argparse.Namespace:
     first.add_argument(
         "--plot-only", action="store_true", help="only the table and the figure of OUTPUT"
     )
-    for method, name in ((BASELINE, "baseline"), (TRANSFER, "clsbox_2_layer")):
+    for method, name in (("baseline", "baseline"), ("transfer", "clsbox_2_layer")):
         default = CONFIGS / f"{name}_R_50_FPN_1x.yaml"
         add(f"--{method}-config", **file, default=default, help=f"stage 2 of the {method}")
     add("--output", type=Path, default=Path("output/random_splits"), help="folder of all runs")
     add(
         "--splits",
         nargs="+",
-        default=PAPER_SPLITS,
         metavar="SPLIT",
         help="names or files (default: coco_random_{20,30,40,50,60}_{1..5})",
     )
@@ -78,6 +65,19 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Make all runs and the summary."""
+    from maskx.detectron2 import check_num_gpus  # says what is missing
+
+    # isort: split
+    from studies.random_splits import (
+        BASELINE,
+        PAPER_SPLITS,
+        TRANSFER,
+        RandomSplits,
+        write_summary,
+    )
+
+    from maskx.detectron2.stagewise import Stage
+
     if not arguments.plot_only:
         check_num_gpus(arguments.num_gpus)
         detector = arguments.stage1_weights
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
             stage1_opts = (*arguments.opts, *arguments.stage1_opts)
             detector = Stage(arguments.stage1, arguments.output / "stage1", stage1_opts)
         RandomSplits(
-            arguments.splits,
+            arguments.splits or PAPER_SPLITS,
             configs={BASELINE: arguments.baseline_config, TRANSFER: arguments.transfer_config},
             detector=detector,
             output=arguments.output,

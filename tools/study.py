@@ -17,7 +17,7 @@ Examples:
 import argparse
 from pathlib import Path
 
-from studies.run import StudyOptions, run_study
+from studies.options import StudyOptions
 
 import maskx.systems  # noqa: F401 - registers them
 from maskx.core.command_line import ended_in_one_line
@@ -49,6 +49,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the study; user errors end with their message instead of a traceback."""
     with ended_in_one_line("the same command goes on from the last checkpoint"):
+        from studies.run import run_study
+
         run_study(StudyOptions(**vars(parse_arguments())), print)
 
 

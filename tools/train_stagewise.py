@@ -21,10 +21,6 @@ import argparse
 from pathlib import Path
 
 from maskx.core.command_line import ended_in_one_line
-from maskx.detectron2 import check_num_gpus  # says what is missing
-
-# isort: split
-from maskx.detectron2.stagewise import Stage, check_stages, run_stages, stage_is_finished
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,6 +53,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check everything, then run what is not finished."""
+    from maskx.detectron2 import check_num_gpus  # says what is missing
+
+    # isort: split
+    from maskx.detectron2.stagewise import Stage, check_stages, run_stages, stage_is_finished
+
     check_num_gpus(arguments.num_gpus)
     output, opts = arguments.output, arguments.opts
     first = arguments.stage1_weights

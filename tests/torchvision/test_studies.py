@@ -3,7 +3,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from studies.run import StudyOptions, find_study, run_study
+from studies.options import StudyOptions
+from studies.run import find_study, run_study
 
 import maskx.systems  # noqa: F401 - registers them
 from maskx.engine.system import system_names

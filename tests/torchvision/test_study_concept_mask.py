@@ -3,7 +3,8 @@ import functools
 import pytest
 from studies import concept_mask as study_concept_mask
 from studies.concept_mask import SETTINGS
-from studies.run import StudyOptions, run_study
+from studies.options import StudyOptions
+from studies.run import run_study
 
 from maskx.engine import training_chain
 from maskx.systems.concept_mask import quickstart as quickstart_concept_mask

@@ -2,10 +2,10 @@ import dataclasses
 import json
 
 import pytest
+from studies.options import StudyOptions
 from studies.study import (
     Measure,
     Ordering,
-    StudyOptions,
     System,
     check_orderings,
     format_orderings,

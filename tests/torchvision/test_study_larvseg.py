@@ -1,7 +1,8 @@
 import pytest
 import torch
 from studies.larvseg import METHODS
-from studies.run import StudyOptions, run_study
+from studies.options import StudyOptions
+from studies.run import run_study
 
 from maskx.engine import quickstart, training_chain
 

@@ -33,7 +33,8 @@ from maskx.systems.class_patterns.steps import (
     make_masks,
     project,
 )
-from studies.study import Measure, Ordering, Report, Study, StudyOptions, process_lock
+from studies.options import StudyOptions
+from studies.study import Measure, Ordering, Report, Study, process_lock
 
 _LAYERS = ("C41", "C42", "C43")
 _PAPER, _DEFAULT = "zero_ignore", "otsu_standardised"

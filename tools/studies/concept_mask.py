@@ -16,7 +16,8 @@ from maskx.systems.concept_mask.evaluation import evaluate_concepts
 from maskx.systems.concept_mask.pipeline import open_chain
 from maskx.systems.concept_mask.quickstart import make_scene_data
 from maskx.systems.concept_mask.steps import fit_concepts
-from studies.study import Measure, Ordering, Report, Study, StudyOptions, process_lock
+from studies.options import StudyOptions
+from studies.study import Measure, Ordering, Report, Study, process_lock
 
 _DEFAULT = ConceptMaskMethod()
 

@@ -15,7 +15,8 @@ from maskx.engine.training import select_device
 from maskx.systems.larvseg.chain import LarvSegChain, LarvSegMethod, LarvSegSettings
 from maskx.systems.larvseg.evaluation import evaluate_larvseg
 from maskx.systems.larvseg.samples import labelled_images, sets_of_one_file, split_groups
-from studies.study import Measure, Ordering, Report, Study, StudyOptions, process_lock
+from studies.options import StudyOptions
+from studies.study import Measure, Ordering, Report, Study, process_lock
 
 _BASELINE, _CROSS = LarvSegMethod("baseline"), LarvSegMethod()
 _SINGLE, _NORMALISED = LarvSegMethod(bank="single"), LarvSegMethod(pooling="normalised")

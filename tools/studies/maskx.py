@@ -26,7 +26,8 @@ from maskx.systems.maskx_rcnn.torchvision import (
     faster_rcnn_small,
     maskx_rcnn_small,
 )
-from studies.study import Measure, Ordering, Report, Study, StudyOptions, process_lock
+from studies.options import StudyOptions
+from studies.study import Measure, Ordering, Report, Study, process_lock
 
 # What each word of a method sets; those of configs/MaskX/README.md set the same there.
 WORDS: Mapping[str, Mapping[str, Any]] = {

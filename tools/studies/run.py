@@ -6,9 +6,10 @@ from typing import Any
 
 from maskx.engine.system import find_system
 from maskx.evaluation.plots import check_matplotlib
-from studies.study import Study, StudyOptions, make_study
+from studies.options import StudyOptions
+from studies.study import Study, make_study
 
-__all__ = ["StudyOptions", "find_study", "run_study"]
+__all__ = ["find_study", "run_study"]
 
 
 def find_study(system: str) -> Study:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from studies import class_patterns as study_class_patterns
 from studies.class_patterns import STUDY
-from studies.run import StudyOptions, run_study
+from studies.options import StudyOptions
+from studies.run import run_study
 
 from maskx.engine import quickstart
 

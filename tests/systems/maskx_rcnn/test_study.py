@@ -7,7 +7,8 @@ import pytest
 import torch
 from studies import maskx as study_maskx
 from studies.maskx import PAPER_SETTINGS, STUDY, WORDS, mask_branch
-from studies.run import StudyOptions, run_study
+from studies.options import StudyOptions
+from studies.run import run_study
 
 from maskx.engine import quickstart
 

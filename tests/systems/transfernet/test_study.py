@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from studies import transfernet as study_transfernet
-from studies.run import StudyOptions, run_study
+from studies.options import StudyOptions
+from studies.run import run_study
 from studies.transfernet import METHODS
 
 from maskx.engine import quickstart, training_chain
@@ -140,7 +141,8 @@ TINY_STUDY = """
 import json, sys
 from pathlib import Path
 from maskx.engine import quickstart
-from studies.run import StudyOptions, run_study
+from studies.options import StudyOptions
+from studies.run import run_study
 quickstart.SPARSE_SCENES, quickstart.VAL_SCENES, quickstart.SCENE_SIZE = 24, 6, 64
 options = json.loads(sys.argv[1])
 run_study(StudyOptions(**options | {"output": Path(options["output"])}), print)
