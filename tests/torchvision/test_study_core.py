@@ -6,7 +6,7 @@ from studies.options import StudyOptions
 from studies.study import (
     Measure,
     Ordering,
-    System,
+    Study,
     check_orderings,
     format_orderings,
     format_study,
@@ -47,7 +47,7 @@ def describe(options, setting):
     return {"iterations": options.iterations or 7}
 
 
-SYSTEM = System(
+SYSTEM = Study(
     settings=("a", "bb", "cosine"),
     measures=MEASURES,
     plotted=("score",),
