@@ -28,8 +28,11 @@ def _concept_split(
     output: Path | None,
 ) -> Iterator[str]:
     from maskx.core.word_table import load_word_table
-    from maskx.systems.concept_mask.concept_lists import choose_concepts, format_concept_lists
-    from maskx.systems.concept_mask.concept_sets import write_concept_split
+    from maskx.systems.concept_mask.concept_sets import (
+        choose_concepts,
+        format_concept_lists,
+        write_concept_split,
+    )
 
     output = output or root / "concepts" / "split.json"
     split, summary = choose_concepts(

@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from maskx.engine.training import select_device
-from maskx.systems.concept_mask.evaluation import fit_run
+from maskx.systems.concept_mask.pipeline import fit_run
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +47,8 @@ def fit(arguments: argparse.Namespace) -> dict[str, Any]:
     device = select_device(arguments.device)
     if arguments.run is not None:
         return fit_run(arguments.run, *data, strict=strict, device=device)
-    from maskx.systems.concept_mask.detectron2.predictor import fit_checkpoint, trained_config
+    import maskx.detectron2  # noqa: F401 - before its parts: it registers them all
+    from maskx.systems.concept_mask.detectron2.model import fit_checkpoint, trained_config
 
     cfg = trained_config(arguments.config_file, arguments.opts, device=device)
     return fit_checkpoint(cfg, *data, strict=strict)

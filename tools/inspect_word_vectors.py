@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from maskx.core.word_table import load_word_table
-from maskx.systems.concept_mask.word_vector_report import (
+from maskx.systems.concept_mask.tag_vectors import (
     format_neighbours,
     format_spectrum,
     plot_spectrum,

@@ -23,8 +23,11 @@ import numpy as np
 from maskx.core.files import written_text, written_whole
 from maskx.core.word_table import WordTable, load_word_table, save_word_table, word_table_from_file
 from maskx.data.tag_lists import TagList, read_tag_list, read_vocabulary
-from maskx.systems.concept_mask.tag_vectors import fold_in_words, learn_word_vectors
-from maskx.systems.concept_mask.word_vector_report import format_spectrum
+from maskx.systems.concept_mask.tag_vectors import (
+    fold_in_words,
+    format_spectrum,
+    learn_word_vectors,
+)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from maskx.engine.training import select_device
-from maskx.systems.concept_mask.predictor import ConceptPredictor, segment_files
-from maskx.systems.concept_mask.steps import read_unseen_words
+from maskx.systems.concept_mask.predictor import segment_files
+from maskx.systems.concept_mask.query import read_unseen_words
+from maskx.systems.concept_mask.system import open_predictor
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,25 +35,29 @@ def parse_arguments() -> argparse.Namespace:
     add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="pairs over --config-file")
     add("--concepts", nargs="+", metavar="NAME", help="default: all that seem to exist")
     add("--unseen-words", help=".npy file of tools/learn_word_vectors.py --fold-in, or a table")
+    add("--blend-unseen", action="store_true", help="blend their maps with the nearest boxed one")
     add("--output", type=Path, default=Path("output/concepts"), help="default: output/concepts")
     add("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()
 
 
-def open_predictor(arguments: argparse.Namespace) -> Callable[..., dict[str, Any]]:
+def make_predictor(arguments: argparse.Namespace) -> Callable[..., dict[str, Any]]:
     """Open the model of either host, to be called with an RGB image and names."""
     device = select_device(arguments.device)
     words = arguments.unseen_words
     if arguments.run is not None:
-        opened = ConceptPredictor.open(arguments.run, device=device)
+        opened = open_predictor(arguments.run, device=device)
         if words is not None:
-            opened.unseen = read_unseen_words(words, opened.table)
+            opened.unseen = read_unseen_words(words, opened.model.table)
+        opened.blend_unseen = arguments.blend_unseen
         return opened
-    from maskx.systems.concept_mask.detectron2 import predictor as concept_predictor
+    from maskx.detectron2 import ConceptPredictor  # before its parts: it registers them all
+    from maskx.systems.concept_mask.detectron2.model import trained_config
 
     opts = [*arguments.opts, *([] if words is None else ["TEST.MASKX.UNSEEN_WORDS", words])]
-    cfg = concept_predictor.trained_config(arguments.config_file, opts, device=device)
-    predict = concept_predictor.ConceptPredictor(cfg)
+    cfg = trained_config(arguments.config_file, opts, device=device)
+    cfg.TEST.MASKX.BLEND_UNSEEN = cfg.TEST.MASKX.BLEND_UNSEEN or arguments.blend_unseen
+    predict = ConceptPredictor(cfg)
     return lambda image, concepts: predict(image[:, :, ::-1], concepts)
 
 
@@ -60,15 +65,17 @@ def main() -> None:
     """Find concepts and list them; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
     try:
-        predictor = open_predictor(arguments)
+        predictor = make_predictor(arguments)
         results = segment_files(predictor, arguments.images, arguments.output, arguments.concepts)
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")
-    print("| image | concept | existence | exists | share of the image |\n|---|---|---|---|---|")
+    print("| image | concept | existence | exists | share of the image | borrowed |")
+    print("|---|---|---|---|---|---|")
     for image, found in results.items():
         for name, each in found.items():
             cells = f"{each.existence:.3f} | {'yes' if each.exists else 'no'}"
-            print(f"| {image} | {name} | {cells} | {each.mask.mean():.3f} |")
+            rest = f"{1 - each.own_share:.0%} {each.borrowed}" if each.borrowed else "-"
+            print(f"| {image} | {name} | {cells} | {each.mask.mean():.3f} | {rest} |")
     empty = [image for image, found in results.items() if not found]
     if empty:
         print(f"No concept seems to be in {', '.join(empty)}.")

@@ -29,7 +29,7 @@ from maskx.detectron2 import check_num_gpus  # says what is missing
 
 # isort: split
 from maskx.detectron2.stagewise import exit_with_message, run_stages
-from maskx.systems.concept_mask.detectron2.stages import check_concept_stages, concept_stages
+from maskx.systems.concept_mask.detectron2.model import check_concept_stages, concept_stages
 
 
 def parse_arguments() -> argparse.Namespace:

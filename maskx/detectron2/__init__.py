@@ -30,11 +30,13 @@ from maskx.detectron2.sem_seg_evaluation import MaskXLargeVocabularyEvaluator, M
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
 from maskx.systems.class_patterns.detectron2.model import MaskXDeepLab
-from maskx.systems.concept_mask.detectron2 import hooks as _concept_mask  # noqa: F401
-from maskx.systems.concept_mask.detectron2.data import MaskXConceptMapper
-from maskx.systems.concept_mask.detectron2.evaluation import MaskXConceptEvaluator
-from maskx.systems.concept_mask.detectron2.model import MaskXConceptMask
-from maskx.systems.concept_mask.detectron2.predictor import ConceptPredictor
+from maskx.systems.concept_mask.detectron2.data import MaskXConceptEvaluator
+from maskx.systems.concept_mask.detectron2.model import (
+    ConceptPredictor,
+    MaskXConceptEmbedding,
+    MaskXConceptRefinement,
+    MaskXConceptSegmentation,
+)
 from maskx.systems.larvseg.detectron2 import hooks as _larvseg  # noqa: F401
 from maskx.systems.larvseg.detectron2.data import MaskXJointMapper
 from maskx.systems.larvseg.detectron2.model import MaskXLarvSeg
@@ -64,9 +66,10 @@ __all__ = [
     "MaskHeadProtocol",
     "MaskXCOCOEvaluator",
     "MaskXCascadeROIHeads",
+    "MaskXConceptEmbedding",
     "MaskXConceptEvaluator",
-    "MaskXConceptMapper",
-    "MaskXConceptMask",
+    "MaskXConceptRefinement",
+    "MaskXConceptSegmentation",
     "MaskXDatasetMapper",
     "MaskXDeepLab",
     "MaskXGrabCutRCNN",

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
+from detectron2.data import DatasetFromList, build_detection_test_loader
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
 from maskx.data.image_samples import read_image_sample
-from maskx.detectron2.datasets import class_names_of, split_from_config
+from maskx.detectron2.datasets import class_names_of, records_of, split_from_config
 from maskx.detectron2.hooks import Detectron2Hooks
 from maskx.engine.batches import (
     MappedRecords,
@@ -133,7 +133,7 @@ def test_loader(
         read: makes a sample of a record, with its image in RGB.
     """
     return build_detection_test_loader(
-        DatasetCatalog.get(dataset_name),
+        records_of(dataset_name),
         mapper=in_format(read, cfg.INPUT.FORMAT),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
@@ -197,7 +197,7 @@ class ScoresEvaluator(DatasetEvaluator):
     """
 
     def __init__(self, dataset_name: str, make_scores: Callable[[], Scores]) -> None:
-        self._records = {r["image_id"]: r for r in DatasetCatalog.get(dataset_name)}
+        self._records = {r["image_id"]: r for r in records_of(dataset_name)}
         self._make_scores = make_scores
         self.reset()
 
@@ -233,7 +233,7 @@ def hooks_of_system(system: System, settings: Callable[[CfgNode], Any]) -> Detec
         return class_names_of((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[0])
 
     def train_loader(cfg: CfgNode) -> SeededLoader:
-        records = [r for name in cfg.DATASETS.TRAIN for r in DatasetCatalog.get(name)]
+        records = [r for name in cfg.DATASETS.TRAIN for r in records_of(name)]
         mapper = system.samples(settings(cfg), class_names(cfg), split_from_config(cfg))
         return seeded_train_loader(cfg, records, in_format(mapper, cfg.INPUT.FORMAT))
 

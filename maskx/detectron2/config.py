@@ -10,6 +10,12 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.utils.file_io import PathManager
 
+from maskx.core.checks import default_of
+from maskx.systems.concept_mask.attention import AttentionRefinement
+from maskx.systems.concept_mask.embedding import ConceptEmbedding
+from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel
+from maskx.systems.concept_mask.samples import ConceptMapper
+from maskx.systems.concept_mask.segmenter import ConceptSegmenter, build_encoder
 from maskx.systems.transfernet.model import build_network
 
 
@@ -155,46 +161,49 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.LARVSEG.IMAGE_WEIGHT = 0.1
     keys.MODEL.MASKX.LARVSEG.ATTENTIVE_WEIGHT = 0.1
 
-    # What MaskXConceptMask reads. Its concepts are the words of the table; NUM_CLASSES is not read.
+    # What MaskXConceptEmbedding, MaskXConceptRefinement and MaskXConceptSegmentation read: stage 1
+    # learns from tags to embed images among word vectors, stage 2 from boxes to refine attention
+    # maps, stage 3 from masks to segment; each starts from the one before (MODEL.WEIGHTS). Their
+    # concepts are the words of the table; NUM_CLASSES is not read.
     keys.MODEL.MASKX.CONCEPT_MASK = CN()
-    # 1 learns from tags to embed images among word vectors, 2 from boxes to refine attention maps,
-    # 3 from masks to segment; each starts from the one before (MODEL.WEIGHTS).
-    keys.MODEL.MASKX.CONCEPT_MASK.STAGE = 1
     # File of the word table; see tools/learn_word_vectors.py.
     keys.MODEL.MASKX.CONCEPT_MASK.WORD_TABLE = ""
     # Which concepts have boxes, and which masks: a JSON file, see
     # maskx.systems.concept_mask.concept_sets.read_concept_split, or "scenes_concepts" for the
     # generated scenes.
     keys.MODEL.MASKX.CONCEPT_MASK.SPLIT = ""
+    concept = keys.MODEL.MASKX.CONCEPT_MASK
     # Hidden channels of the embedding, and whether it ends with a ReLU, as the paper has it: no
     # embedding then has a negative entry, which word vectors do have.
-    keys.MODEL.MASKX.CONCEPT_MASK.EMBEDDING_CHANNELS = (2048, 2048)
-    keys.MODEL.MASKX.CONCEPT_MASK.FINAL_RELU = False
+    concept.EMBEDDING_CHANNELS = default_of(ConceptEmbedding, "hidden_channels")
+    concept.FINAL_RELU = default_of(ConceptEmbedding, "final_relu")
     # Hidden channels of the refinement.
-    keys.MODEL.MASKX.CONCEPT_MASK.HIDDEN_CHANNELS = 1024
+    concept.HIDDEN_CHANNELS = default_of(AttentionRefinement, "hidden_channels")
     # Sides in pixels of the squares that attention maps are made of, a map of each.
-    keys.MODEL.MASKX.CONCEPT_MASK.ATTENTION_SIZES = (300, 700)
+    concept.ATTENTION_SIZES = default_of(EmbeddingModel, "attention_sizes")
     # N and c of the matching loss (Eq. 2).
-    keys.MODEL.MASKX.CONCEPT_MASK.NUM_MATCHED = 800
-    keys.MODEL.MASKX.CONCEPT_MASK.MATCHING_WEIGHT = 1e-6
+    concept.NUM_MATCHED = default_of(RefinementModel, "num_matched")
+    concept.MATCHING_WEIGHT = default_of(RefinementModel, "matching_weight")
     # Weight of the spatial discrimination loss (Eq. 4), 0 for none, and the file of overlaps of
     # tools/concept_overlap.py that it needs.
-    keys.MODEL.MASKX.CONCEPT_MASK.DISCRIMINATION_WEIGHT = 1.0
-    keys.MODEL.MASKX.CONCEPT_MASK.OVERLAP = ""
-    # Encoder of the segmentation network: depth of a ResNet (18, 34, 50, 101), or 0 for a small
-    # network; whether stage 3 starts it from ImageNet weights of torchvision, which are downloaded.
-    keys.MODEL.MASKX.CONCEPT_MASK.ENCODER_DEPTH = 50
-    keys.MODEL.MASKX.CONCEPT_MASK.ENCODER_PRETRAINED = False
-    keys.MODEL.MASKX.CONCEPT_MASK.DECODER_CHANNELS = (256, 128, 64, 64, 32)
+    concept.DISCRIMINATION_WEIGHT = default_of(RefinementModel, "discrimination_weight")
+    concept.OVERLAP = ""
+    # Encoder of the segmentation network, see maskx.systems.concept_mask.segmenter.build_encoder:
+    # a ResNet or "small", with the widths of the latter; whether stage 3 starts it from ImageNet
+    # weights, which are downloaded.
+    concept.ENCODER = default_of(build_encoder, "name")
+    concept.ENCODER_WIDTHS = default_of(build_encoder, "widths")
+    concept.ENCODER_PRETRAINED = False
+    concept.DECODER_CHANNELS = default_of(ConceptSegmenter, "decoder_channels")
     # Most concepts of an image in a step of stage 3, drawn at random.
-    keys.MODEL.MASKX.CONCEPT_MASK.MAX_CONCEPTS = 4
+    concept.MAX_CONCEPTS = default_of(ConceptMapper, "max_concepts")
 
     keys.INPUT = CN()
     keys.INPUT.MASKX = CN()
     # Side in pixels of the squares that image classifiers and semantic segmentation train on, and
     # that image classifiers predict on; images are warped to them. MaskXTransferNet predicts on
     # such squares too, but pads images to squares first instead of warping them. The segmentation
-    # network of MaskXConceptMask sees such squares, in training and in prediction.
+    # network of MaskXConceptSegmentation sees such squares, in training and in prediction.
     keys.INPUT.MASKX.SIZE = 328
 
     keys.DATASETS = CN()
@@ -261,11 +270,16 @@ def _defaults() -> CN:
     # 0: the whole image. STRIDE 0: WINDOW. Logits are averaged where windows overlap.
     keys.TEST.MASKX.WINDOW = 0
     keys.TEST.MASKX.STRIDE = 0
-    # Concepts that MaskXConceptMask finds in an image, by name; (): all that exist in it.
+    # Concepts that the networks of ConceptMask find in an image, by name; (): all that exist in it.
     keys.TEST.MASKX.CONCEPTS = ()
     # Words that are not in the table of the model, found by their vectors alone: the .npy file of
     # tools/learn_word_vectors.py --fold-in, with the words beside it in a .txt file, or a table.
     keys.TEST.MASKX.UNSEEN_WORDS = ""
+    # True: maps of these words are blended with those of the nearest concept with boxes. False:
+    # they are found by Eq. 1 alone, as in the paper. Evaluation measures both.
+    keys.TEST.MASKX.BLEND_UNSEEN = False
+    # Those of ATTENTION_SIZES whose maps are shown and measured; (): all.
+    keys.TEST.MASKX.SCORED_SIZES = default_of(EmbeddingModel, "scored_sizes")
     return keys
 
 

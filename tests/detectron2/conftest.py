@@ -345,9 +345,9 @@ def make_concept_cfg(tmp_path, concept_files, tiny_concepts):
         cfg.merge_from_list(list(TINY_CONCEPTS))
         keys = cfg.MODEL.MASKX.CONCEPT_MASK
         keys.ATTENTION_SIZES = (32, 48)[: len(keys.ATTENTION_SIZES)]
-        keys.ENCODER_DEPTH = min(keys.ENCODER_DEPTH, 18)
+        keys.ENCODER = "small" if keys.ENCODER == "small" else "resnet18"
         keys.WORD_TABLE = str(concept_files / "words.safetensors")
-        if keys.STAGE == 2 and keys.DISCRIMINATION_WEIGHT:
+        if cfg.MODEL.META_ARCHITECTURE == "MaskXConceptRefinement" and keys.DISCRIMINATION_WEIGHT:
             keys.OVERLAP = str(concept_files / "overlap.npz")
         cfg.merge_from_list(["OUTPUT_DIR", str(tmp_path / "output"), *opts])
         return cfg

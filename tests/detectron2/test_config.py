@@ -764,11 +764,13 @@ def test_full_larvseg_has_the_papers_layers(downloads):
     assert network.bank.means.shape == (len(union), 20, 768)
 
 
+STAGE_OF = {"MaskXConceptEmbedding": 1, "MaskXConceptRefinement": 2, "MaskXConceptSegmentation": 3}
+
+
 @pytest.mark.parametrize("name", CONCEPT_YAMLS)
 def test_every_file_of_concept_mask_builds_trains_and_predicts(name, make_concept_cfg):
     cfg = make_concept_cfg(file=name)
     Trainer(cfg)  # checks the configuration with its data
-    keys = cfg.MODEL.MASKX.CONCEPT_MASK
     torch.manual_seed(0)
     model = build_model(cfg).train()
     batch = next(iter(Trainer.build_train_loader(cfg)))
@@ -777,7 +779,9 @@ def test_every_file_of_concept_mask_builds_trains_and_predicts(name, make_concep
         1: {"loss_embedding"},
         2: {"loss_boxes", "loss_matching", "loss_discrimination"},
         3: {"loss_masks"},
-    }[keys.STAGE] - ({"loss_discrimination"} if "no_negatives" in name else set())
+    }[STAGE_OF[cfg.MODEL.META_ARCHITECTURE]] - (
+        {"loss_discrimination"} if "no_negatives" in name else set()
+    )
     assert all(torch.isfinite(loss) for loss in losses.values())
     optimizer = Trainer.build_optimizer(cfg, model)
     sum(losses.values()).backward()
@@ -785,28 +789,29 @@ def test_every_file_of_concept_mask_builds_trains_and_predicts(name, make_concep
     optimizer.step()
     test = next(iter(Trainer.build_test_loader(cfg, "tiny_concepts")))
     (result,) = model.eval()(test)
-    asked = len(test[0]["class_indices"])
-    assert result["masks"].shape == (asked, 64, 64)
-    assert model.network.embedding.layers.norm3.weight.shape == (12,)
-    assert hasattr(model.network.embedding.layers, "relu3") == ("final_relu" in name)
+    assert result["masks"].shape == (len(test[0]["query"]), 64, 64)
+    assert model.embedding.layers.norm3.weight.shape == (12,)
+    assert hasattr(model.embedding.layers, "relu3") == ("final_relu" in name)
 
 
 @pytest.mark.parametrize("name", CONCEPT_EXPERIMENTS)
 def test_experiments_of_concept_mask_have_the_papers_settings(name):
     """Section 3 and 4 of the paper; rates, batches and iterations are in its supplement."""
     cfg = load(name, CONCEPT_MASK)
-    keys = cfg.MODEL.MASKX.CONCEPT_MASK
+    keys, own = cfg.MODEL.MASKX.CONCEPT_MASK, STAGE_OF[cfg.MODEL.META_ARCHITECTURE]
     stage, what = re.match(r"stage(\d)_(\w+?)_(?:\w+_)?R_50\.yaml", name).groups()
-    assert int(stage) == keys.STAGE
-    assert what == {1: "embedding", 2: "refinement", 3: "segmentation"}[keys.STAGE]
+    assert int(stage) == own
+    assert what == {1: "embedding", 2: "refinement", 3: "segmentation"}[own]
     assert cfg.MODEL.BACKBONE.NAME == "MaskXTimm"
     assert cfg.MODEL.MASKX.BACKBONE.NAME == "resnet50.tv2_in1k"
     assert cfg.MODEL.MASKX.BACKBONE.OUTPUT_STRIDE in (0, 32)
     assert ((300,) if "one_size" in name else (300, 700)) == keys.ATTENTION_SIZES
     assert (keys.NUM_MATCHED, keys.MATCHING_WEIGHT) == (800, 1e-6)
+    assert (keys.EMBEDDING_CHANNELS, keys.HIDDEN_CHANNELS) == ((2048, 2048), 1024)
+    assert ("resnet50", own == 3) == (keys.ENCODER, keys.ENCODER_PRETRAINED)
     assert ("final_relu" in name) == keys.FINAL_RELU
     assert (0.0 if "no_negatives" in name else 1.0) == keys.DISCRIMINATION_WEIGHT
-    assert (keys.STAGE == 1) == cfg.MODEL.MASKX.BACKBONE.PRETRAINED
+    assert (own == 1) == cfg.MODEL.MASKX.BACKBONE.PRETRAINED
     assert f"output/ConceptMask/{name.removesuffix('.yaml')}" == cfg.OUTPUT_DIR
 
 
@@ -816,14 +821,14 @@ def test_stages_of_concept_mask_start_from_one_another():
     shared = ("EMBEDDING_CHANNELS", "FINAL_RELU", "SPLIT", "WORD_TABLE", "HIDDEN_CHANNELS")
     for name in names:
         cfg = load(name, CONCEPT_MASK)
-        keys = cfg.MODEL.MASKX.CONCEPT_MASK
-        if keys.STAGE == 1:
+        stage = STAGE_OF[cfg.MODEL.META_ARCHITECTURE]
+        if stage == 1:
             assert cfg.MODEL.WEIGHTS == ""
             continue
         before = load(written[cfg.MODEL.WEIGHTS], CONCEPT_MASK)
-        assert before.MODEL.MASKX.CONCEPT_MASK.STAGE == keys.STAGE - 1
+        assert STAGE_OF[before.MODEL.META_ARCHITECTURE] == stage - 1
         for key in shared:
-            assert before.MODEL.MASKX.CONCEPT_MASK[key] == keys[key]
+            assert before.MODEL.MASKX.CONCEPT_MASK[key] == cfg.MODEL.MASKX.CONCEPT_MASK[key]
         for key in ("BACKBONE", "RESNETS", "PIXEL_MEAN", "PIXEL_STD"):
             assert before.MODEL[key] == cfg.MODEL[key]
 
@@ -841,10 +846,10 @@ def test_full_concept_mask_has_the_papers_size(tmp_path):
     keys = cfg.MODEL.MASKX.CONCEPT_MASK
     keys.WORD_TABLE, keys.OVERLAP = str(tmp_path / "words"), ""
     keys.SPLIT = str(tmp_path / "split.json")
-    network = build_model(cfg).network
+    network = build_model(cfg)
     assert network.refinement.conv1.weight.shape[:2] == (1024, count)
     assert network.refinement.conv2.weight.shape[:2] == (count, 1024)
-    assert network.is_boxed.sum() == 750
+    assert len(network.split.boxed) == 750
     assert network.embedding.stride == 32
     widths = [network.embedding.layers[i].out_features for i in (0, 3, 6)]
     assert widths == [2048, 2048, 512]

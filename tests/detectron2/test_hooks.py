@@ -12,7 +12,7 @@ from maskx.detectron2.hooks import hooks_of
         ("MaskXTransferClassifier", "transfernet", False),
         ("MaskXTransferNet", "transfernet", True),
         ("MaskXLarvSeg", "larvseg", False),
-        ("MaskXConceptMask", "concept_mask", False),
+        ("MaskXConceptSegmentation", "concept_mask", False),
         ("MaskXRCNN", "maskx", False),
         ("GeneralizedRCNN", "maskx", False),
         ("SemanticSegmentor", "maskx", False),

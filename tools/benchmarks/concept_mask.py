@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Case, num_parameters
 from maskx.core.timm_backbones import TimmBackbone
+from maskx.core.word_table import WordTable
+from maskx.systems.concept_mask.concept_sets import ConceptSplit
 from maskx.systems.concept_mask.embedding import ConceptEmbedding
-from maskx.systems.concept_mask.network import ConceptMask, ConceptQuery, concept_query
+from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel, SegmentationModel
+from maskx.systems.concept_mask.query import ConceptQuery, concept_query
 from maskx.systems.concept_mask.segmenter import ConceptSegmenter
 
 # Length of the word vectors; channels of the refinement; boxed concepts, of the paper.
@@ -57,13 +60,16 @@ def attention_cases(
     refinement, indices = network.refinement, query.indices
     with torch.no_grad():
         pairs = [
-            (refinement(each, indices).sigmoid(), _unfolded(refinement, each, indices))
+            (
+                refinement(each, network.vectors, indices).sigmoid(),
+                _unfolded(network, each, indices),
+            )
             for each in maps
         ]
     difference = max(float((folded - unfolded).abs().max()) for folded, unfolded in pairs)
     yield Case(
         f"unfolded, V = {num_vocabulary}, differs by {difference:.1e}",
-        torch.no_grad()(lambda: [_unfolded(refinement, each, indices) for each in maps]),
+        torch.no_grad()(lambda: [_unfolded(network, each, indices) for each in maps]),
         num_parameters(refinement),
         settings | {"vocabulary": num_vocabulary, "largest_difference": difference},
     )
@@ -97,7 +103,7 @@ def prediction_cases(
         query = _query(network, num_concepts)
         yield Case(
             f"V = {num_vocabulary}",
-            lambda n=network, q=query: n.predict(image, q),
+            lambda n=network, q=query: n.predict({"image": image}, q),
             sum(parameter.numel() for parameter in network.parameters()),
             settings | {"vocabulary": num_vocabulary},
         )
@@ -122,18 +128,21 @@ def training_cases(
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(num_images, _FEATURES, side, side, generator=generator).to(device)
     # The features take the place of the images, so that boxes are in their positions.
-    rows = torch.arange(4 * num_images, device=device)
-    boxes = torch.tensor([0.0, 0, side / 2, side / 2], device=device).expand(len(rows), 4)
+    boxes = torch.tensor([0.0, 0, side / 2, side / 2], device=device).expand(4, 4)
+    shared = {"boxes": boxes, "box_rows": torch.arange(4, device=device)}
     for num_vocabulary in vocabularies:
         before = _peak_resident_bytes()
         network = _network(_Features(), num_vocabulary, image_size=image_size).to(device).train()
-        num_boxed = int(network.is_boxed.sum())
-        concepts = [[(7 * n + j) % num_boxed for j in range(4)] for n in range(num_images)]
+        num_boxed = len(network.split.boxed)
+        samples = [
+            shared | {"concepts": [(7 * n + j) % num_boxed for j in range(4)]}
+            for n in range(num_images)
+        ]
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9)
 
-        def step(network=network, optimizer=optimizer, concepts=concepts) -> None:
-            losses = network.losses(features, concepts=concepts, boxes=boxes, box_rows=rows)
+        def step(network=network, optimizer=optimizer, samples=samples) -> None:
+            losses = network.losses(features, samples)
             sum(losses.values()).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -164,7 +173,7 @@ def _network(
     *,
     image_size: int,
     segmenter: ConceptSegmenter | None = None,
-) -> ConceptMask:
+) -> EmbeddingModel:
     """Make a network of stage 3 with a segmenter, or of stage 2."""
     torch.manual_seed(0)
     in_feature, in_channels = "features", _FEATURES
@@ -172,18 +181,17 @@ def _network(
         in_feature, in_channels = "layer4", backbone.feature_shapes["layer4"].channels
     embedding = ConceptEmbedding(backbone, in_feature=in_feature, in_channels=in_channels, dim=_DIM)
     num_boxed = min(_NUM_BOXED, num_vocabulary // 2)
-    return ConceptMask(
-        embedding,
-        vectors=torch.randn(num_vocabulary, _DIM),
-        idf=torch.ones(num_vocabulary),
-        boxed=range(num_boxed),
-        stage=2 if segmenter is None else 3,
-        hidden_channels=_HIDDEN,
-        segmenter=segmenter,
-        attention_sizes=attention_sizes(image_size),
-        mask_size=image_size,
-        gamma=_gamma(num_vocabulary, num_boxed) if segmenter is None else None,
-    )
+    names = tuple(f"concept {index}" for index in range(num_vocabulary))
+    vectors = torch.randn(num_vocabulary, _DIM).numpy()
+    parts = {
+        "table": WordTable(names, vectors, torch.ones(num_vocabulary).numpy()),
+        "split": ConceptSplit(names, names[:num_boxed], ()),
+        "hidden_channels": _HIDDEN,
+        "attention_sizes": attention_sizes(image_size),
+    }
+    if segmenter is None:
+        return RefinementModel(embedding, gamma=_gamma(num_vocabulary, num_boxed), **parts)
+    return SegmentationModel(embedding, segmenter=segmenter, mask_size=image_size, **parts)
 
 
 def _gamma(num_vocabulary: int, num_boxed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,16 +204,17 @@ def _gamma(num_vocabulary: int, num_boxed: int) -> tuple[Tensor, Tensor, Tensor]
     return counts.cumsum(0), indices, torch.full((len(indices),), 0.9)
 
 
-def _query(network: ConceptMask, num_concepts: int) -> ConceptQuery:
+def _query(network: EmbeddingModel, num_concepts: int) -> ConceptQuery:
     """Ask for concepts that lie far apart in the table: boxed ones first, others after them."""
     indices = torch.linspace(0, len(network.vectors) - 1, num_concepts).long()
     device = network.vectors.device
     return concept_query(indices.to(device), network.vectors[indices.to(device)])
 
 
-def _unfolded(refinement: nn.Module, embedding_map: Tensor, concepts: Tensor) -> Tensor:
+def _unfolded(network: RefinementModel, embedding_map: Tensor, concepts: Tensor) -> Tensor:
     """Refine (N, C, h, w) maps through the maps of all concepts, twice."""
-    maps = F.conv2d(embedding_map, refinement.vectors[:, :, None, None])
+    refinement = network.refinement
+    maps = F.conv2d(embedding_map, network.vectors[:, :, None, None])
     return refinement.conv2(F.relu(refinement.conv1(maps)))[:, concepts].sigmoid()
 
 

@@ -7,15 +7,18 @@ share the scenes, the word vectors and the stages that do not differ.
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from maskx.engine.training import select_device
-from maskx.systems.concept_mask.chain import ConceptMaskMethod, ConceptMaskSettings
-from maskx.systems.concept_mask.evaluation import evaluate_concepts
-from maskx.systems.concept_mask.pipeline import open_chain
-from maskx.systems.concept_mask.quickstart import make_scene_data
-from maskx.systems.concept_mask.steps import fit_concepts
+from maskx.systems.concept_mask.evaluation import evaluate_concepts, fit_concepts
+from maskx.systems.concept_mask.pipeline import (
+    QUICK,
+    ConceptMaskMethod,
+    ConceptMaskSettings,
+    make_scene_data,
+    open_chain,
+)
 from studies.options import StudyOptions
 from studies.study import Measure, Ordering, Report, Study, process_lock
 
@@ -30,16 +33,16 @@ class _Setting:
         stage: 1 and 2 for attention maps, 3 for masks.
         method: of the training.
         kind: of attention.
-        masks: what makes masks.
+        segment: make masks with the segmentation network, not of the attention.
     """
 
     stage: int
     method: ConceptMaskMethod = _DEFAULT
     kind: str = "own"
-    masks: str = "attention"
+    segment: bool = False
 
 
-_MASKS = {"kind": "blended", "masks": "segmentation"}
+_MASKS = {"kind": "blended", "segment": True}
 SETTINGS: Mapping[str, _Setting] = {
     "original": _Setting(1),
     "original_final_relu": _Setting(1, ConceptMaskMethod(final_relu=True)),
@@ -48,7 +51,7 @@ SETTINGS: Mapping[str, _Setting] = {
     "refined": _Setting(2),
     "segmentation": _Setting(3, **_MASKS),
     "one_size": _Setting(3, ConceptMaskMethod(two_sizes=False), **_MASKS),
-    "no_blending": _Setting(3, kind="own", masks="segmentation"),
+    "no_blending": _Setting(3, kind="own", segment=True),
     "thresholded_attention": _Setting(3, kind="blended"),
 }
 """What can be compared, by name."""
@@ -66,7 +69,7 @@ def _concept_settings(options: StudyOptions, seed: int = 0) -> ConceptMaskSettin
     )
     if options.stage2_iterations is not None:
         steps["segmentation_iterations"] = options.stage2_iterations
-    return ConceptMaskSettings(seed=seed, **steps)
+    return replace(QUICK, seed=seed, **steps)
 
 
 def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
@@ -98,15 +101,15 @@ class _SeedRuns:
         )
 
     def run(self, setting: str) -> dict[str, float]:
-        stage, method, kind, masks = vars(SETTINGS[setting]).values()
+        stage, method, kind, segment = vars(SETTINGS[setting]).values()
         # Stages are shared: one process trains while the others wait.
         with process_lock(self.folder):
             model = self.chain.model(stage, method)
         if kind == "blended" and method not in self._fitted:
-            fit_concepts(model.network, self.data.test(self.data.fitting), model.read_image)
+            fit_concepts(model, self.data.test(self.data.fitting))
             self._fitted.add(method)
         found = evaluate_concepts(
-            model, self.test, kind=kind, masks=masks, description=f"{setting}: evaluation"
+            model, self.test, kind=kind, segment=segment, description=f"{setting}: evaluation"
         )
         if stage == 3:
             return {f"iou_{level}": _mean_of_levels(found, "iou", (level,)) for level in _LEVELS}

@@ -45,23 +45,19 @@ class AttentionRefinement(nn.Module):
     call of ``train()`` or ``eval()``. The product is no part of the state dict.
 
     Args:
-        vectors: (V, k) word vectors; a buffer, in the checkpoint.
+        num_concepts: V.
         hidden_channels: H.
     """
 
-    def __init__(self, vectors: Tensor, *, hidden_channels: int = 1024) -> None:
+    def __init__(self, num_concepts: int, *, hidden_channels: int = 1024) -> None:
         super().__init__()
-        if vectors.ndim != 2 or 0 in vectors.shape or not vectors.isfinite().all():
+        if min(num_concepts, hidden_channels) < 1:
             raise ValueError(
-                "vectors must be a finite, non-empty (V, k) tensor of word vectors, got shape "
-                f"{tuple(vectors.shape)}{'' if vectors.isfinite().all() else ' with NaN or inf'}."
+                f"num_concepts is {num_concepts}, hidden_channels {hidden_channels}. Allowed: at "
+                "least 1."
             )
-        if hidden_channels < 1:
-            raise ValueError(f"hidden_channels must be at least 1, got {hidden_channels}.")
-        self.num_concepts = len(vectors)
-        self.register_buffer("vectors", vectors.detach().clone())
-        self.conv1 = nn.Conv2d(self.num_concepts, hidden_channels, kernel_size=1)
-        self.conv2 = nn.Conv2d(hidden_channels, self.num_concepts, kernel_size=1)
+        self.conv1 = nn.Conv2d(num_concepts, hidden_channels, kernel_size=1)
+        self.conv2 = nn.Conv2d(hidden_channels, num_concepts, kernel_size=1)
         # By fan-in: V and H may differ 20 times, and the hidden layer keeps the size of its input.
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_in", nonlinearity="relu")
         nn.init.normal_(self.conv2.weight, std=0.01)
@@ -69,22 +65,26 @@ class AttentionRefinement(nn.Module):
         nn.init.zeros_(self.conv2.bias)
         self._kept: _KeptProduct | None = None
 
-    def forward(self, embedding_map: Tensor, concepts: Tensor | None = None) -> Tensor:
-        """Compute refined attention maps: ``logits(hidden(embedding_map), concepts)``.
+    def forward(
+        self, embedding_map: Tensor, vectors: Tensor, concepts: Tensor | None = None
+    ) -> Tensor:
+        """Compute refined attention maps: ``logits(hidden(embedding_map, vectors), concepts)``.
 
         Args:
             embedding_map: (N, k, h, w).
+            vectors: (V, k) word vectors.
             concepts: see :meth:`logits`.
 
         Returns:
             (N, C, h, w) logits.
         """
-        return self.logits(self.hidden(embedding_map), concepts)
+        return self.logits(self.hidden(embedding_map, vectors), concepts)
 
-    def hidden(self, embedding_map: Tensor) -> Tensor:
+    def hidden(self, embedding_map: Tensor, vectors: Tensor) -> Tensor:
         """Map (N, k, h, w) embeddings to the (N, H, h, w) layer that all concepts share."""
         # Not F.conv2d, which rounds float32 to TF32 on a GPU.
-        columns = self._product() @ embedding_map.flatten(2) + self.conv1.bias[:, None]
+        product = self._product(vectors)
+        columns = product @ embedding_map.flatten(2) + self.conv1.bias[:, None]
         return F.relu(columns).unflatten(2, embedding_map.shape[-2:])
 
     def logits(self, hidden: Tensor, concepts: Tensor | None = None) -> Tensor:
@@ -129,9 +129,9 @@ class AttentionRefinement(nn.Module):
         """Leave the product out of copies and pickles."""
         return {**self.__dict__, "_kept": None}
 
-    def _product(self) -> Tensor:
+    def _product(self, vectors: Tensor) -> Tensor:
         """Multiply the first convolution and the word vectors to (H, k)."""
-        factors = (self.conv1.weight, self.vectors)
+        factors = (self.conv1.weight, vectors)
         has_graph = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
         # A graph means that an optimiser step follows, and fused optimisers do not count theirs.
         # Nor are changes counted of tensors that were made in inference mode.

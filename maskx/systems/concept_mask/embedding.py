@@ -31,6 +31,7 @@ class ConceptEmbedding(nn.Module):
         in_feature: name of the feature map that is embedded.
         in_channels: C.
         dim: k.
+        stride: of the feature map in pixels; None to ask the backbone's ``feature_shapes``.
         hidden_channels: widths of the layers before the last.
         final_relu: ReLU after the last layer too, as the paper has it. No embedding then has a
             negative entry, which word vectors do have.
@@ -46,6 +47,7 @@ class ConceptEmbedding(nn.Module):
         in_feature: str,
         in_channels: int,
         dim: int,
+        stride: int | None = None,
         hidden_channels: Sequence[int] = (2048, 2048),
         final_relu: bool = False,
     ) -> None:
@@ -58,7 +60,9 @@ class ConceptEmbedding(nn.Module):
         self.in_feature = in_feature
         self.dim = dim
         shapes = getattr(backbone, "feature_shapes", None)
-        self.stride = 1 if shapes is None else shapes[in_feature].stride
+        if stride is None:
+            stride = 1 if shapes is None else shapes[in_feature].stride
+        self.stride = stride
         self.layers = nn.Sequential()
         for number, (before, after) in enumerate(itertools.pairwise(widths), start=1):
             # The batch norm would subtract a bias again.

@@ -1,106 +1,272 @@
-"""How good the maps and masks of ConceptMask are, and the values that are fitted for it."""
+"""How good the maps and masks of ConceptMask are, and the values that are fitted for it.
 
+Wang et al., "ConceptMask: Large-Scale Segmentation from Semantic Concepts" (ECCV 2018), sections
+4.4 and 5. Records are those of :func:`maskx.data.coco.load_coco`.
+"""
+
+import logging
 import math
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from maskx.core.checks import check_choice
-from maskx.data.coco import load_coco
-from maskx.systems.concept_mask.model import (
-    SEGMENTATION,
-    SampleConceptMask,
-    open_concept_mask,
-    save_fitted,
-)
-from maskx.systems.concept_mask.scores import ConceptScores
-from maskx.systems.concept_mask.segmenter import mean_maps
-from maskx.systems.concept_mask.steps import ConceptTest, concept_test, fit_concepts
+from maskx.core.sample_models import Sample
+from maskx.core.word_table import WordTable, spelled
+from maskx.data.label_maps import read_label_map
+from maskx.systems.concept_mask.concept_sets import ConceptSplit, fully_masked
+from maskx.systems.concept_mask.model import EmbeddingModel
+from maskx.systems.concept_mask.query import UNSEEN, ConceptQuery, concept_query
+from maskx.systems.concept_mask.samples import read_sample, union_mask
+from maskx.systems.concept_mask.scores import ConceptScores, fit_existence_threshold, fit_theta
+from maskx.systems.concept_mask.segmenter import resize_maps
 
 __all__ = [
-    "MASKS",
+    "ConceptScorer",
+    "ConceptTest",
+    "concept_test",
+    "concept_truths",
     "evaluate_concepts",
     "evaluate_existence",
-    "fit_run",
+    "fit_concepts",
 ]
 
-MASKS = ("segmentation", "attention")
-"""What masks are made by: the segmentation network, or the attention maps above 0.5."""
+logger = logging.getLogger(__name__)
+
+NOT_ASKED = -2
+"""Index of a concept that is neither in the word table nor has a vector."""
+BLENDED = "{} (blended)"
+"""Name under which an unseen word is asked for, and measured, a second time."""
+
+_CHUNK = 1024  # concepts whose maps are made at a time
+
+Record = Mapping[str, Any]
+Read = Callable[[Record], Sample]
+"""Reads the image of a record, in the order of channels of the model."""
+
+
+def concept_truths(record: Record, num_classes: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Draw the true mask of each class of an image: its label in the label map, if there is one.
+
+    Otherwise it is the union of its annotations. A class of which an annotation has no mask is left
+    out, since part of a mask is no truth, and so is one of which nothing is visible.
+
+    Yields:
+        Class index and (H, W) bool, in the order of the indices.
+    """
+    if "label_map_file_name" in record:
+        label_map = _label_map(record, num_classes)
+        yield from ((label - 1, label_map == label) for label in _labels(label_map, num_classes))
+        return
+    for index in fully_masked(record["annotations"]):
+        truth = union_mask(record, index)
+        if truth.any():
+            yield index, truth
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptTest:
+    """Images with true masks of concepts, and what these are to a model.
+
+    Attributes:
+        records: images.
+        names: concepts by class index of the records.
+        indices: (K,) row of each in the word table; -1 for an unseen one, -2 for one that is
+            neither in the table nor has a vector, which is not measured.
+        vectors: (K, k) float32.
+        levels: of each; "unseen" too where it is not measured.
+    """
+
+    records: Sequence[Record]
+    names: tuple[str, ...]
+    indices: np.ndarray
+    vectors: np.ndarray
+    levels: tuple[str, ...]
+
+    def query(self, classes: Sequence[int]) -> ConceptQuery:
+        """Ask for some class indices; for unseen words by Eq. 1 alone, and then once more blended.
+
+        The second answer has the name `BLENDED`.
+        """
+        again = [c for c in classes if self.indices[c] == UNSEEN]
+        rows = [*classes, *again]
+        names = [self.names[c] for c in classes] + [BLENDED.format(self.names[c]) for c in again]
+        blended = np.arange(len(rows)) >= len(classes)
+        return concept_query(self.indices[rows], self.vectors[rows], blended=blended, names=names)
+
+    def asked(self, record: Record) -> list[int]:
+        """List the class indices that can be asked for and may have a true mask in an image."""
+        if "label_map_file_name" in record:
+            label_map = _label_map(record, len(self.names))
+            found = [label - 1 for label in _labels(label_map, len(self.names))]
+        else:
+            found = fully_masked(record["annotations"])
+        return [c for c in found if self.indices[c] >= UNSEEN]
+
+    def sample(self, record: Record) -> Sample:
+        """Read an image, RGB, with the query for what has a true mask in it."""
+        return read_sample(record) | {"query": self.query(self.asked(record))}
+
+    def truths(self, record: Record) -> dict[int, np.ndarray]:
+        """Draw the true masks of an image by class index, of what can be asked for."""
+        truths = concept_truths(record, len(self.names))
+        return {c: truth for c, truth in truths if self.indices[c] >= UNSEEN}
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether any image has a true mask, in a label map or of an annotation."""
+        return any(
+            "label_map_file_name" in record
+            or any("segmentation" in annotation for annotation in record["annotations"])
+            for record in self.records
+        )
+
+
+def concept_test(
+    records: Sequence[Record],
+    class_names: Sequence[str],
+    split: ConceptSplit,
+    table: WordTable,
+    unseen: WordTable | None = None,
+    *,
+    source: str,
+) -> ConceptTest:
+    """Match the classes of a data set with the concepts of a model by name.
+
+    Args:
+        records: images with true masks.
+        class_names: by class index of the records.
+        split: levels of the vocabulary.
+        table: vectors of the vocabulary.
+        unseen: vectors of concepts that training knew nothing of.
+        source: name of the data set, for messages.
+    """
+    known = {name: index for index, name in enumerate(table.names)}
+    extra = {} if unseen is None else dict(zip(unseen.names, unseen.vectors, strict=True))
+    indices = np.full(len(class_names), NOT_ASKED, np.int64)
+    vectors = np.ones((len(class_names), table.dim), np.float32)
+    for row, name in enumerate(map(spelled, class_names)):
+        if name in known:
+            indices[row], vectors[row] = known[name], table.vectors[known[name]]
+        elif name in extra:
+            indices[row], vectors[row] = UNSEEN, extra[name]
+    missing = [class_names[row] for row in np.flatnonzero(indices == NOT_ASKED)]
+    if len(missing) == len(indices):
+        raise ValueError(
+            f"None of the {len(indices)} classes of '{source}' is in the word table, such as "
+            f"'{missing[0]}'. Give images of its concepts."
+        )
+    if missing and records:
+        logger.warning(
+            "%s: %d of %d classes have no vector and are not measured, such as '%s'.",
+            *(source, len(missing), len(indices), missing[0]),
+        )
+    levels = tuple(split.level_of(max(index, UNSEEN)) for index in indices.tolist())
+    return ConceptTest(records, tuple(class_names), indices, vectors, levels)
+
+
+class ConceptScorer:
+    """Measures of the results of a model, image by image.
+
+    Args:
+        test: what the images show.
+    """
+
+    def __init__(self, test: ConceptTest) -> None:
+        self.test = test
+        unseen = [c for c, index in enumerate(test.indices) if index == UNSEEN]
+        self._classes = {name: c for c, name in enumerate(test.names)}
+        self._classes |= {BLENDED.format(test.names[c]): c for c in unseen}
+        levels = [*test.levels, *["unseen_blended"] * len(unseen)]
+        self.scores = ConceptScores(tuple(self._classes), levels)
+
+    def update(self, record: Record, result: Mapping[str, Any]) -> None:
+        """Measure what was predicted for an image.
+
+        Args:
+            record: of the test.
+            result: of :meth:`maskx.systems.concept_mask.model.EmbeddingModel.predict`, asked by
+                :meth:`ConceptTest.query`.
+        """
+        truths = self.test.truths(record)
+        others = [name for name in result["concepts"] if name not in self._classes]
+        if others or len(result["concepts"]) != len(result["masks"]):
+            raise ValueError(
+                f"Of image {record['image_id']!r} the concepts {result['concepts']} were "
+                f"predicted, with {len(result['masks'])} masks. Ask with the query of the test."
+            )
+        attention, masks = (result[key].cpu().numpy() for key in ("attention", "masks"))
+        for row, name in enumerate(result["concepts"]):
+            truth = truths.get(self._classes[name])
+            if truth is not None:
+                self.scores.update(
+                    name,
+                    attention=attention[row],
+                    mask=masks[row],
+                    truth=truth,
+                    image_id=record["image_id"],
+                )
+
+    def merge(self, other: "ConceptScorer") -> None:
+        """Add the measures of other images of the same test."""
+        self.scores.merge(other.scores)
+
+    def results(self) -> dict[str, Any]:
+        """Compute the means; see :meth:`ConceptScores.evaluate`."""
+        return self.scores.evaluate()
 
 
 def evaluate_concepts(
-    model: SampleConceptMask,
+    model: EmbeddingModel,
     test: ConceptTest,
     *,
     kind: str = "blended",
-    masks: str = "segmentation",
+    segment: bool = True,
     description: str = "evaluation",
 ) -> dict[str, Any]:
     """Measure maps and masks of all concepts that images show; one image is held at a time.
 
     Args:
-        model: the model of any stage; it is put into evaluation mode.
+        model: of any stage, of RGB images; it is put into evaluation mode.
         test: images with true masks.
-        kind: of attention, see :meth:`maskx.systems.concept_mask.network.ConceptMask.attention`.
-        Maps are
-            brought to [0, 1] and averaged over the image sizes.
-        masks: of `MASKS`. Before stage 3 both are the same.
+        kind: of attention, see :meth:`maskx.systems.concept_mask.model.EmbeddingModel.attention`.
+        segment: make masks with the segmentation network; not of the attention.
         description: label of the progress bar.
 
     Returns:
-        What :meth:`maskx.systems.concept_mask.scores.ConceptScores.evaluate` returns.
+        What :meth:`ConceptScorer.results` returns.
     """
-    check_choice("masks", masks, MASKS)
-    network = model.eval().network
-    scores = ConceptScores(test.names, test.levels)
+    model.eval()
+    scorer = ConceptScorer(test)
     for record in tqdm(test.records, desc=description, unit="img"):
-        truths = test.truths(record)
-        if not truths:
-            continue
-        size = (record["height"], record["width"])
-        with torch.inference_mode():
-            image = model.read_image(record)[None]
-            maps = network.embedding_maps(image)
-            attention = network.attention(maps, test.query(list(truths)), kind=kind)
-            shown = mean_maps(attention, size)[0].cpu().numpy()
-            if masks == "attention":
-                found = shown > 0.5
-            else:
-                found = (network.segment(image, attention, size)[0] > 0.5).cpu().numpy()
-        for row, (concept, truth) in enumerate(truths.items()):
-            scores.update(
-                test.names[concept],
-                attention=shown[row],
-                mask=found[row],
-                truth=truth,
-                image_id=record["image_id"],
-            )
-    return scores.evaluate()
+        sample = test.sample(record)
+        if len(sample["query"]):
+            scorer.update(record, model.predict(sample, kind=kind, segment=segment))
+    return scorer.results()
 
 
-def evaluate_existence(model: SampleConceptMask, test: ConceptTest) -> dict[str, float]:
+def evaluate_existence(model: EmbeddingModel, test: ConceptTest) -> dict[str, float]:
     """Measure which concepts of the vocabulary are said to be in images.
 
     Args:
-        model: with fitted thresholds; it is put into evaluation mode.
+        model: with fitted thresholds, of RGB images; it is put into evaluation mode.
         test: images whose tags are complete.
 
     Returns:
         ``precision`` and ``recall`` over all pairs of an image and a concept; NaN where nothing is
         said or there.
     """
-    network = model.eval().network
-    thresholds = network.existence_thresholds
+    model.eval()
     hits = num_said = num_present = 0
     for record in tqdm(test.records, desc="existence", unit="img"):
         with torch.inference_mode():
-            maps = network.embedding_maps(model.read_image(record)[None])
-            said = (network.vocabulary_existence(maps)[0] > thresholds).cpu().numpy()
-        shown = test.indices[list(record["image_labels"])]
-        shown = shown[shown >= 0]
-        hits += int(said[shown].sum())
+            maps = model.embedding_maps(model.normalise(read_sample(record))[None])
+            said = model.vocabulary_existence(maps)[0] > model.existence_thresholds
+        shown = _shown(test, record)
+        hits += int(said.cpu().numpy()[shown].sum())
         num_said += int(said.sum())
         num_present += len(shown)
     return {
@@ -109,33 +275,126 @@ def evaluate_existence(model: SampleConceptMask, test: ConceptTest) -> dict[str,
     }
 
 
-def fit_run(
-    run: str | Path,
-    json_file: str | Path,
-    image_root: str | Path,
-    *,
-    strict: bool = True,
-    device: torch.device | str = "cpu",
+def fit_concepts(
+    model: EmbeddingModel, test: ConceptTest, read: Read = read_sample
 ) -> dict[str, Any]:
-    """Fit theta and the thresholds of a finished run on images, and write them to its checkpoint.
+    """Fit theta and the existence thresholds on validation images and set them in the model.
+
+    Both thetas are fitted on image-level concepts: that of unseen ones with concepts that are asked
+    for by nothing but their vector, so that no unseen concept is needed. A concept that no image
+    shows, or every one, gets the threshold of all together.
 
     Args:
-        run: folder of the run.
-        json_file: COCO-format file with tags and true masks of concepts.
-        image_root: folder of its images.
-        strict: see :func:`maskx.data.coco.load_coco`.
-        device: where to compute.
+        model: of stage 2 or 3; it is put into evaluation mode.
+        test: images whose tags are complete, with true masks of image-level concepts.
+        read: reads an image as the model takes it.
 
     Returns:
-        What :func:`maskx.systems.concept_mask.steps.fit_concepts` returns.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file cannot be used.
+        ``theta_image`` and ``theta_unseen``, None if no image-level concept has a mask;
+        ``existence_threshold_unseen``; and ``own_thresholds``, for how many concepts there is one
+        of their own.
     """
-    model, table, split = open_concept_mask(run, device=device)
-    data = load_coco(json_file, image_root, strict=strict)
-    test = concept_test(data.records, data.class_names, split, table, source=str(data.json_file))
-    fitted = fit_concepts(model.network, test, model.read_image)
-    save_fitted(model, Path(run) / SEGMENTATION)
-    return fitted
+    if model.stage == 1:
+        raise ValueError(
+            "Stage 1 of ConceptMask blends no maps, so there is nothing to fit. Give a model of "
+            "stage 2 or 3."
+        )
+    if not test.records:
+        raise ValueError("There is no image to fit theta and thresholds on. Give at least one.")
+    model.eval()
+    fitted: dict[str, Any] = {"theta_image": None, "theta_unseen": None}
+    of_images = {c for c, level in enumerate(test.levels) if level == "image"}
+    if any(of_images & test.truths(record).keys() for record in test.records):
+        for name, by_vector in (("theta_image", False), ("theta_unseen", True)):
+            maps = _own_and_nearest(model, test, of_images, read, by_vector=by_vector)
+            fitted[name] = fit_theta(maps).theta
+    else:
+        logger.warning(
+            "None of the %d images has a mask of a concept with tags only: theta stays as it is.",
+            len(test.records),
+        )
+    scores, present = _existence_scores(model, test, read, "fitting existence")
+    of_all = fit_existence_threshold(scores.ravel(), present.ravel())
+    thresholds = np.array(
+        [fit_existence_threshold(*each) for each in zip(scores.T, present.T, strict=True)]
+    )
+    own = np.isfinite(thresholds)
+    cosines, is_there = _existence_scores(model, test, read, "fitting unseen", by_vector=True)
+    unseen = fit_existence_threshold(cosines.ravel(), is_there.ravel())
+    model.set_fitted(
+        theta_image=fitted["theta_image"],
+        theta_unseen=fitted["theta_unseen"],
+        existence_thresholds=torch.from_numpy(np.where(own, thresholds, of_all)),
+        existence_threshold_unseen=unseen,
+    )
+    return fitted | {
+        "existence_threshold_unseen": None if math.isnan(unseen) else unseen,
+        "own_thresholds": int(own.sum()),
+    }
+
+
+@torch.inference_mode()
+def _own_and_nearest(
+    model: EmbeddingModel, test: ConceptTest, classes: set[int], read: Read, *, by_vector: bool
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield what `fit_theta` reads, of some classes."""
+    for record in tqdm(test.records, desc="fitting theta", unit="img"):
+        truths = {c: truth for c, truth in test.truths(record).items() if c in classes}
+        if not truths:
+            continue
+        query = test.query(list(truths))
+        if by_vector:
+            query = concept_query([UNSEEN] * len(truths), query.vectors)
+        maps = model.embedding_maps(model.normalise(read(record))[None])
+        size = (record["height"], record["width"])
+        own, nearest = (
+            torch.stack([resize_maps(each, size)[0] for each in attention]).cpu().numpy()
+            for attention in (model.attention(maps, query, kind=k) for k in ("own", "nearest"))
+        )
+        for row, (concept, truth) in enumerate(truths.items()):
+            yield test.names[concept], own[:, row], nearest[:, row], truth
+
+
+@torch.inference_mode()
+def _existence_scores(
+    model: EmbeddingModel,
+    test: ConceptTest,
+    read: Read,
+    description: str,
+    *,
+    by_vector: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score the whole vocabulary, or its concepts as if they were unseen, for every image.
+
+    Returns:
+        (N, V) scores and (N, V) bool, whether the image shows the concept.
+    """
+    queries = [concept_query([UNSEEN] * len(chunk), chunk) for chunk in model.vectors.split(_CHUNK)]
+    scores = np.zeros((len(test.records), len(model.vectors)), np.float32)
+    present = np.zeros(scores.shape, bool)
+    for row, record in enumerate(tqdm(test.records, desc=description, unit="img")):
+        maps = model.embedding_maps(model.normalise(read(record))[None])
+        if by_vector:
+            found = torch.cat([model.existence(maps, query) for query in queries], dim=1)
+        else:
+            found = model.vocabulary_existence(maps)
+        scores[row] = found[0].cpu().numpy()
+        present[row, _shown(test, record)] = True
+    return scores, present
+
+
+def _shown(test: ConceptTest, record: Record) -> np.ndarray:
+    """Concept indices that an image is labelled with."""
+    indices = test.indices[list(record["image_labels"])]
+    return indices[indices >= 0]
+
+
+def _label_map(record: Record, num_classes: int) -> np.ndarray:
+    size = (record["height"], record["width"])
+    file, image_id = record["label_map_file_name"], record["image_id"]
+    return read_label_map(file, *size, num_classes=num_classes, image_id=image_id)
+
+
+def _labels(label_map: np.ndarray, num_classes: int) -> list[int]:
+    """List the labels of classes, without background and what is unknown."""
+    return [label for label in np.unique(label_map).tolist() if 1 <= label <= num_classes]

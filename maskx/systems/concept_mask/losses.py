@@ -16,8 +16,8 @@ from torch import Tensor
 
 from maskx.systems.concept_mask.attention import initial_attention
 
-# Concepts whose maps are made at a time: for 16 images of 16 x 16 cells these take 17 MB.
-_CONCEPT_CHUNK = 1024
+CONCEPT_CHUNK = 1024
+"""Concepts whose maps are made at a time: for 16 images of 16 x 16 cells these take 17 MB."""
 
 
 def box_maps(
@@ -74,21 +74,21 @@ def box_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def peak_activations(embedding_map: Tensor, vectors: Tensor) -> Tensor:
+def peak_activations(
+    embedding_map: Tensor, vectors: Tensor, *, chunk: int = CONCEPT_CHUNK
+) -> Tensor:
     """Compute the maximum of the initial attention map of every concept, some at a time.
 
     Args:
         embedding_map: (N, k, h, w).
         vectors: (V, k).
+        chunk: concepts whose maps are made at a time.
 
     Returns:
         (N, V).
     """
     return torch.cat(
-        [
-            initial_attention(embedding_map, chunk).amax(dim=(2, 3))
-            for chunk in vectors.split(_CONCEPT_CHUNK)
-        ],
+        [initial_attention(embedding_map, part).amax(dim=(2, 3)) for part in vectors.split(chunk)],
         dim=1,
     )
 

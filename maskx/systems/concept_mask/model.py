@@ -1,263 +1,869 @@
-"""ConceptMask driven with samples, and how its network is built and opened."""
+"""ConceptMask: the mask of any concept, from tags of many, boxes of some and masks of few.
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+"ConceptMask: Large-Scale Segmentation from Semantic Concepts" (Wang et al., ECCV 2018). A concept
+is a word vector. :class:`EmbeddingModel` (stage 1) learns from tags to embed images among the word
+vectors, which gives an attention map for each; :class:`RefinementModel` (stage 2) learns from boxes
+to refine these maps; :class:`SegmentationModel` (stage 3) learns from masks to make a mask of an
+image and a map. Each starts from the one before and holds what inference needs of it.
+
+A concept has a level: it is masked, boxed (every masked one is), an image-level one, of which only
+tags were seen, or an unseen word, which is not in the table and has nothing but a vector.
+
+Shape legend:
+    N: images; V: concepts of the word table; k: length of a word vector; C: asked concepts;
+    P: pairs of an image and a concept that is in it; B: boxes; A: attention sizes;
+    H, W: size of an image; h, w: size of an attention map; M: side of the masks.
+"""
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from maskx.core.backbone_choice import build_backbone, choose_feature
-from maskx.core.backbones import SmallResNet
-from maskx.core.files import written_whole
-from maskx.core.sample_models import Sample, SampleModel
-from maskx.core.word_table import WordTable, load_word_table
-from maskx.engine.training import CHECKPOINT_NAME, load_state, read_checkpoint
-from maskx.systems.concept_mask.concept_sets import ConceptSplit
-from maskx.systems.concept_mask.embedding import ConceptEmbedding
-from maskx.systems.concept_mask.image_samples import Record, read_sample
-from maskx.systems.concept_mask.network import ConceptMask, ConceptQuery, ConceptResults
-from maskx.systems.concept_mask.segmenter import ConceptSegmenter
-from maskx.systems.concept_mask.steps import batch_targets
+from maskx.core.checks import check_choice
+from maskx.core.extra_state import EXTRA_STATE, pack_state, unpack_state
+from maskx.core.sample_models import IMAGENET_MEAN, IMAGENET_STD, Sample, SampleModel
+from maskx.core.word_table import WordTable
+from maskx.systems.concept_mask.attention import AttentionRefinement, initial_attention
+from maskx.systems.concept_mask.concept_sets import ConceptSplit, vocabulary_difference
+from maskx.systems.concept_mask.embedding import ConceptEmbedding, embedding_loss, soft_topics
+from maskx.systems.concept_mask.losses import (
+    box_loss,
+    box_maps,
+    discrimination_loss,
+    matched_concepts,
+    matching_loss,
+    negative_concepts,
+)
+from maskx.systems.concept_mask.query import ConceptQuery, checked_query, concept_query
+from maskx.systems.concept_mask.segmenter import (
+    ConceptSegmenter,
+    concept_segmentation_loss,
+    mean_maps,
+    normalise_maps,
+    resize_maps,
+)
 
 __all__ = [
-    "MODEL_NAME",
-    "SEGMENTATION",
-    "UNSEEN_NAME",
-    "WORDS_NAME",
-    "ConceptNetwork",
-    "SampleConceptMask",
-    "build_concept_mask",
-    "check_table",
-    "open_concept_mask",
-    "save_fitted",
+    "ATTENTION_KINDS",
+    "SYSTEM_NAME",
+    "EmbeddingModel",
+    "RefinementModel",
+    "SegmentationModel",
+    "read_description",
 ]
 
-MODEL_NAME = "model.json"
-"""File beside a checkpoint that says what network it is of."""
-SEGMENTATION = "segmentation"
-"""Folder of the last stage in that of a run."""
-WORDS_NAME, UNSEEN_NAME = "words.safetensors", "unseen_words.safetensors"
-"""Word tables in the folder of a run: of the vocabulary, and of unseen concepts if there are."""
+logger = logging.getLogger(__name__)
+
+SYSTEM_NAME = "concept_mask"
+ATTENTION_KINDS = ("blended", "own", "nearest", "initial")
+_VERSION = 1  # of what checkpoints say of the network
+
+# Concepts whose maps are made at a time when only their maxima are wanted.
+_VOCABULARY_CHUNK = 2048
+# Pairs whose masks are made at a time.
+_SEGMENTED_PAIRS = 16
+_MASK_THRESHOLD = 0.5
+_EXISTENCE_THRESHOLD = 0.5  # until it is fitted
 
 
-@dataclass(frozen=True)
-class ConceptNetwork:
-    """What the networks of all three stages are built from.
+class EmbeddingModel(SampleModel):
+    """Stage 1: images among word vectors, learned from tags; attention maps by Eq. 1.
+
+    Checkpoints hold the word table and say which concepts have boxes and masks and how the network
+    is built; another word table is refused on loading. In training mode a checkpoint of the stage
+    before may be loaded as well, from which the training then starts.
+
+    Args:
+        embedding: the network of stage 1.
+        table: word vectors; concept indices count its names.
+        split: which of its names have boxes, and which masks.
+        attention_sizes: sides of the squares in pixels that the image is warped to for the
+            attention maps of stage 3 and of inference.
+        scored_sizes: those of the attention sizes whose maps are shown and measured; () for all.
+            The segmentation network sees all of them.
+        query: what to look for in a sample without a query; None for all that exists.
+        architecture: what else the network is built from, as JSON can hold it, for its checkpoints.
+        pixel_mean: by channel, in the order of the images, of values from 0 to 255.
+        pixel_std: likewise.
 
     Attributes:
-        backbone: of the embedding, ``small``, ``vgg16`` or the name of a torchvision ResNet.
-        pretrained: start from ImageNet weights, which torchvision downloads; their norms stay.
-        final_relu: the embedding ends with a ReLU, as the paper has it.
-        image_size: side of the squares that images are warped to for the segmentation network.
-        embedding_size: side of the squares that the embedding is trained on, in stages 1 and 2.
-        attention_sizes: sides of the squares that the two attention maps are made of.
-        hidden_channels: of the embedding's two hidden layers.
-        refinement_channels: of the hidden layer of the refinement.
-        encoder_widths: of the segmentation network's encoder.
-        decoder_channels: of its decoder.
+        is_new: no checkpoint of this very stage was loaded.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the others.
     """
 
-    backbone: str = "small"
-    pretrained: bool = False
-    final_relu: bool = False
-    image_size: int = 128
-    embedding_size: int = 64
-    attention_sizes: tuple[int, int] = (64, 128)
-    hidden_channels: tuple[int, int] = (256, 256)
-    refinement_channels: int = 256
-    encoder_widths: tuple[int, int, int, int] = (16, 32, 48, 64)
-    decoder_channels: tuple[int, int, int, int, int] = (64, 48, 32, 24, 16)
+    stage: ClassVar[int] = 1
+    targets: ClassVar[tuple[str, ...]] = ("image_labels",)
+    """What a training sample must have, beside the image."""
 
+    def __init__(
+        self,
+        embedding: ConceptEmbedding,
+        *,
+        table: WordTable,
+        split: ConceptSplit,
+        attention_sizes: Sequence[int] = (300, 700),
+        scored_sizes: Sequence[int] = (),
+        query: ConceptQuery | None = None,
+        architecture: Mapping[str, Any] | None = None,
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        if not attention_sizes or min(attention_sizes) < embedding.stride:
+            raise ValueError(
+                f"attention_sizes of ConceptMask are {tuple(attention_sizes)}. Allowed: one or "
+                f"more sides of a square of at least {embedding.stride} pixels, the stride of the "
+                "embedding."
+            )
+        others = sorted(set(scored_sizes) - set(attention_sizes))
+        if others:
+            raise ValueError(
+                f"scored_sizes of ConceptMask has {others}. Allowed: some of the attention_sizes "
+                f"{tuple(attention_sizes)}, or () for all."
+            )
+        difference = vocabulary_difference(split.vocabulary, table.names)
+        if difference is not None:
+            raise ValueError(
+                f"The split is of another vocabulary than the word table: {difference}."
+            )
+        if self.stage > 1 and not split.boxed:
+            raise ValueError("ConceptMask has no boxed concept. Stages 2 and 3 need at least one.")
+        super().__init__(max(attention_sizes), pixel_mean=pixel_mean, pixel_std=pixel_std)
+        self.table, self.split, self.query = table, split, query
+        self.attention_sizes = tuple(attention_sizes)
+        wanted = frozenset(scored_sizes or attention_sizes)
+        self._scored = [n for n, size in enumerate(attention_sizes) if size in wanted]
+        self.architecture = None if architecture is None else dict(architecture)
+        self.is_new = True
+        self._has_warned = False
 
-class SampleConceptMask(SampleModel):
-    """Drives ConceptMask with samples, as Detectron2 drives its models.
+        self.embedding = embedding
+        self.register_buffer("vectors", torch.from_numpy(table.vectors).clone())
+        self.register_buffer("idf", torch.from_numpy(table.idf).clone())
+        boxed = torch.zeros(len(table), dtype=torch.bool)
+        boxed[list(split.boxed_indices)] = True
+        self.register_buffer("is_boxed", boxed, persistent=False)
+        self.register_buffer("theta_image", torch.ones(()))
+        self.register_buffer("theta_unseen", torch.ones(()))
+        thresholds = torch.full((len(table),), _EXISTENCE_THRESHOLD)
+        self.register_buffer("existence_thresholds", thresholds)
+        self.register_buffer("existence_threshold_unseen", torch.zeros(()))
 
-    Args:
-        network: one stage of ConceptMask.
-        size: side in pixels of the squares that images are warped to in evaluation. Training
-            samples have their size already.
-        table_hash: of the word table it was built with.
-    """
+    @property
+    def has_fitted_thresholds(self) -> bool:
+        """Whether the existence thresholds of the word table were fitted, on any images."""
+        return self.stage > 1 and bool((self.existence_thresholds != _EXISTENCE_THRESHOLD).any())
 
-    def __init__(self, network: ConceptMask, *, size: int, table_hash: str) -> None:
-        super().__init__(size)
-        self.network = network
-        self.table_hash = table_hash
-
-    def forward(self, samples: list[Sample]) -> dict[str, Tensor] | list[ConceptResults]:
-        """Compute losses in training, masks in evaluation.
+    def forward(self, samples: list[Sample]) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """Compute losses in training, find concepts in evaluation.
 
         Args:
-            samples: as of :class:`maskx.systems.concept_mask.image_samples.ConceptMapper`; in
-                evaluation each with ``image`` and perhaps ``query``, what to look for: all that
-                exists without.
+            samples: with ``image`` (3, H, W) from 0 to 255. In training those of
+                :class:`maskx.systems.concept_mask.samples.ConceptMapper`, all of one size. In
+                evaluation perhaps with ``query``, what to look for, and with ``height`` and
+                ``width`` of the result, those of the image without.
 
         Returns:
-            The losses of the stage, or the results of each sample, at the size of its image.
-        """
-        if not self.training:
-            return [self.predict(sample, sample.get("query")) for sample in samples]
-        images = torch.stack([self.normalise(sample) for sample in samples])
-        if self.network.stage == 1:
-            image_labels = [sample["image_labels"] for sample in samples]
-            return self.network.losses(images, image_labels=image_labels)
-        targets = batch_targets(samples)
-        for name in targets.keys() - {"concepts"}:
-            targets[name] = targets[name].to(images.device)
-        return self.network.losses(images, **targets)
-
-    def preprocess(self, samples: Sequence[Sample]) -> Tensor:
-        """Make a batch of images; see :meth:`SampleModel.preprocess`.
+            In training ``loss_embedding`` (stage 1); ``loss_boxes``, ``loss_matching`` and, with
+            `gamma`, ``loss_discrimination``, weighted (stage 2); ``loss_masks`` (stage 3). A loss
+            for which there is no supervision is zero, with a graph. In evaluation what
+            :meth:`predict` returns of each.
 
         Raises:
-            ValueError: an image is smaller than the stride of the embedding network.
+            ValueError: a sample lacks a target or has a concept that its stage does not learn, the
+                sizes differ, or an image is smaller than the stride.
         """
-        # The network sees the squares alone, which are large enough.
-        stride = self.network.embedding.stride
-        for sample in samples:
-            height, width = sample["image"].shape[-2:]
-            if min(height, width) < stride:
-                named = f"Image {sample['image_id']!r}" if "image_id" in sample else "The image"
+        if not self.training:
+            return [self.predict(sample) for sample in samples]
+        for sample, key in itertools.product(samples, self.targets):
+            if key not in sample:
                 raise ValueError(
-                    f"{named} has {height} x {width} pixels, less than the {stride} of one "
-                    "position of an attention map. Leave it out or give a larger one."
+                    f"The training sample of {_named(sample)} has no '{key}'. Make samples with "
+                    f"ConceptMapper of stage {self.stage}, as the trainings of maskx do."
                 )
-        return super().preprocess(samples)
+        for sample in samples:
+            self._check_size(sample)
+        images = [self.normalise(sample) for sample in samples]
+        sizes = {tuple(image.shape[-2:]) for image in images}
+        if len(sizes) > 1:
+            raise ValueError(
+                "The images of a training batch have different sizes: "
+                f"{', '.join(map(str, sorted(sizes)))}. Warp all to one, as ConceptMapper does."
+            )
+        return self.losses(torch.stack(images), samples)
 
-    def read_image(self, record: Record) -> Tensor:
-        """Read the image of a record as the network takes it, (3, S, S)."""
-        return self.preprocess([read_sample(record)])[0]
+    def losses(self, images: Tensor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Compute the losses of (N, 3, H, W) normalised images and their samples."""
+        topics = soft_topics([s["image_labels"] for s in samples], self.vectors, self.idf)
+        return {"loss_embedding": embedding_loss(self.embedding(images), topics)}
 
-    def predict(self, sample: Sample, query: ConceptQuery | None) -> ConceptResults:
-        """Find concepts in one image; see :meth:`ConceptMask.predict`."""
-        (image,) = self.preprocess([sample])
-        return self.network.predict(image, query, output_size=tuple(sample["image"].shape[-2:]))
+    @torch.no_grad()
+    def predict(
+        self,
+        sample: Sample,
+        query: ConceptQuery | None = None,
+        *,
+        kind: str = "blended",
+        segment: bool = True,
+    ) -> dict[str, Any]:
+        """Find concepts in one image; call it in evaluation mode.
 
+        The image is embedded once per attention size, for however many concepts.
 
-def build_concept_mask(
-    content: Mapping[str, Any], table: WordTable, *, initial: bool = False, **losses: Any
-) -> SampleConceptMask:
-    """Build a model from the content of its `MODEL_NAME`, with initial weights.
+        Args:
+            sample: see :meth:`forward`.
+            query: concepts; None for those of the sample, or else of the model.
+            kind: of attention, see :meth:`attention`.
+            segment: make masks with the segmentation network, if there is one; not of the
+                attention.
 
-    Args:
-        content: ``stage``, ``network`` (the fields of :class:`ConceptNetwork`), ``boxed`` and
-            ``masked``, names of the concepts with boxes and with masks.
-        table: vectors of the vocabulary.
-        initial: with the ImageNet weights, if the network starts from them; not if weights are
-            loaded afterwards anyway.
-        losses: arguments of :class:`ConceptMask` that training alone needs.
-    """
-    settings = ConceptNetwork(**content["network"])
-    backbone = build_backbone(
-        settings.backbone,
-        frozen_norm=settings.pretrained,
-        pretrained=settings.pretrained and initial,
-    )
-    in_feature, shape = choose_feature(backbone)
-    embedding = ConceptEmbedding(
-        backbone,
-        in_feature=in_feature,
-        in_channels=shape.channels,
-        dim=table.vectors.shape[1],
-        hidden_channels=settings.hidden_channels,
-        final_relu=settings.final_relu,
-    )
-    segmenter = None
-    if content["stage"] == 3:
-        encoder = SmallResNet(widths=tuple(settings.encoder_widths), output_stride=16)
-        segmenter = ConceptSegmenter(encoder, decoder_channels=settings.decoder_channels)
-    boxed, masked = ([table.index_of(name) for name in content[key]] for key in ("boxed", "masked"))
-    network = ConceptMask(
-        embedding,
-        vectors=torch.from_numpy(table.vectors),
-        idf=torch.from_numpy(table.idf),
-        boxed=boxed,
-        masked=masked,
-        stage=content["stage"],
-        hidden_channels=settings.refinement_channels,
-        segmenter=segmenter,
-        attention_sizes=tuple(settings.attention_sizes),
-        mask_size=settings.image_size,
-        **losses,
-    )
-    return SampleConceptMask(network, size=settings.image_size, table_hash=table.hash)
+        Returns:
+            Of C concepts
 
+            - ``concepts``: their names, "vector" and its place for one that was given as a vector;
+            - ``concept_indices``: (C,) rows of the word table, -1 for unseen words;
+            - ``masks_prob``: (C, height, width), and ``masks``, bool, where that is above 0.5.
+              Without a segmentation network the mean of the attention maps, each brought to
+              [0, 1];
+            - ``attention``: (C, height, width) in [0, 1], what pointing and soft IoU are measured
+              on: the mean of the sigmoid maps of the scored sizes, or of the initial maps where
+              there is no other evidence, in stage 1 and for unseen words;
+            - ``initial``: the mean of the maps of Eq. 1, brought to [0, 1];
+            - ``own_share``: (C,) of the own map in the attention, theta; ``borrowed``: names of the
+              boxed concepts that the rest was taken from, None where there is no rest;
+            - ``existence``: (C,) see :meth:`existence`, and ``exists``, bool, above the threshold.
 
-def check_table(table: WordTable, expected_hash: str, where: Path) -> None:
-    """Refuse a word table that a model was not made with.
+        Raises:
+            ValueError: the image is smaller than the stride, or the query does not fit the table.
+        """
+        check_choice("kind of attention", kind, ATTENTION_KINDS)
+        self._check_size(sample)
+        image = self.normalise(sample)[None]
+        size = (sample.get("height", image.shape[2]), sample.get("width", image.shape[3]))
+        maps = self.embedding_maps(image)
+        asked = (query, sample.get("query"), self.query)
+        query = next((each for each in asked if each is not None), None)
+        if query is None:
+            self._warn_of_thresholds()
+            existence = self.vocabulary_existence(maps)[0]
+            (indices,) = (existence > self._thresholds()).nonzero(as_tuple=True)
+            existence = existence[indices]
+            query = concept_query(indices, self.vectors[indices])
+        else:
+            existence = self.existence(maps, query)[0]
+        query = checked_query(query, self.vectors)
+        attention = self.attention(maps, query, kind=kind)
+        initial = normalise_maps(self._mean(self.attention(maps, query, kind="initial"), size))
+        share = self._own_share(query, kind)
+        segmenter = getattr(self, "segmenter", None) if segment else None
+        if segmenter is None:
+            masks_prob = mean_maps(attention, size)[0]
+        else:
+            masks_prob = self.segment(image, attention, size)[0]
+        known = query.indices >= 0
+        thresholds = self._thresholds()[query.indices.clamp(min=0)]
+        thresholds = torch.where(known, thresholds, self.existence_threshold_unseen)
+        return {
+            "concepts": self._names(query),
+            "concept_indices": query.indices,
+            "masks_prob": masks_prob,
+            "masks": masks_prob > _MASK_THRESHOLD,
+            "attention": self._shown(attention, initial, query, kind, size)[0],
+            "initial": initial[0],
+            "own_share": share,
+            "borrowed": self._borrowed(query, share),
+            "existence": existence,
+            "exists": existence > thresholds,
+        }
 
-    Raises:
-        ValueError: it is another; the message names the model, ``where``.
-    """
-    if table.hash != expected_hash:
-        raise ValueError(
-            f"The model '{where}' was made with the word table {expected_hash[:12]}, but the one "
-            f"given, from {table.source}, is {table.hash[:12]}. Vectors of another computation do "
-            "not fit: give the table that lies beside the model, or train anew."
+    def embedding_maps(self, images: Tensor) -> list[Tensor]:
+        """Warp (N, 3, H, W) normalised images to squares and embed them.
+
+        This is all that inference takes from the images, whatever concepts are asked for. Squares
+        are made of the images as they are, not of one another, which keeps what large ones show.
+
+        Returns:
+            For each attention size the (N, k, h, w) embeddings of the positions.
+        """
+        sizes = ((size, size) for size in self.attention_sizes)
+        return [
+            self.embedding.embedding_map(resize_maps(images, size, antialias=True))
+            for size in sizes
+        ]
+
+    def attention(
+        self, maps: Sequence[Tensor], query: ConceptQuery, *, kind: str = "blended"
+    ) -> list[Tensor]:
+        """Make the attention maps of concepts.
+
+        Args:
+            maps: of :meth:`embedding_maps`.
+            query: C concepts.
+            kind: ``initial``: of Eq. 1, any values. All others are in [0, 1]. ``own``: the refined
+                map; for an unseen word and in stage 1 the initial map brought to [0, 1].
+                ``nearest``: the refined map of the boxed concept with the nearest word vector.
+                ``blended``: section 4.4, for image-level concepts theta * own + (1 - theta) *
+                nearest; also for unseen words whose query says so, others are by Eq. 1 alone, as
+                in section 5.4.
+
+        Returns:
+            For each attention size (N, C, h, w).
+        """
+        if kind == "nearest":
+            raise ValueError("Stage 1 of ConceptMask has no refined maps. Allowed: own, initial.")
+        query = checked_query(query, self.vectors)
+        maps = [initial_attention(each, query.vectors) for each in maps]
+        return maps if kind == "initial" else [normalise_maps(each) for each in maps]
+
+    def existence(self, maps: Sequence[Tensor], query: ConceptQuery) -> Tensor:
+        """Score whether concepts are in the images.
+
+        Args:
+            maps: of :meth:`embedding_maps`.
+            query: C concepts.
+
+        Returns:
+            (N, C): the maximum of the refined maps of all attention sizes; for unseen words, and
+            for all in stage 1, the largest cosine of the embedding of a position and the vector.
+        """
+        vectors = checked_query(query, self.vectors).vectors
+        scores = [_maxima(initial_attention(each, vectors, cosine=True)) for each in maps]
+        return torch.stack(scores).amax(dim=0)
+
+    def vocabulary_existence(self, maps: Sequence[Tensor]) -> Tensor:
+        """Score all concepts of the word table; see :meth:`existence`.
+
+        No more than 2048 maps are there at a time.
+
+        Returns:
+            (N, V).
+        """
+        best = None
+        for each in maps:
+            scores = torch.cat([_maxima(chunk) for chunk in self._all_maps(each)], dim=1)
+            best = scores if best is None else torch.maximum(best, scores)
+        return best
+
+    def nearest_boxed(self, vectors: Tensor) -> Tensor:
+        """Return the (C,) boxed concepts whose word vectors have the largest cosine.
+
+        Args:
+            vectors: (C, k) word vectors.
+        """
+        (boxed,) = self.is_boxed.nonzero(as_tuple=True)
+        cosines = F.normalize(vectors, dim=1) @ F.normalize(self.vectors[boxed], dim=1).T
+        return boxed[cosines.argmax(dim=1)]
+
+    def set_fitted(
+        self,
+        *,
+        theta_image: float | None = None,
+        theta_unseen: float | None = None,
+        existence_thresholds: Tensor | None = None,
+        existence_threshold_unseen: float | None = None,
+    ) -> None:
+        """Store what was fitted on validation images; what is None stays as it is.
+
+        Args:
+            theta_image: in (0, 1], share of the own map of an image-level concept in its blend.
+            theta_unseen: in (0, 1], the same for an unseen word, where it is blended.
+            existence_thresholds: (V,); NaN leaves the threshold of that concept as it is.
+            existence_threshold_unseen: a cosine; NaN leaves it as it is.
+
+        Raises:
+            ValueError: a value is out of range. At a theta of 0 a concept would have no map of its
+                own at all.
+        """
+        for name, theta in (("theta_image", theta_image), ("theta_unseen", theta_unseen)):
+            if theta is None:
+                continue
+            if not 0 < theta <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {theta}.")
+            getattr(self, name).fill_(theta)
+        if existence_thresholds is not None:
+            if len(existence_thresholds) != len(self.vectors):
+                raise ValueError(
+                    f"existence_thresholds has {len(existence_thresholds)} numbers for a word "
+                    f"table of {len(self.vectors)}."
+                )
+            _fill_known(self.existence_thresholds, existence_thresholds)
+        if existence_threshold_unseen is not None:
+            _fill_known(self.existence_threshold_unseen, existence_threshold_unseen)
+
+    def _check_size(self, sample: Sample) -> None:
+        height, width = sample["image"].shape[-2:]
+        if min(height, width) < self.embedding.stride:
+            raise ValueError(
+                f"{_named(sample)} has {height} x {width} pixels, less than the "
+                f"{self.embedding.stride} of one position of an attention map. Leave it out or "
+                "give a larger one."
+            )
+
+    def _warn_of_thresholds(self) -> None:
+        if self.has_fitted_thresholds or self._has_warned:
+            return
+        self._has_warned = True
+        logger.warning(
+            "All concepts that exist are asked for, but no threshold of existence was fitted: "
+            "there may be maps and masks of most of the %d concepts. Fit a model of stage 2 or 3 "
+            "with tools/fit_concepts.py, or name concepts.",
+            len(self.table),
         )
 
+    def _names(self, query: ConceptQuery) -> list[str]:
+        if query.names is not None:
+            return list(query.names)
+        return [
+            self.table.names[index] if index >= 0 else f"vector {place}"
+            for place, index in enumerate(query.indices.tolist())
+        ]
 
-def open_concept_mask(
-    run: str | Path,
-    stage: str = SEGMENTATION,
-    *,
-    table: WordTable | None = None,
-    device: torch.device | str = "cpu",
-) -> tuple[SampleConceptMask, WordTable, ConceptSplit]:
-    """Open a model that :class:`maskx.systems.concept_mask.chain.ConceptMaskChain` trained.
+    def _thresholds(self) -> Tensor:
+        """Return the (V,) existence thresholds; in stage 1 all scores are cosines."""
+        return self.existence_threshold_unseen.expand(len(self.vectors))
+
+    def _all_maps(self, embedding_map: Tensor) -> Iterator[Tensor]:
+        """Yield the maps of all concepts that :meth:`existence` takes the maxima of, in chunks."""
+        for vectors in self.vectors.split(_VOCABULARY_CHUNK):
+            yield initial_attention(embedding_map, vectors, cosine=True)
+
+    def _own_share(self, query: ConceptQuery, kind: str) -> Tensor:
+        """Return the (C,) theta of each concept: nothing is blended without refined maps."""
+        return query.vectors.new_ones(len(query))
+
+    def _borrowed(self, query: ConceptQuery, share: Tensor) -> list[str | None]:
+        """Name the boxed concepts that a part of the maps was taken from."""
+        if not self.split.boxed or bool((share == 1).all()):
+            return [None] * len(query)
+        nearest = self.nearest_boxed(query.vectors).tolist()
+        names = [self.table.names[index] for index in nearest]
+        return [name if own < 1 else None for name, own in zip(names, share.tolist(), strict=True)]
+
+    def _mean(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Average the maps of the scored sizes at one size."""
+        return sum(resize_maps(maps[n], size) for n in self._scored) / len(self._scored)
+
+    def _shown(
+        self,
+        attention: Sequence[Tensor],
+        initial: Tensor,
+        query: ConceptQuery,
+        kind: str,
+        size: tuple[int, int],
+    ) -> Tensor:
+        """Make the (N, C, *size) maps that are shown and measured."""
+        return initial
+
+    # Checkpoints
+
+    def get_extra_state(self) -> Tensor:
+        """Say in the checkpoint what network this is."""
+        content = {
+            "system": SYSTEM_NAME,
+            "stage": self.stage,
+            "word_table": self.table.hash,
+            "names": list(self.table.names),
+            "boxed": list(self.split.boxed),
+            "masked": list(self.split.masked),
+            "attention_sizes": list(self.attention_sizes),
+            "architecture": self.architecture,
+        }
+        return pack_state(content, version=_VERSION)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Set nothing: what the checkpoint says was checked before its weights were taken."""
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Refuse another word table or stage; start from the stage before in training mode."""
+        self.is_new = prefix + EXTRA_STATE not in state_dict
+        if not self.is_new:
+            found = read_description(state_dict, prefix)
+            if found["word_table"] != self.table.hash:
+                raise ValueError(
+                    f"The checkpoint was made with the word table {found['word_table'][:12]}, but "
+                    f"the one given, from {self.table.source}, is {self.table.hash[:12]}. Vectors "
+                    "of another computation do not fit: give the table of the checkpoint, or train "
+                    "anew."
+                )
+            if found["stage"] != self.stage:
+                handed = self._handed_on(found, state_dict, prefix)
+                for name in [name for name in state_dict if name.startswith(prefix)]:
+                    del state_dict[name]
+                state_dict.update({prefix + name: value for name, value in handed.items()})
+                self.is_new = True
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # By prefix of a weight's name: its prefix in the stage before, or None for what is new.
+    _before: ClassVar[Mapping[str, str | None]] = {}
+
+    def _handed_on(
+        self, found: Mapping[str, Any], state_dict: Mapping[str, Any], prefix: str
+    ) -> dict[str, Any]:
+        """Make the state dict that a training starts with of that of the stage before."""
+        wrong = f"The checkpoint is of stage {found['stage']} of ConceptMask"
+        if not self.training:
+            raise ValueError(
+                f"{wrong}, the network of stage {self.stage}. Build the network of stage "
+                f"{found['stage']}, or give a checkpoint of stage {self.stage}."
+            )
+        if found["stage"] != self.stage - 1:
+            raise ValueError(
+                f"{wrong}. Stage {self.stage} starts from one of stage {self.stage - 1}."
+                if self.stage > 1
+                else f"{wrong}. Stage 1 is the first and starts from none."
+            )
+        if self.stage > 2 and tuple(found["boxed"]) != self.split.boxed:
+            raise ValueError(
+                f"{wrong}, trained with boxes of other concepts. Give stage {self.stage} the lists "
+                "of stage 2."
+            )
+        before = {n.removeprefix(prefix): v for n, v in state_dict.items() if n.startswith(prefix)}
+        handed = self.state_dict()
+        given = {*before} - {"vectors", "idf", EXTRA_STATE}
+        given = {name for name in given if not name.startswith("original.")}
+        misfits = set()
+        for name in handed.keys() - {"vectors", "idf", EXTRA_STATE}:
+            start = next((start for start in self._before if name.startswith(start)), "")
+            source = self._before.get(start, "")
+            if source is None:
+                continue
+            source += name.removeprefix(start)
+            given.discard(source)
+            if source in before and before[source].shape == handed[name].shape:
+                handed[name] = before[source]
+            else:
+                misfits.add(name)
+        misfits = sorted(misfits | given)
+        if misfits:
+            raise ValueError(
+                f"{wrong}, but does not fit this network: {', '.join(misfits[:5])}"
+                f"{' ...' if len(misfits) > 5 else ''}. Build both stages with the same settings "
+                "of embedding and refinement."
+            )
+        return handed
+
+
+class _RefinedModel(EmbeddingModel):
+    """What stages 2 and 3 share: refined maps, blended where a concept has no boxes.
 
     Args:
-        run: folder of the run.
-        stage: folder in it: ``embedding``, ``refinement`` or ``segmentation``.
-        table: vectors of the vocabulary; those that lie in ``run`` without.
-        device: where to compute.
+        embedding: the network of stage 1.
+        hidden_channels: of the refinement.
+        shared: arguments of :class:`EmbeddingModel`.
+    """
+
+    def __init__(
+        self, embedding: ConceptEmbedding, *, hidden_channels: int = 1024, **shared: Any
+    ) -> None:
+        super().__init__(embedding, **shared)
+        self.refinement = AttentionRefinement(len(self.table), hidden_channels=hidden_channels)
+
+    def train(self, mode: bool = True) -> "_RefinedModel":
+        """Set training or evaluation mode; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        return self
+
+    def attention(
+        self, maps: Sequence[Tensor], query: ConceptQuery, *, kind: str = "blended"
+    ) -> list[Tensor]:
+        """Make the attention maps of concepts; see :meth:`EmbeddingModel.attention`."""
+        query = checked_query(query, self.vectors)
+        if kind == "initial":
+            return super().attention(maps, query, kind=kind)
+        known = query.indices >= 0
+        nearest = self.nearest_boxed(query.vectors)
+        rows = torch.cat([torch.where(known, query.indices, nearest), nearest])
+        share = self._own_share(query, kind)[:, None, None]
+        blended = []
+        for each, initial in zip(maps, super().attention(maps, query, kind="own"), strict=True):
+            own, neighbour = self._refined(each, rows).chunk(2, dim=1)
+            own = torch.where(known[:, None, None], own, initial)
+            blended.append(share * own + (1 - share) * neighbour)
+        return blended
+
+    def existence(self, maps: Sequence[Tensor], query: ConceptQuery) -> Tensor:
+        """Score whether concepts are in the images; see :meth:`EmbeddingModel.existence`."""
+        query = checked_query(query, self.vectors)
+        cosines, rows = super().existence(maps, query), query.indices.clamp(min=0)
+        refined = torch.stack([_maxima(self._refined(each, rows)) for each in maps]).amax(dim=0)
+        return torch.where(query.indices >= 0, refined, cosines)
+
+    def _refined(self, embedding_map: Tensor, rows: Tensor) -> Tensor:
+        return self.refinement(embedding_map, self.vectors, rows).sigmoid()
+
+    def _own_share(self, query: ConceptQuery, kind: str) -> Tensor:
+        if kind != "blended":
+            return query.vectors.new_full((len(query),), kind != "nearest")
+        known = query.indices >= 0
+        boxed = known & self.is_boxed[query.indices.clamp(min=0)]
+        unseen = torch.where(query.blended, self.theta_unseen, 1)
+        return torch.where(boxed, 1, torch.where(known, self.theta_image, unseen))
+
+    def _shown(
+        self,
+        attention: Sequence[Tensor],
+        initial: Tensor,
+        query: ConceptQuery,
+        kind: str,
+        size: tuple[int, int],
+    ) -> Tensor:
+        if kind == "initial":
+            return initial
+        by_vector = (query.indices < 0) & (self._own_share(query, kind) == 1)
+        return torch.where(by_vector[:, None, None], initial, self._mean(attention, size))
+
+    def _thresholds(self) -> Tensor:
+        return self.existence_thresholds
+
+    def _all_maps(self, embedding_map: Tensor) -> Iterator[Tensor]:
+        hidden = self.refinement.hidden(embedding_map, self.vectors)
+        every_concept = torch.arange(len(self.vectors), device=hidden.device)
+        for concepts in every_concept.split(_VOCABULARY_CHUNK):
+            yield self.refinement.logits(hidden, concepts).sigmoid()
+
+    def _frozen(self) -> Sequence[nn.Module]:
+        """List what this stage does not train."""
+        raise NotImplementedError
+
+    def _freeze(self) -> None:
+        for module in self._frozen():
+            module.requires_grad_(False)
+        self.train()
+
+    def _pairs(self, samples: Sequence[Sample], level: str) -> tuple[Tensor, Tensor]:
+        """Return the (P,) image and the (P,) concept of each pair."""
+        pairs = [(n, int(concept)) for n, s in enumerate(samples) for concept in s["concepts"]]
+        learned = self.split.boxed_indices if level == "boxed" else self.split.masked_indices
+        others = sorted({concept for _, concept in pairs} - set(learned))
+        if others:
+            raise ValueError(
+                f"The batch has the concept indices {others}, which are not among the {level} "
+                f"concepts. Leave them out of the data, or list them as {level}."
+            )
+        both = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).to(self.device)
+        return both[:, 0], both[:, 1]
+
+
+class RefinementModel(_RefinedModel):
+    """Stage 2: attention maps refined by what boxes teach.
+
+    It trains the embedding and the refinement, and holds ``original``, the embedding network of
+    stage 1, which does not change.
+
+    Args:
+        embedding: the network of stage 1.
+        gamma: weights of Eq. 4 as the (indptr, indices, weights) of a sparse (V, V) matrix by
+            rows; None trains without the spatial discrimination loss.
+        num_matched: N of Eq. 2, at most half of V is used.
+        matching_weight: c of Eq. 2.
+        discrimination_weight: of the spatial discrimination loss. The paper names none.
+        shared: arguments of :class:`EmbeddingModel`, and ``hidden_channels`` of the refinement.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the others.
+    """
+
+    stage = 2
+    targets = ("concepts", "boxes", "box_rows")
+    _before: ClassVar = {"refinement.": None, "original.": "embedding."}
+
+    def __init__(
+        self,
+        embedding: ConceptEmbedding,
+        *,
+        gamma: tuple[Any, Any, Any] | None = None,
+        num_matched: int = 800,
+        matching_weight: float = 1e-6,
+        discrimination_weight: float = 1.0,
+        **shared: Any,
+    ) -> None:
+        for name, value in (
+            ("num_matched", num_matched),
+            ("matching_weight", matching_weight),
+            ("discrimination_weight", discrimination_weight),
+        ):
+            if value < 0:
+                raise ValueError(f"{name} of ConceptMask must be at least 0, got {value}.")
+        super().__init__(embedding, **shared)
+        self.num_matched, self.matching_weight = num_matched, matching_weight
+        self.discrimination_weight = discrimination_weight
+        self.original = deepcopy(embedding)
+        if gamma is not None and len(gamma[0]) != len(self.table) + 1:
+            raise ValueError(
+                f"gamma has {len(gamma[0]) - 1} rows for a word table of {len(self.table)}. "
+                "Compute the overlaps again with this table."
+            )
+        # Statistics of the training data, whose size depends on the data: no part of the state.
+        dtypes = {"indptr": torch.int64, "indices": torch.int64, "weights": torch.float32}
+        for (name, dtype), values in zip(dtypes.items(), gamma or (None,) * 3, strict=True):
+            values = None if values is None else torch.as_tensor(values, dtype=dtype)
+            self.register_buffer(f"gamma_{name}", values, persistent=False)
+        self._freeze()
+
+    def losses(self, images: Tensor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Compute the losses of (N, 3, H, W) normalised images and their samples.
+
+        The boxes of a sample are (B, 4) XYXY in pixels of its image, of the concepts at
+        ``box_rows`` (B,) in its list ``concepts``.
+        """
+        refinement, vectors = self.refinement, self.vectors
+        pair_images, pair_concepts = self._pairs(samples, "boxed")
+        firsts = [0, *itertools.accumulate(len(sample["concepts"]) for sample in samples)]
+        rows = [s["box_rows"] + first for s, first in zip(samples, firsts, strict=False)]
+        boxes = torch.cat([sample["boxes"] for sample in samples]).to(images.device)
+        hidden = refinement.hidden(self.embedding.embedding_map(images), vectors)
+        with torch.no_grad():
+            original = self.original.embedding_map(images)
+        logits = refinement.pair_logits(hidden, pair_images, pair_concepts)
+        size, map_size = tuple(images.shape[-2:]), tuple(hidden.shape[-2:])
+        targets = box_maps(boxes, torch.cat(rows).to(boxes.device), len(logits), size, map_size)
+        matched = matched_concepts(original, vectors, self.num_matched)
+        matching = matching_loss(refinement.logits(hidden, matched), original, vectors, matched)
+        losses = {
+            "loss_boxes": box_loss(logits, targets),
+            "loss_matching": self.matching_weight * matching,
+        }
+        if self.gamma_indptr is not None:
+            gamma = (self.gamma_indptr, self.gamma_indices, self.gamma_weights)
+            negatives, weights = negative_concepts(pair_concepts, gamma)
+            losses["loss_discrimination"] = self.discrimination_weight * discrimination_loss(
+                refinement.logits(hidden, negatives), targets, pair_images, weights
+            )
+        return losses
+
+    def _frozen(self) -> Sequence[nn.Module]:
+        return [self.original]
+
+
+class SegmentationModel(_RefinedModel):
+    """Stage 3: masks of an image and the attention maps of a concept, whichever it is.
+
+    Embedding and refinement stay as they are.
+
+    Args:
+        embedding: the network of stage 1.
+        segmenter: for as many maps as there are attention sizes.
+        mask_size: M, side of the square that the image is warped to for the segmenter, best the
+            side of the masks in training.
+        shared: arguments of :class:`EmbeddingModel`, and ``hidden_channels`` of the refinement.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the others.
+    """
+
+    stage = 3
+    targets = ("concepts", "masks")
+    _before: ClassVar = {"segmenter.": None}
+
+    def __init__(
+        self,
+        embedding: ConceptEmbedding,
+        *,
+        segmenter: ConceptSegmenter,
+        mask_size: int = 320,
+        **shared: Any,
+    ) -> None:
+        if mask_size < 1:
+            raise ValueError(f"mask_size of ConceptMask must be at least 1, got {mask_size}.")
+        super().__init__(embedding, **shared)
+        if segmenter.num_maps != len(self.attention_sizes):
+            raise ValueError(
+                f"The segmenter takes {segmenter.num_maps} attention maps, but there are "
+                f"{len(self.attention_sizes)} attention_sizes: {self.attention_sizes}."
+            )
+        self.size = mask_size
+        self.segmenter = segmenter
+        self._freeze()
+
+    def losses(self, images: Tensor, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Compute the loss of (N, 3, H, W) normalised images and their samples.
+
+        The masks of a sample are (P, M, M), of its ``concepts``; the segmenter sees the images at
+        their size.
+        """
+        pair_images, pair_concepts = self._pairs(samples, "masked")
+        masks = torch.cat([sample["masks"] for sample in samples]).to(images.device)
+        size, maps = masks.shape[-2:], []
+        with torch.no_grad():
+            for each in self.embedding_maps(images):
+                hidden = self.refinement.hidden(each, self.vectors)
+                prob = self.refinement.pair_logits(hidden, pair_images, pair_concepts).sigmoid()
+                maps.append(resize_maps(prob[:, None], size))
+        images = resize_maps(images, size, antialias=True)
+        logits = self.segmenter(images, normalise_maps(torch.cat(maps, dim=1)), pair_images)
+        return {"loss_masks": concept_segmentation_loss(logits, masks)}
+
+    def segment(
+        self, images: Tensor, attention: Sequence[Tensor], size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Make masks of attention maps.
+
+        Args:
+            images: (N, 3, H, W), normalised.
+            attention: for each attention size (N, C, h, w).
+            size: height and width of the result; None for those of the images.
+
+        Returns:
+            (N, C, *size) probabilities.
+        """
+        size = tuple(images.shape[-2:]) if size is None else size
+        side = (self.size, self.size)
+        images = resize_maps(images, side, antialias=True)
+        num_images, num_concepts = attention[0].shape[:2]
+        rows = torch.arange(num_images, device=images.device).repeat_interleave(num_concepts)
+        pairs = [each.flatten(0, 1)[:, None] for each in attention]
+        prob = images.new_zeros(num_images * num_concepts, *size)
+        for start in range(0, len(prob), _SEGMENTED_PAIRS):
+            chosen = slice(start, start + _SEGMENTED_PAIRS)
+            maps = torch.cat([resize_maps(each[chosen], side) for each in pairs], dim=1)
+            logits = self.segmenter(images, normalise_maps(maps), rows[chosen])
+            prob[chosen] = resize_maps(logits[:, None], size)[:, 0].sigmoid()
+        return prob.unflatten(0, (num_images, num_concepts))
+
+    def _frozen(self) -> Sequence[nn.Module]:
+        return [self.embedding, self.refinement]
+
+
+def read_description(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Read what a checkpoint says of its network.
 
     Returns:
-        The model, in evaluation mode, the word table and the levels of its concepts.
+        ``stage``, ``word_table`` (its hash), ``names``, ``boxed``, ``masked``, ``attention_sizes``
+        and ``architecture``.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or of another kind, or the word table is another.
+        ValueError: it is of another network.
     """
-    run = Path(run)
-    path = run / stage / MODEL_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no file '{path}', which says what network the model is. Give the folder of "
-            "a finished run: tools/quickstart.py --system concept_mask."
-        )
-    if table is None:
-        table = load_word_table(run / WORDS_NAME)
-    try:
-        content = json.loads(path.read_bytes())
-        check_table(table, content["word_table"], path)
-        model = build_concept_mask(content, table)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    if prefix + EXTRA_STATE not in state_dict:
+        raise ValueError("The checkpoint does not say what network it is of.")
+    what = "a network of ConceptMask"
+    found = unpack_state(state_dict[prefix + EXTRA_STATE], version=_VERSION, what=what)
+    if found.get("system") != SYSTEM_NAME:
         raise ValueError(
-            f"'{path}' is damaged ({type(error).__name__}: {error}). Train the model again."
-        ) from error
-    checkpoint = run / stage / CHECKPOINT_NAME
-    load_state(model, read_checkpoint(checkpoint, "cpu")["model"], checkpoint)
-    split = ConceptSplit(table.names, tuple(content["boxed"]), tuple(content["masked"]))
-    return model.eval().to(device), table, split
+            f"The checkpoint is of the system {found.get('system', 'of another name')}, not of "
+            f"{SYSTEM_NAME}. Give one of ConceptMask."
+        )
+    return found
 
 
-def save_fitted(model: SampleConceptMask, folder: Path) -> None:
-    """Write what was fitted to a trained model into its checkpoint, whole or not at all.
+def _fill_known(buffer: Tensor, values: Tensor | float) -> None:
+    """Write the values that are not NaN."""
+    values = torch.as_tensor(values, dtype=buffer.dtype, device=buffer.device)
+    buffer.copy_(torch.where(values.isnan(), buffer, values))
 
-    Args:
-        model: with the weights of the checkpoint.
-        folder: of the checkpoint.
 
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        ValueError: the checkpoint is damaged.
-    """
-    path = folder / CHECKPOINT_NAME
-    content = read_checkpoint(path, "cpu")
-    content["model"] = model.state_dict()
-    with written_whole(path, durable=True) as scratch:
-        torch.save(content, scratch)
+def _maxima(maps: Tensor) -> Tensor:
+    return maps.amax(dim=(-2, -1))
+
+
+def _named(sample: Sample) -> str:
+    return f"Image {sample['image_id']!r}" if "image_id" in sample else "The image"

@@ -1,51 +1,320 @@
-"""ConceptMask on the embedded host: tags of many concepts, boxes of some, masks of few.
+"""ConceptMask on pip alone: from data to three trainings, measures and a picture.
 
-Wang et al., "ConceptMask: Large-Scale Segmentation from Semantic Concepts" (ECCV 2018), in the
-steps of :class:`maskx.systems.concept_mask.chain.ConceptMaskChain`, from data to measures and
-a picture.
+Wang et al., "ConceptMask: Large-Scale Segmentation from Semantic Concepts" (ECCV 2018): tags of
+many concepts, boxes of some, masks of few.
 """
 
+import functools
 import itertools
+import json
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from maskx.core.word_table import WordTable
+from maskx.core.checks import default_of
+from maskx.core.digests import network_hash
+from maskx.core.files import written_whole
+from maskx.core.word_table import WordTable, save_word_table
 from maskx.data.coco import CocoData, load_coco
+from maskx.data.splits import resolve_split
 from maskx.data.tag_lists import read_tag_list, tag_list
+from maskx.engine.batches import training_batches
+from maskx.engine.options import QuickstartOptions, check_options
+from maskx.engine.quickstart import (
+    SCENE_SIZE,
+    VAL_SCENES,
+    choose_image_size,
+    load_data,
+    write_metrics,
+)
+from maskx.engine.runs import Run, origin_of, write_run
+from maskx.engine.training import CHECKPOINT_NAME, read_checkpoint, select_device
+from maskx.engine.training_chain import TrainingChain
 from maskx.supervision import CategorySplit
-from maskx.systems.concept_mask.chain import ConceptMaskChain, ConceptMaskSettings
-from maskx.systems.concept_mask.concept_sets import ConceptSplit, concept_sets
-from maskx.systems.concept_mask.evaluation import evaluate_concepts, evaluate_existence
-from maskx.systems.concept_mask.image_samples import Record, read_sample
+from maskx.systems.concept_mask.concept_sets import ConceptSets, ConceptSplit, concept_sets
+from maskx.systems.concept_mask.evaluation import (
+    ConceptTest,
+    concept_test,
+    evaluate_concepts,
+    evaluate_existence,
+    fit_concepts,
+)
+from maskx.systems.concept_mask.model import SYSTEM_NAME, EmbeddingModel, RefinementModel
+from maskx.systems.concept_mask.overlap import concept_overlap, negative_weights
 from maskx.systems.concept_mask.predictor import ConceptPredictor, ConceptRow, draw_concepts
+from maskx.systems.concept_mask.samples import ConceptMapper, Record, read_sample
 from maskx.systems.concept_mask.scenes import (
     generate_concept_scenes,
     scene_concept_split,
     write_scene_tags,
 )
 from maskx.systems.concept_mask.scores import LEVELS, format_concept_table
-from maskx.systems.concept_mask.steps import ConceptTest, concept_test, fit_concepts
+from maskx.systems.concept_mask.system import (
+    STAGE_FOLDERS,
+    UNSEEN_NAME,
+    WORDS_NAME,
+    ConceptNetwork,
+    build_model,
+    open_model,
+)
 from maskx.systems.concept_mask.tag_vectors import fold_in_words, learn_word_vectors
 
 __all__ = [
+    "QUICK",
     "ConceptData",
+    "ConceptMaskChain",
+    "ConceptMaskMethod",
+    "ConceptMaskSettings",
     "coco_concept_data",
     "draw_test_concepts",
+    "fit_run",
     "format_concept_mask",
     "learn_concept_mask",
+    "make_scene_data",
     "open_chain",
+    "quickstart_concept_mask",
+    "save_fitted",
     "scene_concept_data",
 ]
 
+CONCEPT_SCENES, TAG_SCENES = 2000, 4000
+
+# Peaks of Adam: of the embedding from random weights and from ImageNet's, in stage 1 and in stage
+# 2; of the refinement; of the segmentation. At 1e-3 in stage 2 the embedding forgets its words: of
+# unseen ones 8.5% of the maps of Eq. 1 then point right, by chance 10%, at 1e-4 30%.
+_EMBEDDING_RATES = {"random": 4e-3, "imagenet": 1e-4}
+_FINE_TUNING_RATES = {"random": 3e-4, "imagenet": 3e-5}
+_REFINEMENT_RATE, _SEGMENTATION_RATE = 2e-3, 1e-3
 _FITTING_SHARE, _MAX_FITTING = 0.1, 150
 # Rows of the picture by level; most for what has neither boxes nor masks.
 _FIGURE_ROWS = {"mask": 1, "box": 2, "image": 3, "unseen": 2}
 _TRAINED_WITH = {"mask": "masks", "box": "boxes", "image": "tags only", "unseen": "unseen word"}
+
+
+@dataclass(frozen=True)
+class ConceptMaskSettings:
+    """What a chain of trainings is defined by.
+
+    Attributes:
+        network: of all stages.
+        embedding_iterations: steps of stage 1.
+        refinement_iterations: steps of stage 2.
+        segmentation_iterations: steps of stage 3.
+        batch_size: images per step.
+        max_concepts: most concepts of an image in a step of stage 3.
+        matching_weight: c of Eq. 2.
+        discrimination_weight: of the spatial discrimination loss.
+        seed: of weights and data order.
+        workers: processes that read training images; 0 reads them in the process that trains.
+    """
+
+    network: ConceptNetwork = field(default_factory=ConceptNetwork)
+    embedding_iterations: int = 1200
+    refinement_iterations: int = 1000
+    segmentation_iterations: int = 400
+    batch_size: int = 16
+    max_concepts: int = default_of(ConceptMapper, "max_concepts")
+    matching_weight: float = default_of(RefinementModel, "matching_weight")
+    discrimination_weight: float = default_of(RefinementModel, "discrimination_weight")
+    seed: int = 0
+    workers: int = 0
+
+
+QUICK = ConceptMaskSettings(
+    network=ConceptNetwork(
+        backbone="small",
+        hidden_channels=(256, 256),
+        refinement_channels=256,
+        image_size=128,
+        embedding_size=64,
+        attention_sizes=(64, 128),
+        encoder="small",
+        decoder_channels=(64, 48, 32, 24, 16),
+    ),
+    max_concepts=2,
+    # The paper's 1e-6 is for 800 maps; half of a vocabulary of 66 and maps of 64 cells have a
+    # hundredth of their terms.
+    matching_weight=1e-4,
+)
+"""Settings of the quick start, for images of 128 pixels and a CPU."""
+
+
+@dataclass(frozen=True)
+class ConceptMaskMethod:
+    """What may be different between the chains of a study.
+
+    Attributes:
+        final_relu: the embedding ends with a ReLU, as the paper has it.
+        negatives: stage 2 has the spatial discrimination loss.
+        two_sizes: the segmentation network sees attention maps of two image sizes, or the map of
+            the first twice.
+    """
+
+    final_relu: bool = False
+    negatives: bool = True
+    two_sizes: bool = True
+
+    def folder(self, stage: int) -> str:
+        """Name of a stage's folder: the stage and what differs from the default up to it."""
+        words = [STAGE_FOLDERS[stage - 1]]
+        if self.final_relu:
+            words.append("final_relu")
+        if stage >= 2 and not self.negatives:
+            words.append("no_negatives")
+        if stage >= 3 and not self.two_sizes:
+            words.append("one_size")
+        return "_".join(words)
+
+
+class ConceptMaskChain(TrainingChain):
+    """The trainings of one seed.
+
+    Stage 1 learns from tags, stage 2 from boxes, stage 3 from masks. Each leaves its checkpoint in
+    a folder of its own, and methods that do not differ up to a stage share it. The word tables are
+    saved beside them.
+
+    Args:
+        sets: images by what is known of them.
+        table: vectors of the vocabulary, in the order of that of the sets.
+        settings: what to do.
+        output: folder of the checkpoints.
+        resume: go on from the checkpoints that are there.
+        unseen: vectors of words that are not in the vocabulary, to be kept with the run.
+        identity: what else a checkpoint belongs to, such as its annotation file.
+        device: where to compute.
+
+    Attributes:
+        seconds: what each step took.
+    """
+
+    def __init__(
+        self,
+        sets: ConceptSets,
+        table: WordTable,
+        settings: ConceptMaskSettings,
+        *,
+        output: Path,
+        resume: bool = False,
+        unseen: WordTable | None = None,
+        identity: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if tuple(table.names) != tuple(sets.split.vocabulary):
+            raise ValueError(
+                f"The word table from {table.source} has {len(table.names)} names, the vocabulary "
+                f"{len(sets.split.vocabulary)}, or they are in another order. Make a table of this "
+                "vocabulary."
+            )
+        for name in ("tagged", "boxed", "masked"):
+            if not getattr(sets, name):
+                raise ValueError(f"There is no {name} image to train on. Give at least one.")
+        self.sets, self.table = sets, table
+        identity = dict(identity or {}) | {
+            "word table": table.hash,
+            "boxed concepts": list(sets.split.boxed),
+            "masked concepts": list(sets.split.masked),
+            "images": [len(sets.tagged), len(sets.boxed), len(sets.masked)],
+        }
+        super().__init__(settings, output=output, resume=resume, identity=identity, device=device)
+        self._tables = {WORDS_NAME: table, UNSEEN_NAME: unseen}
+        self._models: dict[str, EmbeddingModel] = {}
+        self._hashes: dict[str, str] = {}
+
+    def model(self, stage: int, method: ConceptMaskMethod | None = None) -> EmbeddingModel:
+        """Return the trained model of a stage, in evaluation mode; what it needs is trained first.
+
+        Args:
+            stage: 1, 2 or 3.
+            method: what differs from the default.
+        """
+        method = method or ConceptMaskMethod()
+        name = method.folder(stage)
+        if name not in self._models:
+            self._models[name] = self._train_stage(stage, method)
+        return self._models[name]
+
+    def folder(self, stage: int, method: ConceptMaskMethod | None = None) -> Path:
+        """Return where the checkpoint of a stage is."""
+        return self.output / (method or ConceptMaskMethod()).folder(stage)
+
+    def save_fitted(self, stage: int = 3, method: ConceptMaskMethod | None = None) -> None:
+        """Write the values fitted to a trained model into its checkpoint."""
+        save_fitted(self.model(stage, method), self.folder(stage, method))
+
+    @functools.cached_property
+    def _gamma(self) -> Any:
+        """Weights of Eq. 4, as CSR."""
+        overlap = concept_overlap(self.sets.boxed, len(self.table.names))
+        return tuple(torch.from_numpy(part) for part in negative_weights(overlap))
+
+    def _train_stage(self, stage: int, method: ConceptMaskMethod) -> EmbeddingModel:
+        settings, name = self.settings, method.folder(stage)
+        before = self.model(stage - 1, method) if stage > 1 else None
+        network = replace(settings.network, final_relu=method.final_relu)
+        if stage == 3 and not method.two_sizes:
+            network = replace(network, attention_sizes=(network.attention_sizes[0],) * 2)
+        losses: dict[str, Any] = {}
+        if stage == 2:
+            losses["matching_weight"] = settings.matching_weight
+            if method.negatives:
+                losses["discrimination_weight"] = settings.discrimination_weight
+        gamma = {"gamma": self._gamma} if "discrimination_weight" in losses else {}
+        torch.manual_seed(settings.seed)
+        split = self.sets.split
+        model = build_model(
+            network, stage, self.table, split, initial=stage == 1, **losses, **gamma
+        )
+        identity = self.identity | {"network": asdict(network), **losses}
+        if before is not None:
+            model.train().load_state_dict(before.state_dict())
+            identity["start"] = self._hashes[method.folder(stage - 1)]
+        if stage == 3:
+            identity["max_concepts"] = settings.max_concepts
+        records = (self.sets.tagged, self.sets.boxed, self.sets.masked)[stage - 1]
+        mapper = ConceptMapper(
+            stage,
+            size=network.image_size if stage == 3 else network.embedding_size,
+            attention_sizes=network.attention_sizes,
+            masked=split.masked_indices,
+            max_concepts=settings.max_concepts,
+        )
+        self._train(
+            model,
+            name,
+            functools.partial(training_batches, records, mapper),
+            json.loads(json.dumps(identity)),
+            **self._schedule(stage),
+            description=f"stage {stage}: {name}",
+        )
+        # Not before: a checkpoint of another table would lose its own.
+        for file_name, table in self._tables.items():
+            if table is not None:
+                save_word_table(self.output / file_name, table)
+        # Before anything is fitted, which is no part of what the next stage starts from.
+        self._hashes[name] = network_hash(model)
+        return model
+
+    def _schedule(self, stage: int) -> dict[str, Any]:
+        """Steps and learning rates of a stage."""
+        settings = self.settings
+        steps = (
+            settings.embedding_iterations,
+            settings.refinement_iterations,
+            settings.segmentation_iterations,
+        )
+        start = "imagenet" if settings.network.pretrained else "random"
+        rates = (_EMBEDDING_RATES[start], _REFINEMENT_RATE, _SEGMENTATION_RATE)
+        factor = _FINE_TUNING_RATES[start] / _REFINEMENT_RATE
+        return {
+            "iterations": steps[stage - 1],
+            "rate": rates[stage - 1],
+            "lr_multipliers": {"embedding.": factor} if stage == 2 else {},
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +400,6 @@ def coco_concept_data(train: CocoData, val: CocoData, split: CategorySplit) -> C
         train: images to train on.
         val: images to measure on.
         split: categories with masks, and the others.
-
-    Raises:
-        ValueError: fewer than two categories are left, or none with masks.
     """
     labels = [record["image_labels"] for record in train.records]
     paired = sorted({label for each in labels if len(each) > 1 for label in each})
@@ -176,9 +442,6 @@ def open_chain(
         output: folder of the checkpoints.
         resume: go on with an interrupted run.
         device: where to compute.
-
-    Raises:
-        ValueError: there is nothing to learn from at some level.
     """
     sets = concept_sets(data.split, tags=data.train, boxes=data.train, masks=data.train)
     return ConceptMaskChain(
@@ -214,12 +477,9 @@ def learn_concept_mask(
 
     Returns:
         ``levels``: measures of the final masks and maps by level; ``concepts``: by concept;
-        ``original``: by level those of the maps of stage 1, whose masks are the maps above 0.5;
+        ``original``: by level those of the maps of stage 1, whose masks are the maps above 0.5.
+        Unseen words are measured by Eq. 1 alone and, as ``unseen_blended``, blended;
         ``existence``, ``fitted``, ``num_images`` and ``step_seconds``.
-
-    Raises:
-        FileNotFoundError: an image is missing.
-        ValueError: data or settings cannot be used, or a checkpoint is of another run.
     """
     chain = open_chain(data, settings, output=output, resume=resume, device=device)
     counts = {name: len(getattr(chain.sets, name)) for name in ("tagged", "boxed", "masked")}
@@ -231,15 +491,15 @@ def learn_concept_mask(
     test = data.test(data.val)
     models = {stage: chain.model(stage) for stage in (1, 2, 3)}
     with chain.timed("fitting"):
-        fitted = fit_concepts(models[3].network, data.test(data.fitting), models[3].read_image)
+        fitted = fit_concepts(models[3], data.test(data.fitting))
         chain.save_fitted(3)
     with chain.timed("evaluation"):
         found = evaluate_concepts(models[3], test, description="evaluation")
         original = evaluate_concepts(models[1], test, description="stage 1: evaluation")
         existence = evaluate_existence(models[3], test)
     with chain.timed("picture"):
-        predictor = ConceptPredictor(models[3], data.table, unseen=data.unseen)
-        stage_1 = ConceptPredictor(models[1], data.table, unseen=data.unseen)
+        predictor = ConceptPredictor(models[3], unseen=data.unseen)
+        stage_1 = ConceptPredictor(models[1], unseen=data.unseen)
         draw_test_concepts(output / "predictions.png", predictor, stage_1, test)
     metrics = {
         **found,
@@ -263,6 +523,12 @@ def format_concept_mask(metrics: Mapping[str, Any]) -> str:
     if absent:
         lines.append(f"No concept to measure of level {', '.join(absent)}.")
     found = metrics["existence"]
+    thetas = (metrics["fitted"][key] for key in ("theta_image", "theta_unseen"))
+    shown = ["not fitted" if theta is None else f"{theta:.2f}" for theta in thetas]
+    lines.append(
+        f"Share of the own map in a blend, theta: {shown[0]} for concepts with tags only, "
+        f"{shown[1]} for unseen words that are blended"
+    )
     lines.append(
         f"Concepts said to exist: precision {found['precision']:.3f}, recall {found['recall']:.3f}"
     )
@@ -323,3 +589,144 @@ def _largest(
         if truth is not None and truth.mean() > best_share:
             best, best_truth, best_share = record, truth, truth.mean()
     return best, best_truth
+
+
+def save_fitted(model: EmbeddingModel, folder: Path) -> None:
+    """Write what was fitted to a trained model into its checkpoint, whole or not at all.
+
+    Args:
+        model: with the weights of the checkpoint.
+        folder: of the checkpoint.
+    """
+    content = read_checkpoint(folder / CHECKPOINT_NAME, "cpu")
+    content["model"] = model.state_dict()
+    with written_whole(folder / CHECKPOINT_NAME) as scratch:
+        torch.save(content, scratch)
+
+
+def fit_run(
+    run: str | Path,
+    json_file: str | Path,
+    image_root: str | Path,
+    *,
+    strict: bool = True,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Fit theta and the thresholds of a finished run on images, and write them to its checkpoint.
+
+    Args:
+        run: folder of the run.
+        json_file: COCO-format file with tags and true masks of concepts.
+        image_root: folder of its images.
+        strict: see :func:`maskx.data.coco.load_coco`.
+        device: where to compute.
+
+    Returns:
+        What :func:`maskx.systems.concept_mask.evaluation.fit_concepts` returns.
+    """
+    model = open_model(run, device=device)
+    data = load_coco(json_file, image_root, strict=strict)
+    source = str(data.json_file)
+    test = concept_test(data.records, data.class_names, model.split, model.table, source=source)
+    fitted = fit_concepts(model, test)
+    save_fitted(model, Path(run) / STAGE_FOLDERS[-1])
+    return fitted
+
+
+def quickstart_concept_mask(
+    options: QuickstartOptions, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Learn ConceptMask, from data to ``metrics.json`` and ``predictions.png``.
+
+    Generated scenes have concepts of every level. Of COCO files all categories have tags and boxes,
+    and those that ``masks_for`` names have masks. See
+    :func:`learn_concept_mask`.
+
+    Args:
+        options: what to do.
+        report: receives the lines for the reader.
+
+    Returns:
+        The content of ``metrics.json``.
+    """
+    started = time.perf_counter()
+    check_options(SYSTEM_NAME, options)
+    if options.masks_for is not None and options.coco_train is None:
+        raise ValueError(
+            "masks_for has no meaning for generated scenes with concepts, whose levels are fixed. "
+            "Leave it out, or give COCO files."
+        )
+    device = select_device(options.device)
+    size = choose_image_size(options)
+    settings = replace(
+        QUICK,
+        network=_network_of(options.backbone, options.pretrained, size),
+        seed=options.seed,
+        workers=options.workers,
+    )
+    chosen = {"batch_size": options.batch_size}
+    for stage in ("embedding", "refinement", "segmentation"):
+        chosen[f"{stage}_iterations"] = options.iterations
+    settings = replace(settings, **{k: value for k, value in chosen.items() if value is not None})
+    options.output.mkdir(parents=True, exist_ok=True)
+    data = _load(options)
+    report(
+        f"{len(data.train.records)} training images, {len(data.fitting.records)} to fit "
+        f"thresholds, {len(data.val.records)} validation images, on {device}"
+    )
+    run = Run(
+        system=SYSTEM_NAME,
+        host="pip",
+        class_names=data.split.vocabulary,
+        settings=asdict(settings),
+        started_from={"annotations": origin_of(data.train.json_file)},
+        weights=f"{STAGE_FOLDERS[-1]}/{CHECKPOINT_NAME}",
+    )
+    write_run(options.output, run)
+    metrics: dict[str, Any] = {"system": SYSTEM_NAME}
+    metrics |= learn_concept_mask(
+        data,
+        settings,
+        output=options.output,
+        resume=options.resume,
+        device=device,
+        report=report,
+    )
+    split = data.split
+    metrics["split"] = {
+        name: list(getattr(split, name)) for name in ("vocabulary", "boxed", "masked", "unseen")
+    }
+    return write_metrics(options, metrics, started=started, report=report)
+
+
+def _network_of(backbone: str, pretrained: bool, image_size: int) -> ConceptNetwork:
+    """Choose a network for images of a size: it is trained on half of it, as is the first map."""
+    half = max(1, image_size // 2)
+    return replace(
+        QUICK.network,
+        backbone=backbone,
+        pretrained=pretrained,
+        image_size=image_size,
+        embedding_size=half,
+        attention_sizes=(half, image_size),
+    )
+
+
+def make_scene_data(folder: Path, seed: int) -> ConceptData:
+    """Generate the scenes and word vectors of a seed; see :func:`scene_concept_data`."""
+    return scene_concept_data(
+        folder,
+        num_train=CONCEPT_SCENES,
+        num_val=VAL_SCENES,
+        num_tags=TAG_SCENES,
+        size=SCENE_SIZE,
+        seed=seed,
+    )
+
+
+def _load(options: QuickstartOptions) -> ConceptData:
+    if options.coco_train is None and options.coco_val is None:
+        return make_scene_data(options.output / "scenes", options.seed)
+    train, val = load_data(options)
+    split = resolve_split(options.masks_for or "coco_voc", train.class_names)
+    return coco_concept_data(train, val, split)

@@ -1,15 +1,17 @@
 """Finding concepts by name in images, with a trained ConceptMask, and pictures of what is found."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from maskx.core.word_table import WordTable, load_word_table
+from maskx.core.checks import check_choice
+from maskx.core.word_table import WordTable
 from maskx.evaluation.figures import (
     contact_sheet,
     draw_heat_map,
@@ -17,23 +19,49 @@ from maskx.evaluation.figures import (
     plain_tile,
     save_png,
 )
-from maskx.systems.concept_mask.model import (
-    UNSEEN_NAME,
-    SampleConceptMask,
-    check_table,
-    open_concept_mask,
-)
-from maskx.systems.concept_mask.steps import FoundConcept, found_concepts, image_tensor, named_query
+from maskx.systems.concept_mask.model import EmbeddingModel
+from maskx.systems.concept_mask.query import named_query
+from maskx.systems.concept_mask.samples import read_rgb
 
 __all__ = [
     "ConceptPredictor",
     "ConceptRow",
+    "FoundConcept",
     "draw_concepts",
-    "read_rgb",
+    "found_concepts",
+    "image_tensor",
     "segment_files",
 ]
 
 _TILE_SIDE = 256
+_ORDERS = ("RGB", "BGR")
+
+
+@dataclass(frozen=True, eq=False)
+class FoundConcept:
+    """One concept in one image.
+
+    Attributes:
+        initial: (H, W) in [0, 1], the map of its word vector alone (Eq. 1), brought to [0, 1].
+        attention: (H, W) in [0, 1], the refined or blended map; that of an unseen word which is not
+            blended, and all in stage 1, are the initial ones.
+        mask_prob: (H, W) in [0, 1].
+        mask: (H, W) bool, above 0.5.
+        existence: how much it seems to be in the image.
+        exists: whether that is above its threshold.
+        borrowed: name of the concept with boxes that a part of the map was taken from; None where
+            all of it is the concept's own.
+        own_share: of its own map, theta.
+    """
+
+    initial: np.ndarray
+    attention: np.ndarray
+    mask_prob: np.ndarray
+    mask: np.ndarray
+    existence: float
+    exists: bool
+    borrowed: str | None
+    own_share: float
 
 
 class ConceptPredictor:
@@ -41,30 +69,25 @@ class ConceptPredictor:
 
     Args:
         model: a trained model.
-        table: the word table that it was trained with.
-        unseen: words that are not in the table, found by their vectors alone.
-
-    Raises:
-        ValueError: the table is another.
+        unseen: words that are not in its table, found by their vectors alone.
+        blend_unseen: blend maps of unseen words with those of the nearest concept with boxes.
+        model_format: order of channels that the model takes, "RGB" or "BGR".
+        order: that of the images.
     """
 
     def __init__(
-        self, model: SampleConceptMask, table: WordTable, *, unseen: WordTable | None = None
+        self,
+        model: EmbeddingModel,
+        *,
+        unseen: WordTable | None = None,
+        blend_unseen: bool = False,
+        model_format: str = "RGB",
+        order: str = "RGB",
     ) -> None:
-        check_table(table, model.table_hash, Path("model"))
-        self.model, self.table, self.unseen = model.eval(), table, unseen
-
-    @classmethod
-    def open(cls, run: str | Path, *, device: torch.device | str = "cpu") -> "ConceptPredictor":
-        """Open the model of a finished run with the words that lie beside it.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, or files do not fit together.
-        """
-        model, table, _ = open_concept_mask(run, device=device)
-        unseen = Path(run) / UNSEEN_NAME
-        return cls(model, table, unseen=load_word_table(unseen) if unseen.is_file() else None)
+        for name, value in (("model_format", model_format), ("order", order)):
+            check_choice(name, value, _ORDERS)
+        self.model, self.unseen, self.blend_unseen = model.eval(), unseen, blend_unseen
+        self.order, self._turned = order, model_format != order
 
     def __call__(
         self, image: np.ndarray, concepts: Sequence[str | int | np.ndarray] | None = None
@@ -72,26 +95,44 @@ class ConceptPredictor:
         """Find concepts in one image; what is computed of the image alone is shared by them.
 
         Args:
-            image: (H, W, 3) uint8 RGB.
+            image: (H, W, 3) uint8, in the order of channels of the predictor.
             concepts: names of the word table or of the unseen words, concept indices, or vectors;
                 None for all of the word table that seem to exist in the image.
 
         Returns:
             What was found by name, in the order asked for; a concept given as a vector has the
             name "vector" and its position.
-
-        Raises:
-            ValueError: the image is of another kind or too small, the list is empty, or a concept
-                is not known or asked for twice.
         """
-        sample = {"image": image_tensor(image, "RGB")}
-        names, query = None, None
+        pixels = image_tensor(image, self.order)
+        sample: dict[str, Any] = {"image": pixels.flip(0) if self._turned else pixels}
         if concepts is not None:
-            names, query = named_query(self.table, self.unseen, concepts)
-        result = self.model.predict(sample, query)
-        if names is None:
-            names = [self.table.names[index] for index in result.indices.tolist()]
-        return found_concepts(result, names)
+            table, blended = self.model.table, self.blend_unseen
+            sample["query"] = named_query(table, self.unseen, concepts, blended=blended)
+        return found_concepts(self.model.predict(sample))
+
+
+def image_tensor(image: np.ndarray, channels: str) -> Tensor:
+    """Turn an image that a user gives into (3, H, W) uint8.
+
+    Args:
+        image: (H, W, 3) uint8.
+        channels: their order, for messages.
+    """
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"The image has shape {image.shape} and dtype {image.dtype}. Allowed: (H, W, 3) "
+            f"uint8, {channels}."
+        )
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def found_concepts(result: Mapping[str, Any]) -> dict[str, FoundConcept]:
+    """Take apart what was predicted for one image, by name of the concept."""
+    arrays = (result[key].cpu().numpy() for key in ("initial", "attention", "masks_prob", "masks"))
+    scores = (result[key].tolist() for key in ("existence", "exists"))
+    parts = zip(*arrays, *scores, result["borrowed"], result["own_share"].tolist(), strict=True)
+    return {name: FoundConcept(*part) for name, part in zip(result["concepts"], parts, strict=True)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,28 +181,8 @@ def draw_concepts(path: Path, rows: Sequence[ConceptRow]) -> None:
     save_png(path, sheet)
 
 
-def read_rgb(path: str | Path) -> np.ndarray:
-    """Read an image file of any size.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no readable image.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Image '{path}': there is no such file. Correct the path.")
-    content = np.fromfile(path, np.uint8)
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
-    if image is None:
-        raise ValueError(f"'{path}' cannot be read. Is the file an image, and complete?")
-    return np.ascontiguousarray(image[:, :, ::-1])
-
-
 def segment_files(
-    predictor: ConceptPredictor,
+    predictor: Callable[..., dict[str, FoundConcept]],
     images: Sequence[str | Path],
     output: Path,
     concepts: Sequence[str] | None = None,
@@ -181,10 +202,6 @@ def segment_files(
 
     Returns:
         What was found by name of the image, without ending, and by concept.
-
-    Raises:
-        FileNotFoundError: an image is missing.
-        ValueError: an image cannot be read, two have one name, or a concept is not known.
     """
     stems = [Path(path).stem for path in images]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
@@ -203,6 +220,8 @@ def segment_files(
         rows, written = [], {"concepts"}
         for name, each in found.items():
             title = f"{name} ({'exists' if each.exists else 'seems not to be there'})"
+            if each.borrowed is not None:
+                title += f", {1 - each.own_share:.0%} '{each.borrowed}'"
             maps = {"initial map": each.initial, "refined map": each.attention}
             rows.append(ConceptRow(title, image, maps, {"mask": each.mask}))
             file_name = "".join(c if c.isalnum() else "_" for c in name)

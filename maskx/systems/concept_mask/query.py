@@ -1,16 +1,32 @@
-"""What ConceptMask is asked for in an image, and what it answers.
+"""What ConceptMask is asked for in an image, and how users say it.
 
 Shape legend:
-    V: concepts of the word table; k: length of a word vector; C: asked concepts; H, W: size of the
-    masks.
+    V: concepts of the word table; k: length of a word vector; C: asked concepts.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from maskx.core.word_table import WordTable, load_word_table, spelled, word_table_from_file
+from maskx.data.tag_lists import read_vocabulary
+
+__all__ = [
+    "UNSEEN",
+    "ConceptQuery",
+    "checked_query",
+    "concept_query",
+    "named_query",
+    "read_unseen_words",
+]
+
+UNSEEN = -1
+"""Index of a concept that is asked for by its vector."""
 
 
 @dataclass(frozen=True)
@@ -20,50 +36,41 @@ class ConceptQuery:
     Attributes:
         indices: (C,) int64, rows of the word table; -1 for an unseen word.
         vectors: (C, k) float, read for unseen words only.
+        blended: (C,) bool, whether the map of an unseen word is blended with that of the nearest
+            concept with boxes, where the paper takes that of Eq. 1 alone.
+        names: C names; None for those of the word table.
     """
 
     indices: Tensor
     vectors: Tensor
+    blended: Tensor
+    names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
 
-@dataclass(frozen=True)
-class ConceptResults:
-    """What is predicted of the concepts of one image.
-
-    Attributes:
-        indices: (C,) int64, rows of the word table; -1 for an unseen word.
-        attention: (C, H, W) in [0, 1], what the masks are made from: blended maps, see
-            :func:`maskx.systems.concept_mask.segmenter.mean_maps`.
-        initial: (C, H, W) in [0, 1], the same of the maps of Eq. 1.
-        mask_prob: (C, H, W) probability, at the output's size.
-        masks: (C, H, W) bool, above 0.5.
-        existence: (C,) see :meth:`ConceptMask.existence`.
-        exists: (C,) bool, the existence is above the threshold.
-    """
-
-    indices: Tensor
-    attention: Tensor
-    initial: Tensor
-    mask_prob: Tensor
-    masks: Tensor
-    existence: Tensor
-    exists: Tensor
-
-
 def concept_query(
-    indices: Sequence[int] | np.ndarray | Tensor, vectors: np.ndarray | Tensor
+    indices: Sequence[int] | np.ndarray | Tensor,
+    vectors: np.ndarray | Tensor,
+    *,
+    blended: bool | Sequence[bool] | np.ndarray = False,
+    names: Sequence[str] | None = None,
 ) -> ConceptQuery:
     """Make a query of what ``WordTable.resolve`` returns.
 
     Args:
         indices: (C,) rows of the word table; -1 for an unseen word.
         vectors: (C, k).
+        blended: of all unseen words, or (C,); see :class:`ConceptQuery`.
+        names: C names.
     """
+    indices = torch.as_tensor(indices, dtype=torch.int64)
     return ConceptQuery(
-        torch.as_tensor(indices, dtype=torch.int64), torch.as_tensor(vectors, dtype=torch.float32)
+        indices,
+        torch.as_tensor(vectors, dtype=torch.float32),
+        torch.as_tensor(blended, dtype=torch.bool, device=indices.device).expand(len(indices)),
+        None if names is None else tuple(names),
     )
 
 
@@ -85,7 +92,7 @@ def checked_query(query: ConceptQuery, table: Tensor) -> ConceptQuery:
             f"A query of {len(indices)} concepts has vectors of shape {tuple(vectors.shape)}. "
             f"Needed: ({len(indices)}, {table.shape[1]}), as in the word table."
         )
-    outside = indices[(indices < -1) | (indices >= len(table))]
+    outside = indices[(indices < UNSEEN) | (indices >= len(table))]
     if len(outside):
         raise ValueError(
             f"The query has the concept indices {sorted(set(outside.tolist()))}. Allowed: 0 "
@@ -93,5 +100,78 @@ def checked_query(query: ConceptQuery, table: Tensor) -> ConceptQuery:
         )
     indices = indices.to(table.device)
     vectors = vectors.to(table.device, table.dtype)
-    known = (indices >= 0)[:, None]
-    return ConceptQuery(indices, torch.where(known, table[indices.clamp(min=0)], vectors))
+    vectors = torch.where((indices >= 0)[:, None], table[indices.clamp(min=0)], vectors)
+    return ConceptQuery(indices, vectors, query.blended.to(table.device), query.names)
+
+
+def named_query(
+    table: WordTable,
+    unseen: WordTable | None,
+    concepts: Sequence[str | int | np.ndarray],
+    *,
+    blended: bool = False,
+) -> ConceptQuery:
+    """Resolve what a user asks for.
+
+    Args:
+        table: of the model.
+        unseen: words that are not in it, found by their vectors alone; None without.
+        concepts: names of either table, concept indices, or vectors, whose names are "vector" and
+            their position.
+        blended: see :class:`ConceptQuery`.
+
+    Raises:
+        ValueError: the list is empty, a word is in both tables, or a concept is not known or asked
+            for twice.
+    """
+    extra = {} if unseen is None else dict(zip(unseen.names, unseen.vectors, strict=True))
+    both = sorted(set(extra) & set(table.names))
+    if both:
+        raise ValueError(
+            f"'{both[0]}' is among the unseen words, but the word table has it. Leave it out."
+        )
+    if isinstance(concepts, str) or len(concepts) == 0:
+        table.resolve(concepts)  # says what is wrong
+    wanted = [extra.get(spelled(c), c) if isinstance(c, str) else c for c in concepts]
+    indices, vectors = table.resolve(wanted)
+    names = [
+        table.names[index] if index >= 0 else spelled(c) if isinstance(c, str) else f"vector {i}"
+        for i, (c, index) in enumerate(zip(concepts, indices.tolist(), strict=True))
+    ]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"'{twice[0]}' is asked for twice. Name each concept once.")
+    return concept_query(indices, vectors, blended=blended, names=names)
+
+
+def read_unseen_words(path: str | os.PathLike[str], table: WordTable) -> WordTable:
+    """Read words that are found by their vectors alone.
+
+    Args:
+        path: ``.npy`` file of ``tools/learn_word_vectors.py --fold-in``, or CLIP's, with its words
+            beside it in a ``.txt`` or ``.json`` file of the same name; or a word table.
+        table: of the model.
+
+    Raises:
+        FileNotFoundError: there is no such file, or none with the words.
+        ValueError: the file cannot be used, or its vectors have another length than the table's.
+    """
+    path = Path(path)
+    if path.suffix == ".npy" and path.is_file():
+        text, other = path.with_suffix(".txt"), path.with_suffix(".json")
+        words = text if text.is_file() else other
+        if not words.is_file():
+            raise FileNotFoundError(
+                f"The unseen words '{path}' need their names beside them: '{text}', one per line, "
+                f"or '{other}', a list."
+            )
+        unseen = word_table_from_file(path, read_vocabulary(words))
+    else:
+        unseen = load_word_table(path)
+    if unseen.dim != table.dim:
+        raise ValueError(
+            f"The unseen words '{path}' have vectors of length {unseen.dim}, the word table of "
+            f"length {table.dim}. Fold the words into that table, see tools/learn_word_vectors.py "
+            "--fold-in."
+        )
+    return unseen

@@ -1,24 +1,120 @@
-"""Training targets of ConceptMask's stages 2 and 3 for one image: mappers without their host.
+"""Samples of ConceptMask: images with tags, boxes or masks of concepts.
 
-Images are warped to squares, as the embedding network is trained on them; boxes and masks are
-warped and flipped here in the same way. Records are those of
-`maskx.systems.concept_mask.concept_sets`.
+Images are warped to squares, as the networks are trained on them; boxes and masks are warped and
+flipped here in the same way. Records are those of `maskx.systems.concept_mask.concept_sets`.
 """
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
+from maskx.core.images import warp_image
+from maskx.core.sample_models import Sample
+from maskx.data.image_samples import read_image_sample
 from maskx.data.masks import decode_segmentation
 from maskx.systems.concept_mask.concept_sets import fully_masked
 
-__all__ = ["box_target", "mask_target"]
+__all__ = ["ConceptMapper", "box_target", "mask_target", "read_rgb", "read_sample", "union_mask"]
+
+Record = Mapping[str, Any]
+
+
+class ConceptMapper:
+    """Reads the records of concept sets with the targets of one of the three stages.
+
+    Args:
+        stage: 1 reads tags, 2 boxes, 3 masks. What another stage learns from is not decoded.
+        size: side in pixels of the squares that images and targets are warped to.
+        attention_sizes: of the network; in stage 3 images are warped to the largest of these sizes
+            and `size`, as the network makes smaller ones of them itself.
+        masked: concept indices whose masks are learned from; of stage 3 alone.
+        max_concepts: most concepts of an image, chosen at random; of stage 3 alone.
+        flip: mirror half of the samples.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        *,
+        size: int,
+        attention_sizes: Sequence[int] = (),
+        masked: Collection[int] = (),
+        max_concepts: int = 4,
+        flip: bool = True,
+    ) -> None:
+        self.stage, self.size, self.flip = stage, size, flip
+        self.image_size = max(size, *attention_sizes, 1) if stage == 3 else size
+        self.masked, self.max_concepts = frozenset(masked), max_concepts
+
+    def __call__(self, record: Record, random_state: np.random.RandomState) -> Sample:
+        """Make a training sample; the record stays as it is.
+
+        Returns:
+            ``image`` (3, S, S) uint8 RGB, ``height``, ``width``, ``image_id``, ``file_name``; and
+            of stage 1 ``image_labels``, concept indices; of stage 2 ``concepts``, P concept
+            indices, ``boxes`` (B, 4) XYXY in pixels of the warped image, ``box_rows`` (B,) int64
+            positions in the concepts; of stage 3 ``concepts`` and ``masks`` (P, ``size``,
+            ``size``) bool.
+        """
+        sample = read_sample(record)
+        sample["image"] = warp_image(sample["image"], self.image_size)
+        flip = bool(self.flip and random_state.randint(2))
+        if flip:
+            sample["image"] = sample["image"].flip(-1)
+        if self.stage == 1:
+            return sample | {"image_labels": list(record["image_labels"])}
+        if self.stage == 2:
+            concepts, boxes, rows = box_target(record, size=self.size, flip=flip)
+            targets = {"boxes": torch.from_numpy(boxes), "box_rows": torch.from_numpy(rows)}
+            return sample | {"concepts": concepts} | targets
+        concepts, masks = mask_target(
+            record,
+            masked=self.masked,
+            size=self.size,
+            flip=flip,
+            max_concepts=self.max_concepts,
+            random_state=random_state,
+        )
+        return sample | {"concepts": concepts, "masks": torch.from_numpy(masks)}
+
+
+def read_sample(record: Record) -> Sample:
+    """Read an image alone, as it is.
+
+    Returns:
+        ``image`` (3, H, W) uint8 RGB, ``height``, ``width``, ``image_id``, ``file_name``. An image
+        of a tag list, whose size is not known before, has that of its file.
+    """
+    if "height" not in record:
+        height, width = read_rgb(record["file_name"]).shape[:2]
+        record = {**record, "height": height, "width": width}
+    return read_image_sample(record) | {"file_name": os.fspath(record["file_name"])}
+
+
+def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read an image file of any size.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"Image '{os.fspath(path)}': there is no such file. Correct the path."
+        )
+    content = np.fromfile(path, np.uint8)
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
+    if image is None:
+        raise ValueError(f"'{os.fspath(path)}' cannot be read. Is the file an image, and complete?")
+    return np.ascontiguousarray(image[:, :, ::-1])
 
 
 def box_target(
-    record: Mapping[str, Any], *, size: int, flip: bool
+    record: Record, *, size: int, flip: bool
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Warp the boxes of an image to a square; those of crowds count like all others.
 
@@ -43,13 +139,13 @@ def box_target(
 
 
 def mask_target(
-    record: Mapping[str, Any],
+    record: Record,
     *,
     masked: Collection[int],
     size: int,
     flip: bool,
     max_concepts: int,
-    rng: np.random.Generator,
+    random_state: np.random.RandomState,
 ) -> tuple[list[int], np.ndarray]:
     """Draw the masks of some concepts of an image, warped to a square.
 
@@ -62,28 +158,35 @@ def mask_target(
         masked: concept indices that have masks.
         size: side of the square in pixels.
         flip: whether left and right change places.
-        max_concepts: most concepts to take; which, is drawn.
-        rng: source of the draw.
+        max_concepts: most concepts to take.
+        random_state: says which.
 
     Returns:
         concepts: P concept indices, ascending; there may be none.
         masks: (P, size, size) bool.
     """
-    height, width = record["height"], record["width"]
     masks = {}
-    for concept in rng.permutation(fully_masked(record["annotations"])).tolist():
+    for concept in random_state.permutation(fully_masked(record["annotations"])).tolist():
         if concept not in masked or len(masks) == max_concepts:
             continue
-        union = np.zeros((height, width), bool)
-        for annotation in record["annotations"]:
-            if annotation["class_index"] == concept:
-                union |= decode_segmentation(annotation["segmentation"], height, width)
         # Takes the source pixel at the centre of each pixel; INTER_NEAREST takes one off centre.
         warped = cv2.resize(
-            union.view(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST_EXACT
+            union_mask(record, concept).view(np.uint8),
+            (size, size),
+            interpolation=cv2.INTER_NEAREST_EXACT,
         )
         if warped.any():
             masks[concept] = (warped[:, ::-1] if flip else warped).astype(bool)
     concepts = sorted(masks)
     empty = np.zeros((0, size, size), bool)
     return concepts, np.stack([masks[concept] for concept in concepts]) if masks else empty
+
+
+def union_mask(record: Record, class_index: int) -> np.ndarray:
+    """Draw the (H, W) bool union of the masks of a class of an image."""
+    height, width = record["height"], record["width"]
+    union = np.zeros((height, width), bool)
+    for annotation in record["annotations"]:
+        if annotation["class_index"] == class_index:
+            union |= decode_segmentation(annotation["segmentation"], height, width)
+    return union

@@ -179,9 +179,6 @@ def generate_concept_scenes(
 
     Returns:
         Path of `concepts.json`.
-
-    Raises:
-        ValueError: an argument is out of its range, or `root` holds another data set.
     """
     scenes_json = generate_scenes(
         root,
@@ -256,9 +253,6 @@ def write_scene_tags(
 
     Returns:
         ``path``.
-
-    Raises:
-        ValueError: an argument is out of its range.
     """
     path = Path(path)
     left_out = () if unseen else _UNSEEN

@@ -22,8 +22,9 @@ __all__ = [
     "soft_iou",
 ]
 
-LEVELS = ("mask", "box", "image", "unseen")
-"""What a concept was learned from, at most; unseen ones are not in the vocabulary."""
+LEVELS = ("mask", "box", "image", "unseen", "unseen_blended")
+"""What a concept was learned from, at most; unseen ones are not in the vocabulary, and are found by
+Eq. 1 alone, or with maps that are blended with those of the nearest concept with boxes."""
 
 _MEASURES = ("pointing", "soft_iou", "precision", "recall", "iou", "chance")
 
@@ -32,8 +33,8 @@ def pointing_hit(attention: np.ndarray, truth: np.ndarray) -> bool:
     """Tell whether the largest value of a map lies on the concept: the pointing game.
 
     Args:
-        attention: (H, W) float. Of several largest values the first, row by row, counts; a
-            constant map points nowhere.
+        attention: (H, W) float, any values. Of several largest ones the first, row by row, counts;
+            a constant map points nowhere.
         truth: (H, W) bool.
     """
     flat = attention.ravel()
@@ -234,7 +235,7 @@ class ThetaFit(NamedTuple):
 def fit_theta(
     maps: Iterable[tuple[str, np.ndarray, np.ndarray, np.ndarray]],
     *,
-    thetas: Sequence[float] = tuple(round(0.05 * step, 2) for step in range(21)),
+    thetas: Sequence[float] = tuple(round(0.05 * step, 2) for step in range(1, 21)),
 ) -> ThetaFit:
     """Choose the theta of ``theta a_q + (1 - theta) a_p`` on images with true masks.
 
@@ -245,7 +246,8 @@ def fit_theta(
     Args:
         maps: concept, its own maps a_q (A, H, W), those of the nearest concept with boxes a_p
             (A, H, W), and the truth (H, W) bool; read once.
-        thetas: values to try, in [0, 1].
+        thetas: values to try, in [0, 1]. 0 is none of them by default: a concept would have no
+            map of its own, and all with one nearest concept the same.
 
     Returns:
         The best theta, of equal ones the largest.

@@ -16,7 +16,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskx.core.backbones import SmallResNet
 from maskx.core.layers import convolution_like, msra_fill
+from maskx.core.timm_backbones import TimmBackbone
+
+
+def build_encoder(
+    name: str = "resnet50",
+    *,
+    widths: Sequence[int] = (16, 32, 48, 64),
+    pretrained: bool = False,
+) -> SmallResNet | TimmBackbone:
+    """Make the encoder of a :class:`ConceptSegmenter`, of its largest output stride.
+
+    Args:
+        name: ``small``, or a model of timm that starts with a convolution, e.g. ``resnet50``.
+        widths: of the stages of ``small``.
+        pretrained: start from ImageNet weights, of an installed package or by download.
+    """
+    if name != "small":
+        return TimmBackbone(name, pretrained=pretrained)
+    if pretrained:
+        raise ValueError(
+            "There are no pretrained weights of the encoder 'small'. Name one of timm, such as "
+            "resnet50, or train it from random weights."
+        )
+    return SmallResNet(widths=tuple(widths), output_stride=16)
 
 
 def normalise_maps(maps: Tensor) -> Tensor:
@@ -74,15 +99,10 @@ class ConceptSegmenter(nn.Module):
     once for all concepts of the image, and one on the attention maps.
 
     Args:
-        encoder: :class:`maskx.core.backbones.SmallResNet` or
-            :class:`maskx.core.timm_backbones.TimmBackbone` that starts with a convolution, best of
-            its largest output stride. This convolution becomes ``image_stem``.
+        encoder: of :func:`build_encoder`. Its first convolution becomes ``image_stem``.
         num_maps: A.
         decoder_channels: of the decoder, from the deepest feature map of the encoder to the
             output of its first convolution.
-
-    Raises:
-        ValueError: `decoder_channels` does not fit the encoder.
     """
 
     def __init__(
@@ -117,6 +137,11 @@ class ConceptSegmenter(nn.Module):
         # A tenth of the pixels are of the concept. From an even start the first steps push all
         # pixels down, which may leave a last layer that only pushes down: masks below 0.5.
         nn.init.constant_(self.classify.bias, -2.2)
+
+    def start_encoder(self, trained: nn.Module) -> None:
+        """Take over the weights of another encoder of the same kind."""
+        self.image_stem.load_state_dict(trained.take_input_convolution().state_dict())
+        self.encoder.load_state_dict(trained.state_dict())
 
     def forward(self, images: Tensor, attention: Tensor, image_rows: Tensor) -> Tensor:
         """Predict the (P, H, W) mask logits of P pairs.

@@ -1,11 +1,200 @@
-"""What ConceptMask is to the tools."""
+"""ConceptMask as a system: how its networks are built from settings, and opened from a run."""
 
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskx.core.backbone_choice import build_backbone, choose_feature
+from maskx.core.checks import check_choice, default_of
+from maskx.core.word_table import WordTable, load_word_table
+from maskx.engine.options import QuickstartOptions
+from maskx.engine.runs import Run
 from maskx.engine.system import System
-from maskx.systems.concept_mask.quickstart import quickstart_concept_mask
+from maskx.engine.training import CHECKPOINT_NAME, load_state, read_checkpoint
+from maskx.systems.concept_mask.concept_sets import ConceptSplit
+from maskx.systems.concept_mask.embedding import ConceptEmbedding
+from maskx.systems.concept_mask.model import (
+    SYSTEM_NAME,
+    EmbeddingModel,
+    RefinementModel,
+    SegmentationModel,
+    read_description,
+)
+from maskx.systems.concept_mask.predictor import ConceptPredictor
+from maskx.systems.concept_mask.segmenter import ConceptSegmenter, build_encoder
+
+__all__ = [
+    "STAGES",
+    "STAGE_FOLDERS",
+    "SYSTEM",
+    "UNSEEN_NAME",
+    "WORDS_NAME",
+    "ConceptNetwork",
+    "build_model",
+    "open_model",
+    "open_predictor",
+]
+
+STAGES = (EmbeddingModel, RefinementModel, SegmentationModel)
+"""The networks of stage 1, 2 and 3."""
+STAGE_FOLDERS = ("embedding", "refinement", "segmentation")
+"""Folders of the stages in that of a run."""
+WORDS_NAME, UNSEEN_NAME = "words.safetensors", "unseen_words.safetensors"
+"""Word tables in the folder of a run: of the vocabulary, and of unseen concepts if there are."""
+
+
+@dataclass(frozen=True)
+class ConceptNetwork:
+    """What the networks of all three stages are built from.
+
+    Attributes:
+        backbone: of the embedding, see :func:`maskx.core.backbone_choice.build_backbone`.
+        pretrained: start from ImageNet weights, which are downloaded; their norms stay.
+        final_relu: the embedding ends with a ReLU, as the paper has it.
+        hidden_channels: of the embedding's two hidden layers.
+        refinement_channels: of the hidden layer of the refinement.
+        image_size: side of the squares that images are warped to for the segmentation network.
+        embedding_size: side of the squares that the embedding is trained on, in stages 1 and 2.
+        attention_sizes: sides of the squares that the attention maps are made of.
+        scored_sizes: those whose maps are shown and measured; () for all.
+        encoder: of the segmentation network, see
+            :func:`maskx.systems.concept_mask.segmenter.build_encoder`.
+        encoder_widths: of the encoder ``small``.
+        decoder_channels: of the segmentation network.
+    """
+
+    backbone: str = "resnet50"
+    pretrained: bool = False
+    final_relu: bool = default_of(ConceptEmbedding, "final_relu")
+    hidden_channels: tuple[int, ...] = default_of(ConceptEmbedding, "hidden_channels")
+    refinement_channels: int = default_of(RefinementModel.__base__, "hidden_channels")
+    image_size: int = default_of(SegmentationModel, "mask_size")
+    embedding_size: int = 300
+    attention_sizes: tuple[int, ...] = default_of(EmbeddingModel, "attention_sizes")
+    scored_sizes: tuple[int, ...] = default_of(EmbeddingModel, "scored_sizes")
+    encoder: str = default_of(build_encoder, "name")
+    encoder_widths: tuple[int, ...] = default_of(build_encoder, "widths")
+    decoder_channels: tuple[int, ...] = default_of(ConceptSegmenter, "decoder_channels")
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, list):  # of a file
+                object.__setattr__(self, name, tuple(value))
+
+
+def build_model(
+    settings: ConceptNetwork,
+    stage: int,
+    table: WordTable,
+    split: ConceptSplit,
+    *,
+    initial: bool = False,
+    **losses: Any,
+) -> EmbeddingModel:
+    """Build the network of a stage, with initial weights.
+
+    Args:
+        settings: what to build.
+        stage: 1, 2 or 3.
+        table: vectors of the vocabulary.
+        split: levels of its concepts.
+        initial: with the ImageNet weights, if the network starts from them; not if weights are
+            loaded afterwards anyway.
+        losses: arguments of :class:`RefinementModel` that training alone needs.
+    """
+    check_choice("stage of ConceptMask", stage, (1, 2, 3))
+    pretrained = settings.pretrained
+    backbone = build_backbone(
+        settings.backbone, frozen_norm=pretrained, pretrained=pretrained and initial
+    )
+    in_feature, shape = choose_feature(backbone)
+    embedding = ConceptEmbedding(
+        backbone,
+        in_feature=in_feature,
+        in_channels=shape.channels,
+        dim=table.dim,
+        hidden_channels=settings.hidden_channels,
+        final_relu=settings.final_relu,
+    )
+    parts: dict[str, Any] = dict(losses)
+    if stage > 1:
+        parts["hidden_channels"] = settings.refinement_channels
+    if stage == 3:
+        parts["mask_size"] = settings.image_size
+        parts["segmenter"] = ConceptSegmenter(
+            build_encoder(settings.encoder, widths=settings.encoder_widths),
+            num_maps=len(settings.attention_sizes),
+            decoder_channels=settings.decoder_channels,
+        )
+    return STAGES[stage - 1](
+        embedding,
+        table=table,
+        split=split,
+        attention_sizes=settings.attention_sizes,
+        scored_sizes=settings.scored_sizes,
+        architecture=asdict(settings),
+        **parts,
+    )
+
+
+def open_model(
+    run: str | Path, stage: int = 3, *, device: torch.device | str = "cpu"
+) -> EmbeddingModel:
+    """Open a model that the quick start trained; all that it is made of is in its checkpoint.
+
+    Args:
+        run: folder of the run.
+        stage: 1, 2 or 3.
+        device: where to compute.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    path = Path(run) / STAGE_FOLDERS[stage - 1] / CHECKPOINT_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file '{path}'. Give the folder of a finished run: "
+            "tools/quickstart.py --system concept_mask."
+        )
+    state = read_checkpoint(path, "cpu")["model"]
+    try:
+        found = read_description(state)
+        table = WordTable(
+            found["names"], state["vectors"].numpy(), state["idf"].numpy(), source=str(path)
+        )
+        split = ConceptSplit(table.names, found["boxed"], found["masked"])
+        model = build_model(ConceptNetwork(**found["architecture"]), found["stage"], table, split)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'{path}' cannot be opened: {error} Train the model again.") from error
+    load_state(model.eval(), state, path)
+    return model.to(device)
+
+
+def open_predictor(run: str | Path, *, device: torch.device | str = "cpu") -> ConceptPredictor:
+    """Open the model of a finished run, with the unseen words that lie beside it."""
+    unseen = Path(run) / UNSEEN_NAME
+    words = load_word_table(unseen) if unseen.is_file() else None
+    return ConceptPredictor(open_model(run, device=device), unseen=words)
+
+
+def _pipeline(options: QuickstartOptions, report: Callable[[str], None]) -> dict[str, Any]:
+    # Which builds its networks here.
+    from maskx.systems.concept_mask.pipeline import quickstart_concept_mask
+
+    return quickstart_concept_mask(options, report)
+
+
+def _open(run: Run, device: torch.device) -> EmbeddingModel:
+    return open_model(run.folder, device=device)
+
 
 SYSTEM = System(
-    name="concept_mask",
+    name=SYSTEM_NAME,
     title="ConceptMask",
-    pipeline=quickstart_concept_mask,
+    pipeline=_pipeline,
+    open=_open,
     options=frozenset(["masks_for"]),
 )

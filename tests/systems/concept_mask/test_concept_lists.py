@@ -8,8 +8,12 @@ import pytest
 
 from maskx.core.word_table import WordTable, save_word_table
 from maskx.data.coco import load_coco
-from maskx.systems.concept_mask.concept_lists import choose_concepts, format_concept_lists
-from maskx.systems.concept_mask.concept_sets import concept_sets, read_concept_split
+from maskx.systems.concept_mask.concept_sets import (
+    choose_concepts,
+    concept_sets,
+    format_concept_lists,
+    read_concept_split,
+)
 
 SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare.py"
 VOCABULARY = ("apple", "big dog", "car", "person", "sky", "tv", "wheel")

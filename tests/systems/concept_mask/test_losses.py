@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskx.systems.concept_mask import losses as concept_losses
 from maskx.systems.concept_mask.attention import AttentionRefinement, initial_attention
 from maskx.systems.concept_mask.losses import (
     box_loss,
@@ -110,10 +109,8 @@ def test_the_box_loss_is_the_mean_over_cells_and_pairs():
 def test_streaming_top_n_equals_dense_top_n(num_concepts, num_matched, chunk, num_images):
     torch.manual_seed(num_concepts)
     maps, vectors = torch.randn(num_images, 4, 3, 2).double(), torch.randn(num_concepts, 4).double()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(concept_losses, "_CONCEPT_CHUNK", chunk)
-        peaks = peak_activations(maps, vectors)
-        found = matched_concepts(maps, vectors, num_matched)
+    peaks = peak_activations(maps, vectors, chunk=chunk)
+    found = matched_concepts(maps, vectors, num_matched)
     dense = torch.einsum("nkhw,vk->nvhw", maps, vectors).flatten(2).max(dim=2).values
     torch.testing.assert_close(peaks, dense)
     count = min(num_matched, num_concepts // 2)
@@ -277,7 +274,7 @@ def stage_2_losses(refinement, maps, pair_images, pair_concepts, *, num_matched=
     concepts = torch.tensor(pair_concepts, dtype=torch.int64)
     targets = torch.ones(len(images), *maps.shape[-2:])
     targets[:, 0] = 0
-    hidden = refinement.hidden(maps)
+    hidden = refinement.hidden(maps, refinement.vectors)
     matched = matched_concepts(maps, refinement.vectors, num_matched)
     negatives, weights = negative_concepts(concepts, gamma)
     return [
@@ -287,9 +284,17 @@ def stage_2_losses(refinement, maps, pair_images, pair_concepts, *, num_matched=
     ]
 
 
+class Refinement(AttentionRefinement):
+    """With the word vectors, which a model holds."""
+
+    def __init__(self, vectors, hidden):
+        super().__init__(len(vectors), hidden_channels=hidden)
+        self.register_buffer("vectors", vectors)
+
+
 def make_refinement():
     torch.manual_seed(0)
-    return AttentionRefinement(torch.randn(6, 4), hidden_channels=7)
+    return Refinement(torch.randn(6, 4), 7)
 
 
 def test_every_loss_reaches_every_parameter_and_the_embeddings():
@@ -317,7 +322,7 @@ def test_a_batch_without_supervision_gives_zero_with_a_graph_through_every_param
 
 
 def test_a_vocabulary_too_small_to_match_gives_zero_with_a_graph():
-    refinement = AttentionRefinement(torch.randn(1, 4), hidden_channels=7)
+    refinement = Refinement(torch.randn(1, 4), 7)
     maps = torch.randn(2, 4, 3, 3, requires_grad=True)
     gamma = (torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     matching = stage_2_losses(refinement, maps, [0], [0], gamma=gamma)[1]
@@ -364,7 +369,7 @@ def test_training_on_boxes_and_on_old_maps_lowers_the_losses():
         totals.append(total.item())
     assert totals[-1] < 0.5 * totals[0]
     # The concept is where its box is, and what it excludes is not.
-    refined = refinement.eval()(maps).sigmoid()
+    refined = refinement.eval()(maps, refinement.vectors).sigmoid()
     assert refined[0, 0, 1:].mean() > 0.5 > refined[0, 0, 0].mean()
     assert refined[0, [2, 5], 1:].mean() < 0.3
 

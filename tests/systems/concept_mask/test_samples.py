@@ -3,11 +3,18 @@
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskx.data.masks import encode_masks
-from maskx.systems.concept_mask.samples import box_target, mask_target
+from maskx.systems.concept_mask.samples import (
+    ConceptMapper,
+    box_target,
+    mask_target,
+    read_rgb,
+    read_sample,
+)
 
 HEIGHT, WIDTH = 20, 40
 
@@ -35,9 +42,13 @@ def rectangle(x1, y1, x2, y2):
 
 
 def draw(record, *, classes=range(10), size=10, flip=False, max_concepts=10, seed=0):
-    rng = np.random.default_rng(seed)
     return mask_target(
-        record, masked=classes, size=size, flip=flip, max_concepts=max_concepts, rng=rng
+        record,
+        masked=classes,
+        size=size,
+        flip=flip,
+        max_concepts=max_concepts,
+        random_state=np.random.RandomState(seed),
     )
 
 
@@ -163,3 +174,75 @@ def test_all_concepts_have_their_turn_when_there_are_too_many():
 def test_a_concept_that_has_no_masks_is_not_decoded():
     broken = masked(1, rectangle(0, 0, 9, 9)) | {"segmentation": {"size": [1, 1], "counts": "?"}}
     assert draw(record_of([broken, masked(2, rectangle(0, 0, 9, 9))]), classes={2})[0] == [2]
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def record(tmp_path):
+    """An image of noise with boxes and masks of two concepts."""
+    pixels = np.random.RandomState(0).randint(0, 256, (HEIGHT, WIDTH, 3)).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), pixels)
+    annotations = [masked(1, rectangle(4, 4, 20, 16)), masked(3, rectangle(24, 0, 36, 12))]
+    extra = {"file_name": str(tmp_path / "a.png"), "image_labels": [1, 3, 5]}
+    return record_of(annotations) | extra
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_boxes_and_masks_are_mirrored_with_their_image(record, seed):
+    """Of one random state the same image, boxes and masks: all is drawn from it."""
+    boxes, masks = (
+        ConceptMapper(stage, size=40, masked=(1, 3))(record, np.random.RandomState(seed))
+        for stage in (2, 3)
+    )
+    plain = ConceptMapper(2, size=40, flip=False)(record, np.random.RandomState(seed))["image"]
+    is_flipped = not torch.equal(boxes["image"], plain)
+    assert is_flipped == bool(np.random.RandomState(seed).randint(2))
+    assert torch.equal(boxes["image"], plain.flip(-1) if is_flipped else plain)
+    assert torch.equal(boxes["image"], masks["image"])
+    assert boxes["concepts"] == masks["concepts"] == [1, 3]
+    for row, mask in enumerate(masks["masks"].numpy()):
+        ys, xs = np.nonzero(mask)
+        box = boxes["boxes"][boxes["box_rows"] == row][0].tolist()
+        assert box == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+
+def test_a_sample_has_what_its_stage_learns_from_and_no_more(record):
+    shared = {"image", "height", "width", "image_id", "file_name"}
+    targets = {1: {"image_labels"}, 2: {"concepts", "boxes", "box_rows"}, 3: {"concepts", "masks"}}
+    before = str(record)
+    for stage, keys in targets.items():
+        mapper = ConceptMapper(stage, size=16, masked=(1, 3), max_concepts=1)
+        sample = mapper(record, np.random.RandomState(0))
+        assert set(sample) == shared | keys
+        assert sample["image"].shape == (3, 16, 16)
+        assert (sample["height"], sample["width"], sample["image_id"]) == (HEIGHT, WIDTH, 7)
+        assert str(record) == before
+    assert len(sample["concepts"]) == len(sample["masks"]) == 1
+
+
+def test_images_of_stage_3_are_as_large_as_the_largest_attention_map_needs(record):
+    mapper = ConceptMapper(3, size=16, attention_sizes=(24, 32), masked=(1,))
+    sample = mapper(record, np.random.RandomState(0))
+    assert sample["image"].shape == (3, 32, 32)
+    assert sample["masks"].shape == (1, 16, 16)
+    other = ConceptMapper(2, size=16, attention_sizes=(24, 32))(record, np.random.RandomState(0))
+    assert other["image"].shape == (3, 16, 16)
+
+
+def test_an_image_of_a_tag_list_has_the_size_of_its_file(record):
+    bare = {key: record[key] for key in ("file_name", "image_id", "image_labels")}
+    sample = read_sample(bare)
+    assert (sample["height"], sample["width"]) == (HEIGHT, WIDTH)
+    assert torch.equal(sample["image"], read_sample(record)["image"])
+    rgb = torch.from_numpy(read_rgb(record["file_name"])).permute(2, 0, 1)
+    assert torch.equal(sample["image"], rgb)
+
+
+def test_files_that_are_no_images_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        read_rgb(tmp_path / "nothing.png")
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_rgb(tmp_path / "text.png")

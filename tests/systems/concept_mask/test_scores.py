@@ -77,7 +77,7 @@ def test_the_table_has_a_row_per_level_and_if_asked_for_per_concept():
     )
     assert lines[2] == "| mask | 1 | 1.000 | 0.667 | 1.000 | 1.000 | 1.000 | 0.500 |"
     assert lines[3] == "| box | 0 | - | - | - | - | - | - |"
-    assert len(lines) == 6
+    assert len(lines) == 7
     long = format_concept_table(scores.evaluate(), concepts=True).splitlines()
     assert long[-1].startswith("| cat | mask | 1.000 |")
     assert all(line.count("|") == 9 for line in long if line)
@@ -116,7 +116,11 @@ def test_what_cannot_be_measured_is_named(changes, words):
     ("names", "levels", "words"),
     [
         (["a"], [], "1 concepts, but 0 levels"),
-        (["a"], ["masks"], "'a' has the level 'masks'. Allowed: mask, box, image, unseen"),
+        (
+            ["a"],
+            ["masks"],
+            "'a' has the level 'masks'. Allowed: mask, box, image, unseen",
+        ),
         (["a", "a"], ["box", "box"], "'a' stands twice"),
     ],
 )
@@ -137,6 +141,12 @@ def test_theta_is_where_the_blend_fits_best():
         assert fit_theta([("q", *maps, LEFT)], thetas=(0.0, 1.0)).theta == theta
     # Of equal ones the largest: that with least blending.
     assert fit_theta([("q", LEFT[None] * 1.0, LEFT[None] * 1.0, LEFT)]).theta == 1.0
+
+
+def test_a_theta_of_0_is_not_tried():
+    """All concepts with one nearest concept would have the same map, that of another."""
+    fit = fit_theta([("q", ~LEFT[None] * 1.0, LEFT[None] * 1.0, LEFT)])
+    assert fit.theta == min(fit.scores) == 0.05
 
 
 def test_maps_of_several_image_sizes_are_averaged_after_each_was_normalised():

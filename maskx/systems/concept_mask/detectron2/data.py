@@ -1,4 +1,4 @@
-"""Tags, boxes and masks of concepts as training data of ConceptMask, and its test sets.
+"""Data of ConceptMask in Detectron2: word table and split, training and test sets, evaluation.
 
 Data sets have class lists of their own, which are matched with the word table by name. Each stage
 sees of ``DATASETS.TRAIN`` what it learns from and nothing else; see
@@ -6,38 +6,41 @@ sees of ``DATASETS.TRAIN`` what it learns from and nothing else; see
 """
 
 import functools
-from collections.abc import Collection
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog, build_detection_train_loader
-from detectron2.data import detection_utils as utils
-from detectron2.data import transforms as T
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
 from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.data.coco import CocoData
 from maskx.data.tag_lists import TagList, read_tag_list, tag_list
+from maskx.detectron2.adapters import in_format, seeded_train_loader, test_loader
 from maskx.detectron2.datasets import check_file, check_registered, class_names_of, records_of
+from maskx.detectron2.hooks import architecture_of
 from maskx.systems.concept_mask.concept_sets import (
     ConceptSplit,
     concept_sets,
-    fully_masked,
     read_concept_split,
     vocabulary_difference,
 )
+from maskx.systems.concept_mask.evaluation import ConceptScorer, ConceptTest, concept_test
 from maskx.systems.concept_mask.overlap import concept_overlap, save_overlap
-from maskx.systems.concept_mask.samples import box_target, mask_target
+from maskx.systems.concept_mask.query import read_unseen_words
+from maskx.systems.concept_mask.samples import ConceptMapper
 from maskx.systems.concept_mask.scenes import scene_concept_split
-from maskx.systems.concept_mask.steps import UNSEEN, ConceptTest, concept_test, read_unseen_words
+from maskx.systems.concept_mask.scores import format_concept_table
 from maskx.systems.concept_mask.tag_vectors import learn_word_vectors
 
 __all__ = [
-    "MaskXConceptMapper",
+    "KEYS",
+    "MaskXConceptEvaluator",
     "build_concept_loader",
+    "build_test_loader",
     "check_concept_data",
     "concept_records",
     "concept_split",
@@ -45,10 +48,13 @@ __all__ = [
     "concept_test_data",
     "make_overlap",
     "make_word_table",
+    "training_mapper",
     "unseen_words",
 ]
 
-_KEYS = "MODEL.MASKX.CONCEPT_MASK"
+logger = logging.getLogger(__name__)
+
+KEYS = "MODEL.MASKX.CONCEPT_MASK"
 SCENES_SPLIT = "scenes_concepts"
 """Value of ``MODEL.MASKX.CONCEPT_MASK.SPLIT`` for the generated scenes with concepts."""
 # What `concept_sets` calls the data of each stage, and what it returns.
@@ -56,16 +62,11 @@ _STAGE_SETS = {1: ("tags", "tagged"), 2: ("boxes", "boxed"), 3: ("masks", "maske
 
 
 def concept_table(cfg: CfgNode) -> WordTable:
-    """Read the word table of a configuration.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: none is named, or the file is no word table.
-    """
+    """Read the word table of a configuration."""
     path = cfg.MODEL.MASKX.CONCEPT_MASK.WORD_TABLE
     if not path:
         raise ValueError(
-            f"{_KEYS}.WORD_TABLE is empty. Name a table of tools/learn_word_vectors.py, or train "
+            f"{KEYS}.WORD_TABLE is empty. Name a table of tools/learn_word_vectors.py, or train "
             "with tools/train_concept_mask.py, which makes one of the tags of stage 1."
         )
     return _table(path, Path(path).stat().st_mtime_ns if Path(path).is_file() else 0)
@@ -78,17 +79,13 @@ def unseen_words(cfg: CfgNode) -> WordTable | None:
 
 
 def concept_split(cfg: CfgNode) -> ConceptSplit:
-    """Return which concepts of the word table have boxes, and which masks.
-
-    Raises:
-        FileNotFoundError: the split is no file.
-        ValueError: none is named and the stage needs one, or it is of another vocabulary.
-    """
+    """Return which concepts of the word table have boxes, and which masks."""
     names, spec = concept_table(cfg).names, cfg.MODEL.MASKX.CONCEPT_MASK.SPLIT
+    stage = architecture_of(cfg).stage
     if not spec:
-        if cfg.MODEL.MASKX.CONCEPT_MASK.STAGE > 1:
+        if stage > 1:
             raise ValueError(
-                f"{_KEYS}.SPLIT is empty, but stage {cfg.MODEL.MASKX.CONCEPT_MASK.STAGE} learns "
+                f"{KEYS}.SPLIT is empty, but stage {stage}, {cfg.MODEL.META_ARCHITECTURE}, learns "
                 "from concepts with boxes. Name a JSON file with the lists 'boxed' and 'masked', "
                 f"or '{SCENES_SPLIT}' for generated scenes."
             )
@@ -99,28 +96,23 @@ def concept_split(cfg: CfgNode) -> ConceptSplit:
     difference = vocabulary_difference(names, split.vocabulary)
     if difference is not None:
         raise ValueError(
-            f"{_KEYS}.SPLIT is '{SCENES_SPLIT}', but the table {_KEYS}.WORD_TABLE is of another "
+            f"{KEYS}.SPLIT is '{SCENES_SPLIT}', but the table {KEYS}.WORD_TABLE is of another "
             f"vocabulary: {difference}. Make a table of the tags of generated scenes."
         )
     return split
 
 
 def check_concept_data(cfg: CfgNode) -> None:
-    """Check what can be checked before any annotation of a training set is read.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: data sets, files, sizes or batch do not fit.
-    """
+    """Check what can be checked before any annotation of a training set is read."""
     keys = cfg.MODEL.MASKX.CONCEPT_MASK
     split = concept_split(cfg)
     for name in cfg.DATASETS.TRAIN:
         check_registered(name)
     for name in cfg.DATASETS.TEST:
         concept_test_data(cfg, name, with_records=False)
-    if keys.STAGE == 3 and cfg.DATASETS.TRAIN and not split.masked:
+    if architecture_of(cfg).stage == 3 and cfg.DATASETS.TRAIN and not split.masked:
         raise ValueError(
-            f"{_KEYS}.SPLIT '{keys.SPLIT}' has no concept with masks, which stage 3 learns from. "
+            f"{KEYS}.SPLIT '{keys.SPLIT}' has no concept with masks, which stage 3 learns from. "
             "List some of the boxed concepts in 'masked'."
         )
     batch, num_processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
@@ -137,7 +129,7 @@ def check_concept_data(cfg: CfgNode) -> None:
         )
     for name, value in (
         ("INPUT.MASKX.SIZE", cfg.INPUT.MASKX.SIZE),
-        (f"{_KEYS}.MAX_CONCEPTS", keys.MAX_CONCEPTS),
+        (f"{KEYS}.MAX_CONCEPTS", keys.MAX_CONCEPTS),
     ):
         if value < 1:
             raise ValueError(f"{name} is {value}. Allowed: 1 or more.")
@@ -149,23 +141,33 @@ def concept_records(cfg: CfgNode) -> list[dict[str, Any]]:
     Returns:
         Records with concept indices, as of
         :class:`maskx.systems.concept_mask.concept_sets.ConceptSets`.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: no data set is named, one has a concept that is not in the vocabulary, or one
-            has nothing to learn from.
     """
     return _records(cfg, concept_split(cfg))
 
 
+def training_mapper(cfg: CfgNode) -> ConceptMapper:
+    """Make what makes the training samples of the stage, RGB."""
+    keys = cfg.MODEL.MASKX.CONCEPT_MASK
+    return ConceptMapper(
+        architecture_of(cfg).stage,
+        size=cfg.INPUT.MASKX.SIZE,
+        attention_sizes=keys.ATTENTION_SIZES,
+        masked=concept_split(cfg).masked_indices,
+        max_concepts=keys.MAX_CONCEPTS,
+        flip=cfg.INPUT.RANDOM_FLIP != "none",
+    )
+
+
 def build_concept_loader(cfg: CfgNode) -> Any:
     """Make the training loader of the stage."""
-    return build_detection_train_loader(
-        cfg,
-        mapper=MaskXConceptMapper(cfg, is_train=True),
-        dataset=concept_records(cfg),
-        aspect_ratio_grouping=False,  # all images become squares, and those of tag lists lack sizes
-    )
+    mapper = in_format(training_mapper(cfg), cfg.INPUT.FORMAT)
+    return seeded_train_loader(cfg, concept_records(cfg), mapper)
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> Any:
+    """Make the loader of a test set: images, with the query for what has a true mask in them."""
+    test = concept_test_data(cfg, dataset_name, with_records=False)
+    return test_loader(cfg, dataset_name, test.sample)
 
 
 def concept_test_data(cfg: CfgNode, dataset_name: str, *, with_records: bool = True) -> ConceptTest:
@@ -175,9 +177,6 @@ def concept_test_data(cfg: CfgNode, dataset_name: str, *, with_records: bool = T
         cfg: the configuration.
         dataset_name: of a registered data set with true masks.
         with_records: read its annotations too.
-
-    Raises:
-        ValueError: it is not registered, or none of its classes has a vector.
     """
     class_names = class_names_of(dataset_name)
     records = records_of(dataset_name) if with_records else []
@@ -197,17 +196,13 @@ def make_word_table(cfg: CfgNode, path: Path) -> None:
     Args:
         cfg: of stage 1; its WORD_TABLE is not read.
         path: file to write; one that is there is kept.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the split lists no vocabulary, or the tags are too few for word vectors.
     """
     if path.is_file():
         return
     spec = cfg.MODEL.MASKX.CONCEPT_MASK.SPLIT
     if not spec:
         raise ValueError(
-            f"{_KEYS}.SPLIT and {_KEYS}.WORD_TABLE are empty, so the vocabulary is not known. Name "
+            f"{KEYS}.SPLIT and {KEYS}.WORD_TABLE are empty, so the vocabulary is not known. Name "
             f"a split, or '{SCENES_SPLIT}' for generated scenes."
         )
     split = scene_concept_split() if spec == SCENES_SPLIT else read_concept_split(spec)
@@ -222,128 +217,87 @@ def make_overlap(cfg: CfgNode, path: Path) -> None:
     Args:
         cfg: of stage 2; its OVERLAP is not read.
         path: file to write; one that is there is kept.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: there is nothing to learn from.
     """
     if path.is_file():
         return
     split = concept_split(cfg)
     overlap = concept_overlap(_records(cfg, split), len(split.vocabulary), progress=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_overlap(path, overlap, split.vocabulary)
 
 
-class MaskXConceptMapper:
-    """Map records of concepts to samples of one of the three stages.
+class MaskXConceptEvaluator(DatasetEvaluator):
+    """Pointing game, soft IoU, precision, recall and IoU, by what concepts were learned from.
 
-    A training sample has ``image`` (3, S, S) uint8, warped to a square, ``height``, ``width``,
-    ``image_id``, ``file_name``; and in
-
-    - stage 1 ``image_labels``, concept indices;
-    - stage 2 ``concepts``, concept indices, ``boxes`` (B, 4) XYXY in pixels of the square and
-      ``box_rows`` (B,), the position of each box's concept;
-    - stage 3 ``concepts`` and ``masks`` (P, M, M) bool.
-
-    A test sample has ``image`` (3, H, W), as it is in the file, ``class_indices``, those of the
-    data set that have a true mask, and ``query``, which asks for them.
+    The measures are means over the images of a concept, then over the concepts of a level.
 
     Args:
-        is_train: whether it is used in training.
-        image_format: "BGR" or "RGB".
-        stage: 1, 2 or 3, in training.
-        image_size: S.
-        mask_size: M.
-        masked: concept indices whose masks are learned from.
-        max_concepts: most concepts of an image in stage 3, drawn at random.
-        flip: mirror half of the training samples.
-        test: of the test set, in evaluation; its records are not read.
+        dataset_name: of the data set.
+        test: of :func:`concept_test_data`.
+        distributed: add up the measures of all processes; otherwise each evaluates its own images.
     """
 
-    @configurable
-    def __init__(
-        self,
-        is_train: bool,
-        *,
-        image_format: str,
-        stage: int = 1,
-        image_size: int = 320,
-        mask_size: int = 320,
-        masked: Collection[int] = (),
-        max_concepts: int = 4,
-        flip: bool = True,
-        test: ConceptTest | None = None,
+    def __init__(self, dataset_name: str, *, test: ConceptTest, distributed: bool = True) -> None:
+        if not test.has_truth:
+            raise ValueError(
+                f"Data set '{dataset_name}' (DATASETS.TEST) has no image with a true mask or a "
+                "label map, which concepts are measured on. Name another data set, or none: ()."
+            )
+        self._dataset_name = dataset_name
+        self._test = test
+        self._records = {record["image_id"]: record for record in test.records}
+        self._distributed = distributed
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all predictions."""
+        self._scorer = ConceptScorer(self._test)
+
+    def process(
+        self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
     ) -> None:
-        self.is_train = is_train
-        self.image_format = image_format
-        self.stage = stage
-        self.image_size, self.mask_size = image_size, mask_size
-        self.masked = frozenset(masked)
-        self.max_concepts = max_concepts
-        self.flip = flip
-        self.test = test
+        """Take in the predictions of a batch; see :meth:`ConceptScorer.update`."""
+        for sample, output in zip(inputs, outputs, strict=True):
+            image_id = sample["image_id"]
+            if image_id not in self._records:
+                raise ValueError(
+                    f"Image {image_id!r} is not among the {len(self._records)} of data set "
+                    f"'{self._dataset_name}'. Was another data set given to the model?"
+                )
+            self._scorer.update(self._records[image_id], output)
 
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, is_train: bool = True, *, dataset_name: str | None = None
-    ) -> dict[str, Any]:
-        """Read the arguments from a configuration; ``dataset_name`` is the test set."""
-        shared = {"is_train": is_train, "image_format": cfg.INPUT.FORMAT}
-        if not is_train:
-            return shared | {"test": concept_test_data(cfg, dataset_name, with_records=False)}
-        keys, size = cfg.MODEL.MASKX.CONCEPT_MASK, cfg.INPUT.MASKX.SIZE
-        # The network warps the image of stage 3 to the sizes of the attention maps itself.
-        sizes = (size, *keys.ATTENTION_SIZES) if keys.STAGE == 3 else (size,)
-        return shared | {
-            "stage": keys.STAGE,
-            "image_size": max(sizes),
-            "mask_size": size,
-            "masked": concept_split(cfg).masked_indices,
-            "max_concepts": keys.MAX_CONCEPTS,
-            "flip": cfg.INPUT.RANDOM_FLIP != "none",
-        }
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Compute the measures.
 
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Map a record to a sample; the record stays as it is."""
-        kept = ("file_name", "image_id", "height", "width")
-        sample = {key: record[key] for key in kept if key in record}
-        image = utils.read_image(record["file_name"], format=self.image_format)
-        utils.check_image_size(sample, image)  # adds the size where it is not known
-        if not self.is_train:
-            return sample | {"image": _to_tensor(image)} | self._question(record)
-        size = self.image_size
-        image = T.ResizeTransform(*image.shape[:2], size, size).apply_image(image)
-        flip = bool(self.flip and np.random.randint(2))
-        sample["image"] = _to_tensor(image[:, ::-1] if flip else image)
-        return sample | self._targets(record, flip)
-
-    def _targets(self, record: dict[str, Any], flip: bool) -> dict[str, Any]:
-        if self.stage == 1:
-            return {"image_labels": list(record["image_labels"])}
-        if self.stage == 2:
-            concepts, boxes, rows = box_target(record, size=self.image_size, flip=flip)
-            targets = {"boxes": torch.from_numpy(boxes), "box_rows": torch.from_numpy(rows)}
-            return {"concepts": concepts} | targets
-        concepts, masks = mask_target(
-            record,
-            masked=self.masked,
-            size=self.mask_size,
-            flip=flip,
-            max_concepts=self.max_concepts,
-            # Detectron2 seeds NumPy's global source in each process that reads images.
-            rng=np.random.default_rng(np.random.randint(2**31)),
+        Returns:
+            Under "concepts", in [0, 1], "<measure>_<level>" for the levels that were measured, such
+            as "pointing_box", "soft_iou_image" and "iou_unseen"; see
+            :class:`maskx.systems.concept_mask.scores.ConceptScores`. Empty in processes other than
+            the main one.
+        """
+        scores = self._scorer.scores
+        if self._distributed:
+            comm.synchronize()
+            gathered = comm.gather(scores, dst=0)
+            if not comm.is_main_process():
+                return {}
+            scores = ConceptScorer(self._test).scores
+            for part in gathered:
+                scores.merge(part)
+        result = scores.evaluate()
+        logger.info(
+            "Concepts of '%s' by level of supervision:\n%s",
+            *(self._dataset_name, format_concept_table(result)),
         )
-        return {"concepts": concepts, "masks": torch.from_numpy(masks)}
-
-    def _question(self, record: dict[str, Any]) -> dict[str, Any]:
-        classes = fully_masked(record["annotations"])
-        classes = [c for c in classes if self.test.indices[c] >= UNSEEN]
-        return {"class_indices": classes, "query": self.test.query(classes)}
+        measures = {
+            f"{measure}_{level}": value
+            for level, found in result["levels"].items()
+            for measure, value in (found or {}).items()
+        }
+        return {"concepts": measures}
 
 
 def _records(cfg: CfgNode, split: ConceptSplit) -> list[dict[str, Any]]:
-    argument, chosen = _STAGE_SETS[cfg.MODEL.MASKX.CONCEPT_MASK.STAGE]
+    argument, chosen = _STAGE_SETS[architecture_of(cfg).stage]
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty. Name at least one registered data set.")
     records = []
@@ -380,7 +334,3 @@ def _read(name: str, split: ConceptSplit, argument: str) -> CocoData | TagList:
 def _table(path: str, mtime_ns: int) -> WordTable:
     """Read a table once; the modification time serves the cache alone."""
     return load_word_table(path)
-
-
-def _to_tensor(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))

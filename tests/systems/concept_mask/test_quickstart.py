@@ -2,29 +2,31 @@ import json
 
 import cv2
 import pytest
+import torch
 
 import maskx.systems  # noqa: F401 - registers them
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
 from maskx.engine import quickstart
 from maskx.engine.options import QuickstartOptions
+from maskx.engine.runs import read_run
 from maskx.engine.system import find_system
-from maskx.systems.concept_mask import quickstart as quickstart_concept_mask
+from maskx.systems.concept_mask import pipeline
+from maskx.systems.concept_mask.scores import LEVELS
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart_concept_mask, "CONCEPT_SCENES", 30)
-    monkeypatch.setattr(quickstart_concept_mask, "TAG_SCENES", 400)
-    monkeypatch.setattr(quickstart_concept_mask, "VAL_SCENES", 6)
+    monkeypatch.setattr(pipeline, "CONCEPT_SCENES", 30)
+    monkeypatch.setattr(pipeline, "TAG_SCENES", 400)
+    monkeypatch.setattr(pipeline, "VAL_SCENES", 6)
     monkeypatch.setattr(quickstart, "SCENE_SIZE", 64)
-    monkeypatch.setattr(quickstart_concept_mask, "SCENE_SIZE", 64)
+    monkeypatch.setattr(pipeline, "SCENE_SIZE", 64)
     return {"output": tmp_path / "out", "iterations": 2, "batch_size": 4, "image_size": 64}
 
 
 def run(options, report=print, **changes):
-    function = quickstart_concept_mask.quickstart_concept_mask
-    return function(QuickstartOptions(**options | changes), report)
+    return find_system("concept_mask").pipeline(QuickstartOptions(**options | changes), report)
 
 
 def test_generated_data_to_metrics_and_picture_and_again_when_resumed(tiny):
@@ -33,7 +35,7 @@ def test_generated_data_to_metrics_and_picture_and_again_when_resumed(tiny):
     written = json.loads((tiny["output"] / "metrics.json").read_text())
     assert written["system"] == "concept_mask"
     for key in ("levels", "original"):
-        assert list(written[key]) == ["mask", "box", "image", "unseen"]
+        assert list(written[key]) == list(LEVELS)
     for found in written["levels"].values():
         if found is not None:
             assert {"pointing", "soft_iou", "iou", "precision", "recall"} < set(found)
@@ -43,7 +45,11 @@ def test_generated_data_to_metrics_and_picture_and_again_when_resumed(tiny):
     assert set(written["step_seconds"]) == steps
     assert cv2.imread(str(tiny["output"] / "predictions.png")).shape[1] == 5 * 256
     assert "27 training images with tags of 66 concepts" in "\n".join(lines)
-    assert find_system("concept_mask").pipeline is quickstart_concept_mask.quickstart_concept_mask
+    run_file = read_run(tiny["output"])
+    assert (run_file.system, len(run_file.class_names)) == ("concept_mask", 66)
+    opened = find_system("concept_mask").open(run_file, torch.device("cpu"))
+    assert opened.stage == 3
+    assert run_file.weights_file.is_file()
     again = run(tiny, resume=True)
     for key in ("levels", "concepts", "fitted", "existence"):
         assert str(first[key]) == str(again[key])

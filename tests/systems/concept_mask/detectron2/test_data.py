@@ -8,19 +8,19 @@ from detectron2.data import DatasetCatalog
 
 from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.data.coco import load_coco
-from maskx.detectron2 import MaskXConceptMapper, Trainer, register_all, register_tag_list
+from maskx.detectron2 import Trainer, register_all, register_tag_list
 from maskx.detectron2.datasets import class_names_of
 from maskx.detectron2.known_datasets import KNOWN_DATASETS, concept_scene_dataset
 from maskx.detectron2.trainer import check_config
 from maskx.systems.concept_mask.concept_sets import concept_sets, write_concept_split
-from maskx.systems.concept_mask.detectron2 import data as concept_data
 from maskx.systems.concept_mask.detectron2.data import (
     concept_records,
+    concept_table,
     make_overlap,
     make_word_table,
+    training_mapper,
 )
 from maskx.systems.concept_mask.overlap import concept_overlap, load_overlap
-from maskx.systems.concept_mask.samples import box_target, mask_target
 from maskx.systems.concept_mask.scenes import scene_concept_kinds, scene_concept_split
 
 KEYS = "MODEL.MASKX.CONCEPT_MASK."
@@ -55,87 +55,47 @@ def test_a_stage_sees_what_it_learns_from_and_nothing_else(stage, make_concept_c
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_samples_are_those_of_the_data_room(stage, make_concept_cfg, sets):
-    cfg = make_concept_cfg("INPUT.RANDOM_FLIP", "none", file=FILES[stage])
-    mapper = MaskXConceptMapper(cfg, is_train=True)
-    for record in getattr(sets, STAGES[stage][1]):
-        before = json.dumps(record, default=str)
-        sample = mapper(record)
-        assert json.dumps(record, default=str) == before
-        # The largest attention map of stage 3 needs larger images than its masks.
-        assert sample["image"].shape == ((3, 48, 48) if stage == 3 else (3, 32, 32))
-        assert (sample["height"], sample["width"]) == (64, 64)
-        if stage == 1:
-            assert sample["image_labels"] == record["image_labels"]
-        elif stage == 2:
-            concepts, boxes, rows = box_target(record, size=32, flip=False)
-            assert sample["concepts"] == concepts
-            assert np.array_equal(sample["boxes"].numpy(), boxes)
-            assert np.array_equal(sample["box_rows"].numpy(), rows)
-        else:
-            every, masks = mask_target(
-                record,
-                masked=sets.split.masked_indices,
-                size=32,
-                flip=False,
-                max_concepts=99,
-                rng=np.random.default_rng(0),
-            )
-            assert len(sample["concepts"]) == min(2, len(every))
-            for concept, mask in zip(sample["concepts"], sample["masks"].numpy(), strict=True):
-                assert np.array_equal(mask, masks[every.index(concept)])
+def test_the_mapper_is_that_of_the_keys(stage, make_concept_cfg, sets):
+    cfg = make_concept_cfg("INPUT.RANDOM_FLIP", "none", KEYS + "MAX_CONCEPTS", 3, file=FILES[stage])
+    mapper = training_mapper(cfg)
+    assert (mapper.stage, mapper.size, mapper.max_concepts) == (stage, 32, 3)
+    assert mapper.masked == set(sets.split.masked_indices)
+    assert not mapper.flip
+    # The largest attention map of stage 3 needs larger images than its masks.
+    assert mapper.image_size == (48 if stage == 3 else 32)
+    assert training_mapper(make_concept_cfg(file=FILES[stage])).flip
 
 
-def test_images_and_targets_are_mirrored_together(make_concept_cfg, sets, monkeypatch):
-    record = sets.masked[0]
-    plain, mirrored = {}, {}
-    for stage, size in ((2, 32), (3, 48)):
-        mapper = MaskXConceptMapper(make_concept_cfg(file=FILES[stage]), is_train=True)
-        mapper.max_concepts = 99
-        for flip, found in ((0, plain), (1, mirrored)):
-            monkeypatch.setattr(
-                concept_data.np.random, "randint", lambda high, flip=flip: flip if high == 2 else 0
-            )
-            found[stage] = mapper(record)
-        assert torch.equal(mirrored[stage]["image"], plain[stage]["image"].flip(-1))
-        assert mirrored[stage]["image"].shape[-1] == size
-    assert torch.equal(mirrored[3]["masks"], plain[3]["masks"].flip(-1))
-    boxes, again = plain[2]["boxes"], mirrored[2]["boxes"]
-    assert torch.allclose(again[:, [0, 2]], 32 - boxes[:, [2, 0]])
+def test_batches_follow_from_the_seed_and_the_step(make_concept_cfg):
+    def batch(*opts):
+        return next(iter(Trainer.build_train_loader(make_concept_cfg(*opts, file=FILES[2]))))
 
-
-def test_the_format_of_images_is_that_of_the_config(make_concept_cfg, sets):
-    record = sets.tagged[0]
-    samples = [
-        MaskXConceptMapper(
-            make_concept_cfg("INPUT.FORMAT", f, "INPUT.RANDOM_FLIP", "none", file=FILES[1])
-        )(record)
-        for f in ("RGB", "BGR")
-    ]
-    assert torch.equal(samples[0]["image"], samples[1]["image"].flip(0))
-    assert not torch.equal(samples[0]["image"], samples[1]["image"])
+    first, again, other = batch("SEED", 4), batch("SEED", 4), batch("SEED", 5)
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a["image"], b["image"]) for a, b in zip(first, other, strict=True))
+    flipped = batch("SEED", 4, "INPUT.FORMAT", "BGR")
+    for rgb, bgr in zip(first, flipped, strict=True):
+        assert torch.equal(rgb["image"], bgr["image"].flip(0))
+        assert torch.equal(rgb["boxes"], bgr["boxes"])
 
 
 def test_test_samples_ask_for_what_has_a_true_mask(make_concept_cfg, concept_files, tiny_concepts):
     names = class_names_of(tiny_concepts)
     unseen = set(scene_concept_split().unseen)
-    record = next(
-        r
-        for r in DatasetCatalog.get(tiny_concepts)
-        if unseen & {names[a["category_id"]] for a in r["annotations"]}
-    )
-    shown = sorted({a["category_id"] for a in record["annotations"]})
     words = ("TEST.MASKX.UNSEEN_WORDS", str(concept_files / "unseen.safetensors"))
     for opts, left_out in (((), unseen), (words, set())):
         cfg = make_concept_cfg(*opts)
-        mapper = MaskXConceptMapper(cfg, is_train=False, dataset_name=tiny_concepts)
-        sample = mapper(record)
-        assert sample["image"].shape == (3, 64, 64)
-        asked = [c for c in shown if names[c] not in left_out]
-        assert sample["class_indices"] == asked
-        indices = sample["query"].indices.tolist()
-        table = concept_data.concept_table(cfg)
-        assert indices == [-1 if names[c] in unseen else table.index_of(names[c]) for c in asked]
+        samples = {s["image_id"]: s for (s,) in Trainer.build_test_loader(cfg, tiny_concepts)}
+        for record in DatasetCatalog.get(tiny_concepts):
+            shown = [names[c] for c in sorted({a["class_index"] for a in record["annotations"]})]
+            asked = [name for name in shown if name not in left_out]
+            again = [f"{name} (blended)" for name in asked if name in unseen]
+            sample = samples[record["image_id"]]
+            assert sample["image"].shape == (3, 64, 64)
+            assert list(sample["query"].names) == asked + again
+            table = concept_table(cfg)
+            indices = [-1 if name in unseen else table.index_of(name) for name in asked]
+            assert sample["query"].indices.tolist() == indices + [-1] * len(again)
 
 
 def test_a_tag_list_trains_stage_1(make_concept_cfg, concept_files, tmp_path):
@@ -151,7 +111,7 @@ def test_a_tag_list_trains_stage_1(make_concept_cfg, concept_files, tmp_path):
     assert len(records) == 9
     names = scene_concept_split().vocabulary
     assert {names[i] for i in records[0]["image_labels"]} == {"grass", "green"}
-    sample = MaskXConceptMapper(cfg)(records[0])
+    sample = training_mapper(cfg)(records[0], np.random.RandomState(0))
     assert sample["image"].shape == (3, 32, 32)
     assert (sample["height"], sample["width"]) == (20, 30)
     batch = next(iter(Trainer.build_train_loader(cfg)))
@@ -245,7 +205,7 @@ def test_public_tags_and_boxes_are_read_when_used(make_concept_cfg, tmp_path):
     (tmp_path / "1.jpg").rename(tmp_path / "visual_genome" / "VG_100K" / "1.jpg")
     (record,) = DatasetCatalog.get("maskx_visual_genome_train_boxes")
     assert class_names_of("maskx_visual_genome_train_boxes") == ["cat", "dog"]
-    assert record["annotations"][0]["category_id"] == 1
+    assert record["annotations"][0]["class_index"] == 1
     (record,) = DatasetCatalog.get("maskx_visual_genome_train_tags")
     assert record["file_name"] == str(tmp_path / "visual_genome" / "VG_100K" / "1.jpg")
 
@@ -258,7 +218,7 @@ def test_public_tags_and_boxes_are_read_when_used(make_concept_cfg, tmp_path):
     [
         (1, (KEYS + "WORD_TABLE", ""), ValueError, r"WORD_TABLE is empty.*train_concept_mask\.py"),
         (1, (KEYS + "WORD_TABLE", "gone"), FileNotFoundError, r"no word table 'gone'"),
-        (2, (KEYS + "SPLIT", ""), ValueError, r"SPLIT is empty, but stage 2 .*scenes_concepts"),
+        (2, (KEYS + "SPLIT", ""), ValueError, r"SPLIT is empty, but stage 2, .*scenes_concepts"),
         (2, (KEYS + "SPLIT", "gone.json"), FileNotFoundError, r"gone\.json"),
         (1, ("DATASETS.TRAIN", ("tiny_concept",)), ValueError, r"mean 'tiny_concepts'"),
         (1, ("SOLVER.IMS_PER_BATCH", 1), ValueError, r"IMS_PER_BATCH is 1 .*from 2 on.*batch norm"),

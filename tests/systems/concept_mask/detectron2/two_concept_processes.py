@@ -1,7 +1,6 @@
 """One of two CPU processes that train ConceptMask together; rank 1 has nothing to learn from.
 
-test_concept_training.py calls ``run`` for rank 0 and runs ``two_concept_processes.py 1 <port>``
-beside it.
+test_training.py runs it twice.
 """
 
 import os
@@ -17,11 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from maskx.core.backbones import SmallResNet
 from maskx.core.word_table import WordTable
-from maskx.detectron2 import MaskXConceptEvaluator, MaskXConceptMask, MaskXSmallResNet
+from maskx.detectron2 import (
+    MaskXConceptEmbedding,
+    MaskXConceptEvaluator,
+    MaskXConceptRefinement,
+    MaskXConceptSegmentation,
+)
+from maskx.systems.concept_mask.concept_sets import ConceptSplit
 from maskx.systems.concept_mask.embedding import ConceptEmbedding
-from maskx.systems.concept_mask.network import ConceptMask
+from maskx.systems.concept_mask.evaluation import ConceptTest
 from maskx.systems.concept_mask.segmenter import ConceptSegmenter
-from maskx.systems.concept_mask.steps import ConceptTest
 
 LOSSES = {1: "loss_embedding", 2: "loss_boxes", 3: "loss_masks"}
 
@@ -39,26 +43,23 @@ def run(rank, port):
 
 def make_model(stage):
     vectors = np.random.default_rng(0).standard_normal((5, 6))
-    table = WordTable(tuple("abcde"), vectors, np.ones(5))
-    backbone = MaskXSmallResNet(widths=(4, 4, 4, 8))
+    names = tuple("abcde")
     form = {"in_feature": "layer4", "in_channels": 8, "dim": 6, "hidden_channels": (8, 8)}
+    arguments = {
+        "embedding": ConceptEmbedding(SmallResNet(widths=(4, 4, 4, 8)), **form),
+        "table": WordTable(names, vectors, np.ones(5)),
+        "split": ConceptSplit(names, names[:3], names[:2]),
+        "attention_sizes": (32, 48),
+    }
+    if stage == 1:
+        return MaskXConceptEmbedding(**arguments)
+    arguments["hidden_channels"] = 8
+    if stage == 2:
+        gamma = (torch.tensor([0, 1, 2, 2, 2, 2]), torch.tensor([1, 3]), torch.tensor([0.9, 0.8]))
+        return MaskXConceptRefinement(gamma=gamma, **arguments)
     encoder = SmallResNet(widths=(4, 4, 4, 8), output_stride=16)
-    gamma = (torch.tensor([0, 1, 2, 2, 2, 2]), torch.tensor([1, 3]), torch.tensor([0.9, 0.8]))
-    network = ConceptMask(
-        ConceptEmbedding(backbone, **form),
-        vectors=torch.from_numpy(table.vectors),
-        idf=torch.ones(5),
-        boxed=(0, 1, 2),
-        masked=(0, 1),
-        stage=stage,
-        hidden_channels=8,
-        attention_sizes=(32, 48),
-        gamma=gamma,
-        segmenter=ConceptSegmenter(encoder, decoder_channels=(4,) * 5) if stage == 3 else None,
-    )
-    return MaskXConceptMask(
-        network=network, table=table, pixel_mean=[128.0] * 3, pixel_std=[58.0] * 3
-    )
+    segmenter = ConceptSegmenter(encoder, decoder_channels=(4,) * 5)
+    return MaskXConceptSegmentation(segmenter=segmenter, mask_size=32, **arguments)
 
 
 def make_batch(rank):
@@ -114,8 +115,8 @@ def measure(rank):
     test = ConceptTest(records, ("a",), np.array([0]), np.ones((1, 6), np.float32), ("box",))
     evaluator = MaskXConceptEvaluator("x", test=test)
     masks = torch.from_numpy(truth)[None] if rank == 0 else torch.zeros(1, 8, 8, dtype=torch.bool)
-    output = {"masks": masks, "attention": masks.float()}
-    evaluator.process([{"image_id": rank, "class_indices": [0]}], [output])
+    output = {"concepts": ["a"], "masks": masks, "attention": masks.float()}
+    evaluator.process([{"image_id": rank}], [output])
     found = evaluator.evaluate()
     if rank == 0:
         assert found["concepts"]["iou_box"] == found["concepts"]["pointing_box"] == 0.5

@@ -1,4 +1,4 @@
-import functools
+import dataclasses
 
 import pytest
 from studies import concept_mask as study_concept_mask
@@ -7,24 +7,25 @@ from studies.options import StudyOptions
 from studies.run import run_study
 
 from maskx.engine import training_chain
-from maskx.systems.concept_mask import quickstart as quickstart_concept_mask
-from maskx.systems.concept_mask.model import ConceptNetwork
+from maskx.systems.concept_mask import pipeline
+from maskx.systems.concept_mask.pipeline import QUICK
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(quickstart_concept_mask, "CONCEPT_SCENES", 24)
-    monkeypatch.setattr(quickstart_concept_mask, "TAG_SCENES", 400)
-    monkeypatch.setattr(quickstart_concept_mask, "VAL_SCENES", 3)
-    monkeypatch.setattr(quickstart_concept_mask, "SCENE_SIZE", 64)
-    narrow = ConceptNetwork(
+    monkeypatch.setattr(pipeline, "CONCEPT_SCENES", 24)
+    monkeypatch.setattr(pipeline, "TAG_SCENES", 400)
+    monkeypatch.setattr(pipeline, "VAL_SCENES", 3)
+    monkeypatch.setattr(pipeline, "SCENE_SIZE", 64)
+    narrow = dataclasses.replace(
+        QUICK.network,
         hidden_channels=(16, 16),
         refinement_channels=16,
         encoder_widths=(4, 6, 8, 8),
         decoder_channels=(8, 8, 8, 8, 4),
     )
-    settings = functools.partial(study_concept_mask.ConceptMaskSettings, network=narrow)
-    monkeypatch.setattr(study_concept_mask, "ConceptMaskSettings", settings)
+    tiny = dataclasses.replace(QUICK, network=narrow)
+    monkeypatch.setattr(study_concept_mask, "QUICK", tiny)
     return {
         "output": tmp_path / "study",
         "system": "concept_mask",
@@ -49,16 +50,15 @@ def test_settings_share_the_stages_that_do_not_differ(tiny, monkeypatch):
     fitted, evaluated, found = [], {}, {}
     fit, evaluate = study_concept_mask.fit_concepts, study_concept_mask.evaluate_concepts
 
-    def fit_concepts(network, test, read_image):
-        fitted.append((network.attention_sizes, len(test.records)))
-        return fit(network, test, read_image)
+    def fit_concepts(model, test):
+        fitted.append((model.attention_sizes, len(test.records)))
+        return fit(model, test)
 
-    def evaluate_concepts(model, test, *, kind, masks, description):
-        network = model.network
+    def evaluate_concepts(model, test, *, kind, segment, description):
         setting = description.removesuffix(": evaluation")
-        theta = network.theta_unseen.item() if network.stage == 3 else None
-        evaluated[setting] = (network.stage, kind, masks, len(test.records), theta)
-        found[setting] = evaluate(model, test, kind=kind, masks=masks)["concepts"].values()
+        theta = model.theta_unseen.item() if model.stage == 3 else None
+        evaluated[setting] = (model.stage, kind, segment, len(test.records), theta)
+        found[setting] = evaluate(model, test, kind=kind, segment=segment)["concepts"].values()
         return {"concepts": dict(enumerate(found[setting]))}
 
     monkeypatch.setattr(training_chain, "train", train)
@@ -86,15 +86,15 @@ def test_settings_share_the_stages_that_do_not_differ(tiny, monkeypatch):
     assert fitted == [((64, 128), 2), ((64, 64), 2)]
     theta = evaluated["segmentation"][-1]
     assert evaluated == {
-        "original": (1, "own", "attention", 3, None),
-        "original_final_relu": (1, "own", "attention", 3, None),
-        "finetuned": (2, "initial", "attention", 3, None),
-        "refined_no_negatives": (2, "own", "attention", 3, None),
-        "refined": (2, "own", "attention", 3, None),
-        "segmentation": (3, "blended", "segmentation", 3, theta),
-        "one_size": (3, "blended", "segmentation", 3, evaluated["one_size"][-1]),
-        "no_blending": (3, "own", "segmentation", 3, theta),
-        "thresholded_attention": (3, "blended", "attention", 3, theta),
+        "original": (1, "own", False, 3, None),
+        "original_final_relu": (1, "own", False, 3, None),
+        "finetuned": (2, "initial", False, 3, None),
+        "refined_no_negatives": (2, "own", False, 3, None),
+        "refined": (2, "own", False, 3, None),
+        "segmentation": (3, "blended", True, 3, theta),
+        "one_size": (3, "blended", True, 3, evaluated["one_size"][-1]),
+        "no_blending": (3, "own", True, 3, theta),
+        "thresholded_attention": (3, "blended", False, 3, theta),
     }
     for setting, measure, levels in (
         ("refined", "pointing_boxed", ("mask", "box")),
