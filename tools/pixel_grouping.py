@@ -15,10 +15,14 @@ import sys
 from pathlib import Path
 
 from maskx.core.files import write_json
+from maskx.data.coco import load_coco
+from maskx.data.splits import resolve_split
 from maskx.engine.quickstart import nan_to_null
 from maskx.engine.training import select_device
 from maskx.evaluation.mean_iou import format_table
-from maskx.systems.larvseg.evaluation import evaluate_grouping, open_with_images
+from maskx.systems.larvseg.evaluation import evaluate_grouping
+from maskx.systems.larvseg.pipeline import open_larvseg
+from maskx.systems.larvseg.samples import labelled_images
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,18 +47,16 @@ def main() -> None:
     """Print the measures; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
     try:
-        model, images, groups = open_with_images(
-            arguments.model,
-            *arguments.coco,
-            masks_for=arguments.masks_for,
-            device=select_device(arguments.device),
-            strict=not arguments.skip_bad,
-        )
+        model = open_larvseg(arguments.model, select_device(arguments.device))
+        data = load_coco(*arguments.coco, strict=not arguments.skip_bad)
+        images, novel = labelled_images(data), None
+        if arguments.masks_for:
+            novel = resolve_split(arguments.masks_for, data.class_names).without_masks
         found = evaluate_grouping(
-            model, images, groups, seed=arguments.seed, features=arguments.features
+            model, images, novel, seed=arguments.seed, features=arguments.features
         )
         if arguments.output:
-            per_class = dict(zip(model.class_names, found["per_class"], strict=True))
+            per_class = dict(zip(images.class_names, found["per_class"], strict=True))
             write_json(arguments.output, nan_to_null(found | {"per_class": per_class}))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -26,7 +26,7 @@ from maskx.detectron2.image_classifier import MaskXImageClassifier
 from maskx.detectron2.image_label_evaluation import MaskXImageLabelEvaluator
 from maskx.detectron2.image_mapper import MaskXImageMapper
 from maskx.detectron2.known_datasets import register_all
-from maskx.detectron2.sem_seg_evaluation import MaskXLargeVocabularyEvaluator, MaskXSemSegEvaluator
+from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
 from maskx.systems.class_patterns.detectron2.model import MaskXDeepLab
@@ -37,9 +37,7 @@ from maskx.systems.concept_mask.detectron2.model import (
     MaskXConceptRefinement,
     MaskXConceptSegmentation,
 )
-from maskx.systems.larvseg.detectron2 import hooks as _larvseg  # noqa: F401
-from maskx.systems.larvseg.detectron2.data import MaskXJointMapper
-from maskx.systems.larvseg.detectron2.model import MaskXLarvSeg
+from maskx.systems.larvseg.detectron2 import MaskXLargeVocabularyEvaluator, MaskXLarvSeg
 from maskx.systems.maskx_rcnn.detectron2.data import MaskXDatasetMapper
 from maskx.systems.maskx_rcnn.detectron2.heads import (
     MaskHeadProtocol,
@@ -76,7 +74,6 @@ __all__ = [
     "MaskXImageClassifier",
     "MaskXImageLabelEvaluator",
     "MaskXImageMapper",
-    "MaskXJointMapper",
     "MaskXLargeVocabularyEvaluator",
     "MaskXLarvSeg",
     "MaskXMaskHead",

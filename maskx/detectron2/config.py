@@ -16,6 +16,7 @@ from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel
 from maskx.systems.concept_mask.samples import ConceptMapper
 from maskx.systems.concept_mask.segmenter import ConceptSegmenter, build_encoder
+from maskx.systems.larvseg.network import LarvSeg
 from maskx.systems.transfernet.model import build_network
 
 
@@ -131,35 +132,12 @@ def _defaults() -> CN:
     # IN_FEATURE of that classifier; "": the last.
     keys.MODEL.MASKX.TRANSFERNET.CLASSIFIER_FEATURE = ""
 
-    # What MaskXLarvSeg reads. Its classes are those of the data sets; NUM_CLASSES is not read.
-    keys.MODEL.MASKX.LARVSEG = CN()
+    # What MaskXLarvSeg reads: the arguments of maskx.systems.larvseg.network.LarvSeg, which says
+    # what they mean. Its classes are those of the data sets; NUM_CLASSES is not read.
+    keys.MODEL.MASKX.LARVSEG = _arguments_of(LarvSeg)
     # Registered data sets whose classes, united by name, make the class table; (): those of
-    # DATASETS.TRAIN. Needed where there is no training data, such as to use a trained model.
+    # DATASETS.TRAIN. Where both are (), the class list is that of the checkpoint MODEL.WEIGHTS.
     keys.MODEL.MASKX.LARVSEG.CLASSES_OF = ()
-    # "temperature" (cosine over a learned temperature) or "layernorm" (the reference code's).
-    keys.MODEL.MASKX.LARVSEG.LOGIT_FORM = "temperature"
-    # What attention is made with: "cross_image" (the images seen last, the paper's),
-    # "single_image" (the image itself) or "none" (no attention, the paper's baseline).
-    keys.MODEL.MASKX.LARVSEG.MEMORY = "cross_image"
-    # M, images per class of the memory bank, and how many of a class must have been seen before its
-    # attention is learned from; WARM_UP 0: as many as the bank holds.
-    keys.MODEL.MASKX.LARVSEG.BANK_SIZE = 20
-    keys.MODEL.MASKX.LARVSEG.WARM_UP = 0
-    # K_top, tokens of an image that represent its class.
-    keys.MODEL.MASKX.LARVSEG.TOP_TOKENS = 20
-    # True: all workers hold the same memory bank. False: each that of the images it sees; only
-    # that of the main process is in the checkpoint.
-    keys.MODEL.MASKX.LARVSEG.SYNCHRONISE_BANK = False
-    # "weighted" (the paper's mean of logit x attention) or "normalised" (over the sum of it).
-    keys.MODEL.MASKX.LARVSEG.POOLING = "weighted"
-    # Channels of the classifier; 0: those of the feature map.
-    keys.MODEL.MASKX.LARVSEG.HIDDEN_CHANNELS = 0
-    # Random classes, beside those present, that training scores; 0: all of the data set. 100 in the
-    # reference's runs with hundreds of classes or more.
-    keys.MODEL.MASKX.LARVSEG.SAMPLE_CLASSES = 0
-    # Weights of the loss of image labels and of that with attention.
-    keys.MODEL.MASKX.LARVSEG.IMAGE_WEIGHT = 0.1
-    keys.MODEL.MASKX.LARVSEG.ATTENTIVE_WEIGHT = 0.1
 
     # What MaskXConceptEmbedding, MaskXConceptRefinement and MaskXConceptSegmentation read: stage 1
     # learns from tags to embed images among word vectors, stage 2 from boxes to refine attention
@@ -228,6 +206,9 @@ def _defaults() -> CN:
     keys.DATASETS.MASKX.JOINT.SIZES = ()
     # True where an image shows more than its one label says, as those of ImageNet; (): False.
     keys.DATASETS.MASKX.JOINT.SINGLE_LABEL = ()
+    # False: labels of this data set are learned without attention, as in the paper's Table 4; ():
+    # True.
+    keys.DATASETS.MASKX.JOINT.ATTENTION = ()
     # True: image labels are those of the training crop's label map, as in the reference code of
     # LarvSeg. That is more than image-level supervision.
     keys.DATASETS.MASKX.JOINT.CROP_LEVEL_LABELS = False

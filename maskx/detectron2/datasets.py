@@ -17,8 +17,8 @@ from detectron2.structures import BoxMode
 from maskx.data.coco import CocoData, load_coco, read_coco_json, supervision_of
 from maskx.data.splits import resolve_split
 from maskx.data.tag_lists import read_tag_list
+from maskx.data.things_and_stuff import things_and_stuff
 from maskx.supervision import CategorySplit, Supervision
-from maskx.systems.larvseg.joint_sets import things_and_stuff
 
 __all__ = [
     "CocoSource",
@@ -45,7 +45,7 @@ class CocoSource:
         categories: gives names by category id, in the order of the ids; None for those of the file.
         class_names: gives the class list they belong to by name; None if they are the class list.
         stuff: without ``class_names``, the stuff of the file, classes after its categories; see
-            :func:`maskx.systems.larvseg.joint_sets.things_and_stuff`.
+            :func:`maskx.data.things_and_stuff.things_and_stuff`.
         labels_only: whether no more than image labels is kept.
         prepare: called before a file is read.
     """

@@ -11,14 +11,12 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from maskx.data.label_maps import ignore_label, semantic_label_map
+from maskx.data.label_maps import semantic_label_map
 from maskx.data.splits import resolve_split
 from maskx.detectron2.datasets import class_names_of, records_of
 from maskx.evaluation.mean_iou import MeanIoU, format_table
-from maskx.supervision import CategorySplit
-from maskx.systems.larvseg.joint_sets import things_and_stuff_label_map
 
-__all__ = ["MaskXLargeVocabularyEvaluator", "MaskXSemSegEvaluator"]
+__all__ = ["MaskXSemSegEvaluator"]
 
 logger = logging.getLogger(__name__)
 
@@ -150,66 +148,3 @@ class MaskXSemSegEvaluator(DatasetEvaluator):
             f"{sem_seg.dtype}. Allowed: scores ({num_labels}, H, W), background first, or a label "
             "map (H, W) of integers."
         )
-
-
-class MaskXLargeVocabularyEvaluator(MaskXSemSegEvaluator):
-    """Mean IoU without a background, on all classes, on base (with masks) and on novel ones.
-
-    Pixels of label 0 are of no class, so they count nowhere, as unknown ones. A name that the class
-    list has several times is one class.
-
-    Args:
-        dataset_name: a registered data set.
-        split: A the base and B the novel classes, of the unique class names, such as of
-            :func:`maskx.systems.larvseg.detectron2.data.split_of_dataset`. None knows neither.
-        distributed: see :class:`MaskXSemSegEvaluator`.
-
-    Raises:
-        ValueError: as of :class:`MaskXSemSegEvaluator`.
-    """
-
-    def __init__(
-        self, dataset_name: str, *, split: CategorySplit | None = None, distributed: bool = True
-    ) -> None:
-        super().__init__(dataset_name, distributed=distributed)
-        own_names = self._class_names
-        self._num_own_classes = len(own_names)
-        self._class_names = list(dict.fromkeys(own_names))
-        label_of = {name: label for label, name in enumerate(self._class_names, start=1)}
-        ignore = ignore_label(len(self._class_names))
-        # By label of the data set's own label maps.
-        self._labels = np.full(ignore_label(len(own_names)) + 1, ignore)
-        self._labels[1 : len(own_names) + 1] = [label_of[name] for name in own_names]
-        sides = {} if split is None else split.groups()
-        self._groups = {name: sides.get(side, ()) for name, side in (("base", "A"), ("novel", "B"))}
-        self._rule = "no split" if split is None else f"split {split.name}"
-        self.reset()
-
-    def _truth(self, record: Mapping[str, Any]) -> np.ndarray:
-        return self._labels[things_and_stuff_label_map(record, self._num_own_classes)]
-
-    def _label_map(self, sem_seg: torch.Tensor, image_id: int | str) -> torch.Tensor:
-        if sem_seg.is_floating_point() or sem_seg.ndim != 2:
-            raise ValueError(
-                f"sem_seg of image {image_id!r} has shape {tuple(sem_seg.shape)} and dtype "
-                f"{sem_seg.dtype}. Allowed: a map (H, W) of integers, the positions among the "
-                f"{len(self._class_names)} classes of data set '{self._dataset_name}'."
-            )
-        return sem_seg + 1
-
-    def _measures(self, result: Mapping[str, Any]) -> dict[str, float]:
-        """Under "mIoU", "mIoU_base" and "mIoU_novel"; there is no background."""
-        means = result["mIoU"]
-        counts = [f"{len(indices)} {name}" for name, indices in self._groups.items()]
-        logger.info(
-            "%s: %d classes, %s (%s)\n%s",
-            *(self._dataset_name, len(self._class_names), " and ".join(counts), self._rule),
-            format_table(result),
-        )
-        return {
-            "mIoU": means["all"],
-            "mIoU_base": means["base"],
-            "mIoU_novel": means["novel"],
-            "pixel_accuracy": result["pixel_accuracy"],
-            **self._per_class(result),
-        }

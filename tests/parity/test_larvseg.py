@@ -1,101 +1,106 @@
-"""LarvSeg: both hosts do the same."""
+"""LarvSeg: both hosts have one model; what they build of their settings is the same."""
 
-import copy
+import json
 
 import pytest
 import torch
 
 pytest.importorskip("detectron2")
 
-from maskx.detectron2 import MaskXLarvSeg, MaskXSmallResNet
-from maskx.systems.larvseg.model import SampleLarvSeg
-from maskx.systems.larvseg.network import LarvSeg
+from detectron2.modeling import build_model
 
-NAMES = ("wall", "tree", "cat", "mug", "owl", "sky", "boat", "yak")
-SCORED = {"masks": (0, 1, 2, 5), "tags": (6, 3, 0)}
-SIZE = 32
-PIXELS = {"pixel_mean": [123.675, 116.28, 103.53], "pixel_std": [58.395, 57.12, 57.375]}
+from maskx.data.coco import load_coco
+from maskx.data.image_samples import read_image_sample
+from maskx.data.scenes.generator import generate_scenes
+from maskx.data.splits import resolve_split
+from maskx.detectron2 import MaskXLarvSeg, Trainer, get_cfg, register_coco
+from maskx.systems.larvseg.model import LarvSegModel
+from maskx.systems.larvseg.pipeline import LarvSegChain, LarvSegMethod, LarvSegSettings
+from maskx.systems.larvseg.samples import JointMapper, joint_batches, sets_of_one_file
+
+SIZE, SEED = 32, 3
 
 
-def make_models(*, window=False, test_classes=None, **options):
-    torch.manual_seed(0)
-    network = LarvSeg(
-        MaskXSmallResNet(widths=(4, 4, 4, 8)),
-        in_feature="layer4",
-        in_channels=8,
-        num_classes=len(NAMES),
-        **{"bank_size": 2, "warm_up": 1, "top_tokens": 3} | options,
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    json_file = generate_scenes(folder, count=8, size=64, num_categories=4, seed=0)
+    content = json.loads(json_file.read_text())
+    for image in content["images"]:  # as the files of users are
+        del image["stuff_file_name"]
+    json_file.write_text(json.dumps(content))
+    return json_file, folder
+
+
+@pytest.fixture
+def cfg(scenes):
+    """Masks of A and image labels of all, as of one file: every second image in each."""
+    register_coco("parity_scenes", *scenes)
+    register_coco("parity_scenes_again", *scenes)
+    cfg = get_cfg()
+    cfg.merge_from_list(
+        [
+            *("MODEL.META_ARCHITECTURE", "MaskXLarvSeg", "MODEL.BACKBONE.NAME", "MaskXSmallResNet"),
+            *("MODEL.DEVICE", "cpu", "INPUT.FORMAT", "RGB", "INPUT.MASKX.SIZE", SIZE),
+            *("MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53]),
+            *("MODEL.PIXEL_STD", [58.395, 57.12, 57.375]),
+            *("DATASETS.TRAIN", ("parity_scenes", "parity_scenes_again")),
+            *("DATASETS.TEST", ("parity_scenes",), "DATASETS.MASKX.SPLIT", "scenes_half"),
+            *("DATASETS.MASKX.JOINT.SUPERVISION", ("mask", "image"), "SEED", SEED),
+            *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2),
+            *("MODEL.MASKX.LARVSEG.BANK_SIZE", 2),
+        ]
     )
-    network.classifier.set_trained([0, 1, 2, 3, 5, 6])
-    shared = {"class_names": NAMES, "scored": SCORED, "test_classes": test_classes}
-    other = copy.deepcopy(network)
-    first = MaskXLarvSeg(
-        network=network, image_size=SIZE, window=SIZE if window else 0, **shared, **PIXELS
+    return cfg
+
+
+@pytest.fixture
+def chain(scenes, tmp_path):
+    data = load_coco(*scenes)
+    sets = sets_of_one_file(data, resolve_split("scenes_half", data.class_names), image_size=SIZE)
+    settings = LarvSegSettings(image_size=SIZE, start_iterations=0, bank_size=2, seed=SEED)
+    return LarvSegChain(sets, settings, output=tmp_path)
+
+
+def test_they_are_one_class():
+    for name in ("forward", "normalise", "preprocess", "state_dict", "get_extra_state"):
+        assert getattr(MaskXLarvSeg, name) is getattr(LarvSegModel, name)
+
+
+def test_they_build_the_same_and_load_each_other(cfg, chain):
+    first, second = build_model(cfg), chain.new_model(LarvSegMethod())
+    assert first.class_names == second.class_names
+    state = second.state_dict()
+    assert first.state_dict().keys() == state.keys()
+    first.eval().load_state_dict(state)
+    (sample,) = next(iter(Trainer.build_test_loader(cfg, "parity_scenes")))
+    record = chain.sets.data_sets[0].records[0]
+    own = read_image_sample(record)
+    assert sample["image_id"] == record["image_id"]
+    assert torch.equal(sample["image"], own["image"])
+    expected = second.eval()([own])[0]
+    for key, value in first([sample])[0].items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_they_make_the_same_samples_and_losses(cfg, chain):
+    """Of the same records: which records the data sets have is a matter of their registration."""
+    first, second = build_model(cfg), chain.new_model(LarvSegMethod())
+    first.load_state_dict(second.state_dict())
+    loader = Trainer.build_train_loader(cfg)
+    batches = iter(loader)
+    sets = loader.dataset.sets
+    own = joint_batches(
+        sets, JointMapper(sets), batch_size=2, seed=SEED, start=0, stop=4, num_workers=0
     )
-    second = SampleLarvSeg(other, size=SIZE, sliding=window, **shared)
-    return first, second
-
-
-def make_samples(data_set, size=(SIZE, SIZE), *, single_label=False):
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for labels in ([1, 2], [2]):
-        image = 255 * torch.randint(2, (3, *size), generator=generator, dtype=torch.uint8)
-        sample = {"image": image, "data_set": data_set, "single_label": single_label}
-        if data_set == "masks":
-            sample["label_map"] = torch.randint(-1, len(SCORED["masks"]), size, generator=generator)
-        else:
-            sample["image_labels"] = labels[-1:] if single_label else labels
-        samples.append(sample)
-    return samples
-
-
-def fill_bank(bank):
-    """Give all classes directions of their own, so that backgrounds are guessed."""
-    if bank is not None:
-        bank.means.normal_(generator=torch.Generator().manual_seed(0))
-        bank.counts.fill_(bank.size)
-
-
-@pytest.mark.parametrize(
-    ("data_set", "single_label"), [("masks", False), ("tags", False), ("tags", True)]
-)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"logit_form": "layernorm", "pooling": "normalised"},
-        {"memory": "single_image", "hidden_channels": 6},
-        {"memory": "none"},
-    ],
-)
-def test_they_learn_the_same(data_set, single_label, options, in_float64, assert_same_step):
-    first, second = in_float64(*make_models(**options))
-    for model in (first.train(), second.train()):
-        fill_bank(model.network.bank)
-    samples = make_samples(data_set, single_label=single_label)
-    losses = [model(samples) for model in (first, second)]
-    expected = {"loss_pixels": data_set == "masks", "loss_labels": data_set == "tags"}
-    if options.get("memory") != "none":
-        expected["loss_attention"] = data_set == "tags"
-    assert_same_step(
-        *(first.network, second.network, *losses), expected=expected, trained=lambda name: True
-    )
-    buffers = dict(second.network.named_buffers())
-    for name, buffer in first.network.named_buffers():  # the memory bank among them
-        torch.testing.assert_close(buffer, buffers[name], rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("window", [False, True])
-@pytest.mark.parametrize("test_classes", [None, (7, 5, 2, 0)])
-def test_they_predict_the_same(window, test_classes, in_float64):
-    """Detectron2 says positions among the classes to choose from, the other host classes."""
-    models = make_models(window=window, test_classes=test_classes)
-    first, second = in_float64(*models)
-    samples = [s | {"height": 48, "width": 83} for s in make_samples("tags", (40, 69))]
-    for result, other in zip(first.eval()(samples), second.eval()(samples), strict=True):
-        label_map = result["class_indices"][result["sem_seg"]] + 1
-        assert torch.equal(label_map, other["label_map"])
-        assert len(label_map.unique()) > 1
-        torch.testing.assert_close(result["top_scores"][0], other["scores"], rtol=1e-6, atol=1e-6)
+    names = dict(zip(cfg.DATASETS.TRAIN, ("masks", "image labels"), strict=True))
+    for batch, other in zip(batches, own, strict=False):
+        for sample, expected in zip(batch, other, strict=True):
+            assert sample.keys() == expected.keys()
+            for key, value in expected.items():
+                found = sample[key]
+                assert torch.equal(found, value) if key in ("image", "sem_seg") else found == value
+        other = [sample | {"data_set": names[sample["data_set"]]} for sample in other]
+        losses, expected = first.train()(batch), second.train()(other)
+        assert losses == expected
+        assert sum(losses.values()) > 0

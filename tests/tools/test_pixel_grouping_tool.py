@@ -8,7 +8,7 @@ import pytest
 from maskx.data.coco import load_coco
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
-from maskx.systems.larvseg.chain import LarvSegChain, LarvSegMethod, LarvSegSettings
+from maskx.systems.larvseg.pipeline import LarvSegChain, LarvSegMethod, LarvSegSettings
 from maskx.systems.larvseg.samples import sets_of_one_file
 
 TOOL = Path(__file__).parents[2] / "tools" / "pixel_grouping.py"
@@ -49,5 +49,5 @@ def test_groups_of_a_split_are_measured_apart(trained, tmp_path, run_tool, capsy
 
 
 def test_a_folder_without_a_model_is_named(trained, tmp_path, run_tool):
-    with pytest.raises(SystemExit, match=r"^error: There is no file"):
+    with pytest.raises(SystemExit, match=r"^error: There is no checkpoint"):
         run_tool("--model", tmp_path, "--coco", trained / "annotations.json", trained)

@@ -10,7 +10,8 @@ from maskx.data.scenes.generator import STUFF_CATEGORIES, generate_scenes, scene
 from maskx.engine import quickstart
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.system import find_system
-from maskx.systems.larvseg.quickstart import quickstart_larvseg
+from maskx.systems.larvseg.pipeline import open_larvseg
+from maskx.systems.larvseg.system import quickstart_larvseg
 
 
 @pytest.fixture
@@ -26,8 +27,7 @@ def run(options, report=print, **changes):
 
 
 def attentive_weight(output):
-    content = json.loads((output / "larvseg" / "model.json").read_text())
-    return content["network"]["attentive_weight"]
+    return open_larvseg(output / "larvseg").network.attentive_weight
 
 
 def test_generated_data_to_metrics_and_picture(tiny):
@@ -92,7 +92,7 @@ def test_own_data_with_masks_for_some_photos_and_tags_for_others(tmp_path, tiny)
     assert found["num_images"] == {"masks": 4, "image labels": 8}
     assert attentive_weight(tiny["output"]) == 0.1  # the paper's
     for of_method in found["IoU"].values():
-        assert list(of_method) == [*names[1:], "background"]
+        assert list(of_method) == names[1:]  # no background is invented
     with pytest.raises(ValueError, match="'all' leaves no novel class: all 4 have masks"):
         run(tiny, **files, masks_for="all")
     (tmp_path / "base.txt").write_text("hat\nshoes\n")

@@ -12,9 +12,10 @@ from maskx.data.splits import resolve_split
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import load_data
 from maskx.engine.training import select_device
-from maskx.systems.larvseg.chain import LarvSegChain, LarvSegMethod, LarvSegSettings
 from maskx.systems.larvseg.evaluation import evaluate_larvseg
-from maskx.systems.larvseg.samples import labelled_images, sets_of_one_file, split_groups
+from maskx.systems.larvseg.pipeline import LarvSegChain, LarvSegMethod, LarvSegSettings
+from maskx.systems.larvseg.samples import labelled_images, sets_of_one_file
+from maskx.systems.larvseg.system import SCENES
 from studies.options import StudyOptions
 from studies.study import Measure, Ordering, Report, Study, process_lock
 
@@ -32,7 +33,8 @@ _GROUPS = ("novel", "base", "all")
 
 def _larvseg_settings(options: StudyOptions, seed: int = 0) -> LarvSegSettings:
     names = {"iterations": "start_iterations", "stage2_iterations": "iterations"}
-    return LarvSegSettings(seed=seed, **options.given(batch_size="batch_size", **names))
+    given = options.given(batch_size="batch_size", **names)
+    return LarvSegSettings(seed=seed, **SCENES | given)
 
 
 def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
@@ -56,7 +58,7 @@ class _SeedRuns:
         self.test = labelled_images(val_data)
         self.chain = self._open_chain("scenes_half", "shared")
         split = resolve_split("scenes_half", self.train_data.class_names)
-        self.groups = split_groups(self.test, split, self.chain.sets.table.names)
+        self.novel = split.without_masks
 
     def run(self, setting: str) -> dict[str, float]:
         with process_lock(self.folder):
@@ -66,9 +68,7 @@ class _SeedRuns:
             chain = self._open_chain("all", _SUPERVISED)
             chain.backbone = backbone
         model = chain.train_method(METHODS[setting])
-        found = evaluate_larvseg(
-            model, self.test, self.groups, description=f"{setting}: evaluation"
-        )
+        found = evaluate_larvseg(model, self.test, self.novel, description=f"{setting}: evaluation")
         return {group: found["mIoU"][group] for group in _GROUPS}
 
     def _open_chain(self, masks_for: str, name: str) -> LarvSegChain:

@@ -79,7 +79,7 @@ class CosineClassifier(nn.Module):
     Args:
         in_channels: C.
         num_classes: K.
-        hidden_channels: d; None for C.
+        hidden_channels: d; 0 for C.
         logit_form: ``temperature`` or ``layernorm``.
         temperature: at the start of training.
 
@@ -93,7 +93,7 @@ class CosineClassifier(nn.Module):
         in_channels: int,
         num_classes: int,
         *,
-        hidden_channels: int | None = None,
+        hidden_channels: int = 0,
         logit_form: str = "temperature",
         temperature: float = 0.07,
     ) -> None:
@@ -196,4 +196,4 @@ def check_class_indices(class_indices: Sequence[int], num_classes: int) -> Tenso
             f"class_indices has {twice} more than once. Labels that mean the same class must be "
             "merged into one label before training."
         )
-    return torch.tensor(indices)
+    return torch.tensor(indices, device="cpu")  # also where weights are made elsewhere

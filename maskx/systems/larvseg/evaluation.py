@@ -1,41 +1,100 @@
 """How good the label maps and the features of LarvSeg are."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from maskx.core.checks import check_choice
 from maskx.core.feature_maps import named_feature
 from maskx.core.seeds import step_seed
-from maskx.data.coco import load_coco
+from maskx.data.image_samples import read_image_sample
 from maskx.data.label_maps import ignore_label
-from maskx.data.splits import resolve_split
 from maskx.evaluation.mean_iou import MeanIoU
-from maskx.systems.larvseg.checkpoints import open_larvseg
-from maskx.systems.larvseg.grouping import group_pixels
-from maskx.systems.larvseg.model import SampleLarvSeg, predict_larvseg
+from maskx.systems.larvseg.model import LarvSegModel
 from maskx.systems.larvseg.samples import (
     LabelledImages,
-    labelled_images,
-    read_sample,
-    split_groups,
-    table_label_map,
+    Record,
+    classes_to_predict,
+    true_label_map,
 )
 
 __all__ = [
+    "LarvSegScores",
     "evaluate_grouping",
     "evaluate_larvseg",
-    "open_with_images",
+    "group_pixels",
+    "predict_larvseg",
 ]
 
 
+class LarvSegScores:
+    """Mean IoU of label maps on all classes of a test set, on base and on novel ones.
+
+    Pixels of which the truth knows nothing, among them those of label 0, count nowhere.
+
+    Args:
+        class_names: of the test set.
+        novel: names of the novel classes, all others are base; None knows neither.
+    """
+
+    def __init__(self, class_names: Sequence[str], novel: Collection[str] | None = None) -> None:
+        self.class_names = tuple(class_names)
+        # Of labels with one name the first stands for the class.
+        first = {name: index for index, name in reversed([*enumerate(class_names)])}
+        self.classes = sorted(first.values())
+        sides: dict[str, list[int]] = {} if novel is None else {"base": [], "novel": []}
+        for index in self.classes if sides else ():
+            sides["novel" if class_names[index] in novel else "base"].append(index)
+        self.groups = sides
+        self._counts = MeanIoU(len(class_names))
+
+    def update(self, record: Record, result: Mapping[str, Tensor]) -> None:
+        """Count an image.
+
+        Args:
+            record: of the test set.
+            result: of the model, with the classes of the test set to choose from.
+        """
+        truth = true_label_map(record, self.class_names)
+        self._counts.update(result["sem_seg"].cpu().numpy(), truth, record["image_id"])
+
+    def merge(self, other: "LarvSegScores") -> None:
+        """Add the counts of other images."""
+        self._counts.merge(other._counts)
+
+    def results(self) -> dict[str, Any]:
+        """Return what :meth:`maskx.evaluation.mean_iou.MeanIoU.evaluate` does, in percent."""
+        return self._counts.evaluate(self.groups)
+
+
+@torch.inference_mode()
+def predict_larvseg(
+    model: LarvSegModel, test: LabelledImages, *, description: str = "label maps"
+) -> Iterator[tuple[Record, dict[str, Tensor]]]:
+    """Predict the classes of a test set, one image at a time.
+
+    Args:
+        model: the model; it is put into evaluation mode.
+        test: the images.
+        description: label of the progress bar.
+
+    Yields:
+        Record and result, the ``sem_seg`` of which is class index of the test set + 1.
+    """
+    model.eval()
+    asked = {"class_indices": classes_to_predict(test.class_names, model.class_names)}
+    for record in tqdm(test.records, desc=description, unit="img"):
+        yield record, model([read_image_sample(record) | asked])[0]
+
+
 def evaluate_larvseg(
-    model: SampleLarvSeg,
+    model: LarvSegModel,
     test: LabelledImages,
-    groups: Mapping[str, Sequence[int]],
+    novel: Collection[str] | None = None,
     *,
     description: str = "label maps",
 ) -> dict[str, Any]:
@@ -44,25 +103,23 @@ def evaluate_larvseg(
     Args:
         model: the model.
         test: what to predict and to compare with.
-        groups: table indices by name.
+        novel: see :class:`LarvSegScores`.
         description: label of the progress bar.
 
     Returns:
-        What `maskx.evaluation.mean_iou.MeanIoU.evaluate` returns, in percent. No pixel has label 0,
-        so that "all" are the classes alone, among them a background that is one.
+        See :meth:`LarvSegScores.results`.
     """
-    counts = MeanIoU(model.num_classes)
-    for record, label_map in predict_larvseg(model, test.records, description=description):
-        truth = table_label_map(test, record, model.class_names)
-        counts.update(label_map, truth, record["image_id"])
-    return counts.evaluate(groups)
+    scores = LarvSegScores(test.class_names, novel)
+    for record, result in predict_larvseg(model, test, description=description):
+        scores.update(record, result)
+    return scores.results()
 
 
 @torch.inference_mode()
 def evaluate_grouping(
-    model: SampleLarvSeg,
+    model: LarvSegModel,
     test: LabelledImages,
-    groups: Mapping[str, Sequence[int]],
+    novel: Collection[str] | None = None,
     *,
     seed: int = 0,
     features: str = "tokens",
@@ -70,75 +127,72 @@ def evaluate_grouping(
     """Measure how well features group the pixels of a class (Eq. 2): the exploratory experiment.
 
     One random true pixel of each class present is given; every pixel takes the class of the most
-    similar of them. See :func:`maskx.systems.larvseg.grouping.group_pixels`.
+    similar of them, see :func:`group_pixels`.
 
     Args:
         model: the model; it is put into evaluation mode.
         test: images with true label maps.
-        groups: table indices by name.
+        novel: see :class:`LarvSegScores`.
         seed: of the random pixels.
         features: ``tokens``, those of the classifier, or ``backbone``, the feature map before.
 
     Returns:
-        As of :func:`evaluate_larvseg`.
+        See :meth:`LarvSegScores.results`.
     """
     check_choice("features", features, ("tokens", "backbone"))
     model.eval()
     network = model.network
-    ignore = ignore_label(model.num_classes)
-    counts = MeanIoU(model.num_classes)
+    scores = LarvSegScores(test.class_names, novel)
+    ignore = ignore_label(len(test.class_names))
     for number, record in enumerate(tqdm(test.records, desc="pixel grouping", unit="img")):
-        images = model.preprocess([read_sample(record)])
+        images = model.preprocess([read_image_sample(record)])
         if features == "tokens":
             (maps,) = network(images)
         else:
             found = network.backbone(images)
             (maps,) = named_feature(found, network.in_feature, network.backbone)
-        truth = torch.from_numpy(table_label_map(test, record, model.class_names))
+        truth = torch.from_numpy(true_label_map(record, test.class_names))
         generator = torch.Generator().manual_seed(step_seed(seed, number))
-        grouped = group_pixels(maps.cpu(), truth, generator, ignore=ignore)
         # An image without a known pixel counts nowhere.
         if (truth != ignore).any():
-            counts.update(grouped.numpy(), truth.numpy(), record["image_id"])
-    return counts.evaluate(groups)
+            grouped = group_pixels(maps.cpu(), truth, generator, ignore=ignore)
+            scores.update(record, {"sem_seg": grouped})
+    return scores.results()
 
 
-def open_with_images(
-    folder: str | Path,
-    json_file: str | Path,
-    image_root: str | Path,
-    *,
-    masks_for: str | None = None,
-    device: torch.device | str = "cpu",
-    strict: bool = True,
-) -> tuple[SampleLarvSeg, LabelledImages, dict[str, tuple[int, ...]]]:
-    """Open a trained model and images to evaluate it on.
+@torch.no_grad()
+def group_pixels(
+    features: Tensor, label_map: Tensor, generator: torch.Generator, *, ignore: int
+) -> Tensor:
+    """Label each pixel as the most similar of one known pixel per class (Eq. 2 of the paper).
+
+    "LarvSeg: Exploring Image Classification Data For Large Vocabulary Semantic Segmentation via
+    Category-wise Attentive Classifier" (Yu et al., PRCV 2024), section 3.2. A random pixel of each
+    class that is present is known; the token that holds it stands for the class. The cosine of
+    every token to it is up-sampled bilinearly.
 
     Args:
-        folder: of the model, see :func:`maskx.systems.larvseg.checkpoints.open_larvseg`.
-        json_file: COCO-format file with masks.
-        image_root: folder of its images.
-        masks_for: category split of the file; None has no groups but "all".
-        device: where to compute.
-        strict: see :func:`maskx.data.coco.load_coco`.
+        features: (C, h, w) feature map of an image.
+        label_map: (H, W) int64, the truth.
+        generator: of the random pixels, on the CPU.
+        ignore: label of the pixels that belong to no class.
 
     Returns:
-        The model, the images, and table indices by group.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is bad, or the model has none of its classes.
+        (H, W) int64, one of the labels that are present. All of it is ``ignore`` when none is. Of
+        several classes with the same similarity it is the one of the lowest label.
     """
-    model = open_larvseg(folder, device)
-    data = load_coco(json_file, image_root, strict=strict)
-    test = labelled_images(data)
-    if not set(test.class_names) & set(model.class_names):
-        raise ValueError(
-            f"'{json_file}' has none of the {len(model.class_names)} classes of '{folder}', such "
-            f"as {', '.join(model.class_names[:8])}. Give images of its classes."
-        )
-    groups = {}
-    if masks_for is not None:
-        split = resolve_split(masks_for, data.class_names)
-        groups = split_groups(test, split, model.class_names)
-    return model, test, groups
+    labels = label_map[label_map != ignore].unique()
+    if len(labels) == 0:
+        return torch.full_like(label_map, ignore)
+    (height, width), (rows, columns) = label_map.shape, features.shape[-2:]
+    seeds = []
+    for label in labels:
+        places = (label_map == label).nonzero()
+        y, x = places[torch.randint(len(places), (), generator=generator)].unbind()
+        seeds.append((y * rows // height) * columns + x * columns // width)
+    tokens = F.normalize(features, dim=0).flatten(1)
+    responses = (tokens[:, torch.stack(seeds)].T @ tokens).unflatten(1, (rows, columns))
+    responses = F.interpolate(
+        responses[None], size=(height, width), mode="bilinear", align_corners=False
+    )[0]
+    return labels[responses.argmax(dim=0)]

@@ -1,110 +1,186 @@
-"""LarvSeg, and the classifier that it starts from, driven with samples."""
+"""LarvSeg, and the classifier that it starts from, driven with samples; of both hosts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from maskx.core.extra_state import EXTRA_STATE, pack_state, unpack_state
 from maskx.core.image_classifier import ImageClassifier, multi_hot
 from maskx.core.losses import multi_label_loss
-from maskx.core.sample_models import Sample, SampleModel
-from maskx.systems.larvseg.classifier import check_class_indices
-from maskx.systems.larvseg.joint_sets import UNKNOWN
+from maskx.core.sample_models import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Sample,
+    SampleModel,
+    required,
+    take_classifier_backbone,
+)
+from maskx.core.text import listed
+from maskx.data.label_maps import ignore_label
+from maskx.systems.larvseg.class_table import match_rows, take_rows
+from maskx.systems.larvseg.classifier import LogitFactors, check_class_indices
+from maskx.systems.larvseg.large_vocabulary import predict_label_map
 from maskx.systems.larvseg.network import LarvSeg
-from maskx.systems.larvseg.samples import Record, read_sample
-from maskx.systems.larvseg.windows import check_windows, predict_windows
 
-__all__ = [
-    "SampleJointClassifier",
-    "SampleLarvSeg",
-    "predict_larvseg",
-]
+__all__ = ["JointClassifier", "LarvSegModel", "check_windows", "read_extra_state"]
+
+logger = logging.getLogger(__name__)
+
+_SAMPLES = "Training samples are those of maskx.systems.larvseg.samples.JointMapper."
+_VERSION = 1  # of what a checkpoint says of its model
+# Tensors of the network with a row for each class.
+_TRAINED = "classifier.trained"
+_CLASS_ROWS = ("classifier.class_embeddings", _TRAINED, "bank.means", "bank.counts")
+# Of a label that a data set does not score: it is not in its samples.
+_UNKNOWN, _NOT_SCORED = -1, -2
 
 
 class _ScoringModel(SampleModel):
-    """Knows which classes of the table each data set scores."""
+    """Knows which classes of the class table each data set scores."""
 
-    def __init__(self, size: int, scored: Mapping[str, Sequence[int]], num_classes: int) -> None:
-        super().__init__(size)
+    def __init__(
+        self,
+        image_size: int,
+        scored: Mapping[str, Sequence[int]] | None,
+        num_classes: int,
+        **pixels: Sequence[float],
+    ) -> None:
+        super().__init__(image_size, **pixels)
         self.num_classes = num_classes
-        self._scored = {
-            name: check_class_indices(indices, num_classes) for name, indices in scored.items()
-        }
+        self._ignore = ignore_label(num_classes)
+        self._scored, self._positions = {}, {}
+        for name, indices in (scored or {}).items():
+            classes = check_class_indices(indices, num_classes)
+            # Positions among the classes that are scored, by label of a label map.
+            positions = torch.full((self._ignore + 1,), _NOT_SCORED, device="cpu")
+            positions[[0, self._ignore]] = _UNKNOWN
+            positions[classes + 1] = torch.arange(len(classes), device="cpu")
+            self._scored[name], self._positions[name] = classes, positions
 
-    def _training_batch(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """Return images (N, 3, S, S), as large as the samples, and the classes that are scored."""
-        names = {sample["data_set"] for sample in samples}
+    def _data_set_of(self, samples: Sequence[Sample]) -> tuple[str, Tensor]:
+        """Return the data set of a batch, and the classes that it scores."""
+        names = {required(sample, "data_set", _SAMPLES) for sample in samples}
         if len(names) != 1 or not names <= self._scored.keys():
             raise ValueError(
-                f"A batch has samples of the data sets {sorted(names)}. Allowed: samples of one of "
-                f"{', '.join(self._scored)}, as joint_batches makes them."
+                f"A training batch has samples of the data sets {sorted(names)}. Allowed: samples "
+                f"of one of {', '.join(self._scored) or 'the training data, which are not known'}."
+                f" {_SAMPLES}"
             )
         (name,) = names
         # Assigned once per device, not copied in every step.
         self._scored[name] = self._scored[name].to(self.device)
-        images = torch.stack([self.normalise(sample) for sample in samples])
-        return images, self._scored[name]
+        return name, self._scored[name]
+
+    def _positions_of(self, sample: Sample, key: str, name: str) -> Tensor:
+        """Map what a sample says of its classes to positions among those that are scored."""
+        labels = torch.as_tensor(required(sample, key, _SAMPLES), dtype=torch.int64).cpu()
+        shift = int(key == "image_labels")  # class indices; a label map has these + 1
+        labels = labels + shift
+        is_label = (labels >= 0) & (labels <= self._ignore)
+        positions = self._positions[name][torch.where(is_label, labels, 0)]
+        is_bad = ~is_label | (positions == _NOT_SCORED)
+        if is_bad.any():
+            raise ValueError(
+                f"Image {sample.get('image_id', 'without id')!r} of data set '{name}' has the "
+                f"label {labels[is_bad][0].item() - shift} in {key}, which the data set does not "
+                "score. Allowed in image_labels: its class indices; in sem_seg: these + 1, 0 and "
+                f"{self._ignore} (unknown). {_SAMPLES}"
+            )
+        return positions
 
 
-class SampleJointClassifier(_ScoringModel):
+class JointClassifier(_ScoringModel):
     """Learns image labels of data sets with different classes, each with its own.
 
     Args:
         classifier: of all classes of the table.
-        size: side in pixels of the squares that images are warped to in evaluation.
-        scored: by data set the table indices of its classes, see
+        image_size: side in pixels of the squares that images are warped to in evaluation.
+        scored: by data set the class indices that it scores, see
             :class:`maskx.systems.larvseg.joint_sets.JointSets`.
+        **pixels: ``pixel_mean`` and ``pixel_std``, see
+            :class:`maskx.core.sample_models.SampleModel`.
     """
 
     def __init__(
-        self, classifier: ImageClassifier, *, size: int, scored: Mapping[str, Sequence[int]]
+        self,
+        classifier: ImageClassifier,
+        *,
+        image_size: int,
+        scored: Mapping[str, Sequence[int]],
+        **pixels: Sequence[float],
     ) -> None:
-        super().__init__(size, scored, classifier.num_classes)
+        super().__init__(image_size, scored, classifier.num_classes, **pixels)
         self.classifier = classifier
 
     def forward(self, samples: list[Sample]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """As of :class:`maskx.core.sample_models.SampleClassifier`, by table index."""
+        """As of :class:`maskx.core.sample_models.SampleClassifier`."""
         if not self.training:
             prob = self.classifier(self.preprocess(samples)).sigmoid()
             return [{"image_labels_prob": row} for row in prob]
-        images, scored = self._training_batch(samples)
-        logits = self.classifier(images)[:, scored]
-        labels = multi_hot([s["image_labels"] for s in samples], len(scored), logits.device)
+        name, scored = self._data_set_of(samples)
+        logits = self.classifier(self.training_images(samples))[:, scored]
+        positions = [self._positions_of(s, "image_labels", name).tolist() for s in samples]
+        labels = multi_hot(positions, len(scored), logits.device)
         return {"loss_labels": multi_label_loss(logits, labels)}
 
 
-class SampleLarvSeg(_ScoringModel):
-    """Drives LarvSeg with samples, as Detectron2 drives its models.
+class LarvSegModel(_ScoringModel):
+    """Segmentation over the classes of several data sets, by name, that supervise it differently.
+
+    Yu et al., "LarvSeg: Exploring Image Classification Data For Large Vocabulary Semantic
+    Segmentation via Category-wise Attentive Classifier" (PRCV 2024).
+
+    Checkpoints hold the memory bank and the names of the classes. In training mode one with other
+    classes may be loaded: rows of classes are taken by name, classes that it lacks keep their
+    initial rows, and what either training showed counts as trained.
 
     Args:
-        network: of all classes of the table.
-        size: side in pixels of the squares that images are warped to in evaluation, or of the
-            windows.
-        class_names: names of the table.
-        scored: by data set the table indices of its classes, see
+        network: of all classes of the class table.
+        class_names: of the class table.
+        scored: by training data set the class indices that it scores, see
             :class:`maskx.systems.larvseg.joint_sets.JointSets`; needed in training only.
-        test_classes: table indices that pixels are labelled with in evaluation; None for all.
-        sliding: in evaluation resize the shorter side to ``size`` and average the logits of windows
-            of this size, next to each other, instead of warping the whole image. Needs a backbone
-            with ``feature_shapes``, the stride of which divides ``size``.
+        test_classes: class indices to predict where a sample does not say; None for all.
+        image_size: side in pixels of the squares to which whole images are warped in evaluation.
+        window: side of the windows that images are predicted by instead; 0 for whole images.
+        stride: from window to window; 0 for that of their side.
+        top_k: classes per pixel that are returned.
+        architecture: plain values from which somebody can make the network again; kept in
+            checkpoints.
+        pixel_mean: see :class:`maskx.core.sample_models.SampleModel`.
+        pixel_std: likewise.
 
     Raises:
-        ValueError: names, class indices or the size do not fit the network.
+        ValueError: sizes, names or class indices do not fit the network.
     """
 
     def __init__(
         self,
         network: LarvSeg,
         *,
-        size: int,
         class_names: Sequence[str],
         scored: Mapping[str, Sequence[int]] | None = None,
         test_classes: Sequence[int] | None = None,
-        sliding: bool = False,
+        image_size: int,
+        window: int = 0,
+        stride: int = 0,
+        top_k: int = 1,
+        architecture: Mapping[str, Any] | None = None,
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        super().__init__(size, scored or {}, network.num_classes)
+        if top_k < 1 or min(window, stride) < 0:
+            raise ValueError(
+                f"top_k (TEST.MASKX.TOP_K) is {top_k}, window (TEST.MASKX.WINDOW) {window} and "
+                f"stride (TEST.MASKX.STRIDE) {stride}. Allowed: the first from 1, the others from "
+                "0."
+            )
+        super().__init__(
+            image_size, scored, network.num_classes, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
         if len(class_names) != network.num_classes:
             raise ValueError(
                 f"class_names has {len(class_names)} names, the network {network.num_classes} "
@@ -112,101 +188,268 @@ class SampleLarvSeg(_ScoringModel):
             )
         self.network = network
         self.class_names = tuple(class_names)
-        every_class = range(network.num_classes)
-        self._classes = check_class_indices(
-            every_class if test_classes is None else test_classes, network.num_classes
-        )
-        self.sliding = sliding
-        if sliding:
-            self._feature_stride = network.backbone.feature_shapes[network.in_feature].stride
-            check_windows(size, size, self._feature_stride)
+        self.test_classes = self._checked(range(len(class_names)))
+        if test_classes is not None:
+            self.test_classes = self._checked(test_classes)
+        self.window, self.stride, self.top_k = window, stride or window, top_k
+        self.architecture = dict(architecture or {})
+        backbone = network.backbone
+        self._divisor = getattr(backbone, "size_divisibility", 0) or 1
+        if window:
+            shapes = getattr(backbone, "feature_shapes", None) or backbone.output_shape()
+            self._feature_stride = shapes[network.in_feature].stride
+            check_windows(window, self.stride, max(self._feature_stride, self._divisor))
+        elif image_size % self._divisor:
+            raise ValueError(
+                f"image_size (INPUT.MASKX.SIZE) is {image_size}, but {type(backbone).__name__} "
+                f"takes multiples of {self._divisor}. Set it to "
+                f"{max(image_size // self._divisor, 1) * self._divisor}."
+            )
+        self._reported_untrained: set[int] = set()
 
     def forward(self, samples: list[Sample]) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Compute losses in training, label maps in evaluation.
+        """Learn from a batch of one data set, or segment images.
 
         Args:
-            samples: in training a batch of
-                :func:`maskx.systems.larvseg.samples.joint_batches`; in evaluation each with
-                ``image``, ``height`` and ``width``.
+            samples: with ``image`` (3, H, W) from 0 to 255. In training all of one size, of one
+                ``data_set``, its name, and all with ``sem_seg`` (H, W) int64, class index + 1, 0
+                and ``ignore_label`` where nothing is known, or with ``image_labels``, class
+                indices; ``single_label`` and ``attention`` as of
+                :class:`maskx.systems.larvseg.joint_sets.JointDataSet`. In evaluation ``height`` and
+                ``width``, the size of the result, are those of the image, and ``class_indices``,
+                the classes to choose from, ``test_classes`` where they are not given.
 
         Returns:
-            ``{"loss_pixels", "loss_labels", "loss_attention"}``, weighted, the last unless the
-            network has no memory; or per sample ``label_map`` (H, W) int64, table index + 1 (no
-            pixel is 0), and ``scores`` (H, W), the logit of that class, in the size of the file.
+            In training ``loss_pixels``, ``loss_labels`` and, unless the network has no memory,
+            ``loss_attention``, weighted; one without supervision is zero. Otherwise per sample
+
+            - ``sem_seg``: (height, width) int64, 1 + position among ``class_indices``, which is
+              class index + 1 where all are chosen from; never 0;
+            - ``top_classes``: (k, height, width) positions of the k best, the best first;
+            - ``top_scores``: (k, height, width) their logits;
+            - ``class_indices``: (L,) the classes chosen from.
 
         Raises:
-            ValueError: a batch is of several data sets, or a label is not among their classes.
+            ValueError: in training, a sample lacks something, the sizes differ, the data sets
+                differ or are unknown, or a label is not among their classes; in evaluation, none of
+                the classes was trained.
         """
         if not self.training:
             return [self._predict(sample) for sample in samples]
-        images, scored = self._training_batch(samples)
-        has_maps = ["label_map" in sample for sample in samples]
+        name, scored = self._data_set_of(samples)
+        images = self.training_images(samples)
+        if any(side % self._divisor for side in images.shape[-2:]):
+            raise ValueError(
+                f"The training images of data set '{name}' have sides of "
+                f"{' x '.join(map(str, images.shape[-2:]))} pixels, but "
+                f"{type(self.network.backbone).__name__} takes multiples of {self._divisor}. Set "
+                "image_size of the data set (DATASETS.MASKX.JOINT.SIZES) so."
+            )
         label_maps = image_labels = None
-        if all(has_maps):
-            label_maps = torch.stack([sample["label_map"] for sample in samples])
-            for label in map(int, label_maps.aminmax()):
-                if not UNKNOWN <= label < len(scored):
-                    raise ValueError(
-                        f"Data set {samples[0]['data_set']!r} has the label {label} in a label "
-                        f"map. Allowed: 0 to {len(scored) - 1}, positions among its classes, and "
-                        f"{UNKNOWN} where nothing is known."
-                    )
-            label_maps = label_maps.to(images.device)
+        if any("sem_seg" in sample for sample in samples):
+            maps = [self._positions_of(sample, "sem_seg", name) for sample in samples]
+            label_maps = torch.stack(maps).to(self.device)
         else:
-            image_labels = [sample["image_labels"] for sample in samples]
-        losses = self.network.losses(
+            image_labels = [self._positions_of(s, "image_labels", name).tolist() for s in samples]
+        return self.network.losses(
             self.network(images),
             class_indices=scored,
             label_maps=label_maps,
             image_labels=image_labels,
             single_label=samples[0].get("single_label", False),
-            ignore=UNKNOWN,
+            attention=samples[0].get("attention", True),
+            ignore=_UNKNOWN,
         )
-        names = {"loss_seg": "loss_pixels", "loss_cls": "loss_labels", "loss_aux": "loss_attention"}
-        return {names[name]: loss for name, loss in losses.items()}
 
     @torch.no_grad()
     def _predict(self, sample: Sample) -> dict[str, Tensor]:
-        size = (sample["height"], sample["width"])
-        classes = self._classes.to(self.device)
-        classes = classes[self.network.classifier.trained[classes]]
-        if len(classes) == 0:
+        """Predict the best classes of every pixel of one image."""
+        classes = self.test_classes
+        if "class_indices" in sample:
+            classes = self._checked(sample["class_indices"])
+        classes = classes.to(self.device)
+        positions = self._positions_to_predict(classes)
+        factors = self._factors(sample, self.network.classifier.class_vectors(classes[positions]))
+        size = tuple(
+            sample.get(key, side)
+            for key, side in zip(("height", "width"), sample["image"].shape[-2:], strict=True)
+        )
+        found, scores = predict_label_map(
+            factors.tokens[0], factors.vectors, size, top_k=self.top_k
+        )
+        found = positions[found]
+        return {
+            "sem_seg": found[0] + 1,
+            "top_classes": found,
+            "top_scores": scores + factors.shift,
+            "class_indices": classes,
+        }
+
+    def _factors(self, sample: Sample, vectors: Tensor) -> LogitFactors:
+        """Factors of the logits of the whole image, or of their mean over windows.
+
+        Logits are linear in the scaled tokens, so that it is tokens that are averaged where windows
+        overlap. Windows begin at multiples of the stride of the feature map: their tokens lie on
+        each other, and the mean of the tokens gives the mean of the logits exactly.
+        """
+        network = self.network
+        if not self.window:
+            return network.classifier.factors(network(self.preprocess([sample])), vectors)
+        window, stride = self.window, self._feature_stride
+        image = sample["image"].to(self.device, self.pixel_mean.dtype)[None]
+        scale = window / min(image.shape[-2:])
+        # The shorter side is as long as a window.
+        height, width = (
+            max(window, round(scale * side / stride) * stride) for side in image.shape[-2:]
+        )
+        image = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+        image = self.normalise({"image": image})
+        total = image.new_zeros(1, network.classifier.channels, height // stride, width // stride)
+        count = image.new_zeros(height // stride, width // stride)
+        for top in _starts(height, window, self.stride):
+            for left in _starts(width, window, self.stride):
+                tokens = network(image[:, :, top : top + window, left : left + window])
+                factors = network.classifier.factors(tokens, vectors)
+                rows, columns = (
+                    slice(start // stride, (start + window) // stride) for start in (top, left)
+                )
+                total[:, :, rows, columns] += factors.tokens
+                count[rows, columns] += 1
+        return factors._replace(tokens=total / count)
+
+    def _checked(self, class_indices: Sequence[int]) -> Tensor:
+        """Class indices to choose from; of several labels with one class the first is predicted."""
+        indices = torch.as_tensor(class_indices, dtype=torch.int64, device="cpu")
+        is_bad = (indices < 0) | (indices >= self.num_classes)
+        if len(indices) == 0 or is_bad.any():
             raise ValueError(
-                f"None of the {len(self._classes)} classes to predict was in the training data: "
-                f"{', '.join(self.class_names[i] for i in self._classes[:8].tolist())}"
-                f"{' and more' if len(self._classes) > 8 else ''}. Choose other test_classes."
+                f"The classes to predict (class_indices) have {indices[is_bad].tolist()}. Allowed: "
+                f"at least one of 0 to {self.num_classes - 1}."
             )
-        if self.sliding:
-            labels, scores = predict_windows(
-                self.network,
-                self.normalise(sample),
-                size,
-                class_indices=classes,
-                window=self.size,
-                stride=self.size,
-                feature_stride=self._feature_stride,
+        return indices
+
+    def _positions_to_predict(self, classes: Tensor) -> Tensor:
+        """Return the positions of the classes that training showed; name the others once."""
+        is_trained = self.network.classifier.trained[classes]
+        never = set(classes[~is_trained].tolist()) - self._reported_untrained
+        if never:
+            self._reported_untrained |= never
+            logger.warning(
+                "%d classes were in no image of the training, so they are never predicted: %s.",
+                *(len(never), listed([self.class_names[index] for index in sorted(never)])),
             )
-        else:
-            images = self.preprocess([sample])
-            found = self.network.predict(images, size, class_indices=classes)
-            labels, scores = (each[0] for each in found)
-        return {"label_map": classes[labels[0]] + 1, "scores": scores[0]}
+        if not is_trained.any():
+            raise ValueError(
+                f"None of the {len(classes)} classes to predict was in the training data: "
+                f"{listed([self.class_names[index] for index in classes.tolist()])}. Choose "
+                "others (test_classes, TEST.MASKX.CLASSES_OF), or train on data that show them."
+            )
+        ordered, order = classes.sort(stable=True)
+        is_first = torch.empty_like(is_trained)
+        is_first[order] = F.pad(ordered.diff() != 0, (1, 0), value=True)
+        return (is_trained & is_first).nonzero()[:, 0]
+
+    def get_extra_state(self) -> Tensor:
+        """Return what checkpoints say of the model beside its weights."""
+        content = {"class_names": self.class_names, "architecture": self.architecture}
+        return pack_state(content, version=_VERSION)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Do nothing: the class list is read before the rows of classes are loaded."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, strict: bool, *args: Any
+    ) -> None:
+        """Take rows of classes by name, or the backbone alone of an image classifier."""
+        take_classifier_backbone(self.network.backbone, state_dict, prefix)
+        if prefix + EXTRA_STATE in state_dict:
+            self._take_class_rows(state_dict, prefix)
+        elif f"{prefix}network.{_CLASS_ROWS[0]}" in state_dict:
+            raise ValueError(
+                "The weights do not say which classes their rows are of, so they cannot be matched "
+                "by name. Give a checkpoint of LarvSegModel, or load the weights of a plain "
+                "LarvSeg into its attribute 'network'."
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+
+    def _take_class_rows(self, state: dict[str, Tensor], prefix: str) -> None:
+        names = read_extra_state(state, prefix)["class_names"]
+        is_same = names == self.class_names
+        if not self.training and not is_same:
+            raise ValueError(
+                f"The checkpoint has {len(names)} classes, which are not the "
+                f"{len(self.class_names)} of the model"
+                f"{_first_difference(names, self.class_names)}. Set DATASETS.TRAIN, or "
+                "MODEL.MASKX.LARVSEG.CLASSES_OF, as the model was trained. Only the start of a "
+                "training takes weights of other classes, by name."
+            )
+        match = match_rows(names, self.class_names)
+        if not match.new_rows:
+            raise ValueError(
+                f"The checkpoint has none of the {len(self.class_names)} classes of the model. It "
+                f"has {listed(names)}."
+            )
+        own = self.state_dict(prefix=prefix)
+        keys = [key for row in _CLASS_ROWS if (key := f"{prefix}network.{row}") in state]
+        for key in keys:
+            if key not in own:  # the bank of a baseline, which is reported
+                continue
+            rows = take_rows(own[key], state[key], match, what=key.removeprefix(prefix))
+            # What this training shows counts as trained, beside what the other one showed.
+            is_trained = key.endswith(_TRAINED) and self.training
+            state[key] = rows | own[key] if is_trained else rows
+        for left, what in (
+            (match.only_new, "are not in the checkpoint and keep their initial weights"),
+            (match.only_old, "of the checkpoint are not wanted"),
+        ):
+            if left and keys:
+                logger.warning("%d classes %s: %s.", len(left), what, listed(left))
+
+    def lacks_class_rows(self, missing: Sequence[str]) -> bool:
+        """Whether rows of classes are among the names of the weights that were not loaded.
+
+        Detectron2's checkpointer leaves out what has another shape, so also those of a longer or
+        shorter class list.
+        """
+        return f"network.{_CLASS_ROWS[0]}" in missing
 
 
-@torch.inference_mode()
-def predict_larvseg(
-    model: SampleLarvSeg, records: Sequence[Record], *, description: str = "label maps"
-) -> Iterator[tuple[Record, np.ndarray]]:
-    """Predict label maps, one image at a time.
+def read_extra_state(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
+    """Return what the weights of a :class:`LarvSegModel` say of it.
 
-    Args:
-        model: the model; it is put into evaluation mode.
-        records: as of :func:`maskx.data.coco.load_coco`.
-        description: label of the progress bar.
+    Returns:
+        ``class_names`` and ``architecture``.
 
-    Yields:
-        Record and (H, W) int64 label map, table index + 1.
+    Raises:
+        ValueError: they are of something else, or of another version.
     """
-    model.eval()
-    for record in tqdm(records, desc=description, unit="img"):
-        yield record, model([read_sample(record)])[0]["label_map"].cpu().numpy()
+    if prefix + EXTRA_STATE not in state:
+        raise ValueError("The weights are not those of a LarvSegModel: they name no classes.")
+    content = unpack_state(state[prefix + EXTRA_STATE], version=_VERSION, what="LarvSegModel")
+    return content | {"class_names": tuple(content["class_names"])}
+
+
+def check_windows(window: int, stride: int, feature_stride: int) -> None:
+    """Refuse windows whose tokens would not lie on each other, or that leave pixels out.
+
+    Raises:
+        ValueError: a size is not allowed.
+    """
+    sizes_fit = window % feature_stride == 0 and stride % feature_stride == 0
+    if not sizes_fit or not 0 < stride <= window:
+        raise ValueError(
+            f"Sliding windows of {window} pixels with stride {stride} do not fit: both must be "
+            f"multiples of {feature_stride}, by the stride of the feature map, and the stride at "
+            "least that and no larger than the window."
+        )
+
+
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    return [*range(0, length - window, stride), length - window]
+
+
+def _first_difference(found: Sequence[str], own: Sequence[str]) -> str:
+    for index, (theirs, ours) in enumerate(zip(found, own, strict=False)):
+        if theirs != ours:
+            return f": class {index} is {theirs!r} there, but {ours!r} here"
+    return ""

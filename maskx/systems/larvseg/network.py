@@ -5,8 +5,7 @@ Category-wise Attentive Classifier" (Yu et al., PRCV 2024).
 
 The vocabulary is the union of the classes of several data sets. A batch comes from one of them, and
 only its classes are scored: ``class_indices`` holds, for each label of the data set, the class of
-the vocabulary it is. Labels, in label maps and image labels as in predictions, are positions in
-``class_indices``.
+the vocabulary it is. Labels, in label maps and image labels, are positions in ``class_indices``.
 
 Shape legend:
     N: images; K: classes of the vocabulary; L: labels of the data set; C: channels of the feature
@@ -22,16 +21,19 @@ from torch import Tensor, nn
 from maskx.core.checks import check_choice
 from maskx.core.feature_maps import named_feature
 from maskx.core.label_pairs import LabelPairs, label_pairs
-from maskx.systems.larvseg.attention import attention_maps, pseudo_background, top_token_means
+from maskx.systems.larvseg.attention import (
+    MemoryBank,
+    attention_maps,
+    pseudo_background,
+    top_token_means,
+)
 from maskx.systems.larvseg.classifier import CosineClassifier
-from maskx.systems.larvseg.large_vocabulary import predict_label_map
 from maskx.systems.larvseg.losses import (
     POOLINGS,
     attentive_loss,
     image_level_loss,
     segmentation_loss,
 )
-from maskx.systems.larvseg.memory_bank import MemoryBank
 
 MEMORIES = ("cross_image", "single_image", "none")
 
@@ -44,19 +46,21 @@ class LarvSeg(nn.Module):
         in_feature: name of the feature map that is classified.
         in_channels: C.
         num_classes: K.
-        hidden_channels: d; None for C.
+        hidden_channels: d; 0 for C.
         logit_form: ``temperature`` or ``layernorm``, see :class:`CosineClassifier`.
         memory: what the attention maps of the auxiliary loss are made with. ``cross_image``: the
             images seen last (the paper's). ``single_image``: the best tokens of the image itself.
             ``none``: there is no auxiliary loss (the paper's baseline).
         bank_size: images per class of the memory bank.
-        warm_up: images of a class before its auxiliary loss starts; None for ``bank_size``.
+        warm_up: images of a class before its auxiliary loss starts; 0 for ``bank_size``.
         top_tokens: tokens of an image that represent its class.
         pooling: ``weighted`` or ``normalised``, see :func:`attentive_loss`.
         sample_classes: when above 0, training scores so many random classes of the data set, and
-            all that are present in the batch, instead of all.
+            all that are present in the batch, instead of all; 100 in the reference's runs with
+            hundreds of classes or more.
         synchronise_bank: all workers hold the same memory bank. Each must then make its losses in
-            each step.
+            each step. Otherwise each holds that of the images it sees, and the checkpoint that of
+            the main process.
         image_weight: weight of the image-level loss.
         attentive_weight: weight of the auxiliary loss.
     """
@@ -68,11 +72,11 @@ class LarvSeg(nn.Module):
         in_feature: str,
         in_channels: int,
         num_classes: int,
-        hidden_channels: int | None = None,
+        hidden_channels: int = 0,
         logit_form: str = "temperature",
         memory: str = "cross_image",
         bank_size: int = 20,
-        warm_up: int | None = None,
+        warm_up: int = 0,
         top_tokens: int = 20,
         pooling: str = "weighted",
         sample_classes: int = 0,
@@ -120,6 +124,7 @@ class LarvSeg(nn.Module):
         label_maps: Tensor | None = None,
         image_labels: Sequence[Sequence[int]] | None = None,
         single_label: bool = False,
+        attention: bool = True,
         ignore: int = 255,
         loss_size: tuple[int, int] | None = None,
         generator: torch.Generator | None = None,
@@ -137,12 +142,15 @@ class LarvSeg(nn.Module):
             image_labels: labels known to be present, for each image; None when none is known.
             single_label: the images show more than their one label says, so that the background
                 of an attention map is guessed; otherwise it is the other labels of the image.
+            attention: False learns image labels without attention, and the memory bank takes
+                nothing of the batch.
             ignore: see :func:`segmentation_loss`.
             loss_size: see :func:`segmentation_loss`.
             generator: of the sampled classes, on the CPU.
 
         Returns:
-            ``loss_seg``, ``loss_cls`` and, unless ``memory`` is ``none``, ``loss_aux``, weighted.
+            ``loss_pixels``, ``loss_labels`` and, unless ``memory`` is ``none``, ``loss_attention``,
+            weighted.
         """
         device = tokens.device
         if class_indices is None:
@@ -168,61 +176,21 @@ class LarvSeg(nn.Module):
         class_vectors = self.classifier.class_vectors(class_indices)
         factors = self.classifier.factors(tokens, class_vectors)
         losses = {
-            "loss_seg": factors.zero()
+            "loss_pixels": factors.zero()
             if label_maps is None
             else segmentation_loss(factors.dense(), label_maps, ignore=ignore, size=loss_size),
-            "loss_cls": self.image_weight * image_level_loss(factors, pairs),
+            "loss_labels": self.image_weight * image_level_loss(factors, pairs),
         }
         if self.memory != "none":
-            attention, ready = self._attend(
+            if not attention:
+                pairs = label_pairs([()] * len(tokens), num_labels, device)
+            maps, ready = self._attend(
                 tokens, class_vectors, pairs, class_indices, every_class if single_label else None
             )
-            losses["loss_aux"] = self.attentive_weight * attentive_loss(
-                factors, pairs, attention, ready, pooling=self.pooling
+            losses["loss_attention"] = self.attentive_weight * attentive_loss(
+                factors, pairs, maps, ready, pooling=self.pooling
             )
         return losses
-
-    @torch.no_grad()
-    def predict(
-        self,
-        images: Tensor,
-        size: tuple[int, int],
-        *,
-        class_indices: Tensor | None = None,
-        top_k: int = 1,
-    ) -> tuple[Tensor, Tensor]:
-        """Predict the labels of every pixel; classes that training never showed are left out.
-
-        Args:
-            images: (N, 3, H, W), normalised.
-            size: height and width of the result.
-            class_indices: (L,) int64, the labels to choose from; None for all K.
-            top_k: labels per pixel.
-
-        Returns:
-            Labels, (N, top_k, *size) int64, and their logits, best first; see
-            :func:`maskx.systems.larvseg.large_vocabulary.predict_label_map`.
-
-        Raises:
-            ValueError: training showed none of the classes.
-        """
-        tokens = self(images)
-        if class_indices is None:
-            class_indices = torch.arange(self.num_classes, device=tokens.device)
-        (labels,) = self.classifier.trained[class_indices].nonzero(as_tuple=True)
-        if len(labels) == 0:
-            raise ValueError(
-                f"None of the {len(class_indices)} classes to predict was in the training data: "
-                "see CosineClassifier.set_trained."
-            )
-        vectors = self.classifier.class_vectors(class_indices[labels])
-        factors = self.classifier.factors(tokens, vectors)
-        if len(tokens) == 0:
-            empty = tokens.new_zeros(0, min(top_k, len(labels)), *size)
-            return empty.long(), empty
-        maps = [predict_label_map(t, factors.vectors, size, top_k=top_k) for t in factors.tokens]
-        positions, scores = (torch.stack(each) for each in zip(*maps, strict=True))
-        return labels[positions], scores + factors.shift
 
     @torch.no_grad()
     def _attend(

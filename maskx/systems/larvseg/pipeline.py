@@ -1,20 +1,32 @@
-"""LarvSeg on the embedded host: masks of base classes, image labels of many more.
+"""LarvSeg on pip alone: the trainings, from data to measures and a picture.
 
 Yu et al., "LarvSeg: Exploring Image Classification Data For Large Vocabulary Semantic Segmentation
-via Category-wise Attentive Classifier" (PRCV 2024), in the steps of
-:class:`maskx.systems.larvseg.chain.LarvSegChain`, from data to measures and a picture.
+via Category-wise Attentive Classifier" (PRCV 2024): masks of base classes, image labels of many
+more.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from maskx.core.backbone_choice import build_backbone, choose_feature
+from maskx.core.checks import check_choice
+from maskx.core.digests import network_hash
+from maskx.core.image_classifier import ImageClassifier
 from maskx.core.label_pairs import label_pairs
 from maskx.core.sample_models import Sample
 from maskx.data.coco import CocoData
+from maskx.data.image_samples import read_image_sample
+from maskx.data.things_and_stuff import has_pixels
+from maskx.engine.training import CHECKPOINT_NAME, load_weights, read_checkpoint
+from maskx.engine.training_chain import TrainingChain
 from maskx.evaluation.figures import (
     contact_sheet,
     draw_heat_map,
@@ -24,28 +36,321 @@ from maskx.evaluation.figures import (
 )
 from maskx.supervision import CategorySplit, Supervision
 from maskx.systems.larvseg.attention import attention_maps
-from maskx.systems.larvseg.chain import LarvSegChain, LarvSegMethod, LarvSegSettings
-from maskx.systems.larvseg.evaluation import evaluate_larvseg
-from maskx.systems.larvseg.model import SampleLarvSeg, predict_larvseg
+from maskx.systems.larvseg.evaluation import evaluate_larvseg, predict_larvseg
+from maskx.systems.larvseg.joint_sets import JointSets
+from maskx.systems.larvseg.losses import POOLINGS
+from maskx.systems.larvseg.model import JointClassifier, LarvSegModel, read_extra_state
+from maskx.systems.larvseg.network import LarvSeg
 from maskx.systems.larvseg.samples import (
+    JointMapper,
     LabelledImages,
     Record,
+    joint_batches,
     labelled_images,
-    read_sample,
     sets_of_one_file,
-    split_groups,
-    table_label_map,
+    true_label_map,
 )
 
 __all__ = [
+    "BANKS",
+    "METHODS",
+    "LarvSegChain",
+    "LarvSegMethod",
+    "LarvSegSettings",
     "attention_of",
+    "build_larvseg",
     "draw_larvseg",
     "format_larvseg",
     "learn_larvseg",
+    "open_larvseg",
 ]
 
+METHODS = ("baseline", "larvseg")
+BANKS = {"cross": "cross_image", "single": "single_image"}
+
+# What a checkpoint belongs to, beside what the training loop keeps itself.
+_IDENTITY = ("backbone", "pretrained", "image_size", "logit_form", "bank_size", "top_tokens")
+_IDENTITY += ("image_weight", "attentive_weight", "min_crop")
+
+# Peaks of Adam: the classifier from random weights and from ImageNet's, the segmentation.
+_CLASSIFIER_RATES = {"random": 2e-3, "imagenet": 1e-4}
+_RATE = 1e-3
+
 _FIGURE_ROWS, _TILE_SIDE = 6, 256
-_MASK = Supervision.MASK.value
+# Settings of the network have their defaults where they are used.
+_DEFAULTS = {name: value.default for name, value in inspect.signature(LarvSeg).parameters.items()}
+
+
+@dataclass(frozen=True)
+class LarvSegSettings:
+    """What a chain of trainings is defined by, whatever the method.
+
+    Attributes:
+        backbone: see :func:`maskx.core.backbone_choice.build_backbone`.
+        pretrained: start from ImageNet weights.
+        image_size: of the squares that images are warped to in evaluation; in training each data
+            set has its own.
+        start_iterations: steps of the image classifier whose backbone both methods start from; 0
+            starts from the backbone's initial weights.
+        iterations: steps of each method.
+        batch_size: images per step.
+        seed: of weights and data order.
+        logit_form: see :class:`maskx.systems.larvseg.classifier.CosineClassifier`.
+        bank_size: images per class of the memory bank.
+        top_tokens: tokens of an image that represent its class.
+        image_weight: of the loss of image labels.
+        attentive_weight: of the loss of image labels with attention.
+        min_crop: see :class:`maskx.systems.larvseg.samples.JointMapper`.
+        workers: processes that read training images; 0 reads them in the process that trains.
+    """
+
+    backbone: str = "small"
+    pretrained: bool = False
+    image_size: int = 128
+    start_iterations: int = 400
+    iterations: int = 350
+    batch_size: int = 16
+    seed: int = 0
+    logit_form: str = _DEFAULTS["logit_form"]
+    bank_size: int = _DEFAULTS["bank_size"]
+    top_tokens: int = _DEFAULTS["top_tokens"]
+    image_weight: float = _DEFAULTS["image_weight"]
+    attentive_weight: float = _DEFAULTS["attentive_weight"]
+    min_crop: float = 1.0
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class LarvSegMethod:
+    """What image labels are learned with.
+
+    Attributes:
+        method: ``baseline``, pixels and image labels alone, or ``larvseg``, with attention too.
+        bank: of LarvSeg, what attention maps are made with: ``cross``, the images seen last, or
+            ``single``, the image itself.
+        pooling: of LarvSeg, ``weighted`` as in the paper, or ``normalised``, see
+            :func:`maskx.systems.larvseg.losses.attentive_loss`.
+
+    Raises:
+        ValueError: a value is not allowed, or has no meaning for the baseline.
+    """
+
+    method: str = "larvseg"
+    bank: str = "cross"
+    pooling: str = _DEFAULTS["pooling"]
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_choice("bank", self.bank, tuple(BANKS))
+        check_choice("pooling", self.pooling, POOLINGS)
+        if self.method == "baseline" and (self.bank, self.pooling) != (
+            "cross",
+            _DEFAULTS["pooling"],
+        ):
+            raise ValueError(
+                "Method 'baseline' has no attention, so bank and pooling have no meaning for it. "
+                "Leave them out."
+            )
+
+    @property
+    def name(self) -> str:
+        """The method and what differs from the defaults, fit for a folder."""
+        words = [self.method]
+        if self.bank != "cross":
+            words.append(f"{self.bank}_image")
+        if self.pooling != _DEFAULTS["pooling"]:
+            words.append(self.pooling)
+        return "_".join(words)
+
+
+class LarvSegChain(TrainingChain):
+    """The trainings of one seed; all methods start from the same backbone.
+
+    The steps: train a classifier of the image labels, whose backbone stands for the paper's
+    ImageNet weights; train each :class:`LarvSegMethod` from it, in as many steps. Each leaves its
+    checkpoint in a folder of its own and is made once.
+
+    Args:
+        sets: what is trained on.
+        settings: what to do.
+        output: folder of the checkpoints.
+        resume: go on from the checkpoints that are there.
+        identity: what else the run is defined by, see :func:`maskx.engine.training.train`.
+        device: where to compute.
+
+    Attributes:
+        seconds: time of each step by its name.
+    """
+
+    def __init__(
+        self,
+        sets: JointSets,
+        settings: LarvSegSettings,
+        *,
+        output: Path,
+        resume: bool = False,
+        identity: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.sets = sets
+        identity = dict(identity or {}) | {
+            "classes": list(sets.class_names),
+            "data sets": [
+                [each.name, each.supervision, each.ratio, each.image_size, len(each.records)]
+                for each in sets.data_sets
+            ],
+            "scored": {name: list(indices) for name, indices in sets.scored.items()},
+            **{name.replace("_", " "): getattr(settings, name) for name in _IDENTITY},
+        }
+        super().__init__(settings, output=output, resume=resume, identity=identity, device=device)
+
+    @functools.cached_property
+    def backbone(self) -> nn.Module:
+        """The backbone that all methods start from."""
+        settings = self.settings
+        torch.manual_seed(settings.seed)
+        backbone = build_backbone(
+            settings.backbone, frozen_norm=settings.pretrained, pretrained=settings.pretrained
+        )
+        if settings.start_iterations == 0:
+            return backbone
+        tagged = tuple(
+            each for each in self.sets.data_sets if each.supervision == Supervision.IMAGE.value
+        )
+        if not tagged:
+            raise ValueError(
+                "No data set has supervision 'image', so there are no image labels to train the "
+                "backbone with. Give one, or set start_iterations to 0."
+            )
+        in_feature, shape = choose_feature(backbone)
+        classifier = ImageClassifier(
+            backbone,
+            in_feature=in_feature,
+            in_channels=shape.channels,
+            num_classes=self.sets.num_classes,
+        )
+        model = JointClassifier(
+            classifier,
+            image_size=settings.image_size,
+            scored=self.sets.scored,
+            pixel_mean=backbone.pixel_mean,
+            pixel_std=backbone.pixel_std,
+        )
+        sets = replace(self.sets, data_sets=tagged)
+        rate = _CLASSIFIER_RATES["imagenet" if settings.pretrained else "random"]
+        batches = self._batches(sets)
+        self._train(model, "start", batches, {}, iterations=settings.start_iterations, rate=rate)
+        return backbone.to("cpu")
+
+    def new_model(self, method: LarvSegMethod) -> LarvSegModel:
+        """Make the model of a method before its training, with the shared backbone."""
+        backbone = self.backbone
+        torch.manual_seed(self.settings.seed)
+        model = build_larvseg(
+            self._architecture(method), self.sets.class_names, scored=self.sets.scored
+        )
+        model.network.backbone.load_state_dict(backbone.state_dict())
+        model.network.classifier.set_trained(self.sets.trained)
+        return model
+
+    def train_method(self, method: LarvSegMethod) -> LarvSegModel:
+        """Train a method from the shared backbone."""
+        model = self.new_model(method)
+        identity = {"method": method.name, "start": network_hash(self.backbone)}
+        batches, iterations = self._batches(self.sets), self.settings.iterations
+        self._train(model, method.name, batches, identity, iterations=iterations, rate=_RATE)
+        return model
+
+    def _batches(self, sets: JointSets) -> functools.partial:
+        mapper = JointMapper(sets, min_crop=self.settings.min_crop)
+        return functools.partial(joint_batches, sets, mapper)
+
+    def _architecture(self, method: LarvSegMethod) -> dict[str, Any]:
+        """What :func:`build_larvseg` makes the network again from."""
+        settings = self.settings
+        is_baseline = method.method == "baseline"
+        return {
+            "backbone": settings.backbone,
+            "frozen_norm": settings.pretrained,
+            "image_size": settings.image_size,
+            "network": {
+                "logit_form": settings.logit_form,
+                "memory": "none" if is_baseline else BANKS[method.bank],
+                "bank_size": settings.bank_size,
+                "top_tokens": settings.top_tokens,
+                "pooling": method.pooling,
+                "image_weight": settings.image_weight,
+                "attentive_weight": settings.attentive_weight,
+            },
+        }
+
+
+def build_larvseg(
+    architecture: Mapping[str, Any],
+    class_names: Sequence[str],
+    *,
+    scored: Mapping[str, Sequence[int]] | None = None,
+    sliding: bool = False,
+) -> LarvSegModel:
+    """Build a model with initial weights.
+
+    Args:
+        architecture: ``backbone``, ``frozen_norm``, ``image_size`` and ``network``, arguments of
+            :class:`maskx.systems.larvseg.network.LarvSeg`; kept in the checkpoints of the model.
+        class_names: of the class table.
+        scored: see :class:`maskx.systems.larvseg.model.LarvSegModel`.
+        sliding: predict by windows of the image size, next to each other.
+    """
+    backbone = build_backbone(
+        architecture["backbone"], frozen_norm=architecture["frozen_norm"], pretrained=False
+    )
+    in_feature, shape = choose_feature(backbone)
+    size = architecture["image_size"]
+    return LarvSegModel(
+        LarvSeg(
+            backbone,
+            in_feature=in_feature,
+            in_channels=shape.channels,
+            num_classes=len(class_names),
+            **architecture["network"],
+        ),
+        class_names=class_names,
+        scored=scored,
+        image_size=size,
+        window=size if sliding else 0,
+        architecture=architecture,
+        pixel_mean=backbone.pixel_mean,
+        pixel_std=backbone.pixel_std,
+    )
+
+
+def open_larvseg(
+    folder: str | Path, device: torch.device | str = "cpu", *, sliding: bool = False
+) -> LarvSegModel:
+    """Open a model that :class:`LarvSegChain` trained, from its checkpoint alone.
+
+    Args:
+        folder: its folder, such as ``larvseg`` in that of the run.
+        device: where to compute.
+        sliding: see :func:`build_larvseg`.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the checkpoint is damaged or of another kind.
+    """
+    path = Path(folder) / CHECKPOINT_NAME
+    weights = read_checkpoint(path, "cpu")["model"]
+    try:
+        content = read_extra_state(weights)
+        model = build_larvseg(content["architecture"], content["class_names"], sliding=sliding)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"'{path}' is no checkpoint of LarvSeg on pip alone ({type(error).__name__}: {error}). "
+            "Give the folder 'larvseg' or 'baseline' of a finished run: tools/quickstart.py "
+            "--system larvseg."
+        ) from error
+    load_weights(model, path)
+    return model.to(device)
 
 
 def learn_larvseg(
@@ -87,20 +392,18 @@ def learn_larvseg(
             f"Category split '{split.name}' leaves no novel class: all {len(split.class_names)} "
             "have masks. Name a split in which some have image labels only."
         )
-    test = labelled_images(val_data)
-    has_masks = (r["image_labels"] and r["supervision"] == _MASK for r in val_data.records)
-    if test.background and not any(has_masks):
+    test, novel = labelled_images(val_data), split.without_masks
+    if not any(record["image_labels"] and has_pixels(record) for record in test.records):
         raise ValueError(
             f"None of the {len(val_data.records)} validation images of '{val_data.json_file}' has "
             "a mask, so there is nothing to evaluate. Give a file with masks of all categories."
         )
     sets = sets_of_one_file(train_data, split, image_size=settings.image_size)
-    groups = split_groups(test, split, sets.table.names)
     num_images = {each.name: len(each.records) for each in sets.data_sets}
     report(
-        f"{num_images['masks']} training images with masks of {len(groups['base'])} base classes, "
-        f"{num_images['image labels']} with image labels of {len(sets.scored['image labels'])} "
-        f"classes, {len(groups['novel'])} of them novel"
+        f"{num_images['masks']} training images with masks of {len(sets.scored['masks'])} base "
+        f"classes, {num_images['image labels']} with image labels of "
+        f"{len(sets.scored['image labels'])} classes, {len(novel)} of them novel"
     )
     chain = LarvSegChain(
         sets,
@@ -115,13 +418,13 @@ def learn_larvseg(
     for method in methods:
         models[method.name] = model = chain.train_method(method)
         with chain.timed("evaluation"):
-            found = evaluate_larvseg(model, test, groups, description=f"{method.name}: evaluation")
+            found = evaluate_larvseg(model, test, novel, description=f"{method.name}: evaluation")
         metrics["mIoU"][method.name] = {
             group: found["mIoU"][group] for group in ("base", "novel", "all")
         }
-        metrics["IoU"][method.name] = dict(zip(sets.table.names, found["per_class"], strict=True))
+        metrics["IoU"][method.name] = dict(zip(test.class_names, found["per_class"], strict=True))
     with chain.timed("picture"):
-        draw_larvseg(output / "predictions.png", models, test, groups["novel"])
+        draw_larvseg(output / "predictions.png", models, test, novel)
     metrics["num_images"] = num_images
     metrics["step_seconds"] = {name: round(value, 1) for name, value in chain.seconds.items()}
     report("\n" + format_larvseg(metrics))
@@ -139,7 +442,7 @@ def format_larvseg(metrics: Mapping[str, Any]) -> str:
 
 
 @torch.inference_mode()
-def attention_of(model: SampleLarvSeg, sample: Sample, labels: Sequence[int]) -> np.ndarray:
+def attention_of(model: LarvSegModel, sample: Sample, labels: Sequence[int]) -> np.ndarray:
     """Make the attention maps that the auxiliary loss has for the labels of an image.
 
     Args:
@@ -164,52 +467,45 @@ def attention_of(model: SampleLarvSeg, sample: Sample, labels: Sequence[int]) ->
 
 def draw_larvseg(
     path: Path,
-    models: Mapping[str, SampleLarvSeg],
+    models: Mapping[str, LarvSegModel],
     test: LabelledImages,
-    novel: Sequence[int],
+    novel: Collection[str],
 ) -> None:
     """Draw validation images: attention of one label, the label maps of the models, the truth.
 
     Args:
         path: PNG file to write.
-        models: by name; attention maps are those of the first with a memory bank, if there is one.
+        models: by name, of all classes of the images; attention maps are those of the first with a
+            memory bank, if there is one.
         test: images with true label maps.
-        novel: table indices of the novel classes, which are shown first.
+        novel: names of the novel classes, which are shown first.
     """
-    names = next(iter(models.values())).class_names
+    names = test.class_names
     attentive = next((m for m in models.values() if m.network.bank is not None), None)
-    place = {name: index for index, name in enumerate(names)}
-    ground = [place[test.background]] if test.background in place else []
-    labels_of = {
-        record["image_id"]: [
-            place[test.class_names[label]]
-            for label in record["image_labels"]
-            if test.class_names[label] in place
-        ]
-        for record in test.records
-    }
-    records = _varied(test.records, labels_of, set(novel))
+    is_novel = [name in novel for name in names]
+    test = replace(test, records=_varied(test.records, is_novel))
     predicted = {
-        name: [label_map for _, label_map in predict_larvseg(model, records, description="picture")]
+        name: [result["sem_seg"].cpu().numpy() for _, result in predict_larvseg(model, test)]
         for name, model in models.items()
     }
     style = {"num_classes": len(names), "names": names, "side": _TILE_SIDE}
     tiles, titles, drawn = [], [], []
-    for row, record in enumerate(records):
-        sample = read_sample(record)
+    for row, record in enumerate(test.records):
+        sample = read_image_sample(record)
         image = np.ascontiguousarray(sample["image"].permute(1, 2, 0).numpy())
-        labels = labels_of[record["image_id"]]
+        labels = record["image_labels"]
         # A novel class if there is one, rather one that no row above has.
-        shown = min(labels, key=lambda label: (label not in set(novel), label in drawn))
+        shown = min(labels, key=lambda label: (not is_novel[label], label in drawn))
         drawn.append(shown)
         tiles.append(plain_tile(image, _TILE_SIDE))
         if attentive is not None:
-            attention = attention_of(attentive, sample, [*labels, *ground])[labels.index(shown)]
+            classes = [attentive.class_names.index(names[label]) for label in labels]
+            attention = attention_of(attentive, sample, classes)[labels.index(shown)]
             tiles.append(draw_heat_map(image, attention, symmetric=False, side=_TILE_SIDE))
         maps = [found[row] for found in predicted.values()]
-        maps.append(table_label_map(test, record, names))
+        maps.append(true_label_map(record, names))
         tiles += [draw_label_map(image, label_map, **style) for label_map in maps]
-        side = "novel" if shown in set(novel) else "base"
+        side = "novel" if is_novel[shown] else "base"
         titles.append(f"attention for: {names[shown]} ({side} class)")
     columns = ["image", *predicted, "truth"]
     if attentive is not None:
@@ -224,16 +520,18 @@ def draw_larvseg(
     save_png(path, sheet)
 
 
-def _varied(
-    records: Sequence[Record], labels_of: Mapping[Any, Sequence[int]], novel: set[int]
-) -> list[Record]:
+def _varied(records: Sequence[Record], is_novel: Sequence[bool]) -> list[Record]:
     """Choose images whose novel classes are not shown yet."""
+    novel_of = {
+        record["image_id"]: {label for label in record["image_labels"] if is_novel[label]}
+        for record in records
+    }
     chosen: list[Record] = []
     shown: set[int] = set()
-    rest = [record for record in records if labels_of[record["image_id"]]]
+    rest = [record for record in records if record["image_labels"]]
     while rest and len(chosen) < _FIGURE_ROWS:
-        best = max(rest, key=lambda r: len(novel & set(labels_of[r["image_id"]]) - shown))
+        best = max(rest, key=lambda record: len(novel_of[record["image_id"]] - shown))
         rest.remove(best)
         chosen.append(best)
-        shown |= set(labels_of[best["image_id"]])
+        shown |= novel_of[best["image_id"]]
     return chosen

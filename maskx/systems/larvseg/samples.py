@@ -1,4 +1,4 @@
-"""Samples of LarvSeg: joint data sets in training, images with true label maps in evaluation."""
+"""Samples of LarvSeg on both hosts: joint data sets to train on, images with truth to evaluate."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,43 +10,38 @@ from torch.utils.data import DataLoader, Dataset
 
 from maskx.core.images import warp_image, warp_label_map
 from maskx.core.sample_models import Sample
+from maskx.core.text import listed
 from maskx.data.coco import CocoData
 from maskx.data.image_samples import read_image_sample
 from maskx.data.label_maps import ignore_label
+from maskx.data.things_and_stuff import things_and_stuff, things_and_stuff_label_map
+from maskx.engine.batches import RecordMapper
 from maskx.supervision import CategorySplit, Supervision
-from maskx.systems.larvseg.joint_sets import (
-    UNKNOWN,
-    JointBatches,
-    JointDataSet,
-    JointSets,
-    joint_sets,
-    random_crop,
-    things_and_stuff,
-    things_and_stuff_label_map,
-)
+from maskx.systems.larvseg.joint_sets import JointBatches, JointDataSet, JointSets, joint_sets
 
 __all__ = [
     "JointMapper",
     "LabelledImages",
+    "MappedSets",
+    "classes_to_predict",
     "joint_batches",
     "labelled_images",
-    "read_sample",
+    "random_crop",
     "sets_of_one_file",
-    "split_groups",
-    "table_label_map",
+    "true_label_map",
 ]
 
-_BACKGROUND = "background"  # name of the class of label 0 in data without stuff
-
 Record = Mapping[str, Any]
+
+_MASK, _IMAGE = Supervision.MASK.value, Supervision.IMAGE.value
 
 
 class JointMapper:
     """Reads the records of joint sets, each with the supervision of its data set.
 
     Args:
-        sets: data sets that are trained on together.
-        flip: mirror half of the samples.
+        sets: data sets that are trained on together; their records are not read.
+        flip: mirror half of the samples from left to right.
         min_crop: smallest side of a random crop as a share of the image's; 1 takes whole images.
 
     Raises:
@@ -55,79 +50,79 @@ class JointMapper:
 
     def __init__(self, sets: JointSets, *, flip: bool = True, min_crop: float = 1.0) -> None:
         if not 0 < min_crop <= 1:
-            raise ValueError(f"min_crop must be above 0 and at most 1, got {min_crop}.")
-        self.sets, self.flip, self.min_crop = sets, flip, min_crop
+            raise ValueError(
+                f"min_crop (DATASETS.MASKX.JOINT.MIN_CROP) is {min_crop}. Allowed: above 0 and at "
+                "most 1."
+            )
+        self.sets, self.flip, self.min_crop = sets.without_records(), flip, min_crop
 
     def __call__(self, record: Record, random_state: np.random.RandomState) -> Sample:
         """Make a training sample.
 
         Returns:
             ``image`` (3, S, S) uint8 RGB with S of the data set, ``height``, ``width``,
-            ``image_id``, ``data_set``, ``single_label``; of "image" data sets ``image_labels``,
-            positions among the classes that the data set scores; of "mask" data sets
-            ``label_map`` (S, S) int64 positions, -1 where nothing is known.
+            ``image_id``, ``file_name``, ``data_set``, ``single_label``, ``attention``; of "image"
+            data sets ``image_labels``, class indices; of "mask" data sets ``sem_seg`` (S, S) int64,
+            class index + 1 and ``ignore_label`` where nothing is known.
         """
         data_set = self.sets.of_record(record)
-        sample = read_sample(record)
-        sample |= {"data_set": data_set.name, "single_label": data_set.single_label}
-        is_mask = data_set.supervision == Supervision.MASK.value
-        needs_pixels = is_mask or data_set.crop_level_labels
+        sample = read_image_sample(record) | {
+            "file_name": record["file_name"],
+            "data_set": data_set.name,
+            "single_label": data_set.single_label,
+            "attention": data_set.attention,
+        }
         maps = {"image": sample["image"]}
-        if needs_pixels:
-            maps["label_map"] = torch.from_numpy(self.sets.label_map(record))
+        if data_set.reads_pixels:
+            maps["sem_seg"] = torch.from_numpy(self.sets.label_map(record))
         where = random_crop(maps["image"].shape[-2:], self.min_crop, random_state)
         maps = {name: values[(..., *where)] for name, values in maps.items()}
         sample["image"] = warp_image(maps["image"], data_set.image_size)
-        if needs_pixels:
-            label_map = warp_label_map(maps["label_map"], data_set.image_size)
-        if is_mask:
-            sample["label_map"] = label_map
+        if data_set.reads_pixels:
+            sem_seg = warp_label_map(maps["sem_seg"], data_set.image_size)
+        if data_set.supervision == _MASK:
+            sample["sem_seg"] = sem_seg
         elif data_set.crop_level_labels:
-            found = label_map.unique().tolist()
-            sample["image_labels"] = [label for label in found if label != UNKNOWN]
+            found = set(sem_seg.unique().tolist()) - {ignore_label(self.sets.num_classes)}
+            sample["image_labels"] = sorted(label - 1 for label in found)
         else:
             sample["image_labels"] = self.sets.image_labels(record)
         if self.flip and random_state.randint(2):
-            for key in sample.keys() & {"image", "label_map"}:
+            for key in sample.keys() & {"image", "sem_seg"}:
                 sample[key] = sample[key].flip(-1)
         return sample
 
 
-def joint_batches(
-    sets: JointSets,
-    mapper: JointMapper,
-    *,
-    batch_size: int,
-    seed: int,
-    start: int,
-    stop: int,
-    num_workers: int = 0,
-) -> DataLoader:
-    """Batches of the iterations ``start`` to ``stop``, each of one data set.
+def random_crop(
+    size: tuple[int, int], min_crop: float, random_state: np.random.RandomState
+) -> tuple[slice, slice]:
+    """Draw the rows and columns of a random part of an image, of its aspect ratio.
 
-    See :class:`maskx.systems.larvseg.joint_sets.JointBatches`; ``num_workers`` processes read
-    images.
-
-    Returns:
-        An iterable of lists of ``batch_size`` samples.
+    Args:
+        size: height and width of the image.
+        min_crop: smallest side as a share of the image's, above 0; 1 draws nothing and is all.
+        random_state: source of size and place.
     """
-    return DataLoader(
-        _MappedSets(sets, mapper),
-        batch_sampler=JointBatches(
-            [len(each.records) for each in sets.data_sets],
-            [each.ratio for each in sets.data_sets],
-            batch_size=batch_size,
-            seed=seed,
-            start=start,
-            stop=stop,
-        ),
-        num_workers=num_workers,
-        collate_fn=list,
-    )
+    if min_crop == 1:
+        return slice(0, size[0]), slice(0, size[1])
+    share = random_state.uniform(min_crop, 1)
+    lengths = [max(1, round(share * side)) for side in size]
+    starts = [
+        random_state.randint(side - length + 1) for side, length in zip(size, lengths, strict=True)
+    ]
+    rows, columns = (slice(a, a + n) for a, n in zip(starts, lengths, strict=True))
+    return rows, columns
 
 
-class _MappedSets(Dataset):
-    def __init__(self, sets: JointSets, mapper: JointMapper) -> None:
+class MappedSets(Dataset):
+    """Training samples by data set, record and seed of the augmentation.
+
+    Args:
+        sets: what to train on.
+        mapper: makes a sample of a record and a ``RandomState``.
+    """
+
+    def __init__(self, sets: JointSets, mapper: RecordMapper) -> None:
         self.sets, self.mapper = sets, mapper
 
     def __len__(self) -> int:
@@ -135,13 +130,54 @@ class _MappedSets(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]) -> Sample:
         which, index, seed = key
-        record = self.sets.data_sets[which].records[index]
-        return self.mapper(record, np.random.RandomState(seed))
+        return self.mapper(self.sets.data_sets[which].records[index], np.random.RandomState(seed))
+
+    def batches(
+        self,
+        start: int,
+        stop: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> JointBatches:
+        """Lists of keys of the steps ``start`` to ``stop``, each of one data set.
+
+        For the arguments see :class:`maskx.systems.larvseg.joint_sets.JointBatches`.
+        """
+        return JointBatches(
+            [len(each.records) for each in self.sets.data_sets],
+            [each.ratio for each in self.sets.data_sets],
+            start,
+            stop,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            num_processes=num_processes,
+        )
 
 
-def read_sample(record: Record) -> Sample:
-    """Read an image alone: its labels are of its own class list."""
-    return read_image_sample(record)
+def joint_batches(
+    sets: JointSets, mapper: JointMapper, *, start: int, stop: int, num_workers: int, **order: int
+) -> DataLoader:
+    """Batches of the steps ``start`` to ``stop``, each of one data set.
+
+    Args:
+        sets: what to train on.
+        mapper: makes the samples.
+        start: first step.
+        stop: step after the last.
+        num_workers: processes that read images; 0 reads them in this one.
+        **order: ``batch_size`` and ``seed``, see
+            :class:`maskx.systems.larvseg.joint_sets.JointBatches`.
+
+    Returns:
+        An iterable of lists of samples.
+    """
+    mapped = MappedSets(sets, mapper)
+    batches = mapped.batches(start, stop, **order)
+    return DataLoader(mapped, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
 
 
 @dataclass(frozen=True)
@@ -151,52 +187,60 @@ class LabelledImages:
     Attributes:
         records: with true label maps.
         class_names: of their class list.
-        background: name of the class that label 0 is; None where it does not occur.
     """
 
     records: Sequence[Record]
     class_names: tuple[str, ...]
-    background: str | None = None
 
 
 def labelled_images(data: CocoData) -> LabelledImages:
-    """Take the stuff of a file as classes if it has any; else its background is one class."""
-    if all("sem_seg_file_name" in record for record in data.records):
+    """Take the stuff of a file as classes if it has any."""
+    if data.records and all("sem_seg_file_name" in record for record in data.records):
         return LabelledImages(*things_and_stuff(data))
-    return LabelledImages(data.records, data.class_names, _BACKGROUND)
+    return LabelledImages(data.records, tuple(data.class_names))
 
 
-def table_label_map(test: LabelledImages, record: Record, table_names: Sequence[str]) -> np.ndarray:
-    """Read or draw the true label map of a record in the labels of a class table.
+def true_label_map(record: Record, class_names: Sequence[str]) -> np.ndarray:
+    """Read or draw the label map of a record to compare with.
+
+    Args:
+        record: of :class:`LabelledImages`.
+        class_names: of its class list.
 
     Returns:
-        (H, W), table index + 1, and `ignore_label` where nothing is known or the table lacks the
-        class. No pixel is 0.
+        (H, W), class index + 1, the first of those that share a name, and ``ignore_label`` where
+        nothing is known. A pixel of label 0 is of no class, so it is unknown.
     """
-    return _table_labels(test, tuple(table_names))[
-        things_and_stuff_label_map(record, len(test.class_names))
-    ]
+    first = {name: index for index, name in reversed([*enumerate(class_names)])}
+    ignore = ignore_label(len(class_names))
+    labels = np.full(ignore + 1, ignore)
+    labels[1 : len(class_names) + 1] = [first[name] + 1 for name in class_names]
+    return labels[things_and_stuff_label_map(record, len(class_names))]
 
 
-def _table_labels(test: LabelledImages, table_names: tuple[str, ...]) -> np.ndarray:
-    """Labels in the table by label of the test data."""
-    place = {name: index + 1 for index, name in enumerate(table_names)}
-    ignore = ignore_label(len(table_names))
-    labels = np.full(ignore_label(len(test.class_names)) + 1, ignore, np.int64)
-    labels[: len(test.class_names) + 1] = [
-        place.get(name, ignore) for name in (test.background, *test.class_names)
-    ]
-    return labels
+def classes_to_predict(class_names: Sequence[str], table_names: Sequence[str]) -> tuple[int, ...]:
+    """Return the class index in the table of each class of a test set.
+
+    Raises:
+        ValueError: the table lacks one.
+    """
+    index_of = {name: index for index, name in enumerate(table_names)}
+    missing = [name for name in dict.fromkeys(class_names) if name not in index_of]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the classes to predict are not among the {len(index_of)} of the "
+            f"model: {listed(missing)}. Give images of its classes, or a model of these."
+        )
+    return tuple(index_of[name] for name in class_names)
 
 
 def sets_of_one_file(train_data: CocoData, split: CategorySplit, *, image_size: int) -> JointSets:
     """Make two data sets of one file: masks of base classes, and image labels.
 
-    Images with masks teach those of the base classes, and the ground: the stuff if the file has
-    any, else the background. Images with image labels alone teach these, and so do those with
-    masks; the ground is one of them, as walls and floors are among the labels of the paper's
-    images. If the file has no images with image labels alone, every second image keeps its masks
-    and the others only their image labels.
+    Images with masks teach those of the base classes, and the stuff if the file has any. Images
+    with image labels alone teach these, and so do those with masks; the stuff is among them, as
+    walls and floors are among the labels of the paper's images. If the file has no images with
+    image labels alone, every second image keeps its masks and the others only their image labels.
 
     Args:
         train_data: the file.
@@ -207,41 +251,15 @@ def sets_of_one_file(train_data: CocoData, split: CategorySplit, *, image_size: 
         ValueError: there is nothing to learn masks or image labels from.
     """
     images = labelled_images(train_data)
-    masks = [r for r in images.records if r["supervision"] == Supervision.MASK.value]
-    tagged = [r for r in images.records if r["supervision"] == Supervision.IMAGE.value]
+    masks = [r for r in images.records if r["supervision"] == _MASK]
+    tagged = [r for r in images.records if r["supervision"] == _IMAGE]
     masks, tagged = (masks, tagged + masks) if tagged else (masks[::2], masks[1::2])
     novel = set(split.without_masks)
+    shared = {"class_names": images.class_names, "image_size": image_size}
+    with_masks = [name for name in images.class_names if name not in novel]
     return joint_sets(
         [
-            JointDataSet(
-                "masks",
-                masks,
-                images.class_names,
-                supervision="mask",
-                image_size=image_size,
-                with_masks=[name for name in images.class_names if name not in novel],
-                background=images.background,
-            ),
-            JointDataSet(
-                "image labels",
-                tagged,
-                images.class_names,
-                supervision="image",
-                image_size=image_size,
-                background=images.background,
-            ),
+            JointDataSet("masks", masks, supervision=_MASK, with_masks=with_masks, **shared),
+            JointDataSet("image labels", tagged, supervision=_IMAGE, **shared),
         ]
     )
-
-
-def split_groups(
-    images: LabelledImages, split: CategorySplit, table_names: Sequence[str]
-) -> dict[str, tuple[int, ...]]:
-    """Table indices of the base and of the novel classes; a background is in neither."""
-    novel = set(split.without_masks)
-    known = set(images.class_names)
-    sides: dict[str, list[int]] = {"base": [], "novel": []}
-    for index, name in enumerate(table_names):
-        if name in known:
-            sides["novel" if name in novel else "base"].append(index)
-    return {side: tuple(indices) for side, indices in sides.items()}

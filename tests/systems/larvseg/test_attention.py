@@ -5,8 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskx.core.label_pairs import label_pairs
-from maskx.systems.larvseg.attention import attention_maps, pseudo_background, top_token_means
-from maskx.systems.larvseg.memory_bank import MemoryBank
+from maskx.systems.larvseg.attention import (
+    MemoryBank,
+    attention_maps,
+    pseudo_background,
+    top_token_means,
+)
 
 
 def unit_tokens(n, d, h, w):

@@ -1,11 +1,11 @@
-import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from maskx.data.large_vocabularies import ade20k_150_classes, ade20k_847_classes, coco_stuff_classes
 from maskx.data.prepare.coco_stuff import coco_stuff_class_of_id, coco_stuff_names
-from maskx.systems.larvseg.class_table import class_table, match_rows
+from maskx.systems.larvseg.class_table import class_table, match_rows, take_rows, tied_classes
 
 NAMES = st.sampled_from(["wall", "floor", "sky", "sea", "cat", "tv", "dog"])
 LISTS = st.dictionaries(
@@ -14,34 +14,19 @@ LISTS = st.dictionaries(
 
 
 @given(LISTS)
-def test_every_index_leads_to_its_name_and_every_name_is_there_once(lists):
+def test_every_name_is_there_once_in_the_order_of_the_lists(lists):
     table = class_table(lists)
-    assert len(set(table.names)) == len(table.names)
-    assert set(table.names) == {name for names in lists.values() for name in names}
-    for data_set, names in lists.items():
-        assert [table.names[index] for index in table.indices[data_set]] == names
-        assert [table.names[i] for i in table.classes_of(data_set)] == sorted(
-            set(names), key=table.names.index
-        )
-        labels = table.aligned_labels(data_set)
-        for index, name in enumerate(names):
-            assert table.names[labels[index + 1] - 1] == name
-        assert labels[255] == 255
+    assert len(set(table)) == len(table)
+    assert set(table) == {name for names in lists.values() for name in names}
+    first = next(iter(lists.values()))
+    unique = sorted(set(first), key=first.index)
+    assert list(table[: len(unique)]) == unique
 
 
 def test_tied_classes_are_merged_and_said():
-    table = class_table({"stuff": ["wall", "sky", "wall"], "ade": ["sea", "sky"]})
-    assert table.names == ("wall", "sky", "sea")
-    assert table.indices == {"stuff": (0, 1, 0), "ade": (2, 1)}
-    assert table.tied == {"stuff": {"wall": (0, 2)}, "ade": {}}
-    np.testing.assert_array_equal(
-        table.aligned_labels("stuff")[np.array([[1, 2], [3, 255]])], [[1, 2], [1, 255]]
-    )
-    assert table.describe().splitlines() == [
-        "3 classes by name, of 2 class lists.",
-        "stuff: 3 classes, 2 names; merged: wall x2.",
-        "ade: 2 classes, 2 names; merged: none.",
-    ]
+    stuff = ["wall", "sky", "wall"]
+    assert class_table({"stuff": stuff, "ade": ["sea", "sky"]}) == ("wall", "sky", "sea")
+    assert tied_classes(stuff) == {"wall": (0, 2)}
 
 
 def test_the_tables_of_larvseg():
@@ -49,41 +34,20 @@ def test_the_tables_of_larvseg():
     ade150 = [entry.name for entry in ade20k_150_classes()]
     ade847 = [entry.name for entry in ade20k_847_classes()]
     table = class_table({"stuff": stuff, "ade": ade150})
-    assert len(table.names) == 247
-    assert {name: len(them) for name, them in table.tied["stuff"].items()} == {
+    assert len(table) == 247
+    assert {name: len(them) for name, them in tied_classes(stuff).items()} == {
         "wall": 7,
         "floor": 5,
         "ceiling": 2,
     }
-    assert table.names[:160] == coco_stuff_names()
+    assert table[:160] == coco_stuff_names()
+    indices = [table.index(name) for name in stuff]
     ids = [entry.category_id for entry in coco_stuff_classes()]
-    assert dict(zip(ids, table.indices["stuff"], strict=True)) == coco_stuff_class_of_id()
+    assert dict(zip(ids, indices, strict=True)) == coco_stuff_class_of_id()
     # The names of the reference have hyphens for spaces, so four more do not match there: 913.
-    assert len(class_table({"stuff": stuff, "ade": ade847}).names) == 909
+    assert len(class_table({"stuff": stuff, "ade": ade847})) == 909
     hyphens = [name.replace(" ", "-") for name in ade847]
-    assert len(class_table({"stuff": stuff, "ade": hyphens}).names) == 913
-
-
-def test_synsets_of_one_name_must_agree():
-    lists = {"a": ["crane", "tv"], "b": ["crane", "television"]}
-    same = {"a": {"crane": "n02012849"}, "b": {"crane": "n02012849"}}
-    assert class_table(lists, synsets=same).shared_synsets == {}
-    with pytest.raises(
-        ValueError,
-        match=r"'crane' is n02012849 in 'a' but n03126707 in 'b'\. .*'crane \(n03126707\)'",
-    ):
-        class_table(lists, synsets={**same, "b": {"crane": "n03126707"}})
-    with pytest.raises(ValueError, match="1 names that class list 'b' does not have, such as 'tv'"):
-        class_table(lists, synsets={"b": {"tv": "n04405907"}})
-
-
-def test_several_names_of_one_synset_are_said():
-    lists = {"a": ["tv"], "b": ["television"]}
-    synsets = {"a": {"tv": "n04405907"}, "b": {"television": "n04405907"}}
-    table = class_table(lists, synsets=synsets)
-    assert table.names == ("tv", "television")
-    assert table.shared_synsets == {"n04405907": ("tv", "television")}
-    assert "n04405907 is kept as 2 classes: tv, television." in table.describe()
+    assert len(class_table({"stuff": stuff, "ade": hyphens})) == 913
 
 
 @pytest.mark.parametrize(
@@ -99,13 +63,6 @@ def test_several_names_of_one_synset_are_said():
 def test_bad_lists_are_named(lists, message):
     with pytest.raises(ValueError, match=message):
         class_table(lists)
-
-
-def test_an_unknown_data_set_is_an_error():
-    table = class_table({"a": ["sky"]})
-    for ask in (table.classes_of, table.aligned_labels):
-        with pytest.raises(ValueError, match=r"no data set 'b'\. Allowed: a"):
-            ask("b")
 
 
 @given(st.lists(NAMES, min_size=1, unique=True), st.lists(NAMES, min_size=1, unique=True))
@@ -126,3 +83,25 @@ def test_rows_of_tied_names_are_refused():
         match_rows(["sky"], ["sky", "sky"])
     with pytest.raises(ValueError, match="The new class list is empty"):
         match_rows(["sky"], [])
+
+
+def test_rows_are_taken_and_the_tensor_stays_as_it_is():
+    own, found = torch.zeros(4, 2), torch.arange(6.0, dtype=torch.float64).view(3, 2)
+    match = match_rows(("a", "b", "c"), ("x", "c", "y", "a"))
+    rows = take_rows(own, found, match, what="rows")
+    assert rows.tolist() == [[0, 0], [4, 5], [0, 0], [0, 1]]
+    assert rows.dtype == torch.float32
+    assert not own.any()
+
+
+def test_rows_of_one_number_or_flag():
+    own, match = torch.tensor([False, False, True]), match_rows(("a", "b"), ("a", "x", "b"))
+    found = take_rows(own, torch.tensor([True, False]), match, what="flags")
+    assert found.tolist() == [True, False, False]
+
+
+def test_other_channels_are_refused():
+    message = r"row of bank\.means has shape \(2, 3\) in the checkpoint, but \(4, 3\) in this model"
+    match = match_rows(("a",), ("a",))
+    with pytest.raises(ValueError, match=message):
+        take_rows(torch.zeros(5, 4, 3), torch.zeros(5, 2, 3), match, what="bank.means")

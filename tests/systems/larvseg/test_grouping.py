@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskx.systems.larvseg.grouping import group_pixels
+from maskx.systems.larvseg.evaluation import group_pixels
 
 
 def test_perfect_groups_give_the_truth_at_stride_one():

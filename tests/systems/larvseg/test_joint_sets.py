@@ -1,25 +1,16 @@
-import json
 from collections import Counter
 from math import gcd
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskx.data.coco import load_coco
-from maskx.data.label_maps import ignore_label, write_label_map
-from maskx.data.scenes.generator import STUFF_CATEGORIES, generate_scenes
-from maskx.systems.larvseg.joint_sets import (
-    JointBatches,
-    JointDataSet,
-    JointSchedule,
-    joint_sets,
-    random_crop,
-    things_and_stuff,
-    things_and_stuff_label_map,
-)
+from maskx.data.label_maps import write_label_map
+from maskx.data.scenes.generator import generate_scenes
+from maskx.data.things_and_stuff import things_and_stuff, things_and_stuff_label_map
+from maskx.systems.larvseg.joint_sets import JointBatches, JointDataSet, JointSchedule, joint_sets
 
 NAMES = ("cat", "dog", "wall", "tree")
 
@@ -55,41 +46,6 @@ def image_set(records, **changes):
 def mask_set(records, **changes):
     values = {"name": "masks", "class_names": NAMES, "supervision": "mask", "image_size": 32}
     return JointDataSet(records=records, **values | changes)
-
-
-# --- crops
-
-
-@settings(deadline=None)
-@given(
-    size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
-    min_crop=st.floats(0.01, 1),
-    seed=st.integers(0, 99),
-)
-def test_a_crop_is_a_part_of_the_image_with_its_aspect_ratio(size, min_crop, seed):
-    crop = random_crop(size, min_crop, np.random.RandomState(seed))
-    shares = []
-    for part, side in zip(crop, size, strict=True):
-        length = part.stop - part.start
-        assert 0 <= part.start < part.stop <= side
-        assert length >= min_crop * side - 0.5
-        # A side is rounded, and not below one pixel.
-        shares.append(((length - 0.5) / side if length > 1 else 0, (length + 0.5) / side))
-    assert max(low for low, _ in shares) <= min(high for _, high in shares)
-
-
-def test_crops_reach_every_size_and_every_border():
-    state = np.random.RandomState(0)
-    crops = [random_crop((20, 40), 0.5, state) for _ in range(500)]
-    lengths = {(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in crops}
-    assert {rows for rows, _ in lengths} == set(range(10, 21))
-    assert all(abs(columns - 2 * rows) <= 1 for rows, columns in lengths)
-    for axis, side in enumerate((20, 40)):
-        assert min(crop[axis].start for crop in crops) == 0
-        assert max(crop[axis].stop for crop in crops if crop[axis].start) == side
-    before = state.get_state()[1].copy()
-    assert random_crop((20, 40), 1, state) == (slice(0, 20), slice(0, 40))
-    assert np.array_equal(state.get_state()[1], before)
 
 
 # --- whose turn it is
@@ -140,7 +96,7 @@ def test_all_workers_together_follow_the_ratios(ratios, workers, seed):
             start=0,
             stop=steps,
             rank=rank,
-            num_workers=workers,
+            num_processes=workers,
         )
         assert len(list(batches)) == len(batches) == steps
         for batch in batches:
@@ -158,12 +114,12 @@ def batches(lengths=(7, 5), ratios=(1, 1), **changes):
 @pytest.mark.parametrize(("ratios", "expected"), [((4, 4), (0, 1) * 4), ((3, 3, 2), (0, 1, 2) * 2)])
 def test_eight_workers_keep_their_data_set(ratios, expected):
     for rank, which in enumerate((*expected, 0, 1)[:8]):
-        found = batches([6] * len(ratios), ratios, rank=rank, num_workers=8)
+        found = batches([6] * len(ratios), ratios, rank=rank, num_processes=8)
         assert {key[0] for batch in found for key in batch} == {which}
 
 
 def test_workers_share_the_images_of_a_data_set_out():
-    both = [batches((12,), (1,), stop=2, rank=rank, num_workers=2) for rank in (0, 1)]
+    both = [batches((12,), (1,), stop=2, rank=rank, num_processes=2) for rank in (0, 1)]
     seen = [index for worker in both for batch in worker for _, index, _ in batch]
     assert sorted(seen) == list(range(12))
     alone = batches((12,), (1,), stop=4)
@@ -185,7 +141,7 @@ def test_schedules_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match=r"must be at least 1, got \[2, 0\]"):
         JointSchedule((2, 0))
     with pytest.raises(ValueError, match=r"rank must be in \[0, 2\), got 2"):
-        batches(rank=2, num_workers=2)
+        batches(rank=2, num_processes=2)
 
 
 # --- class table and supervision
@@ -198,28 +154,27 @@ def test_classes_of_all_data_sets_make_one_table(tmp_path, caplog):
         [tagged(2, [2, 0]), tagged(3, [1])], class_names=("bird", "dog", "cat"), image_size=64
     )
     sets = joint_sets([masks, tags])
-    assert sets.table.names == (*NAMES, "bird")
+    assert sets.class_names == (*NAMES, "bird")
     assert sets.scored == {"masks": (0, 2), "tags": (0, 1, 4)}
     (record,) = sets.data_sets[0].records
-    # cat is position 0 of the two that are scored, wall 1; dog is withheld, 0 is no class.
-    assert sets.label_map(record).tolist() == [[-1, 0, -1, -1, -1, 1]] * 4
-    # cat, dog, bird of the table are the positions 0, 1 and 2.
-    assert [sets.image_labels(record) for record in sets.data_sets[1].records] == [[0, 2], [1]]
+    # cat and wall, class indices 0 and 2, are scored; dog is withheld, 0 is no class.
+    assert sets.label_map(record).tolist() == [[255, 1, 255, 255, 255, 3]] * 4
+    assert [sets.image_labels(record) for record in sets.data_sets[1].records] == [[0, 4], [1]]
     # tree is in no image, as dog and wall are in one.
     assert sets.trained == (0, 1, 2, 4)
     assert caplog.text.count("1 of 5 classes are in no image") == 1
     assert "tree" in caplog.text
 
 
-def test_a_background_may_be_a_class(tmp_path):
-    masks = mask_set([with_map(tmp_path, 1, [[0, 1, 2]])], with_masks=["dog"], background="ground")
-    tags = image_set([tagged(2, [0]), tagged(3, [])], background="ground")
-    sets = joint_sets([masks, tags])
-    assert sets.table.names == (*NAMES, "ground")
-    assert sets.scored["masks"] == (1, 4)
-    assert sets.label_map(sets.data_sets[0].records[0]).tolist() == [[1, -1, 0]]
-    assert [sets.image_labels(record) for record in sets.data_sets[1].records] == [[0, 4]]
-    assert 4 in sets.trained
+def test_the_class_table_may_be_given(tmp_path):
+    tags = image_set([tagged(2, [2, 0])], class_names=("bird", "dog", "cat"))
+    names = ("cat", "wall", "dog", "bird")
+    sets = joint_sets([tags], class_names=names)
+    assert sets.class_names == names
+    assert sets.scored == {"tags": (0, 2, 3)}
+    assert sets.image_labels(sets.data_sets[0].records[0]) == [0, 3]
+    with pytest.raises(ValueError, match=r"'tags' has 1 classes that are not among the 2 .*'dog'"):
+        joint_sets([tags], class_names=("cat", "bird"))
 
 
 def test_labels_of_one_name_are_one_class(tmp_path, caplog):
@@ -227,20 +182,10 @@ def test_labels_of_one_name_are_one_class(tmp_path, caplog):
     masks = mask_set([with_map(tmp_path, 1, [[1, 2, 3]], 3)], class_names=names)
     tags = image_set([tagged(2, [2, 0])], class_names=names)
     sets = joint_sets([masks, tags])
-    assert sets.table.names == ("wall", "cat")
-    assert sets.label_map(sets.data_sets[0].records[0]).tolist() == [[0, 1, 0]]
+    assert sets.class_names == ("wall", "cat")
+    assert sets.label_map(sets.data_sets[0].records[0]).tolist() == [[1, 2, 1]]
     assert sets.image_labels(sets.data_sets[1].records[0]) == [0]
     assert "wall x2" in caplog.text
-
-
-def test_one_name_has_one_meaning_and_names_of_one_meaning_are_reported(caplog):
-    a = image_set([tagged(1, [0])], name="a", class_names=("crane",))
-    b = image_set([tagged(2, [0, 1])], name="b", class_names=("crane", "derrick"))
-    meanings = {"a": {"crane": "n02012849"}, "b": {"crane": "n03126707", "derrick": "n03126707"}}
-    with pytest.raises(ValueError, match="'crane' is n02012849 in 'a' but n03126707 in 'b'"):
-        joint_sets([a, b], synsets=meanings)
-    joint_sets([a, b], synsets={"b": meanings["b"]})
-    assert "n03126707 is kept as 2 classes: crane, derrick" in caplog.text
 
 
 def test_image_level_data_keep_nothing_but_their_labels(tmp_path):
@@ -257,7 +202,7 @@ def test_image_level_data_keep_nothing_but_their_labels(tmp_path):
     assert sets.image_labels(kept) == [0, 1, 2]
     # Only the switch that is called so reads pixels of image-level data.
     sets = joint_sets([image_set([record], crop_level_labels=True)])
-    assert sets.label_map(sets.data_sets[0].records[0]).tolist() == [[0, 1, 2]]
+    assert sets.label_map(sets.data_sets[0].records[0]).tolist() == [[1, 2, 3]]
 
 
 def test_withheld_masks_are_out_of_reach_of_every_reader():
@@ -267,15 +212,15 @@ def test_withheld_masks_are_out_of_reach_of_every_reader():
         {"id": 2, "class_index": 1, "bbox": [3, 0, 5, 2], "iscrowd": 0, "segmentation": "secret"},
     ]
     record = tagged(1, [0, 1]) | {"annotations": annotations, "supervision": "mask"}
-    sets = joint_sets([mask_set([record], with_masks=["cat"], background="ground")])
+    sets = joint_sets([mask_set([record], with_masks=["cat"])])
     (kept,) = sets.data_sets[0].records
     assert "segmentation" not in kept["annotations"][1]
     assert annotations[1]["segmentation"] == "secret"  # the record given is as it was
-    # The box of the object without a mask is unknown, the rest background.
-    assert sets.label_map(kept).tolist() == [[0, 0, 1, -1, -1, 1]] * 2 + [[1] * 6] * 2
+    # The box of the object without a mask is unknown, and so is what is of no class.
+    assert sets.label_map(kept).tolist() == [[1, 1, *[255] * 4]] * 2 + [[255] * 6] * 2
     # Nor is it a label, or a class that masks alone could teach.
-    assert [sets.table.names[i] for i in sets.scored["masks"]] == ["cat", "ground"]
-    assert sets.image_labels(kept) == [0, 1]
+    assert [sets.class_names[i] for i in sets.scored["masks"]] == ["cat"]
+    assert sets.image_labels(kept) == [0]
     assert sets.trained == sets.scored["masks"]
 
 
@@ -293,10 +238,9 @@ def test_withheld_masks_are_out_of_reach_of_every_reader():
         (lambda: image_set([], supervision="box"), "supervision 'box'. Allowed: mask, image"),
         (lambda: image_set([], ratio=0), "ratio must be at least 1, got 0"),
         (lambda: image_set([], image_size=0), "image_size must be at least 1, got 0"),
-        (lambda: image_set([], background="cat"), "calls its background so"),
         (lambda: image_set([], with_masks=["cat"]), "leave with_masks out"),
         (lambda: mask_set([], crop_level_labels=True), "leave crop_level_labels out"),
-        (lambda: mask_set([], with_masks=["cow"]), "with_masks names cow, not among its 4"),
+        (lambda: mask_set([], with_masks=["cow"]), "with_masks names 'cow', not among its 4"),
         (lambda: joint_sets([image_set([], class_names=())]), "'tags' is empty"),
     ],
 )
@@ -327,17 +271,6 @@ def scenes(tmp_path_factory):
     return load_coco(json_file, folder)
 
 
-def test_every_pixel_of_a_scene_has_a_class(scenes):
-    records, names = things_and_stuff(scenes)
-    assert names == (*scenes.class_names, *(category.name for category in STUFF_CATEGORIES))
-    for record in records:
-        label_map = things_and_stuff_label_map(record, len(names))
-        assert set(np.unique(label_map)) == {label + 1 for label in record["image_labels"]}
-        stuff = cv2.imread(record["sem_seg_file_name"], cv2.IMREAD_UNCHANGED)
-        assert ((label_map > 8) == (stuff > 0)).all()
-        assert (label_map[stuff > 0] == stuff[stuff > 0] + 8).all()
-
-
 def test_pixels_of_withheld_things_are_unknown(scenes):
     records, names = things_and_stuff(scenes)
     seen = {
@@ -350,51 +283,6 @@ def test_pixels_of_withheld_things_are_unknown(scenes):
     for record, original in zip(sets.data_sets[0].records, records, strict=True):
         truth = things_and_stuff_label_map(original, len(names))
         known = sets.label_map(record)
-        assert ((known == -1) == (truth == label)).all()
-        scored = [sets.table.names[index] for index in sets.scored["masks"]]
-        found = {scored[position] for position in np.unique(known) if position >= 0}
+        assert ((known == 255) == (truth == label)).all()
+        found = {sets.class_names[v - 1] for v in np.unique(known) if v != 255}
         assert found == {names[v - 1] for v in np.unique(truth) if v != label}
-
-
-def test_a_pixel_of_neither_a_thing_nor_stuff_is_unknown(tmp_path):
-    write_label_map(tmp_path / "stuff.png", np.array([[0, 0, 0, 255]]), num_classes=2)
-    thing = {"id": 1, "class_index": 0, "bbox": [0, 0, 1, 1], "iscrowd": 0}
-    record = tagged(1, [0]) | {
-        "height": 1,
-        "width": 4,
-        "annotations": [thing | {"segmentation": [[0, 0, 1, 0, 1, 1, 0, 1]]}],
-        "sem_seg_file_name": str(tmp_path / "stuff.png"),
-        "num_things": 4,
-    }
-    assert things_and_stuff_label_map(record, 6).tolist() == [[1, *[ignore_label(6)] * 3]]
-
-
-def test_a_plain_record_has_its_own_label_map(tmp_path):
-    record = with_map(tmp_path, 1, [[0, 1, 255]])
-    assert things_and_stuff_label_map(record, 4).tolist() == [[0, 1, ignore_label(4)]]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda c: c.pop("stuff_categories"), r"stuff_categories of the ids \[\]"),
-        (lambda c: c["stuff_categories"].pop(0), r"of the ids \[2, 3, 4, 5\]. Allowed: 1, 2"),
-        (lambda c: c["images"][1].pop("stuff_labels"), "image 1 has .* and stuff_labels None"),
-        (lambda c: c["images"][1].update(stuff_labels=[9]), r"stuff_labels \[9\].*from 1 to 5"),
-        (lambda c: c["images"][1].pop("stuff_file_name"), "image 1 has stuff_file_name None"),
-    ],
-)
-def test_stuff_that_does_not_fit_is_named(scenes, tmp_path, change, words):
-    content = json.loads(scenes.json_file.read_text())
-    images = {image["id"]: place for place, image in enumerate(content["images"])}
-    content["images"] = sorted(content["images"], key=lambda image: images[image["id"]])
-    first = content["images"][0]["id"]
-    change(content)
-    for image in content["images"]:
-        if "stuff_file_name" in image:
-            image["stuff_file_name"] = str(scenes.json_file.parent / image["stuff_file_name"])
-    path = tmp_path / "annotations.json"
-    path.write_text(json.dumps(content))
-    data = load_coco(path, scenes.json_file.parent)
-    with pytest.raises(ValueError, match=words.replace("image 1 ", f"image {first + 1} ")):
-        things_and_stuff(data)

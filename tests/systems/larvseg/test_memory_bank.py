@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from maskx.systems.larvseg.memory_bank import MemoryBank
+from maskx.systems.larvseg.attention import MemoryBank
 
 
 @settings(max_examples=30, deadline=None)
@@ -71,9 +71,9 @@ def test_means_are_stored_without_gradient_and_in_the_type_of_the_bank():
     assert not bank.means.requires_grad
 
 
-@pytest.mark.parametrize("options", [{"size": 0}, {"size": 3, "warm_up": 0}])
+@pytest.mark.parametrize("options", [{"size": 0}, {"size": 3, "warm_up": -1}])
 def test_sizes_below_one_are_refused(options):
-    with pytest.raises(ValueError, match="size and warm_up of a memory bank must be at least 1"):
+    with pytest.raises(ValueError, match="size of a memory bank must be at least 1"):
         MemoryBank(2, 3, **options)
 
 

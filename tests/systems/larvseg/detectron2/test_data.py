@@ -17,15 +17,11 @@ from maskx.data.masks import decode_segmentation
 from maskx.data.prepare.ade20k import prepare_ade20k_150
 from maskx.data.prepare.imagenet import prepare_imagenet21k
 from maskx.data.scenes.generator import STUFF_CATEGORIES
-from maskx.detectron2 import MaskXJointMapper, register_all
+from maskx.detectron2 import MaskXLarvSeg, Trainer, register_all
 from maskx.detectron2.datasets import class_names_of
-from maskx.systems.larvseg.detectron2.data import (
-    build_joint_loader,
-    check_joint_data,
-    indices_of_dataset,
+from maskx.systems.larvseg.detectron2 import (
     joint_sets_from_config,
-    model_class_table,
-    scored_indices,
+    model_class_names,
     split_of_dataset,
 )
 from maskx.systems.larvseg.joint_sets import JointSets
@@ -68,41 +64,39 @@ def write_record(tmp_path):
 def test_the_classes_of_the_model_are_those_of_the_data_sets_by_name(make_joint_cfg):
     cfg = make_joint_cfg()
     things = class_names_of(TAGS)
-    assert model_class_table(cfg).names == (*things, *STUFF)
+    assert model_class_names(cfg) == (*things, *STUFF)
     assert class_names_of(MASKS) == class_names_of(VAL) == [*things, *STUFF]
 
     cfg.DATASETS.TRAIN = (TAGS, MASKS)
     cfg.MODEL.MASKX.LARVSEG.CLASSES_OF = ("maskx_coco_stuff_train", VAL)
-    names = model_class_table(cfg).names
+    names = model_class_names(cfg)
     known = list(dict.fromkeys(entry.renamed for entry in coco_stuff_classes()))
     assert names == (*known, *(name for name in (*things, *STUFF) if name not in known))
-    assert [names[i] for i in indices_of_dataset(cfg, VAL)] == [*things, *STUFF]
+    (sample,) = next(iter(Trainer.build_test_loader(cfg, VAL)))
+    assert [names[i] for i in sample["class_indices"]] == [*things, *STUFF]
 
 
 @pytest.mark.parametrize("train", [(MASKS, TAGS), (TAGS, MASKS)])
-def test_what_is_scored_agrees_with_the_joint_sets(make_joint_cfg, train):
-    """Positions count in the order of the training data, whatever the table of the model is."""
+def test_data_sets_score_their_own_classes_without_withheld_ones(make_joint_cfg, train):
     supervision = tuple("mask" if name == MASKS else "image" for name in train)
     cfg = make_joint_cfg("DATASETS.TRAIN", train, JOINT + "SUPERVISION", supervision)
+    things = class_names_of(TAGS)
     for classes_of in ((), (VAL,), ("maskx_coco_stuff_train", VAL)):
         cfg.MODEL.MASKX.LARVSEG.CLASSES_OF = classes_of
-        names, sets = model_class_table(cfg).names, joint_sets_from_config(cfg)
-        scored = scored_indices(cfg)
+        names, sets = model_class_names(cfg), joint_sets_from_config(cfg)
+        assert sets.class_names == names
         for name in train:
-            found = [names[i] for i in scored[name]]
-            assert found == [sets.table.names[i] for i in sets.scored[name]]
-            things = class_names_of(TAGS)
             expected = set(things) if name == TAGS else {*things[::2], *STUFF}
-            assert set(found) == expected
+            assert {names[i] for i in sets.scored[name]} == expected
 
 
 def test_labels_of_a_data_set_in_another_order_are_the_same_classes(make_joint_cfg, write_record):
     cfg = make_joint_cfg("DATASETS.TRAIN", (TAGS, "other"), JOINT + "SUPERVISION", ("image",) * 2)
     class_names = [*reversed(class_names_of(TAGS)), "heron"]
     register("other", class_names, [write_record(1, image_labels=[0, 2, 4])])
-    names, sets = model_class_table(cfg).names, joint_sets_from_config(cfg)
+    names, sets = model_class_names(cfg), joint_sets_from_config(cfg)
     sample = sample_of(cfg, sets.data_sets[1].records[0], sets)
-    found = {names[scored_indices(cfg)["other"][label]] for label in sample["image_labels"]}
+    found = {names[label] for label in sample["image_labels"]}
     assert found == {class_names[0], class_names[2], "heron"}
 
 
@@ -131,21 +125,21 @@ def test_masks_of_novel_classes_under_another_class_list_are_reported(
     cfg.DATASETS.TRAIN = ("other", TAGS)
     with caplog.at_level(logging.WARNING, logger="maskx"):
         joint_sets_from_config(cfg)
-    assert f"all used, also those of 1 classes that are novel by it: {novel}." in caplog.text
+    assert f"all used, also those of 1 classes that are novel by it: '{novel}'." in caplog.text
 
 
 # Mapper
 
 
 def sample_of(cfg, record, sets, seed=0):
-    mapper = MaskXJointMapper(cfg, is_train=True, sets=sets)
-    return mapper(record, np.random.RandomState(seed))
+    """Make a sample as the loader of a training does."""
+    loader = Trainer.build_train_loader(cfg)
+    return loader.dataset.mapper(record, np.random.RandomState(seed))
 
 
 def test_pixels_have_the_base_classes_of_things_and_stuff(make_joint_cfg):
     cfg = make_joint_cfg("INPUT.MASKX.SIZE", 64, "INPUT.RANDOM_FLIP", "none")
-    names, scored = model_class_table(cfg).names, scored_indices(cfg)[MASKS]
-    sets = joint_sets_from_config(cfg)
+    names, sets = model_class_names(cfg), joint_sets_from_config(cfg)
     content = json.loads(Path(MetadataCatalog.get(MASKS).json_file).read_text())
     folder = Path(MetadataCatalog.get(MASKS).image_root)
     base = class_names_of(TAGS)[::2]
@@ -161,11 +155,11 @@ def test_pixels_have_the_base_classes_of_things_and_stuff(make_joint_cfg):
         sample = sample_of(cfg, record, sets)
         assert sample["data_set"] == MASKS
         assert "image_labels" not in sample
-        label_map = sample["label_map"].numpy()
-        assert label_map.dtype == np.int64
-        of_position = np.array([*(names[i] for i in scored), ""], object)
-        known = label_map >= 0
-        assert (of_position[label_map] == expected)[known].all()
+        sem_seg = sample["sem_seg"].numpy()
+        assert sem_seg.dtype == np.int64
+        known = sem_seg != 255
+        of_label = np.array(["", *names, *[""] * (255 - len(names))], object)
+        assert (of_label[sem_seg] == expected)[known].all()
         # Unknown is what is of a novel class, and nothing else; masks of one scene share no pixel.
         assert (expected[~known] == "").all()
         assert (known | (expected == "")).all()
@@ -173,8 +167,7 @@ def test_pixels_have_the_base_classes_of_things_and_stuff(make_joint_cfg):
 
 def test_image_labels_come_without_any_pixel(make_joint_cfg, monkeypatch):
     cfg = make_joint_cfg(JOINT + "SINGLE_LABEL", (False, True), JOINT + "SIZES", (48, 32))
-    names, scored = model_class_table(cfg).names, scored_indices(cfg)[TAGS]
-    sets = joint_sets_from_config(cfg)
+    names, sets = model_class_names(cfg), joint_sets_from_config(cfg)
     monkeypatch.delattr(JointSets, "label_map")
     things = class_names_of(TAGS)
     expected = {r["image_id"]: r["image_labels"] for r in DatasetCatalog.get(TAGS)}
@@ -183,32 +176,31 @@ def test_image_labels_come_without_any_pixel(make_joint_cfg, monkeypatch):
         assert sample["image"].shape == (3, 32, 32)
         assert sample["image"].dtype == torch.uint8
         assert sample["single_label"] is True
-        assert "label_map" not in sample
-        found = {names[scored[position]] for position in sample["image_labels"]}
+        assert "sem_seg" not in sample
+        found = {names[label] for label in sample["image_labels"]}
         assert found == {things[label] for label in expected[sample["image_id"]]}
 
 
-@pytest.mark.parametrize("flip", ["horizontal", "vertical"])
-def test_crops_and_flips_keep_image_and_label_map_together(make_joint_cfg, write_record, flip):
-    label_map = np.ones((41, 67), np.uint8)
-    label_map[:20, 30:] = 2
-    record = write_record(1, size=(41, 67), label_map=label_map, image_labels=[0, 1])
-    cfg = make_joint_cfg(JOINT + "MIN_CROP", 0.5, "INPUT.RANDOM_FLIP", flip)
-    register("halves", ["dark", "bright"], [record])
-    cfg.merge_from_list(["DATASETS.TRAIN", ("halves",), JOINT + "SUPERVISION", ("mask",)])
-    sets = joint_sets_from_config(cfg)
-    (record,) = sets.data_sets[0].records
-    corners = set()
-    for seed in range(12):
-        sample = sample_of(cfg, record, sets, seed)
-        assert sample["image"].shape[1:] == sample["label_map"].shape == (48, 48)
-        is_bright = sample["image"][0] > 150
-        assert (is_bright == sample["label_map"].bool()).float().mean() > 0.97
-        again = sample_of(cfg, record, sets, seed)
-        assert torch.equal(again["image"], sample["image"])
-        corners.add((is_bright[0, 0].item(), is_bright[0, -1].item(), is_bright[-1, 0].item()))
-    mirrored = {"horizontal": (True, False, False), "vertical": (False, False, False)}[flip]
-    assert {(False, True, False), mirrored} <= corners
+def test_images_have_the_channel_order_of_the_model(make_joint_cfg):
+    images = {}
+    for image_format in ("RGB", "BGR"):
+        cfg = make_joint_cfg("INPUT.FORMAT", image_format)
+        batch = next(iter(Trainer.build_train_loader(cfg)))
+        (tested,) = next(iter(Trainer.build_test_loader(cfg, VAL)))
+        images[image_format] = [batch[0]["image"], tested["image"]]
+    for rgb, bgr in zip(*images.values(), strict=True):
+        assert torch.equal(rgb, bgr.flip(0))
+    record = DatasetCatalog.get(VAL)[0]
+    image = torch.from_numpy(cv2.imread(record["file_name"])).permute(2, 0, 1)
+    assert torch.equal(images["BGR"][1], image)
+
+
+def test_images_are_mirrored_as_the_configuration_says(make_joint_cfg):
+    record = joint_sets_from_config(make_joint_cfg()).data_sets[0].records[0]
+    for flip, count in (("horizontal", 2), ("none", 1)):
+        cfg = make_joint_cfg("INPUT.RANDOM_FLIP", flip)
+        seen = {sample_of(cfg, record, None, s)["image"].numpy().tobytes() for s in range(8)}
+        assert len(seen) == count
 
 
 def test_crop_level_labels_are_those_of_the_crop(make_joint_cfg, write_record):
@@ -226,7 +218,7 @@ def test_crop_level_labels_are_those_of_the_crop(make_joint_cfg, write_record):
         sets = joint_sets_from_config(cfg)
         for seed in range(20):
             sample = sample_of(cfg, sets.data_sets[0].records[0], sets, seed)
-            assert "label_map" not in sample
+            assert "sem_seg" not in sample
             found[level, tuple(sample["image_labels"])] += 1
     assert found[True, (0,)] > 10
     assert found[False, (0, 1)] == 20
@@ -235,18 +227,13 @@ def test_crop_level_labels_are_those_of_the_crop(make_joint_cfg, write_record):
 
 def test_test_samples_say_which_classes_to_choose_from(make_joint_cfg):
     cfg = make_joint_cfg()
-    mapper = MaskXJointMapper(cfg, is_train=False, dataset_name=TAGS)
-    record = DatasetCatalog.get(TAGS)[0]
-    sample = mapper(record)
+    (sample,) = next(iter(Trainer.build_test_loader(cfg, TAGS)))
     assert sample.keys() == {
         *("file_name", "image_id", "height", "width", "image", "class_indices"),
     }
-    image = cv2.imread(record["file_name"])[:, :, ::-1]
-    assert np.array_equal(sample["image"].permute(1, 2, 0).numpy(), image)
     assert sample["class_indices"] == (0, 1, 2, 3)
-    assert MaskXJointMapper(cfg, is_train=False, dataset_name=VAL).class_indices == tuple(range(9))
-    with pytest.raises(ValueError, match=r"which test set it is for: give dataset_name"):
-        MaskXJointMapper(cfg, is_train=False)
+    (sample,) = next(iter(Trainer.build_test_loader(cfg, VAL)))
+    assert sample["class_indices"] == tuple(range(9))
 
 
 # Loader
@@ -263,7 +250,7 @@ def summary(batches):
 
 def test_one_worker_alternates_by_the_ratios(make_joint_cfg):
     cfg = make_joint_cfg(JOINT + "RATIOS", (3, 1), "SOLVER.IMS_PER_BATCH", 3)
-    batches = take(build_joint_loader(cfg), 12)
+    batches = take(Trainer.build_train_loader(cfg), 12)
     sets = [{sample["data_set"] for sample in batch} for batch in batches]
     assert all(len(names) == 1 for names in sets)
     assert all(len(batch) == 3 for batch in batches)
@@ -284,7 +271,7 @@ def test_eight_workers_keep_their_data_sets(make_joint_cfg, monkeypatch, ratios)
     kept, images = Counter(), []
     for rank in range(8):
         monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
-        batches = take(build_joint_loader(cfg), 3)
+        batches = take(Trainer.build_train_loader(cfg), 3)
         names = {sample["data_set"] for batch in batches for sample in batch}
         assert len(names) == 1
         assert all(len(batch) == 2 for batch in batches)
@@ -297,15 +284,15 @@ def test_eight_workers_keep_their_data_sets(make_joint_cfg, monkeypatch, ratios)
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_loader_goes_on_at_any_step(make_joint_cfg, num_workers):
     cfg = make_joint_cfg(JOINT + "MIN_CROP", 0.5)
-    expected = summary(take(build_joint_loader(cfg), 7))
+    expected = summary(take(Trainer.build_train_loader(cfg), 7))
     # Masks are of 8 samples of 6 images: one that is seen again has another crop.
     assert len({sample for batch in expected for sample in batch}) == 14
     cfg.DATALOADER.NUM_WORKERS = num_workers
     state = np.random.get_state()[1].copy()
-    assert summary(take(build_joint_loader(cfg), 3, start=4)) == expected[4:]
+    assert summary(take(Trainer.build_train_loader(cfg), 3, start=4)) == expected[4:]
     assert np.array_equal(np.random.get_state()[1], state)
     cfg.SEED = 2
-    assert summary(take(build_joint_loader(cfg), 7)) != expected
+    assert summary(take(Trainer.build_train_loader(cfg), 7)) != expected
 
 
 # Errors
@@ -329,30 +316,32 @@ def test_a_loader_goes_on_at_any_step(make_joint_cfg, num_workers):
         ),
         (
             ("MODEL.MASKX.LARVSEG.CLASSES_OF", (TAGS,)),
-            rf"'{MASKS}' \(DATASETS.TRAIN\) has 5 classes .* 4 of the model: .*_OF, '{MASKS}",
+            rf"DATASETS.TRAIN \(.*CLASSES_OF\): Data set '{MASKS}' has 5 classes .* 4 of the model",
         ),
         (
             ("DATASETS.TEST", ("maskx_ade20k_150_val",)),
-            r"'maskx_ade20k_150_val' \(DATASETS.TEST\) has 146 classes .* 9 of the model: wall, ",
+            r"'maskx_ade20k_150_val' \(DATASETS.TEST.*146 of the classes .* the model: 'wall', ",
         ),
         (
             ("DATASETS.MASKX.SPLIT", "coco_voc"),
             rf"SPLIT fits the classes of none of {MASKS}, .*voc",
         ),
         (("SOLVER.IMS_PER_BATCH", 0), r"IMS_PER_BATCH is 0. Allowed: multiples of 1"),
+        (("INPUT.RANDOM_FLIP", "vertical"), r"RANDOM_FLIP is 'vertical'. Allowed .* horizontal, n"),
+        ((JOINT + "ATTENTION", (True,)), r"ATTENTION has 1 entries, \(True,\)"),
     ],
 )
 def test_what_does_not_fit_is_said_before_reading(make_joint_cfg, opts, words, monkeypatch):
     cfg = make_joint_cfg(*opts)
     monkeypatch.setattr(DatasetCatalog, "get", lambda name: pytest.fail("reads records"))
     with pytest.raises(ValueError, match=words):
-        check_joint_data(cfg)
+        MaskXLarvSeg.maskx_hooks.check(cfg)
 
 
 def test_a_split_that_is_no_name_is_an_error(make_joint_cfg):
     cfg = make_joint_cfg("DATASETS.MASKX.SPLIT", "ade150_row")
     with pytest.raises(FileNotFoundError, match=r"'ade150_row' is neither.*Did you mean"):
-        check_joint_data(cfg)
+        MaskXLarvSeg.maskx_hooks.check(cfg)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +362,7 @@ def test_records_that_teach_nothing_are_errors(
     register("few", ["cat", "dog"], [record])
     cfg = make_joint_cfg("DATASETS.TRAIN", ("few",), JOINT + "SUPERVISION", (supervision,))
     with pytest.raises(ValueError, match=words):
-        build_joint_loader(cfg)
+        Trainer.build_train_loader(cfg)
 
 
 def test_one_name_of_several_ids_is_one_class_and_said(make_joint_cfg, write_record, caplog):
@@ -384,15 +373,17 @@ def test_one_name_of_several_ids_is_one_class_and_said(make_joint_cfg, write_rec
     cfg.merge_from_list(["INPUT.MASKX.SIZE", 6, "INPUT.RANDOM_FLIP", "none"])
     cfg.DATASETS.TEST = ("walls",)
     cfg.DATASETS.MASKX.SPLIT = "all"
-    check_joint_data(cfg)
-    assert model_class_table(cfg).names == ("wall", "sky")
-    assert scored_indices(cfg) == {"walls": (0, 1)}
-    assert indices_of_dataset(cfg, "walls") == (0, 1)
+    MaskXLarvSeg.maskx_hooks.check(cfg)
+    assert model_class_names(cfg) == ("wall", "sky")
     with caplog.at_level(logging.WARNING, logger="maskx"):
         sets = joint_sets_from_config(cfg)
-    assert "walls: 3 classes, 2 names; merged: wall x2." in caplog.text
+    assert "'walls': 3 labels of 2 names; merged: wall x2." in caplog.text
+    assert sets.scored == {"walls": (0, 1)}
     sample = sample_of(cfg, sets.data_sets[0].records[0], sets)
-    assert sample["label_map"][0].tolist() == [0, 0, 1, 1, 0, 0]
+    assert sample["sem_seg"][0].tolist() == [1, 1, 2, 2, 1, 1]
+    # Labels of a result are those of the list of the test set.
+    (sample,) = next(iter(Trainer.build_test_loader(cfg, "walls")))
+    assert sample["class_indices"] == (0, 1, 0)
 
 
 # Registered data sets
@@ -448,13 +439,12 @@ def test_prepared_data_are_registered_as_they_are_named(tmp_path, make_joint_cfg
     cfg.merge_from_list(["DATASETS.TRAIN", train, "DATASETS.TEST", train[1:2]])
     cfg.merge_from_list([JOINT + "SUPERVISION", ("mask", "image", "image")])
     cfg.merge_from_list(["DATASETS.MASKX.SPLIT", "ade150_raw"])
-    check_joint_data(cfg)
+    MaskXLarvSeg.maskx_hooks.check(cfg)
     sets = joint_sets_from_config(cfg)
     assert [len(sets.scored[name]) for name in train] == [58, 150, len(names)]
     base, _ = base_and_novel("ade150_raw")
     sample = sample_of(cfg, sets.data_sets[0].records[0], sets)
     shown = {entry.name for entry in ade20k_150_classes()[:29]} & set(base)
-    scored = scored_indices(cfg)[train[0]]
-    found = sample["label_map"].unique().tolist()
-    assert {model_class_table(cfg).names[scored[i]] for i in found if i >= 0} == shown
+    found = set(sample["sem_seg"].unique().tolist()) - {255}
+    assert {model_class_names(cfg)[label - 1] for label in found} == shown
     assert len(sample_of(cfg, sets.data_sets[1].records[0], sets)["image_labels"]) == 29
