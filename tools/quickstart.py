@@ -43,6 +43,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--coco-train", **pair, help="train on a COCO file instead of generated scenes")
     add("--coco-val", **pair, help="evaluate on a COCO file")
     add(
+        "--target-train",
+        **pair,
+        help="transfernet: file of the target, with tags; --coco-train is then the source",
+    )
+    add(
         "--masks-for",
         metavar="SPLIT",
         help="categories with masks, a named split or a file (default: scenes_half; for COCO maskx "

@@ -2,8 +2,8 @@
 r"""Train TransferNet in its stages: classifier of image labels, attention, attention and decoder.
 
 They go to OUTPUT/stage0, OUTPUT/stage1 and OUTPUT/stage2. A stage that is finished is not run
-again, and stages of another run may be given instead. Without --stage1, stage 2 is a baseline
-without attention. KEY VALUE pairs of the configuration at the end go to all stages.
+again, and stages of another run may be given instead. KEY VALUE pairs of the configuration at the
+end go to all stages, those of --stage2-opts and so on to one.
 
 Examples:
     python tools/train_transfernet.py --num-gpus 8 --output output/transfernet \
@@ -12,7 +12,8 @@ Examples:
         --stage2 configs/TransferNet/stage2_joint_VGG_16.yaml
     python tools/train_transfernet.py --num-gpus 8 --output output/transfernet_baseline \
         --stage0-weights output/transfernet/stage0/model_final.pth \
-        --stage2 configs/TransferNet/baseline_VGG_16.yaml
+        --stage1 configs/TransferNet/stage1_baseline_VGG_16.yaml \
+        --stage2 configs/TransferNet/stage2_baseline_VGG_16.yaml
     python tools/train_transfernet.py --output output/transfernet_scenes \
         --stage0 configs/TransferNet/quick_schedules/stage0_classifier_scenes_cpu.yaml \
         --stage1 configs/TransferNet/quick_schedules/stage1_attention_scenes_cpu.yaml \
@@ -28,6 +29,8 @@ from maskx.detectron2 import check_num_gpus  # says what is missing
 from maskx.detectron2.stagewise import exit_with_message, run_stages
 from maskx.systems.transfernet.detectron2.stages import check_transfer_stages, transfer_stages
 
+_STAGES = ("stage0", "stage1", "stage2")
+
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
@@ -40,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     first.add_argument(
         "--stage0-weights", type=Path, metavar="FILE", help="trained classifier, instead"
     )
-    second = parser.add_mutually_exclusive_group()
+    second = parser.add_mutually_exclusive_group(required=True)
     second.add_argument("--stage1", type=Path, metavar="CONFIG", help="config of the attention")
     second.add_argument(
         "--stage1-weights", type=Path, metavar="FILE", help="trained attention, instead"
@@ -49,6 +52,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, default=Path("output/transfernet"), help="folder of the stages")
     add("--num-gpus", type=int, default=1, help="processes, one per GPU; 1 on a CPU")
     add("--resume", action="store_true", help="go on with an interrupted stage")
+    for stage in _STAGES:
+        add(
+            f"--{stage}-opts",
+            nargs=2,
+            action="extend",
+            default=[],
+            metavar=("KEY", "VALUE"),
+            help=f"a pair for {stage} alone; may be repeated",
+        )
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="pairs for all stages")
     return parser.parse_args()
 
@@ -61,7 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.stage1 or arguments.stage1_weights,
         arguments.stage2,
         output=arguments.output,
-        opts=tuple(arguments.opts),
+        opts=arguments.opts,
+        own_opts={stage: getattr(arguments, f"{stage}_opts") for stage in _STAGES},
     )
     finished = check_transfer_stages(stages)
     run_stages(stages, finished, num_gpus=arguments.num_gpus, resume=arguments.resume)

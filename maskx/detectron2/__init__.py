@@ -51,12 +51,12 @@ from maskx.systems.maskx_rcnn.detectron2.roi_heads import (
     MaskXROIHeads,
     MaskXROIHeadsMixin,
 )
-from maskx.systems.transfernet.detectron2 import hooks as _transfernet  # noqa: F401
-from maskx.systems.transfernet.detectron2.evaluation import (
+from maskx.systems.transfernet.detectron2 import (
+    MaskXTransferClassifier,
     MaskXTransferLabelEvaluator,
+    MaskXTransferNet,
     MaskXTransferSemSegEvaluator,
 )
-from maskx.systems.transfernet.detectron2.model import MaskXTransferClassifier, MaskXTransferNet
 
 __all__ = [
     "ConceptPredictor",

@@ -26,7 +26,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     All of Detectron2's keys mean what they mean there, but MOMENTUM and NESTEROV, which Adam does
     not have. ``SOLVER.MASKX.BACKBONE_LR_FACTOR`` multiplies the learning rate of every parameter
-    in a module named ``backbone``.
+    in a module named ``backbone``, or in the ``encoder`` of a network.
 
     Args:
         cfg: the configuration.
@@ -136,4 +136,4 @@ class _Poly(ParamScheduler):
 
 
 def _in_backbone(name: str) -> bool:
-    return "backbone" in name.split(".")
+    return "backbone" in name.split(".") or name.startswith("network.encoder.")

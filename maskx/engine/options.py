@@ -27,6 +27,8 @@ class QuickstartOptions:
         device: ``auto``, ``cpu`` or ``cuda``.
         coco_train: annotation file and image folder to train on instead of generated scenes.
         coco_val: annotation file and image folder to evaluate on.
+        target_train: of ``transfernet``, annotation file and image folder of the target, with tags;
+            ``coco_train`` is then the source. Their classes are joined by name.
         masks_for: category split, see :func:`maskx.data.splits.resolve_split`: the categories
             with masks of ``maskx``, the source of ``transfernet``, the base classes of
             ``larvseg``, on COCO files the concepts with masks of ``concept_mask``, whose scenes
@@ -59,6 +61,7 @@ class QuickstartOptions:
     device: str = "auto"
     coco_train: tuple[str, str] | None = None
     coco_val: tuple[str, str] | None = None
+    target_train: tuple[str, str] | None = None
     masks_for: str | None = None
     skip_bad: bool = False
     backbone: str = "small"

@@ -25,7 +25,9 @@ def make_model(cls, backbone, method):
         **FORM,
         stride=8,
         size=SIZE,
+        stage_classes=None,
         method=method,
+        stage="joint" if method == "transfernet" else "source",
         num_factors=8,
         hidden_channels=8,
     )

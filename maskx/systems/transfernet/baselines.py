@@ -2,20 +2,27 @@
 
 "Learning Transferrable Knowledge for Semantic Segmentation with Deep Convolutional Neural Network"
 (Hong et al., CVPR 2016), section 6.3 and appendix B. Both read where a label is out of a classifier
-of image labels, which learns from the labels of source and target, and give it to the decoder of
-TransferNet, which learns from the masks of the source. The loss of the masks does not train the
-classifier: it would shape the score maps of the source classes only.
+of image labels, and give it to the decoder of TransferNet. As in the paper they learn in two
+stages: ``source``, the classification network from the labels of the source and the decoder from
+its masks; then ``target``, the classification network alone, encoder included, from the labels of
+the target, while the decoder stays. What it reads is no longer what it learned to read then, which
+is the shift that the paper compares TransferNet to.
+
+The loss of the masks does not train the classifier: it would shape the score maps of the source
+classes only.
 
 For the shape legend see `maskx.systems.transfernet.attention`. Also:
     Q: pairs whose mask is predicted; H, W: size of the images; C: hidden channels.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskx.core.checks import check_choice
 from maskx.core.layers import msra_fill
 from maskx.core.losses import multi_label_loss
 from maskx.systems.transfernet.attention import check_feature_size, pair_matmul
@@ -27,11 +34,12 @@ class BaselineOutputs(NamedTuple):
 
     Attributes:
         class_logits: (N, L) logits of the labels of the images.
-        mask_logits: (Q, 2, H, W) logits of background and foreground.
+        mask_logits: (Q, 2, H, W) logits of background and foreground; None in the training of the
+            stage ``target``.
     """
 
     class_logits: Tensor
-    mask_logits: Tensor
+    mask_logits: Tensor | None
 
 
 class ScoreMapClassifier(nn.Module):
@@ -77,8 +85,24 @@ class ScoreMapClassifier(nn.Module):
             return F.conv_transpose2d(by_hidden, self.hidden.weight, padding=1)
 
 
+BASELINE_STAGES = ("source", "target")
+
+
 class _Baseline(PairNetwork):
-    """A classifier of image labels, and a subclass's way from it to the input of the decoder."""
+    """A classifier of image labels, and a subclass's way from it to the input of the decoder.
+
+    Args:
+        encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
+        in_feature: likewise.
+        in_channels: D.
+        num_classes: L.
+        decoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
+        classifier_channels: C.
+        freeze_encoder: leave the encoder out of the classification network that is trained.
+        mask_weight: weight of the loss of the masks.
+        train_stage: ``source`` or ``target``.
+        stage_classes: class indices that the stage learns the labels of; None for all.
+    """
 
     def __init__(
         self,
@@ -88,17 +112,29 @@ class _Baseline(PairNetwork):
         in_channels: int,
         num_classes: int,
         decoder: nn.Module,
-        classifier_channels: int,
-        freeze_encoder: bool,
-        mask_weight: float,
+        classifier_channels: int = 512,
+        freeze_encoder: bool = True,
+        mask_weight: float = 2.0,
+        train_stage: str = "source",
+        stage_classes: Sequence[int] | None = None,
     ) -> None:
+        check_choice("train_stage of a baseline", train_stage, BASELINE_STAGES)
         super().__init__(
             encoder, in_feature=in_feature, decoder=decoder, freeze_encoder=freeze_encoder
         )
         self.mask_weight = mask_weight
+        self.train_stage = train_stage
+        self.stage_classes = list(range(num_classes) if stage_classes is None else stage_classes)
         self.classifier = ScoreMapClassifier(
             in_channels=in_channels, num_classes=num_classes, hidden_channels=classifier_channels
         )
+
+    def _freeze_for_stage(self) -> None:
+        """In the stage ``target`` train nothing but the classification network."""
+        if self.train_stage == "target":
+            for name, parameter in self.named_parameters():
+                if not name.startswith(("encoder.", "classifier.")):
+                    parameter.requires_grad_(False)
 
     def forward(
         self,
@@ -117,6 +153,8 @@ class _Baseline(PairNetwork):
         """
         features, switches = self.encode(images)
         class_logits, hidden = self.classifier(features)
+        if self.training and self.train_stage == "target":
+            return BaselineOutputs(class_logits, None)
         if mask_pairs is not None:
             pair_images, pair_labels = pair_images[mask_pairs], pair_labels[mask_pairs]
         maps = self.decoder_maps(features.detach(), hidden.detach(), pair_images, pair_labels)
@@ -132,11 +170,10 @@ class _Baseline(PairNetwork):
     def losses(
         self, outputs: BaselineOutputs, pair_images: Tensor, pair_labels: Tensor, targets: Tensor
     ) -> dict[str, Tensor]:
-        """Return ``loss_labels`` and ``loss_masks``, the latter as in TransferNet.
+        """Return ``loss_labels`` and, in the stage ``source``, ``loss_masks`` as in TransferNet.
 
-        ``loss_labels`` is the binary cross-entropy over the classes, mean over the images that
-        have a pair. A class without a pair counts as absent, so also a source category on a target
-        image, of which nothing is known.
+        ``loss_labels`` is the binary cross-entropy over the classes of the stage, mean over the
+        images that have a pair. A class without a pair counts as absent.
 
         Args:
             outputs: of :meth:`forward`.
@@ -147,10 +184,13 @@ class _Baseline(PairNetwork):
         labels = torch.zeros_like(outputs.class_logits)
         labels[pair_images, pair_labels] = 1
         has_pair = labels.any(dim=1)
-        return {
-            "loss_labels": multi_label_loss(outputs.class_logits[has_pair], labels[has_pair]),
-            "loss_masks": self.mask_weight * mask_loss(outputs.mask_logits, targets),
-        }
+        logits, labels = (
+            x[has_pair][:, self.stage_classes] for x in (outputs.class_logits, labels)
+        )
+        losses = {"loss_labels": multi_label_loss(logits, labels)}
+        if self.train_stage == "source":
+            losses["loss_masks"] = self.mask_weight * mask_loss(outputs.mask_logits, targets)
+        return losses
 
 
 class BaselineNet(_Baseline):
@@ -158,15 +198,9 @@ class BaselineNet(_Baseline):
 
     Args:
         encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
-        in_feature: likewise.
-        in_channels: D.
-        num_classes: L.
-        decoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
         feature_size: (h, w) of the only feature map that the fully connected layer of the paper
             fits; None for two 1x1 convolutions with 16 channels instead, for any size.
-        classifier_channels: C.
-        freeze_encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
-        mask_weight: weight of the loss of the masks.
+        **arguments: of every baseline.
 
     Raises:
         ValueError: in forward or on loading, a feature map of another size than `feature_size`.
@@ -176,28 +210,14 @@ class BaselineNet(_Baseline):
         self,
         encoder: nn.Module,
         *,
-        in_feature: str,
-        in_channels: int,
-        num_classes: int,
-        decoder: nn.Module,
         feature_size: tuple[int, int] | None = None,
-        classifier_channels: int = 512,
-        freeze_encoder: bool = True,
-        mask_weight: float = 2.0,
+        **arguments: Any,
     ) -> None:
-        super().__init__(
-            encoder,
-            in_feature=in_feature,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            decoder=decoder,
-            classifier_channels=classifier_channels,
-            freeze_encoder=freeze_encoder,
-            mask_weight=mask_weight,
-        )
+        super().__init__(encoder, **arguments)
         self.to_decoder = (
             _pointwise(1, 16) if feature_size is None else _FullyConnectedMap(feature_size)
         )
+        self._freeze_for_stage()
 
     def decoder_maps(
         self, features: Tensor, hidden: Tensor, pair_images: Tensor, pair_labels: Tensor
@@ -216,39 +236,20 @@ class DecoupledNet(_Baseline):
 
     Args:
         encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
-        in_feature: likewise.
         in_channels: D.
-        num_classes: L.
-        decoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
         bridge_channels: of the two hidden layers between both and the decoder.
-        classifier_channels: C.
-        freeze_encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
-        mask_weight: weight of the loss of the masks.
+        **arguments: of every baseline.
     """
 
     def __init__(
         self,
         encoder: nn.Module,
         *,
-        in_feature: str,
         in_channels: int,
-        num_classes: int,
-        decoder: nn.Module,
         bridge_channels: int = 256,
-        classifier_channels: int = 512,
-        freeze_encoder: bool = True,
-        mask_weight: float = 2.0,
+        **arguments: Any,
     ) -> None:
-        super().__init__(
-            encoder,
-            in_feature=in_feature,
-            in_channels=in_channels,
-            num_classes=num_classes,
-            decoder=decoder,
-            classifier_channels=classifier_channels,
-            freeze_encoder=freeze_encoder,
-            mask_weight=mask_weight,
-        )
+        super().__init__(encoder, in_channels=in_channels, **arguments)
         self.feature_norm = MapNorm(in_channels)
         self.gradient_norm = MapNorm(in_channels)
         widen = nn.Conv2d(2 * in_channels, bridge_channels, 3, padding=1)
@@ -256,6 +257,7 @@ class DecoupledNet(_Baseline):
         self.to_decoder = nn.Sequential(
             widen, nn.ReLU(), *_pointwise(bridge_channels, bridge_channels)
         )
+        self._freeze_for_stage()
 
     def decoder_maps(
         self, features: Tensor, hidden: Tensor, pair_images: Tensor, pair_labels: Tensor

@@ -38,6 +38,7 @@ def predict_transfer(
     records: Sequence[Record],
     *,
     gt_labels: bool = False,
+    candidate_labels: Sequence[int] | None = None,
     batch_size: int = 16,
     description: str = "label maps",
 ) -> Iterator[tuple[Record, Sample, dict[str, Any]]]:
@@ -47,6 +48,7 @@ def predict_transfer(
         model: the model; it is put into evaluation mode.
         records: as of :func:`maskx.data.coco.load_coco`.
         gt_labels: of the labels of the records (TransferNet-GT), instead of the classifier's.
+        candidate_labels: class indices that the classifier may choose; None for all.
         batch_size: images at a time.
         description: label of the progress bar.
 
@@ -60,6 +62,8 @@ def predict_transfer(
         for start in range(0, len(records), batch_size):
             batch = records[start : start + batch_size]
             samples = [read_image(record) for record in batch]
+            if candidate_labels is not None:
+                samples = [sample | {"candidate_labels": candidate_labels} for sample in samples]
             yield from zip(batch, samples, model(samples), strict=True)
             progress.update(len(batch))
 
@@ -102,6 +106,7 @@ def evaluate_transfer(
         results["tag_mAP"] = {
             name: evaluate_image_labels(prob[:, list(indices)], truth[:, list(indices)])["mAP"]
             for name, indices in groups.items()
+            if len(indices)
         }
     return results
 
@@ -115,9 +120,12 @@ def format_transfer(metrics: Mapping[str, Any]) -> str:
             cells = [f"{metrics[kind][group][method]:.1f}" for group in ("target", "source", "all")]
             lines.append(f"| {names[method]}, {title} | {' | '.join(cells)} |")
     tags = metrics["tag_mAP"]
+    of_sides = ", ".join(
+        f"{tags[side]:.1f} of {side}" for side in ("target", "source") if side in tags
+    )
     lines.append(
-        f"Image labels: mAP {tags['target']:.1f} percent of target, {tags['source']:.1f} of source "
-        f"categories. Attention entropy: {metrics['attention_entropy']:.2f}; 1 is uniform."
+        f"Image labels, mAP in percent: {of_sides} categories. Attention entropy: "
+        f"{metrics['attention_entropy']:.2f}; 1 is uniform."
     )
     times = ", ".join(f"{name} {value:.0f}" for name, value in metrics["step_seconds"].items())
     return "\n".join([*lines, f"Seconds: {times}"])
@@ -126,14 +134,7 @@ def format_transfer(metrics: Mapping[str, Any]) -> str:
 def draw_transfer(
     path: Path, model: TransferNetModel, records: Sequence[Record], split: CategorySplit
 ) -> None:
-    """Draw validation images from the image to the mask, one label in a row.
-
-    Args:
-        path: PNG file to write.
-        model: TransferNet.
-        records: as of :func:`maskx.data.coco.load_coco`; the true labels are used.
-        split: target categories are shown first.
-    """
+    """Draw validation images from the image to the mask of a true label, a target one if any."""
     target = set(split.indices_without_masks)
     shown = _varied(records, target)
     names = {"num_classes": model.num_classes, "names": split.class_names, "side": _TILE_SIDE}

@@ -94,11 +94,7 @@ class TransferNetModel(SampleModel):
         return pack_state(self._identity(), version=_VERSION)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Check that a checkpoint is of this model, which takes its class names if it has none.
-
-        Raises:
-            ValueError: its classes, its method or its scale are others.
-        """
+        """Check that a checkpoint is of this model, which takes its class names if it has none."""
         found = unpack_state(state, version=_VERSION, what="TransferNet")
         own = self._identity()
         self.class_names = self.class_names or tuple(found["class_names"])
@@ -124,20 +120,25 @@ class TransferNetModel(SampleModel):
             "feature_scale": getattr(self.network, "feature_scale", None),
         }
 
+    @property
+    def shares_encoder(self) -> bool:
+        """Whether the encoder starts from the classifier's backbone.
+
+        Not that of a baseline, which has learned nothing of the target before its second stage.
+        """
+        return isinstance(self.network, TransferNet) or self.network.freeze_encoder
+
     def start_from(self, weights: Mapping[str, Tensor], what: str) -> None:
-        """Take over a trained classifier, and its backbone as the encoder.
+        """Take over a trained classifier and, where it is shared, its backbone as the encoder.
 
         Args:
             weights: of :class:`maskx.core.sample_models.SampleClassifier`.
-            what: where they are from, for the error.
-
-        Raises:
-            ValueError: they are not all there, or of another shape.
+            what: where they are from, for the error that some lack or have another shape.
         """
-        for part, module, prefix in (
-            ("classifier", self.classifier, "classifier."),
-            ("encoder", self.network.encoder, "classifier.backbone."),
-        ):
+        parts = [("classifier", self.classifier, "classifier.")]
+        if self.shares_encoder:
+            parts.append(("encoder", self.network.encoder, "classifier.backbone."))
+        for part, module, prefix in parts:
             own = module.state_dict()
             lacking = lacking_weights(module, weights, prefix)
             if lacking:
@@ -160,7 +161,8 @@ class TransferNetModel(SampleModel):
             samples: as of :class:`maskx.systems.transfernet.samples.TransferMapper`: ``image`` and,
                 in training, ``image_labels`` and, where there are masks, ``sem_seg``, the label
                 map. In evaluation perhaps ``candidate_labels``, the only class indices that may be
-                predicted; for ``gt_labels`` also ``image_labels``.
+                predicted, or ``wanted_labels``, those that are to be segmented whatever the
+                classifier says; for ``gt_labels`` also ``image_labels``.
 
         Returns:
             In training ``loss_labels`` and, but in the stage "attention", ``loss_masks``, which is
@@ -248,12 +250,11 @@ class TransferNetModel(SampleModel):
         self, images: Tensor, samples: list[Sample]
     ) -> tuple[list[list[int]], Tensor | None]:
         """Return class indices by image and, if the classifier chose any, (N, K) probabilities."""
-        is_given = [self.gt_labels and "image_labels" in sample for sample in samples]
         given = [
-            list(sample["image_labels"]) if has else []
-            for sample, has in zip(samples, is_given, strict=True)
+            sample.get("wanted_labels", sample.get("image_labels") if self.gt_labels else None)
+            for sample in samples
         ]
-        if all(is_given):
+        if all(labels is not None for labels in given):
             return given, None
         if not self.has_classifier:
             raise ValueError(
@@ -270,8 +271,8 @@ class TransferNetModel(SampleModel):
         )
         chosen = choose_labels(prob.masked_fill(is_candidate == 0, -1.0))
         labels = [
-            true if has else row.nonzero()[:, 0].tolist()
-            for has, true, row in zip(is_given, given, chosen, strict=True)
+            row.nonzero()[:, 0].tolist() if wanted is None else wanted
+            for wanted, row in zip(given, chosen, strict=True)
         ]
         return labels, prob
 
@@ -299,6 +300,7 @@ def build_network(
     stride: int,
     size: int,
     num_classes: int,
+    stage_classes: Sequence[int] | None,
     method: str = "transfernet",
     stage: str = "joint",
     attention: str = "factored",
@@ -320,9 +322,12 @@ def build_network(
         stride: its stride in pixels.
         size: side in pixels of the squares that the encoder sees.
         num_classes: source and target classes.
+        stage_classes: of a baseline, class indices that its stage learns the labels of; None for
+            all.
         method: ``transfernet``, or a baseline without attention: ``baseline`` (BaselineNet) or
             ``decoupled`` (DecoupledNet).
-        stage: ``attention`` (Eq. 6) or ``joint`` (Eq. 9); baselines have the latter only.
+        stage: of TransferNet ``attention`` (Eq. 6) or ``joint`` (Eq. 9); of a baseline ``source``
+            or ``target``, see :mod:`maskx.systems.transfernet.baselines`.
         attention: ``factored`` (1x1 factors, any size) or ``fc`` (Eq. 4 as published, for one
             size). BaselineNet has the same two forms of the layer before its decoder.
         num_factors: d of the attention.
@@ -330,7 +335,7 @@ def build_network(
         decoder: ``transposed`` (any backbone, any size) or ``unpooling`` (the paper's, VGG-16).
         decoder_input: see :class:`maskx.systems.transfernet.network.TransferNet`.
         feature_scale: likewise.
-        freeze_encoder: the encoder stays as it was loaded, as in the paper.
+        freeze_encoder: the encoder stays as it was loaded, in the paper that of TransferNet does.
         freeze_attention: see :class:`maskx.systems.transfernet.network.TransferNet`.
         mask_weight: lambda of Eq. 9.
 
@@ -377,7 +382,6 @@ def build_network(
             **common,
         )
     for name, value, default in (
-        ("stage", stage, "joint"),
         ("decoder_input", decoder_input, "densified"),
         ("feature_scale", feature_scale, 0),
         ("freeze_attention", freeze_attention, False),
@@ -387,7 +391,8 @@ def build_network(
                 f"{name} is {value!r}, but the method {method!r} has no attention. Set it to "
                 f"{default!r}."
             )
-    common["classifier_channels"] = hidden_channels
+    common |= {"classifier_channels": hidden_channels, "train_stage": stage}
+    common["stage_classes"] = stage_classes
     if method == "baseline":
         return BaselineNet(encoder, feature_size=feature_size, **common)
     return DecoupledNet(encoder, **common)

@@ -5,10 +5,9 @@ Neural Network" (CVPR 2016), in the steps of :class:`TransferChain`. Source imag
 target images tags; see :mod:`maskx.systems.transfernet.transfer_sets`.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from maskx.core.backbone_choice import build_backbone, choose_feature
-from maskx.core.backbones import VGG16, FeatureShape
+from maskx.core.backbones import VGG16
 from maskx.core.checks import check_choice
 from maskx.core.digests import network_hash
 from maskx.core.image_classifier import ImageClassifier
@@ -37,11 +36,18 @@ from maskx.systems.transfernet.samples import (
 from maskx.systems.transfernet.transfer_sets import (
     TransferSets,
     check_fraction,
+    classes_of_stage,
     source_subset,
     transfer_sets,
 )
 
-__all__ = ["TransferChain", "TransferMethod", "TransferSettings", "learn_to_transfer"]
+__all__ = [
+    "TransferChain",
+    "TransferMethod",
+    "TransferSettings",
+    "build_transfer_model",
+    "learn_to_transfer",
+]
 
 # What a checkpoint belongs to, beside what the training loop keeps itself.
 _IDENTITY = ("backbone", "pretrained", "image_size", "in_feature", "attention", "num_factors")
@@ -73,7 +79,8 @@ class TransferSettings:
         hidden_channels: of the classifiers inside the networks.
         iterations: steps of the separate classifier, whose backbone becomes the encoder.
         attention_iterations: steps of the first stage, Eq. 6.
-        joint_iterations: steps of the second stage, Eq. 9. A baseline trains for both together.
+        joint_iterations: steps of the second stage, Eq. 9. A baseline trains on the source for as
+            long as both stages, and on the target for as long as the classifier.
         batch_size: images per step, half source and half target.
         seed: of weights, data order and the choice of source images.
         use_target_masks: see :func:`maskx.systems.transfernet.transfer_sets.transfer_sets`.
@@ -191,7 +198,7 @@ class TransferChain(TrainingChain):
         }
         super().__init__(settings, output=output, resume=resume, identity=identity, device=device)
         with torch.device("meta"):  # what does not fit is refused before anything is trained
-            self._mask_feature(self._backbone())
+            build_transfer_model(replace(settings, pretrained=False), split, TransferMethod())
 
     @property
     def num_classes(self) -> int:
@@ -208,17 +215,10 @@ class TransferChain(TrainingChain):
         0.44 instead of 0.84, and the mIoU of TransferNet on target categories 19 instead of 34.
         """
         torch.manual_seed(self.settings.seed)
-        backbone = self._backbone(pretrained=self.settings.pretrained)
-        in_feature, shape = choose_feature(backbone)
-        model = SampleClassifier(
-            ImageClassifier(
-                backbone,
-                in_feature=in_feature,
-                in_channels=shape.channels,
-                num_classes=self.num_classes,
-            ),
-            size=self.settings.image_size,
+        classifier = _build_classifier(
+            self.settings, self.num_classes, pretrained=self.settings.pretrained
         )
+        model = SampleClassifier(classifier, size=self.settings.image_size)
         records = [*self.sets.source, *self.sets.target]
         self._train(
             model,
@@ -245,95 +245,134 @@ class TransferChain(TrainingChain):
         return model
 
     def train_masks(self, method: TransferMethod) -> TransferNetModel:
-        """Train the masks of a method on the shared encoder and first stage."""
+        """Train the masks of a method.
+
+        TransferNet starts from the shared encoder and first stage. A baseline learns on its own, in
+        the two stages of :mod:`maskx.systems.transfernet.baselines`.
+        """
         settings = self.settings
+        source = source_subset(self.sets.source, method.source_fraction, settings.seed)
         identity = {"encoder": self._encoder_hash, "method": method.name}
-        iterations = settings.joint_iterations
-        model = self.build(method)
         if method.method == "transfernet":
+            model = self.build(method)
             model.load_state_dict(self.attention.state_dict())
             identity |= {"first stage": network_hash(self.attention.network)}
-        else:
-            iterations += settings.attention_iterations
-        source = source_subset(self.sets.source, method.source_fraction, settings.seed)
-        batches = self._batches(source, self._mapper())
-        self._train(model, method.name, batches, identity, iterations=iterations, rate=_RATE)
-        return model
+            batches = self._batches(source, self._mapper())
+            iterations = settings.joint_iterations
+            self._train(model, method.name, batches, identity, iterations=iterations, rate=_RATE)
+            return model
+        return self._train_baseline(method, source)
 
-    def _batches(self, source: Sequence[Record], mapper: RecordMapper) -> functools.partial:
-        return functools.partial(alternating_batches, source, self.sets.target, mapper=mapper)
+    def _train_baseline(self, method: TransferMethod, source: Sequence[Record]) -> TransferNetModel:
+        settings = self.settings
+        identity = {"classifier": self._encoder_hash, "method": method.name}
+        # All of the network is new but for an encoder with weights of ImageNet.
+        encoder_factor = _CLASSIFIER_RATES["imagenet"] / _RATE if settings.pretrained else 1.0
+        steps_of_source = settings.attention_iterations + settings.joint_iterations
+        first = None
+        for stage, records, iterations in (
+            ("source", source, steps_of_source),
+            ("target", self.sets.target, settings.iterations),
+        ):
+            model = self.build(method, stage)
+            if first is not None:
+                model.load_state_dict(first.state_dict())
+                identity |= {"first stage": network_hash(first.network)}
+            self._train(
+                model,
+                f"{method.name}_source" if stage == "source" else method.name,
+                functools.partial(training_batches, records, mapper=self._mapper()),
+                identity,
+                iterations=iterations,
+                rate=_RATE,
+                lr_multipliers={"network.encoder.": encoder_factor},
+            )
+            first = model
+        return model
 
     @functools.cached_property
     def _encoder_hash(self) -> str:
         return network_hash(self.classifier.classifier.backbone)
 
-    def _backbone(self, *, pretrained: bool = False) -> nn.Module:
-        frozen_norm = self.settings.pretrained
-        return build_backbone(
-            self.settings.backbone, frozen_norm=frozen_norm, pretrained=pretrained
-        )
-
-    def _mask_feature(self, encoder: nn.Module) -> tuple[str, FeatureShape]:
-        settings = self.settings
-        wanted = settings.in_feature or _MASK_FEATURES.get(settings.backbone)
-        name, shape = choose_feature(encoder, wanted)
-        if isinstance(encoder, VGG16):
-            last = choose_feature(encoder)[0]
-            if name != last:
-                raise ValueError(
-                    f"in_feature is {name!r}, but backbone 'vgg16' comes with the unpooling decoder"
-                    f", which starts from {last!r}. Leave in_feature out, or name another backbone."
-                )
-            if settings.image_size < shape.stride:
-                raise ValueError(
-                    f"image_size is {settings.image_size}, of which the pools of 'vgg16' leave "
-                    f"nothing. Allowed: at least {shape.stride}."
-                )
-        if settings.attention == "fc" and settings.image_size % shape.stride:
-            raise ValueError(
-                f"attention 'fc' is made for one feature map, but an image size of "
-                f"{settings.image_size} is no multiple of the stride {shape.stride}. Choose one "
-                "that is, or attention 'factored'."
-            )
-        return name, shape
+    def _batches(self, source: Sequence[Record], mapper: RecordMapper) -> functools.partial:
+        return functools.partial(alternating_batches, source, self.sets.target, mapper=mapper)
 
     def _mapper(self, **options: bool) -> TransferMapper:
         return TransferMapper(self.num_classes, size=self.settings.image_size, **options)
 
     def build(self, method: TransferMethod, stage: str = "joint") -> TransferNetModel:
         """Make a model on the trained classifier, before its own training."""
-        settings = self.settings
-        encoder = self._backbone()
-        in_feature, shape = self._mask_feature(encoder)
-        # What comes after it is not computed.
-        names = list(encoder.feature_shapes)
-        for name in names[names.index(in_feature) + 1 :]:
-            del encoder.feature_shapes[name]
-        torch.manual_seed(settings.seed)
-        network = build_network(
-            encoder,
-            in_feature=in_feature,
-            in_channels=shape.channels,
-            stride=shape.stride,
-            size=settings.image_size,
-            num_classes=self.num_classes,
-            method=method.method,
-            stage=stage,
-            attention=settings.attention,
-            num_factors=settings.num_factors,
-            hidden_channels=settings.hidden_channels,
-            decoder="unpooling" if isinstance(encoder, VGG16) else "transposed",
-            decoder_input=method.decoder_input,
-            freeze_attention=method.freeze_attention,
-        )
-        model = TransferNetModel(
-            network,
-            copy.deepcopy(self.classifier.classifier),
-            size=settings.image_size,
-            class_names=self.split.class_names,
-        )
+        torch.manual_seed(self.settings.seed)
+        model = build_transfer_model(self.settings, self.split, method, stage)
         model.start_from(self.classifier.state_dict(), "The classifier")
         return model
+
+
+def build_transfer_model(
+    settings: TransferSettings,
+    split: CategorySplit,
+    method: TransferMethod,
+    stage: str = "joint",
+) -> TransferNetModel:
+    """Make a model before any training.
+
+    Args:
+        settings: its ``pretrained`` is of the encoder of a baseline, which starts from no
+            classifier.
+        split: A the source, B the target categories.
+        method: how masks are learned.
+        stage: see :func:`maskx.systems.transfernet.model.build_network`.
+
+    Raises:
+        ValueError: backbone, feature map, attention and image size do not fit each other.
+    """
+    is_baseline = method.method != "transfernet"
+    encoder = _backbone(settings, pretrained=settings.pretrained and is_baseline)
+    wanted = settings.in_feature or _MASK_FEATURES.get(settings.backbone)
+    in_feature, shape = choose_feature(encoder, wanted)
+    # What comes after it is not computed.
+    names = list(encoder.feature_shapes)
+    for name in names[names.index(in_feature) + 1 :]:
+        del encoder.feature_shapes[name]
+    network = build_network(
+        encoder,
+        in_feature=in_feature,
+        in_channels=shape.channels,
+        stride=shape.stride,
+        size=settings.image_size,
+        num_classes=len(split.class_names),
+        stage_classes=classes_of_stage(split, stage),
+        method=method.method,
+        stage=stage,
+        freeze_encoder=not is_baseline,
+        attention=settings.attention,
+        num_factors=settings.num_factors,
+        hidden_channels=settings.hidden_channels,
+        decoder="unpooling" if isinstance(encoder, VGG16) else "transposed",
+        decoder_input=method.decoder_input,
+        freeze_attention=method.freeze_attention,
+    )
+    return TransferNetModel(
+        network,
+        _build_classifier(settings, len(split.class_names)),
+        size=settings.image_size,
+        class_names=split.class_names,
+    )
+
+
+def _build_classifier(
+    settings: TransferSettings, num_classes: int, *, pretrained: bool = False
+) -> ImageClassifier:
+    backbone = _backbone(settings, pretrained=pretrained)
+    in_feature, shape = choose_feature(backbone)
+    return ImageClassifier(
+        backbone, in_feature=in_feature, in_channels=shape.channels, num_classes=num_classes
+    )
+
+
+def _backbone(settings: TransferSettings, *, pretrained: bool) -> nn.Module:
+    frozen_norm = settings.pretrained
+    return build_backbone(settings.backbone, frozen_norm=frozen_norm, pretrained=pretrained)
 
 
 def learn_to_transfer(
@@ -342,6 +381,7 @@ def learn_to_transfer(
     split: CategorySplit,
     settings: TransferSettings,
     *,
+    in_val: Sequence[int] | None = None,
     output: Path,
     compare: bool = False,
     crf: bool = False,
@@ -351,11 +391,14 @@ def learn_to_transfer(
 ) -> dict[str, Any]:
     """Learn TransferNet and BaselineNet and evaluate both.
 
+    No mask of a target image is read, but for ``use_target_masks``.
+
     Args:
         train_data: images of which :func:`maskx.systems.transfernet.transfer_sets.transfer_sets`
-        makes the source
-            and the target; of target images no mask is read, but for ``use_target_masks``.
-        val_data: images with true masks, of the same classes.
+            makes the source and the target.
+        val_data: images with true masks, in the class list of the split.
+        in_val: class indices that the validation images may show, which alone are predicted; None
+            for all.
         split: A the source, B the target categories.
         settings: what to do.
         output: folder of the results.
@@ -378,17 +421,17 @@ def learn_to_transfer(
     """
     if crf:
         check_crf()
-    if not any(
-        r["image_labels"] and r["supervision"] == Supervision.MASK.value for r in val_data.records
-    ):
+    is_mask = Supervision.MASK.value
+    if not any(r["image_labels"] and r["supervision"] == is_mask for r in val_data.records):
         raise ValueError(
             f"None of the {len(val_data.records)} validation images of '{val_data.json_file}' has "
             "a mask, so there is nothing to evaluate. Give a file with masks of all categories."
         )
     sets = transfer_sets(train_data.records, split, use_target_masks=settings.use_target_masks)
+    with_masks = sum(record["supervision"] == is_mask for record in sets.source)
     report(
-        f"{len(sets.source)} source images with masks, {len(sets.target)} target images with tags, "
-        f"{sets.num_unlabelled} without a label left out"
+        f"{len(sets.source)} source images, {with_masks} with masks, {len(sets.target)} target "
+        f"images with tags, {sets.num_unlabelled} without a label left out"
     )
     chain = TransferChain(
         sets,
@@ -401,10 +444,11 @@ def learn_to_transfer(
     )
     records, names = val_data.records, split.class_names
     metrics: dict[str, Any] = {"mIoU": {}, "mIoU_gt_labels": {}, "IoU": {}}
+    in_val = list(range(len(names)) if in_val is None else in_val)
     groups = {
-        "target": split.indices_without_masks,
-        "source": split.indices_with_masks,
-        "all": range(len(names)),
+        "target": [index for index in split.indices_without_masks if index in in_val],
+        "source": [index for index in split.indices_with_masks if index in in_val],
+        "all": in_val,
     }
     for method in METHODS if compare else METHODS[:2]:
         model = chain.train_masks(TransferMethod(method))
@@ -413,7 +457,12 @@ def learn_to_transfer(
             key = f"{method}{suffix}"
             with chain.timed("evaluation"):
                 found = evaluate_transfer(
-                    model, records, groups, gt_labels=bool(suffix), description=key
+                    model,
+                    records,
+                    groups,
+                    candidate_labels=in_val,
+                    gt_labels=bool(suffix),
+                    description=key,
                 )
             for group in groups:
                 value = found["mIoU"][group]

@@ -71,15 +71,8 @@ def alternating_batches(
 ) -> DataLoader:
     """Batches of the iterations ``start`` to ``stop``, half source and half target images.
 
-    Each half is shuffled endlessly on its own. As with
-    :func:`maskx.engine.batches.training_batches`, what an iteration sees depends on the seed and
-    its number alone.
-
-    Returns:
-        An iterable of lists of ``batch_size`` samples, source first.
-
-    Raises:
-        ValueError: the batch size is odd.
+    As with :func:`maskx.engine.batches.training_batches`, what an iteration sees depends on the
+    seed and its number alone. Source images come first.
     """
     return DataLoader(
         MappedRecords([*source, *target], mapper),
@@ -110,14 +103,7 @@ class AlternatingBatches(Sampler):
     Args:
         num_source: number of source images, which come first in the list of records.
         num_target: number of target images.
-        batch_size: records per iteration, of all processes together.
-        seed: see ``SeededBatches``, as for all others.
-        start: first iteration.
-        stop: iteration after the last.
-        **processes: ``rank`` and ``num_processes``.
-
-    Raises:
-        ValueError: the batch cannot be halved, or not be divided among the processes.
+        batch_size: see ``SeededBatches``, as for all others.
     """
 
     def __init__(

@@ -1,11 +1,103 @@
 """What TransferNet is to the tools."""
 
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from maskx.data.coco import CocoData, load_coco
+from maskx.data.splits import resolve_split
+from maskx.engine.options import QuickstartOptions, check_options
+from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
 from maskx.engine.system import System
-from maskx.systems.transfernet.quickstart import quickstart_transfernet
+from maskx.engine.training import select_device
+from maskx.supervision import CategorySplit
+from maskx.systems.transfernet.pipeline import TransferSettings, learn_to_transfer
+from maskx.systems.transfernet.transfer_sets import (
+    labelled_records,
+    labels_in_union,
+    records_in_union,
+    union_of_class_lists,
+)
+
+__all__ = ["SYSTEM"]
+
+
+def _pipeline(options: QuickstartOptions, report: Callable[[str], None]) -> dict[str, Any]:
+    """Learn TransferNet and BaselineNet, from data to ``metrics.json`` and ``predictions.png``."""
+    started = time.perf_counter()
+    check_options("transfernet", options)
+    device = select_device(options.device)
+    chosen = {"batch_size": options.batch_size, "image_size": choose_image_size(options)}
+    for name in ("iterations", "attention_iterations", "joint_iterations"):
+        chosen[name] = options.iterations
+    settings = TransferSettings(
+        backbone=options.backbone,
+        pretrained=options.pretrained,
+        seed=options.seed,
+        workers=options.workers,
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    train_data, val_data, split, in_val = _load(options)
+    report(
+        f"{len(train_data.records)} training and {len(val_data.records)} validation images, "
+        f"{len(split.with_masks)} source categories with masks, {len(split.without_masks)} target "
+        f"categories with tags, on {device}"
+    )
+    metrics: dict[str, Any] = {"system": "transfernet"}
+    metrics |= learn_to_transfer(
+        train_data,
+        val_data,
+        split,
+        settings,
+        in_val=in_val,
+        output=options.output,
+        compare=options.compare,
+        crf=options.crf,
+        resume=options.resume,
+        device=device,
+        report=report,
+    )
+    metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
+    return write_metrics(options, metrics, started=started, report=report)
+
+
+def _load(options: QuickstartOptions) -> tuple[CocoData, CocoData, CategorySplit, list[int]]:
+    """Return training and validation data, the split, and the classes of the validation data."""
+    if options.target_train is None:
+        train, val = load_data(options, sparse=True)
+        train, val = (replace(d, records=_labelled(d)) for d in (train, val))
+        split = resolve_split(options.masks_for or "scenes_half", train.class_names)
+        return train, val, split, list(range(len(split.class_names)))
+    if options.coco_train is None or options.coco_val is None or options.masks_for:
+        raise ValueError(
+            "target_train is the file with tags beside coco_train, the file with masks: both are "
+            "needed, and coco_val. masks_for is not: the categories of the files say which have "
+            "masks. Correct the options."
+        )
+    files = (options.coco_train, options.target_train, options.coco_val)
+    source, target, val = (load_coco(*file, strict=not options.skip_bad) for file in files)
+    split = union_of_class_lists(source.class_names, target.class_names)
+    united = [
+        records_in_union(_labelled(d), d.class_names, split.class_names)
+        for d in (source, target, val)
+    ]
+    return (
+        replace(source, records=united[0] + united[1], class_names=split.class_names),
+        replace(val, records=united[2], class_names=split.class_names),
+        split,
+        labels_in_union(val.class_names, split.class_names),
+    )
+
+
+def _labelled(data: CocoData) -> list[dict[str, Any]]:
+    return labelled_records(data.records, len(data.class_names))
+
 
 SYSTEM = System(
     name="transfernet",
     title="TransferNet",
-    pipeline=quickstart_transfernet,
-    options=frozenset(["compare", "masks_for", "crf"]),
+    pipeline=_pipeline,
+    options=frozenset(["compare", "masks_for", "crf", "target_train"]),
 )

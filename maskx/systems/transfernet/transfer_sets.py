@@ -18,7 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from maskx.data.label_maps import aligned_labels, label_map_of_instances, read_label_map
+from maskx.data.label_maps import (
+    aligned_labels,
+    ignore_label,
+    label_map_of_instances,
+    read_label_map,
+)
 from maskx.data.vocabularies import VOC_TO_COCO
 from maskx.supervision import CategorySplit, Supervision
 
@@ -26,7 +31,11 @@ __all__ = [
     "SOURCE_FRACTIONS",
     "TransferSets",
     "check_fraction",
+    "classes_of_stage",
     "label_pairs",
+    "labelled_records",
+    "labels_in_union",
+    "labels_of_record",
     "records_in_union",
     "source_subset",
     "transfer_label_map",
@@ -125,15 +134,16 @@ def transfer_sets(
     return TransferSets(source, target, num_unlabelled)
 
 
+def classes_of_stage(split: CategorySplit, stage: str) -> Sequence[int] | None:
+    """Return the classes that the stage of a baseline learns the labels of; None for another."""
+    sides = {"source": split.indices_with_masks, "target": split.indices_without_masks}
+    return sides.get(stage)
+
+
 def source_subset(records: Sequence[Record], fraction: float, seed: int) -> list[Record]:
     """Draw a share of the source images.
 
     Subsets of one seed are nested: a smaller fraction draws part of what a larger one does.
-
-    Args:
-        records: source images.
-        fraction: in (0, 1]; see `SOURCE_FRACTIONS`.
-        seed: of the draw.
 
     Returns:
         ``fraction`` of the records, rounded, at least one, in their order; all of them for 1.
@@ -157,18 +167,10 @@ def check_fraction(fraction: float) -> None:
         raise ValueError(f"The source fraction is {fraction}. Allowed: above 0, up to 1.")
 
 
-def union_of_class_lists(
-    source_names: Sequence[str],
-    target_names: Sequence[str],
-    *,
-    renamed: Mapping[str, str] = VOC_TO_COCO,
-) -> CategorySplit:
+def union_of_class_lists(source_names: Sequence[str], target_names: Sequence[str]) -> CategorySplit:
     """Make one class list of a source file's and a target file's, target classes first.
 
-    Args:
-        source_names: class names of the file with masks, such as the 60 of COCO-60.
-        target_names: class names of the file with tags, such as the 20 of VOC.
-        renamed: what names of either list are called in the union, where that differs.
+    Classes of VOC have their names of COCO there.
 
     Returns:
         The split of the union, with the source classes as A and the target classes as B.
@@ -176,7 +178,8 @@ def union_of_class_lists(
     Raises:
         ValueError: a class is in both lists.
     """
-    source, target = ([renamed.get(n, n) for n in names] for names in (source_names, target_names))
+    lists = (source_names, target_names)
+    source, target = ([VOC_TO_COCO.get(name, name) for name in names] for names in lists)
     both = [name for name in target if name in set(source)]
     if both:
         raise ValueError(
@@ -188,12 +191,41 @@ def union_of_class_lists(
     return CategorySplit(name, (*target, *source), tuple(source), tuple(target))
 
 
+def labels_in_union(names: Sequence[str], class_names: Sequence[str]) -> list[int]:
+    """Return which classes of a union the classes of a file are, by their names of VOC or COCO.
+
+    Raises:
+        ValueError: a class is not in the union.
+    """
+    index_of = {known: index for index, known in enumerate(class_names)}
+    found = [index_of.get(name, index_of.get(VOC_TO_COCO.get(name))) for name in names]
+    missing = [name for name, index in zip(names, found, strict=True) if index is None]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} classes are not among the {len(class_names)} of source and target: "
+            f"{', '.join(missing[:8])}{' and more' if len(missing) > 8 else ''}. Choose other data."
+        )
+    return found
+
+
+def labelled_records(records: Sequence[Mapping[str, Any]], num_classes: int) -> list[Record]:
+    """Fill in the image labels of records that have a label map and do not say what it shows."""
+    return [{**record, "image_labels": labels_of_record(record, num_classes)} for record in records]
+
+
+def labels_of_record(record: Mapping[str, Any], num_classes: int) -> list[int]:
+    """Return the image labels of a record, or else the classes in its label map."""
+    labels = record.get("image_labels", ())
+    if labels or "label_map_file_name" not in record:
+        return list(labels)
+    found = np.unique(transfer_label_map(record, num_classes)).tolist()
+    return [label - 1 for label in found if label not in (0, ignore_label(num_classes))]
+
+
 def records_in_union(
     records: Sequence[Mapping[str, Any]],
     names: Sequence[str],
     class_names: Sequence[str],
-    *,
-    renamed: Mapping[str, str] = VOC_TO_COCO,
 ) -> list[Record]:
     """Write the records of one file in the class list of a union.
 
@@ -205,13 +237,12 @@ def records_in_union(
     Args:
         records: of the file; they are not changed.
         names: class names of the file.
-        class_names: those of the union, which has all of them.
-        renamed: as of :func:`union_of_class_lists`.
+        class_names: those of the union.
 
     Raises:
         ValueError: a class is not in the union, or a label is outside the class list of the file.
     """
-    new_labels = aligned_labels([renamed.get(name, name) for name in names], class_names)
+    new_labels = aligned_labels([VOC_TO_COCO.get(name, name) for name in names], class_names)
     new_labels[0] = 0
     new_index = [int(label) - 1 for label in new_labels[1 : len(names) + 1]]
     aligned = []
@@ -231,14 +262,7 @@ def records_in_union(
 
 
 def transfer_label_map(record: Mapping[str, Any], num_classes: int) -> np.ndarray:
-    """Read or draw the label map of a record; one of a union gets the labels of the union.
-
-    Args:
-        record: of a file, or of :func:`records_in_union`.
-        num_classes: number of classes of the class list, without the background.
-
-    Returns:
-        (H, W), as of `maskx.data.label_maps.semantic_label_map`.
+    """Read or draw the (H, W) label map of a record; one of a union gets the labels of the union.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -261,10 +285,6 @@ def visible_labels(image_labels: Sequence[int], label_map: np.ndarray) -> list[i
 
     The others have no mask to learn: a crowd region, say, or an object that is covered or too small
     for the size of the images.
-
-    Args:
-        image_labels: class indices.
-        label_map: (H, W).
     """
     found = set(np.unique(label_map).tolist())
     return [label for label in image_labels if label + 1 in found]

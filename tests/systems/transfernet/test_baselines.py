@@ -219,3 +219,33 @@ def test_baseline_of_one_size_refuses_another():
     other = make_net("baseline fc", feature_size=(6, 4))
     with pytest.raises(ValueError, match=r"maps of 6 x 4 positions, but the checkpoint for 4 x 6"):
         other.load_state_dict(net.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_second_stage_trains_the_classification_network_on_the_labels_of_the_target(kind):
+    """Appendix B: the decoder stays what the source has made of it."""
+    net = make_net(kind, freeze_encoder=False, train_stage="target", stage_classes=[1, 3]).train()
+    outputs = net(make_images(), PAIR_IMAGES, PAIR_LABELS)
+    assert outputs.mask_logits is None
+    losses = net.losses(outputs, PAIR_IMAGES, PAIR_LABELS, None)
+    labels = torch.zeros_like(outputs.class_logits)
+    labels[PAIR_IMAGES, PAIR_LABELS] = 1
+    columns = (outputs.class_logits[:, [1, 3]], labels[:, [1, 3]])
+    expected = F.binary_cross_entropy_with_logits(*columns)
+    assert list(losses) == ["loss_labels"]
+    torch.testing.assert_close(losses["loss_labels"], expected)
+    losses["loss_labels"].backward()
+    for name, parameter in net.named_parameters():
+        is_trained = name.startswith(("encoder.", "classifier."))
+        assert parameter.requires_grad == is_trained, name
+        assert (parameter.grad is not None) == is_trained, name
+    others = [0, 2, *range(4, outputs.class_logits.shape[1])]
+    assert not net.classifier.score.weight.grad[others].any()
+    assert net.eval()(make_images(), PAIR_IMAGES, PAIR_LABELS).mask_logits is not None
+
+
+def test_there_are_two_stages():
+    with pytest.raises(
+        ValueError, match=r"train_stage of a baseline must be one of 'source', 'tar"
+    ):
+        make_net("baseline", train_stage="joint")

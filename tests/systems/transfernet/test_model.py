@@ -12,6 +12,8 @@ from maskx.data import dense_crf
 from maskx.systems.transfernet.model import METHODS, TransferNetModel, build_network
 
 K = 4
+# A baseline does not have the stage that is the default.
+STAGES = {name: {"stage": "source"} for name in ("baseline", "decoupled")}
 PIXELS = {"pixel_mean": [128.0] * 3, "pixel_std": [58.0] * 3}
 
 
@@ -36,9 +38,10 @@ def make_model(size=32, options=(), **arguments):
         stride=8,
         size=size,
         num_classes=K,
+        stage_classes=None,
         num_factors=8,
         hidden_channels=8,
-        **dict(options),
+        **STAGES.get(dict(options).get("method"), {}) | dict(options),
     )
     model = Model(network, make_classifier(), size=size, **PIXELS | arguments)
     model.has_classifier.fill_(True)
@@ -356,7 +359,7 @@ def test_a_true_label_outside_the_class_list_is_named():
         ),
         (
             {"method": "decoupled", "stage": "attention"},
-            r"stage is 'attention', but the method 'decoupled' has no attention",
+            r"train_stage of a baseline must be one of 'source', 'target', got 'attention'",
         ),
         (
             {"stage": "attention", "freeze_attention": True},

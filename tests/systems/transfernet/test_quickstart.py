@@ -1,12 +1,16 @@
 import json
 
 import cv2
+import numpy as np
 import pytest
 
+import maskx.systems  # noqa: F401 - registers them
+from maskx.data.coco import load_coco
+from maskx.data.label_maps import label_map_of_instances, write_label_map
 from maskx.data.scenes.generator import generate_scenes, scene_categories
 from maskx.engine import quickstart
 from maskx.engine.options import QuickstartOptions
-from maskx.systems.transfernet.quickstart import quickstart_transfernet
+from maskx.engine.system import find_system
 
 
 @pytest.fixture
@@ -18,7 +22,7 @@ def tiny(monkeypatch, tmp_path):
 
 
 def run(options, report=print, **changes):
-    return quickstart_transfernet(QuickstartOptions(**options | changes), report)
+    return find_system("transfernet").pipeline(QuickstartOptions(**options | changes), report)
 
 
 def test_generated_data_to_metrics_and_picture(tiny):
@@ -39,7 +43,7 @@ def test_generated_data_to_metrics_and_picture(tiny):
     assert 0 < written["attention_entropy"] <= 1
     assert set(written["tag_mAP"]) == {"target", "source", "all"}
     assert sum(written["num_images"].values()) == 24
-    steps = {"classifier", "attention", "transfernet", "baseline", "evaluation"}
+    steps = {"classifier", "attention", "transfernet", "baseline_source", "baseline", "evaluation"}
     assert set(written["step_seconds"]) == steps
     picture = cv2.imread(str(tiny["output"] / "predictions.png"))
     assert picture.shape[1] == 5 * 256
@@ -90,6 +94,62 @@ def test_own_data_with_masks_for_named_categories(tmp_path, tiny, caplog):
         run(tiny, **files, masks_for=str(tmp_path / "source.txt"), resume=True)
 
 
+def part_of(folder, name, keep, *, tags=False, label_maps=False):
+    """Write a file of the categories ``keep`` alone, of 24 scenes."""
+    json_file = generate_scenes(folder, count=24, size=64, num_categories=4, seed=3, style="sparse")
+    records = load_coco(json_file, folder).records
+    content = json.loads(json_file.read_text())
+    ids = {category["id"] for category in content["categories"] if category["name"] in keep}
+    content["categories"] = [c for c in content["categories"] if c["id"] in ids]
+    own = [a for a in content["annotations"] if a["category_id"] in ids]
+    others = {a["image_id"] for a in content["annotations"]} - {a["image_id"] for a in own}
+    mixed = {a["image_id"] for a in content["annotations"] if a["category_id"] not in ids}
+    images = [i for i in content["images"] if i["id"] not in others | mixed]
+    for image in images:
+        if tags:
+            found = {a["category_id"] for a in own if a["image_id"] == image["id"]}
+            image["image_labels"] = sorted(found)
+        if label_maps:
+            record = next(r for r in records if r["image_id"] == image["id"])
+            label_map = label_map_of_instances(record, 4)
+            new = np.searchsorted(sorted(ids), np.arange(5))
+            label_map = np.where(label_map > 0, new[label_map] + 1, 0)
+            image["label_map_file_name"] = f"map_{image['id']}.png"
+            write_label_map(folder / image["label_map_file_name"], label_map, num_classes=len(ids))
+    kept = {image["id"] for image in images}
+    content["images"] = images
+    content["annotations"] = [
+        a for a in own if a["image_id"] in kept and not tags and not label_maps
+    ]
+    (folder / name).write_text(json.dumps(content))
+    return str(folder / name), str(folder)
+
+
+def test_source_and_target_of_two_files(tmp_path, tiny):
+    """The labels of the validation images, which have none, are those of their label maps."""
+    names = [category.name for category in scene_categories(4, "sparse")]
+    files = {
+        "coco_train": part_of(tmp_path / "scenes", "source.json", names[:2]),
+        "target_train": part_of(tmp_path / "scenes", "target.json", names[2:], tags=True),
+        "coco_val": part_of(tmp_path / "scenes", "val.json", names[2:], label_maps=True),
+    }
+    lines = []
+    found = run(tiny, lines.append, **files, iterations=1)
+    assert (found["split"]["A"], found["split"]["B"]) == (tuple(names[:2]), tuple(names[2:]))
+    counts = found["num_images"]
+    assert f"{counts['source']} source images, {counts['source']} with masks" in "\n".join(lines)
+    assert counts["source"] > 2
+    assert counts["target"] > 2
+    assert set(found["tag_mAP"]) == {"target", "all"}
+    values = [found[kind]["target"]["baseline"] for kind in ("mIoU", "mIoU_gt_labels")]
+    assert 0 < values[1] <= 100
+    with pytest.raises(ValueError, match=r"target_train is the file with tags beside coco_train"):
+        run(tiny, **files, masks_for="all")
+    overlapping = files | {"target_train": files["coco_train"]}
+    with pytest.raises(ValueError, match=f"2 categories are source and target: {names[0]}"):
+        run(tiny, **overlapping)
+
+
 def test_source_and_target_that_overlap_are_named(tmp_path, tiny):
     data = make_coco(tmp_path / "data")
     names = [category.name for category in scene_categories(8, "sparse")]
@@ -133,7 +193,7 @@ def test_real_photographs(shared_data, tiny, tmp_path):
     ("options", "words"),
     [
         ({"device": "gpu"}, "Device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
-        ({"backbone": "resnet5"}, r"backbone must be one of small, vgg16.*got 'resnet5'"),
+        ({"backbone": "resnet5"}, r"no backbone 'resnet5'"),
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
         ({"batch_size": 3}, r"batch size is 3\. Allowed: even"),
         ({"masks_for": "coco_voc"}, "names 'person', which is not among the 12"),

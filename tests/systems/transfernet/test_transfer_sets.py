@@ -16,6 +16,8 @@ from maskx.supervision import CategorySplit
 from maskx.systems.transfernet.transfer_sets import (
     SOURCE_FRACTIONS,
     label_pairs,
+    labelled_records,
+    labels_of_record,
     records_in_union,
     source_subset,
     transfer_label_map,
@@ -238,3 +240,16 @@ def test_union_of_real_files(shared_data):
         names = ({data.class_names[i] for i in old["image_labels"]},)
         assert names == ({split.class_names[i] for i in new["image_labels"]},)
     assert sets.num_unlabelled == whole.num_unlabelled == 1
+
+
+def test_labels_are_those_of_the_label_map_where_a_record_says_nothing(tmp_path):
+    label_map = np.array([[0, 3, 255], [1, 1, 0]])
+    write_label_map(tmp_path / "map.png", label_map, num_classes=3)
+    record = {"image_id": 7, "height": 2, "width": 3, "image_labels": [], "annotations": []}
+    with_map = record | {"label_map_file_name": str(tmp_path / "map.png")}
+    found = labelled_records([record, with_map, with_map | {"image_labels": [1]}], 3)
+    assert [r["image_labels"] for r in found] == [[], [0, 2], [1]]
+    assert with_map["image_labels"] == []
+    (united,) = records_in_union(found[1:2], ("a", "b", "c"), ("c", "b", "x", "a"))
+    assert united["image_labels"] == [0, 3]
+    assert labels_of_record(united | {"image_labels": []}, 4) == [0, 3]

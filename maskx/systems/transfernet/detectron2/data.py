@@ -10,11 +10,11 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from maskx.core.checks import check_choice
-from maskx.data.vocabularies import VOC_TO_COCO
 from maskx.detectron2 import adapters
 from maskx.detectron2.adapters import in_format, seeded_train_loader
 from maskx.detectron2.datasets import (
@@ -24,11 +24,17 @@ from maskx.detectron2.datasets import (
     split_from_config,
 )
 from maskx.detectron2.hooks import hooks_of
+from maskx.detectron2.image_label_evaluation import MaskXImageLabelEvaluator
+from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
 from maskx.supervision import CategorySplit
+from maskx.systems.transfernet.baselines import BASELINE_STAGES
 from maskx.systems.transfernet.samples import AlternatingBatches, TransferMapper
 from maskx.systems.transfernet.transfer_sets import (
     TransferSets,
     check_fraction,
+    labelled_records,
+    labels_in_union,
+    labels_of_record,
     records_in_union,
     source_subset,
     transfer_sets,
@@ -36,6 +42,8 @@ from maskx.systems.transfernet.transfer_sets import (
 )
 
 __all__ = [
+    "MaskXTransferLabelEvaluator",
+    "MaskXTransferSemSegEvaluator",
     "check_transfer_data",
     "labels_of_dataset",
     "test_loader",
@@ -90,27 +98,13 @@ def transfer_split(cfg: CfgNode) -> CategorySplit:
 def labels_of_dataset(name: str, split: CategorySplit) -> list[int]:
     """Return which classes of the model the classes of a data set are, by name.
 
-    Args:
-        name: a registered data set; classes may have their names of VOC or of COCO.
-        split: of :func:`transfer_split`.
-
-    Returns:
-        Class indices of the model, by class index of the data set.
-
     Raises:
         ValueError: the model does not know a class of the data set.
     """
-    index_of = {known: index for index, known in enumerate(split.class_names)}
-    class_names = class_names_of(name)
-    found = [index_of.get(c, index_of.get(VOC_TO_COCO.get(c))) for c in class_names]
-    missing = [c for c, index in zip(class_names, found, strict=True) if index is None]
-    if missing:
-        raise ValueError(
-            f"Data set '{name}' (DATASETS.TEST) has {len(missing)} classes that are not among the "
-            f"{len(split.class_names)} of source and target: {', '.join(missing[:8])}"
-            f"{' and more' if len(missing) > 8 else ''}. Choose another data set."
-        )
-    return found
+    try:
+        return labels_in_union(class_names_of(name), split.class_names)
+    except ValueError as error:
+        raise ValueError(f"Data set '{name}' (DATASETS.TEST): {error}") from error
 
 
 def check_transfer_data(cfg: CfgNode) -> None:
@@ -138,12 +132,17 @@ def check_transfer_data(cfg: CfgNode) -> None:
             f"DATASETS.MASKX.SOURCE_SUBSET is {keys.SOURCE_SUBSET}. Allowed: a seed, 0 or more."
         )
     num_processes = comm.get_world_size()
-    if hooks_of(cfg).learns_label_maps and cfg.SOLVER.IMS_PER_BATCH % (2 * num_processes):
+    if _alternates(cfg) and cfg.SOLVER.IMS_PER_BATCH % (2 * num_processes):
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH} for {num_processes} process(es). "
             f"Allowed: multiples of {2 * num_processes}, as half of the images of each are source "
             "and half target images."
         )
+
+
+def _alternates(cfg: CfgNode) -> bool:
+    stage = cfg.MODEL.MASKX.TRANSFERNET.STAGE
+    return hooks_of(cfg).learns_label_maps and stage not in BASELINE_STAGES
 
 
 def transfer_records(cfg: CfgNode) -> TransferSets:
@@ -161,7 +160,7 @@ def transfer_records(cfg: CfgNode) -> TransferSets:
     names = cfg.DATASETS.TRAIN
     records = []
     for name in names:
-        own = records_of(name)
+        own = labelled_records(records_of(name), len(class_names_of(name)))
         if len(names) == 2:
             own = records_in_union(own, class_names_of(name), split.class_names)
         records += own
@@ -178,14 +177,18 @@ def transfer_records(cfg: CfgNode) -> TransferSets:
 def train_loader(cfg: CfgNode) -> Any:
     """Make the training loader.
 
-    Batches of MaskXTransferNet are half source, half target images in every process; those of a
-    classifier, which reads no mask, are drawn from all images alike.
+    Batches of MaskXTransferNet are half source, half target images in every process, but in the
+    stages of a baseline of either alone; those of a classifier, which reads no mask, are drawn from
+    all images alike.
     """
     sets, masks = transfer_records(cfg), hooks_of(cfg).learns_label_maps
-    sides = len(sets.source), len(sets.target)
     mapper = in_format(_mapper(cfg, masks=masks), cfg.INPUT.FORMAT)
-    batches = functools.partial(AlternatingBatches, *sides) if masks else None
-    return seeded_train_loader(cfg, [*sets.source, *sets.target], mapper, batches)
+    records, batches = [*sets.source, *sets.target], None
+    if _alternates(cfg):
+        batches = functools.partial(AlternatingBatches, len(sets.source), len(sets.target))
+    elif masks:
+        records = getattr(sets, cfg.MODEL.MASKX.TRANSFERNET.STAGE)
+    return seeded_train_loader(cfg, records, mapper, batches)
 
 
 def test_loader(cfg: CfgNode, dataset_name: str) -> Any:
@@ -211,6 +214,80 @@ class _TestReader:  # a class, as other processes read images
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         record = record_from_detectron2(record)
-        own = [self.labels[label] for label in record.get("image_labels", ())]
+        own = [self.labels[label] for label in labels_of_record(record, len(self.labels))]
         sample = self.mapper.read({**record, "image_labels": own})
         return sample | {"candidate_labels": self.labels}
+
+
+class MaskXTransferSemSegEvaluator(MaskXSemSegEvaluator):
+    """Mean IoU on the classes of a data set of label maps in the class list of the model.
+
+    The model is asked for the classes of the data set alone (``candidate_labels`` of its samples);
+    any other label in a prediction is an error.
+
+    Args:
+        dataset_name: a registered data set, whose classes the model knows.
+        split: of :func:`transfer_split`.
+        distributed: see :class:`MaskXSemSegEvaluator`.
+    """
+
+    def __init__(
+        self, dataset_name: str, *, split: CategorySplit, distributed: bool = True
+    ) -> None:
+        super().__init__(dataset_name, distributed=distributed)
+        labels = labels_of_dataset(dataset_name, split)
+        self._groups = _groups(labels, split)
+        self._split = split
+        self._own_labels = torch.full((len(split.class_names) + 1,), -1)
+        self._own_labels[0] = 0
+        self._own_labels[torch.tensor(labels) + 1] = torch.arange(1, len(labels) + 1)
+
+    def _label_map(self, sem_seg: torch.Tensor, image_id: int | str) -> torch.Tensor:
+        if sem_seg.is_floating_point() or sem_seg.ndim != 2:
+            raise ValueError(
+                f"sem_seg of image {image_id!r} has shape {tuple(sem_seg.shape)} and dtype "
+                f"{sem_seg.dtype}. Allowed: a label map (H, W) of integers, in the class list of "
+                "the model."
+            )
+        own = self._own_labels[sem_seg.cpu()]
+        if (own < 0).any():
+            foreign = sem_seg.cpu()[own < 0].unique().tolist()
+            names = ", ".join(self._split.class_names[label - 1] for label in foreign)
+            raise ValueError(
+                f"sem_seg of image {image_id!r} has {names}, which data set "
+                f"'{self._dataset_name}' does not have. Make its samples with "
+                "Trainer.build_test_loader, which name the classes that may be predicted."
+            )
+        return own
+
+
+class MaskXTransferLabelEvaluator(MaskXImageLabelEvaluator):
+    """Average precision of the classes of a data set, of probabilities for those of the model.
+
+    Args:
+        dataset_name: a registered data set, whose classes the model knows.
+        split: of :func:`transfer_split`.
+        distributed: see :class:`MaskXImageLabelEvaluator`.
+    """
+
+    def __init__(
+        self, dataset_name: str, *, split: CategorySplit, distributed: bool = True
+    ) -> None:
+        super().__init__(dataset_name, distributed=distributed)
+        self._own_classes = labels_of_dataset(dataset_name, split)
+        self._groups = _groups(self._own_classes, split)
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Take in the predictions of a batch: ``image_labels_prob`` (K,), K of the model."""
+        own = [{"image_labels_prob": o["image_labels_prob"][self._own_classes]} for o in outputs]
+        super().process(inputs, own)
+
+
+def _groups(labels: list[int], split: CategorySplit) -> dict[str, tuple[int, ...]]:
+    """Class indices of a data set by group, as `CategorySplit.groups` has them of its own list."""
+    sides = {"A": set(split.indices_with_masks), "B": set(split.indices_without_masks)}
+    of_side = {
+        name: tuple(index for index, label in enumerate(labels) if label in side)
+        for name, side in sides.items()
+    }
+    return {"all": tuple(range(len(labels))), **of_side}

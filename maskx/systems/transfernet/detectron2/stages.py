@@ -1,18 +1,19 @@
 """The stages of TransferNet as runs of :mod:`maskx.detectron2.stagewise`, checked together.
 
 Stage 0 trains the classifier of image labels, whose backbone is the encoder; stage 1 the attention
-(Eq. 6); stage 2 attention and decoder (Eq. 9). A baseline has no stage 1.
+(Eq. 6); stage 2 attention and decoder (Eq. 9). Stages 1 and 2 of a baseline are its own two.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from maskx.detectron2.hooks import architecture_of
 from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.stagewise import Stage, build_on_cpu, check_chain
 from maskx.detectron2.trainer import check_config
-from maskx.systems.transfernet.detectron2.model import MaskXTransferClassifier, MaskXTransferNet
+from maskx.systems.transfernet.detectron2 import MaskXTransferClassifier, MaskXTransferNet
 
 __all__ = ["check_transfer_stages", "transfer_stages"]
 
@@ -35,30 +36,32 @@ _ATTENTION_KEYS = (
 
 def transfer_stages(
     stage0: Path,
-    stage1: Path | None,
+    stage1: Path,
     stage2: Path,
     *,
     output: Path,
-    opts: tuple[Any, ...] = (),
+    opts: Sequence[Any] = (),
+    own_opts: Mapping[str, Sequence[Any]] = MappingProxyType({}),
 ) -> list[Stage]:
     """Make the runs of a chain; weights of a stage go into the next.
 
     Args:
         stage0: YAML file of the classifier, or its weights (any other file).
-        stage1: YAML file of the attention, or its weights; None for a baseline.
+        stage1: YAML file of the attention, or of a baseline on the source, or its weights.
         stage2: YAML file of the masks.
         output: folder; the runs are in ``stage0``, ``stage1`` and ``stage2`` of it.
         opts: KEY VALUE pairs for all of them.
+        own_opts: pairs for ``stage0``, ``stage1`` or ``stage2`` alone.
 
     Raises:
         FileNotFoundError: there is no such file of weights.
         ValueError: the pairs name weights, which the chain sets itself.
     """
     for key in ("MODEL.WEIGHTS", _CLASSIFIER_KEY):
-        if key in opts[::2]:
+        if any(key in pairs[::2] for pairs in (opts, *own_opts.values())):
             raise ValueError(
-                f"{key} is given for all stages, but each starts from the one before. Remove it; "
-                "--stage0-weights and --stage1-weights take trained stages."
+                f"{key} is given as an option, but each stage starts from the one before. Remove "
+                "it; --stage0-weights and --stage1-weights take trained stages."
             )
     stages: list[Stage] = []
 
@@ -67,12 +70,13 @@ def transfer_stages(
             if not config.is_file():
                 raise FileNotFoundError(f"--{name}-weights '{config}': there is no such file.")
             return config
-        stages.append(Stage(config, output / name, (*opts, *inputs), weights))
+        pairs = (*opts, *own_opts.get(name, ()), *inputs)
+        stages.append(Stage(config, output / name, pairs, weights))
         return stages[-1].final_weights
 
     classifier = (_CLASSIFIER_KEY, str(weights_of(stage0, "stage0").resolve()))
-    attention = None if stage1 is None else weights_of(stage1, "stage1", *classifier)
-    weights_of(stage2, "stage2", *classifier, weights=attention)
+    first = weights_of(stage1, "stage1", *classifier)
+    weights_of(stage2, "stage2", *classifier, weights=first)
     return stages
 
 
@@ -106,10 +110,10 @@ def _shared_with_next(stage: Stage) -> tuple[str, ...]:
 
 def _check_stage(stage: Stage) -> None:
     name = stage.output.name
-    wanted, train_stage = {
-        "stage0": (MaskXTransferClassifier, None),
-        "stage1": (MaskXTransferNet, "attention"),
-        "stage2": (MaskXTransferNet, "joint"),
+    wanted, train_stages = {
+        "stage0": (MaskXTransferClassifier, ()),
+        "stage1": (MaskXTransferNet, ("attention", "source")),
+        "stage2": (MaskXTransferNet, ("joint", "target")),
     }[name]
     cfg = stage.cfg.clone()
     cfg.defrost()
@@ -119,15 +123,11 @@ def _check_stage(stage: Stage) -> None:
             f"the config of {name}. It must be {wanted.__name__}: are two configs exchanged?"
         )
     keys = cfg.MODEL.MASKX.TRANSFERNET
-    if train_stage not in (None, keys.STAGE):
+    if train_stages and keys.STAGE not in train_stages:
         raise ValueError(
             f"MODEL.MASKX.TRANSFERNET.STAGE is '{keys.STAGE}' in {stage.config_file}, the config "
-            f"of {name}. It must be '{train_stage}': are two configs exchanged?"
-        )
-    if name == "stage2" and stage.weights is None and keys.METHOD == "transfernet":
-        raise ValueError(
-            f"MODEL.MASKX.TRANSFERNET.METHOD is 'transfernet' in {stage.config_file}, which starts "
-            "from the attention of stage 1. Add --stage1 or --stage1-weights."
+            f"of {name}. It must be '{train_stages[0]}', or of a baseline '{train_stages[1]}': are "
+            "two configs exchanged?"
         )
     # An earlier stage may have to make these yet.
     cfg.MODEL.WEIGHTS, keys.CLASSIFIER_WEIGHTS = "", ""
