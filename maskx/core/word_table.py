@@ -15,10 +15,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import torch
 
-from maskx.core.files import written_whole
+from maskx.core.tensor_files import read_content, read_tensors, write_tensors
 from maskx.core.text import listed
 from maskx.core.word_vectors import load_class_vectors
 
@@ -33,7 +32,6 @@ __all__ = [
     "word_table_from_file",
 ]
 
-_METADATA_KEY = "maskx"
 _KIND = "word table"
 
 
@@ -322,7 +320,7 @@ def save_word_table(path: str | os.PathLike[str], table: WordTable) -> None:
         table: what to write.
     """
     tensors = {"vectors": table.vectors, "idf": table.idf}
-    content = {"kind": _KIND, "names": table.names, "source": table.source, "hash": table.hash}
+    content = {"names": table.names, "source": table.source, "hash": table.hash}
     if table.eigenvalues is not None:
         tensors["eigenvalues"] = np.asarray(table.eigenvalues, dtype=np.float64)
     if table.pmi is not None:
@@ -333,9 +331,8 @@ def save_word_table(path: str | os.PathLike[str], table: WordTable) -> None:
             "smoothing": table.pmi.smoothing,
             "squared_norm": float(table.pmi.squared_norm),
         }
-    tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
-    with written_whole(path) as scratch:
-        save_file(tensors, str(scratch), {_METADATA_KEY: json.dumps(content)})
+    arrays = {name: torch.from_numpy(np.array(values)) for name, values in tensors.items()}
+    write_tensors(path, arrays, _KIND, content)
 
 
 def load_word_table(path: str | os.PathLike[str]) -> WordTable:
@@ -353,13 +350,10 @@ def load_word_table(path: str | os.PathLike[str]) -> WordTable:
     damaged = f"'{path}' is no word table, or is damaged"
     remedy = "Make it with tools/learn_word_vectors.py."
     try:
-        with safe_open(str(path), framework="numpy") as file:
-            content = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"{damaged}: {error}. {remedy}") from error
-    if not isinstance(content, dict) or content.get("kind") != _KIND:
-        raise ValueError(f"{damaged}: it is a safetensors file of something else. {remedy}")
+        content = read_content(path, _KIND)
+        tensors = {name: values.numpy() for name, values in read_tensors(path).items()}
+    except ValueError as error:
+        raise ValueError(f"{damaged}: {error} {remedy}") from error
     try:
         pmi = content.get("pmi")
         table = WordTable(

@@ -24,15 +24,13 @@ def read_image(
         FileNotFoundError: there is no such file.
         ValueError: the file is no readable image, or of another size.
     """
-    # Not imread, which on Windows finds no path with other than ASCII characters.
     try:
-        content = np.fromfile(path, np.uint8)
+        image = _read(path)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Image '{path}' (id {image_id}): there is no such file. Check the image folder, or "
             "remove the image from the annotation file."
         ) from None
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
     if image is None:
         raise ValueError(
             f"Image '{path}' (id {image_id}) cannot be read. Is the file an image, and complete?"
@@ -44,3 +42,28 @@ def read_image(
             "file, or restore the original image."
         )
     return image
+
+
+def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
+    """Read an image of any size.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no readable image.
+    """
+    try:
+        image = _read(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"Image '{path}': there is no such file.") from None
+    if image is None:
+        raise ValueError(f"Image '{path}' cannot be read. Is the file an image, and complete?")
+    return np.ascontiguousarray(image[:, :, ::-1])
+
+
+def _read(path: str | os.PathLike[str]) -> np.ndarray | None:
+    # Not imread, which on Windows finds no path with other than ASCII characters.
+    content = np.fromfile(path, np.uint8)
+    return cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None

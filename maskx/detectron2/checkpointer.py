@@ -2,13 +2,16 @@
 
 import logging
 import os
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
 
 from maskx.core.array_pickles import read_array_pickle
-from maskx.core.files import written_text
+from maskx.core.files import written_text, written_whole
 from maskx.engine.checkpoints import (
     check_finite,
     find_damage,
@@ -17,10 +20,11 @@ from maskx.engine.checkpoints import (
     write_checkpoint,
 )
 
-__all__ = ["MaskXCheckpointer"]
+__all__ = ["FINAL_NAME", "MaskXCheckpointer"]
 
 logger = logging.getLogger(__name__)
 
+FINAL_NAME = "model_final.pth"
 _LAST = "last_checkpoint"
 
 
@@ -31,20 +35,39 @@ class MaskXCheckpointer(DetectionCheckpointer):
     Of those that lie in the folder the newest whole one is gone on from. ``.pth`` files hold plain
     values and tensors, ``.pkl`` files of the model zoo and of Caffe2 arrays: whatever else they
     hold is refused and not run.
+
+    Args:
+        model: as for Detectron2's.
+        save_dir: run folder.
+        images: names the images that were learned from last, for messages.
+        **checkpointables: as for Detectron2's.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        images: Callable[[], Iterable[Any]] = tuple,
+        **checkpointables: Any,
+    ) -> None:
+        super().__init__(model, save_dir, **checkpointables)
+        self._images = images
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write a checkpoint.
 
         Raises:
-            FloatingPointError: a weight is not finite; the checkpoint before stays.
+            FloatingPointError: a weight is not finite; the checkpoint before stays. The message
+                names the images.
             OSError: it cannot be written; likewise.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         weights = self.model.state_dict()
         iteration = kwargs.get("iteration")
-        check_finite(weights, when=f"after iteration {iteration}" if iteration else "at the end")
+        when = "at the end" if iteration is None else f"after iteration {iteration}"
+        check_finite(weights, when=when, images=self._images())
         content = {"model": weights}
         content |= {key: part.state_dict() for key, part in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
@@ -68,7 +91,10 @@ class MaskXCheckpointer(DetectionCheckpointer):
         named = last.read_text().strip() if last.is_file() else ""
         if named and (folder / named).is_file() and find_damage(folder / named) is None:
             return str(folder / named)
-        found = newest_whole(folder.glob("model_*.pth")) if folder.is_dir() else None
+        saved = list(folder.glob("model_*.pth"))
+        found = newest_whole(saved)
+        if found is None and saved:
+            logger.warning("All %d checkpoints in '%s' are damaged.", len(saved), folder)
         if found is not None:
             logger.warning(
                 "%s names %s, which is missing or damaged. Going on from %s, the newest that is "
@@ -76,6 +102,17 @@ class MaskXCheckpointer(DetectionCheckpointer):
                 *(last, repr(named) if named else "nothing", found),
             )
         return "" if found is None else str(found)
+
+    def write_final(self) -> None:
+        """Make the final checkpoint of the last one where a kill left it damaged or unwritten.
+
+        A training that resumes at its end makes no step, so Detectron2 would not write it again.
+        """
+        final, source = Path(self.save_dir) / FINAL_NAME, self.get_checkpoint_file()
+        if source and Path(source) != final:
+            with written_whole(final, durable=True) as scratch:
+                shutil.copyfile(source, scratch)
+        self.tag_last_checkpoint(FINAL_NAME)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):

@@ -53,8 +53,8 @@ class Detectron2Hooks:
         learns_label_maps: whether it learns from pixels, not from image labels alone; see
             :class:`maskx.detectron2.image_mapper.MaskXImageMapper`.
         files: dotted keys of the files, beside ``MODEL.WEIGHTS``, that a run is made from.
-        keeps_class_names: write the class list of the model, which is that of no data set, into
-            its checkpoints, and refuse to load those of another.
+        matches_class_names: whether its model finds the classes of a checkpoint by name, so that
+            it may be evaluated with another class list than it was trained with.
     """
 
     system: str
@@ -69,7 +69,7 @@ class Detectron2Hooks:
     for_inference: Callable[[CfgNode], None] = _nothing
     learns_label_maps: bool = False
     files: tuple[str, ...] = ()
-    keeps_class_names: bool = False
+    matches_class_names: bool = False
 
 
 def architecture_of(cfg: CfgNode) -> type:

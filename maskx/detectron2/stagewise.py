@@ -7,33 +7,27 @@ detector serves many second stages, which is why the paper's ablations work stag
 import argparse
 import functools
 import itertools
-import json
 import logging
-import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import launch
-from detectron2.utils import comm
 from torch import nn
 
-from maskx.core.digests import sha256_of
-from maskx.core.files import write_json
-from maskx.detectron2.config import get_cfg, read_config
-from maskx.detectron2.datasets import (
-    register_from_config,
-    training_class_names,
-)
-from maskx.detectron2.hooks import hooks_of
+from maskx.detectron2.checkpointer import FINAL_NAME
+from maskx.detectron2.config import read_config
+from maskx.detectron2.datasets import register_from_config, training_class_names
 from maskx.detectron2.known_datasets import register_all
+from maskx.detectron2.runs import as_dict, free_keys, run_of
 from maskx.detectron2.trainer import Trainer, check_config, setup
+from maskx.engine.runs import Run, flat_settings, is_below, origin_of, read_run
+from maskx.engine.stages import StageState, begin_stage, stage_state
 
 __all__ = [
     "MadeData",
@@ -41,33 +35,12 @@ __all__ = [
     "build_on_cpu",
     "check_chain",
     "check_stages",
-    "config_difference",
     "config_values",
     "exit_with_message",
-    "read_config",
-    "read_record",
     "run_stage",
     "run_stages",
-    "sha256_of",
     "stage_is_finished",
 ]
-
-RECORD = "stage.json"
-
-# Files that ConceptMask is made of, by their part of a record.
-_CONCEPT_FILES = {
-    "word_table": "MODEL.MASKX.CONCEPT_MASK.WORD_TABLE",
-    "concept_split": "MODEL.MASKX.CONCEPT_MASK.SPLIT",
-    "overlap": "MODEL.MASKX.CONCEPT_MASK.OVERLAP",
-}
-
-# What may differ between a run and its continuation: it does not change what is learned, or, from
-# MODEL.WEIGHTS on, what it stands for is in the record, so that folders and files may be moved.
-_FREE_KEYS = (
-    *("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD"),
-    *("MODEL.WEIGHTS", "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS", "DATASETS.MASKX.SPLIT"),
-    *_CONCEPT_FILES.values(),
-)
 
 # What makes a detector compute what it was trained to compute; a key stands for those below it.
 _DETECTOR_KEYS = (
@@ -78,11 +51,6 @@ _DETECTOR_KEYS = (
     *("MODEL.RPN.BBOX_REG_WEIGHTS", "MODEL.ROI_HEADS.IN_FEATURES", "MODEL.ROI_HEADS.NUM_CLASSES"),
     *("MODEL.ROI_BOX_HEAD",),
 )
-
-
-# Measures of the evaluation among what is logged: AP of boxes and masks, and those of whole images
-# and of concepts.
-_MEASURES = ("/AP", "image_labels/", "sem_seg/", "concepts/")
 
 
 class MadeData(NamedTuple):
@@ -137,7 +105,21 @@ class Stage:
     @property
     def final_weights(self) -> Path:
         """Where Detectron2 writes the weights when the training ends."""
-        return self.output / "model_final.pth"
+        return self.output / FINAL_NAME
+
+    def describe(self) -> Run:
+        """Describe the run, by what the files it starts from hold now.
+
+        Raises:
+            FileNotFoundError: the data that an earlier run made for it are gone.
+        """
+        register_all()
+        register_from_config(self.cfg)
+        run = run_of(self.cfg)
+        if self.data is None:
+            return run
+        header = origin_of(self.data.header, self.output)
+        return replace(run, started_from={**run.started_from, "made data": header})
 
     @functools.cached_property
     def cfg(self) -> CfgNode:
@@ -177,16 +159,16 @@ def check_stages(first: Stage | Path, second: Stage) -> None:
         )
     if isinstance(first, Stage):
         _check_first(first)
-        known, source = _as_dict(first.cfg), first.config_file
+        known, source = as_dict(first.cfg), first.config_file
     else:
         if not first.is_file():
             raise FileNotFoundError(f"--stage1-weights '{first}': there is no such file.")
         source = first.with_name("config.yaml")  # that Detectron2 writes beside the weights
         known = yaml.safe_load(source.read_text(encoding="utf-8")) if source.is_file() else {}
     _check_second(second)
-    found = _flatten(_as_dict(second.cfg))
-    for key, value in _flatten(known).items():
-        if _is_below(key, _DETECTOR_KEYS) and found.get(key, value) != value:
+    found = flat_settings(as_dict(second.cfg))
+    for key, value in flat_settings(known).items():
+        if is_below(key, _DETECTOR_KEYS) and found.get(key, value) != value:
             raise ValueError(
                 f"{key} is {found[key]!r} in {second.config_file}, but {value!r} in {source}: "
                 "stage 2 would run another detector than stage 1 trained. Set it alike in both."
@@ -234,55 +216,26 @@ def check_chain(
 
 
 def stage_is_finished(stage: Stage) -> bool:
-    """Whether a stage was trained and evaluated.
+    """Whether a stage was trained and evaluated, and its weights are whole.
 
     Raises:
         FileNotFoundError: the data that an earlier run made for it are gone.
         ValueError: its folder holds another run, which must not be mixed with it or lost.
     """
-    record = read_record(stage.output)
-    if record is None:
-        if (stage.output / "last_checkpoint").exists():
-            raise ValueError(
-                f"'{stage.output}' holds checkpoints without {RECORD}, so another tool made them. "
-                "Choose another --output."
-            )
-        return False
-    if not _is_started(stage.output, record):
-        return False
     made = () if stage.data is None else (stage.data.json_file, stage.data.header)
-    for file in made:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"The run in '{stage.output}' trained on '{file}', which is gone. Restore it, or "
-                "remove that folder to train on data that are made again."
-            )
-    now = _make_record(stage)
-    remedy = "Undo the change, choose another --output, or remove that folder"
-    difference = config_difference(record["config"], now["config"])
-    if difference is not None:
-        key, then, value = difference
-        raise ValueError(
-            f"{key} is {value!r}, but the run in '{stage.output}' was started with {then!r}. "
-            f"{remedy}."
+    gone = [file for file in made if not file.is_file()]
+    if gone:
+        if not stage.final_weights.is_file():
+            return False  # an earlier stage has to make them yet
+        raise FileNotFoundError(
+            f"The run in '{stage.output}' trained on '{gone[0]}', which is gone. Restore it, or "
+            "remove that folder to train on data that are made again."
         )
-    for part, key in (
-        ("classes_with_masks", "DATASETS.MASKX.SPLIT"),
-        ("weights", "MODEL.WEIGHTS"),
-        ("classifier_weights", "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS"),
-        ("made_data", "DATASETS.TRAIN"),
-        *_CONCEPT_FILES.items(),
-    ):
-        if record.get(part) != now[part]:  # older records lack what their runs did not have
-            value = _value(stage.cfg, key)
-            raise ValueError(
-                f"{key} '{value}' does not stand for what it did when the run in "
-                f"'{stage.output}' was started: other content, or another file. {remedy}."
-            )
-    return record["results"] is not None
+    state = stage_state(stage.output, stage.describe(), free=free_keys(stage.cfg))
+    return state is StageState.FINISHED
 
 
-def run_stage(stage: Stage, *, num_gpus: int = 1, resume: bool = True) -> dict[str, Any]:
+def run_stage(stage: Stage, *, num_gpus: int = 1, resume: bool = True) -> Run:
     """Train and evaluate a stage, unless that is done; an interrupted one goes on.
 
     Args:
@@ -291,26 +244,16 @@ def run_stage(stage: Stage, *, num_gpus: int = 1, resume: bool = True) -> dict[s
         resume: whether an interrupted run may go on; otherwise it is an error.
 
     Returns:
-        The record of the run; see :func:`read_record`.
+        What the run was, with its ``results``.
 
     Raises:
         ValueError: the folder holds another run, or an interrupted one without ``resume``.
     """
-    if not stage_is_finished(stage):
-        if not resume and (stage.output / "last_checkpoint").exists():
-            raise ValueError(
-                f"'{stage.output}' holds an interrupted run. Add --resume to go on with it, or "
-                "choose another --output."
-            )
-        record = _make_record(stage)
-        earlier = read_record(stage.output)
-        if earlier is not None and _is_started(stage.output, earlier):
-            record["seconds"] = earlier["seconds"]
-        stage.output.mkdir(parents=True, exist_ok=True)
-        write_json(stage.output / RECORD, record)
+    free = free_keys(stage.cfg)
+    if begin_stage(stage.output, stage.describe(), resume=resume, free=free) is not None:
         with _own_log_handlers():
-            launch(_train, num_gpus, dist_url="auto", args=(stage, record))
-    return read_record(stage.output)
+            launch(_train, num_gpus, dist_url="auto", args=(stage,))
+    return read_run(stage.output)
 
 
 def run_stages(
@@ -355,97 +298,12 @@ def exit_with_message(goes_on: str) -> Iterator[None]:
         sys.exit(f"interrupted; {goes_on}")
 
 
-def read_record(output: Path) -> dict[str, Any] | None:
-    """Read what a run wrote into its folder.
-
-    Returns:
-        None without a run. Otherwise ``config`` (all keys), ``classes_with_masks`` (names),
-        ``weights`` (SHA-256 of the initial weights, or their name if they are no local file),
-        ``classifier_weights`` (the same for the classifier of TransferNet; None where none is
-        read), ``word_table``, ``concept_split`` and ``overlap`` (the same for the files of
-        ConceptMask),
-        ``made_data`` (SHA-256 of the annotation file and of the header of :class:`MadeData`, or
-        None without), ``seconds`` (training and evaluation, of all sessions that were not killed)
-        and ``results``, metrics by "task/metric" as in "segm_B/AP" or "sem_seg/mIoU" with None for
-        NaN; None until the run is finished.
-    """
-    path = output / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def config_difference(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Find the first key in which two configurations differ in what is learned.
-
-    Args:
-        then: of a record; a key it lacks, as it is of an older version, has its default.
-        now: of a record.
-
-    Returns:
-        The key and its two values, or None.
-    """
-    defaults = _flatten(_as_dict(get_cfg()))
-    then, now = defaults | _flatten(then), defaults | _flatten(now)
-    for key in sorted(then.keys() | now.keys()):
-        if key not in _FREE_KEYS and then.get(key) != now.get(key):
-            return key, then.get(key), now.get(key)
-    return None
-
-
-def _train(stage: Stage, record: dict[str, Any]) -> None:
-    """Train and evaluate, in each process; the main one writes the record."""
-    cfg = setup(argparse.Namespace(config_file=str(stage.config_file), opts=stage.all_opts))
-    started, results = time.perf_counter(), None
-    try:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=True)
-        trainer.train()
-        results = {
-            name: None if math.isnan(value) else value
-            for name, (value, _) in trainer.storage.latest().items()
-            if any(measure in name for measure in _MEASURES)
-        }
-    finally:
-        if comm.is_main_process():
-            seconds = record["seconds"] + time.perf_counter() - started
-            write_json(stage.output / RECORD, record | {"seconds": seconds, "results": results})
-
-
-def _make_record(stage: Stage) -> dict[str, Any]:
-    register_all()
-    register_from_config(stage.cfg)
-    weights, data = stage.cfg.MODEL.WEIGHTS, stage.data
-    classifier = "" if weights else stage.cfg.MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS
-    config = _as_dict(stage.cfg)
-    if data is not None:  # its files may move; their content is below
-        keys = config["DATASETS"]["MASKX"]
-        keys["REGISTER"] = _without(keys["REGISTER"], data.name)
-    split = hooks_of(stage.cfg).split(stage.cfg)
-    files = {part: _value(stage.cfg, key) for part, key in _CONCEPT_FILES.items()}
-    return {
-        "config": config,
-        "classes_with_masks": ([] if split is None else list(split.with_masks)),
-        "weights": _content_or_name(weights),
-        "classifier_weights": _content_or_name(classifier) or None,
-        "made_data": (
-            None if data is None else [sha256_of(file) for file in (data.json_file, data.header)]
-        ),
-        **{part: _content_or_name(file) or None for part, file in files.items()},
-        "seconds": 0.0,
-        "results": None,
-    }
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), cfg)
-
-
-def _content_or_name(file: str) -> str:
-    return sha256_of(Path(file)) if Path(file).is_file() else file
-
-
-def _is_started(output: Path, record: dict[str, Any]) -> bool:
-    """Whether a run came as far as a checkpoint; before that nothing can be mixed or lost."""
-    return record["results"] is not None or (output / "last_checkpoint").exists()
+def _train(stage: Stage) -> None:
+    """Train and evaluate, in each process."""
+    arguments = argparse.Namespace(config_file=str(stage.config_file), opts=stage.all_opts)
+    trainer = Trainer(setup(arguments))
+    trainer.resume_or_load(resume=True)
+    trainer.train()
 
 
 def _check_first(stage: Stage) -> None:
@@ -502,30 +360,13 @@ def build_on_cpu(cfg: CfgNode) -> nn.Module:
 
 def config_values(cfg: CfgNode, keys: tuple[str, ...]) -> dict[str, Any]:
     """Values by dotted key of some keys and of all those below them."""
-    values = _flatten(_as_dict(cfg))
-    return {key: value for key, value in values.items() if _is_below(key, keys)}
+    values = flat_settings(as_dict(cfg))
+    return {key: value for key, value in values.items() if is_below(key, keys)}
 
 
 def _without(register: Sequence[Sequence[str]], name: str) -> list[Sequence[str]]:
     """Entries of ``DATASETS.MASKX.REGISTER`` but for those of a data set."""
     return [e for e in register if not isinstance(e, list | tuple) or list(e[:1]) != [name]]
-
-
-def _as_dict(cfg: CfgNode) -> dict[str, Any]:
-    return yaml.safe_load(cfg.dump())  # with lists for tuples, as in a file
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested dicts into one by dotted keys."""
-    flat = {}
-    for key, value in config.items():
-        is_node = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{key}.") if is_node else {f"{prefix}{key}": value}
-    return flat
-
-
-def _is_below(key: str, keys: tuple[str, ...]) -> bool:
-    return any(key == k or key.startswith(f"{k}.") for k in keys)
 
 
 @contextmanager

@@ -2,15 +2,15 @@
 
 import argparse
 import contextlib
-import itertools
 import logging
+import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, default_setup
+from detectron2.engine import DefaultTrainer, HookBase, default_setup
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
@@ -27,6 +27,7 @@ from maskx.detectron2.config import read_config
 from maskx.detectron2.datasets import register_from_config
 from maskx.detectron2.hooks import hooks_of
 from maskx.detectron2.known_datasets import register_all
+from maskx.detectron2.runs import LearnedRun, check_resumable, run_state, training_run
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer, check_solver
 
 __all__ = ["Trainer", "check_num_gpus", "evaluate", "load_trained", "setup"]
@@ -51,7 +52,6 @@ class Trainer(DefaultTrainer):
             setup_logger(name="maskx")
         check_config(cfg)
         super().__init__(cfg)
-        _keep_class_names(cfg, self.checkpointer)
         hooks_of(cfg).built(cfg, self.checkpointer.model, self.data_loader)
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -78,19 +78,35 @@ class Trainer(DefaultTrainer):
         if not resume:
             hooks_of(self.cfg).started(self.cfg, self.checkpointer.model, missing)
 
-    def build_hooks(self) -> list:
-        """Make the hooks; those that save get a checkpointer that writes whole files."""
+    def build_hooks(self) -> list[HookBase | None]:
+        """Make Detectron2's hooks, on checkpoints that say which run they are of."""
         self.checkpointer = MaskXCheckpointer(
-            self.checkpointer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+            self.model,
+            self.cfg.OUTPUT_DIR,
+            images=lambda: getattr(self.data_loader, "images", ()),
+            trainer=weakref.proxy(self),
+            maskx_run=run_state(self.cfg),
         )
         return super().build_hooks()
+
+    def train(self) -> Any:
+        """Train; see :func:`maskx.detectron2.runs.training_run` for what it leaves."""
+        with training_run(self):
+            return super().train()
 
     def run_step(self) -> None:
         """Make a step; what is random in it follows from ``SEED`` and the iteration."""
         if self.cfg.SEED >= 0:
             # Rank 0 draws what the other host draws in this step.
             torch.manual_seed(step_seed(self.cfg.SEED, self.iter, *filter(None, [comm.get_rank()])))
-        super().run_step()
+        try:
+            super().run_step()
+        except FloatingPointError as error:
+            images = listed(getattr(self.data_loader, "images", ()))
+            raise FloatingPointError(
+                f"{error} Lower the learning rate, or look at the images of that step"
+                f"{f' ({images})' if images else ''}."
+            ) from error
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -130,13 +146,22 @@ def setup(args: argparse.Namespace) -> CfgNode:
         args: of ``detectron2.engine.default_argument_parser()``.
 
     Returns:
-        The frozen configuration. All data sets it names are registered, and it was checked.
+        The frozen configuration. All data sets it names are registered, and it was checked. To
+        resume, the run in ``OUTPUT_DIR`` is of the same data, classes and masks. An evaluation
+        writes its configuration and log into ``OUTPUT_DIR/evaluation``.
     """
     cfg = read_config(args.config_file, args.opts)
     cfg.freeze()
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="maskx")
-    default_setup(cfg, args)
     register_all()
+    written = cfg.clone()
+    if getattr(args, "eval_only", False):
+        written.defrost()
+        written.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "evaluation")
+    elif getattr(args, "resume", False):
+        register_from_config(cfg)
+        check_resumable(cfg)  # before config.yaml is written anew
+    setup_logger(written.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="maskx")
+    default_setup(written, args)
     check_config(cfg)
     return cfg
 
@@ -158,7 +183,9 @@ def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
     return Trainer.test(cfg, load_trained(cfg, resume=resume))
 
 
-def load_trained(cfg: CfgNode, *, resume: bool = False, exact: bool = False) -> nn.Module:
+def load_trained(
+    cfg: CfgNode, *, resume: bool = False, exact: bool = False, compare: bool = True
+) -> nn.Module:
     """Build a trained model in evaluation mode.
 
     Args:
@@ -166,6 +193,8 @@ def load_trained(cfg: CfgNode, *, resume: bool = False, exact: bool = False) -> 
         resume: load the last checkpoint of the output folder, if there is one, instead of
             ``MODEL.WEIGHTS``.
         exact: refuse weights that the model does not have.
+        compare: refuse weights of another class list than that of ``cfg``, and warn of another
+            split, where the checkpoint says what it was trained with.
 
     Raises:
         ValueError: there are no weights, or they are not those of this model.
@@ -176,8 +205,9 @@ def load_trained(cfg: CfgNode, *, resume: bool = False, exact: bool = False) -> 
     model_cfg.MODEL.MASKX.BACKBONE.PRETRAINED = False
     hooks_of(cfg).for_inference(model_cfg)
     model = Trainer.build_model(model_cfg).eval()
-    checkpointer = MaskXCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    _keep_class_names(cfg, checkpointer)
+    checkpointer = MaskXCheckpointer(model, cfg.OUTPUT_DIR)
+    if compare:
+        checkpointer.add_checkpointable("maskx_run", LearnedRun(cfg))
     source = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         source = checkpointer.get_checkpoint_file()
@@ -244,36 +274,6 @@ def check_config(cfg: CfgNode) -> None:
     check_solver(cfg)
     register_from_config(cfg)
     hooks.check(cfg)
-
-
-class _ClassNames:
-    """The class list of a model as a part of its checkpoints: its union is in no data set's file.
-
-    Args:
-        class_names: by class index of the model.
-    """
-
-    def __init__(self, class_names: Sequence[str]) -> None:
-        self.class_names = list(class_names)
-
-    def state_dict(self) -> dict[str, list[str]]:
-        return {"class_names": self.class_names}
-
-    def load_state_dict(self, state: dict[str, list[str]]) -> None:
-        pairs = itertools.zip_longest(state["class_names"], self.class_names)
-        for index, (in_checkpoint, here) in enumerate(pairs):
-            if in_checkpoint != here:
-                raise ValueError(
-                    f"Class {index} is {in_checkpoint!r} in the checkpoint, but {here!r} by "
-                    "DATASETS.TRAIN and DATASETS.MASKX.SPLIT. Set them as the model was trained."
-                )
-
-
-def _keep_class_names(cfg: CfgNode, checkpointer: MaskXCheckpointer) -> None:
-    hooks = hooks_of(cfg)
-    if hooks.keeps_class_names:
-        names = _ClassNames(hooks.class_names(cfg))
-        checkpointer.add_checkpointable("class_list", names)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Batches of samples that follow from a seed and the number of the iteration, on either host."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,6 +147,7 @@ class SeededLoader:
     Attributes:
         start: iteration of the first batch of an iterator; to be set before that is made, so that
             a resumed training sees what the interrupted one would have seen.
+        images: names of those of the batch that came last, for messages.
     """
 
     def __init__(
@@ -158,15 +159,26 @@ class SeededLoader:
     ) -> None:
         self.dataset, self.batches, self.num_workers = dataset, batches, num_workers
         self.start = 0
+        self.images: list[str] = []
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        return iter(
-            DataLoader(
-                self.dataset,
-                batch_sampler=self.batches(self.start, sys.maxsize),
-                num_workers=self.num_workers,
-                collate_fn=list,
-                # A new iterator draws a seed: not from the state of the step that asks for it.
-                generator=torch.Generator(),
-            )
+        batches = DataLoader(
+            self.dataset,
+            batch_sampler=self.batches(self.start, sys.maxsize),
+            num_workers=self.num_workers,
+            collate_fn=list,
+            # A new iterator draws a seed: not from the state of the step that asks for it.
+            generator=torch.Generator(),
         )
+        for batch in batches:
+            self.images = image_names(batch)
+            yield batch
+
+
+def image_names(batch: Iterable[Any]) -> list[str]:
+    """Name the images of a batch, by their files or else their ids, for messages."""
+    names = []
+    for sample in batch:
+        keys = ("file_name", "image_id") if isinstance(sample, Mapping) else ()
+        names += [str(sample[key]) for key in keys if key in sample][:1]
+    return names

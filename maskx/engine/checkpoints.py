@@ -141,17 +141,23 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         folder: it is made.
 
     Raises:
+        OSError: the folder cannot be made or written to.
         ValueError: another process holds it.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(str(folder.resolve() / _LOCK_NAME), os.getpid())
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(
             f"Another process is at work in '{folder}'. Wait until it ends, or choose another "
             "output folder."
+        ) from error
+    except OSError as error:
+        raise OSError(
+            f"'{folder}' cannot be written to ({error.strerror or error}). Make it writable, or "
+            "choose another output folder."
         ) from error
     try:
         remove_leftovers(folder)

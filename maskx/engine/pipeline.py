@@ -13,7 +13,7 @@ from maskx.data.splits import resolve_split
 from maskx.engine.batches import training_batches
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
-from maskx.engine.runs import Run, origin_of, write_run
+from maskx.engine.runs import Run, origin_of
 from maskx.engine.system import Scores, System, find_system
 from maskx.engine.training import TrainingSettings, load_weights, select_device, train
 
@@ -75,9 +75,8 @@ def _pipeline(
         class_names=train_data.class_names,
         settings=settings,
         split=split,
-        started_from={"annotations": origin_of(train_data.json_file)},
+        started_from={"annotations": origin_of(train_data.json_file, options.output)},
     )
-    write_run(options.output, run)
     torch.manual_seed(options.seed)
     model = system.build(settings, train_data.class_names)
     history = train(
@@ -92,8 +91,8 @@ def _pipeline(
         ),
         training,
         output_dir=options.output,
+        run=run,
         resume=options.resume,
-        identity={"settings": settings, "categories with masks": list(split.with_masks)},
         device=device,
     )
     scores = system.scores(split.class_names, split)

@@ -29,6 +29,7 @@ __all__ = [
     "link_run",
     "origin_of",
     "read_run",
+    "settings_difference",
     "write_run",
 ]
 
@@ -302,10 +303,9 @@ def _differences(then: Run, now: Run, free: Collection[str] | None, started: str
             f"had {listed(old) or 'none'}: {said}."
         )
     if free is not None:
-        old, new = flat_settings(then.settings), flat_settings(now.settings)
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key) and not is_below(key, free):
-                yield changed(key, old.get(key), new.get(key))
+        other = settings_difference(then.settings, now.settings, free)
+        if other is not None:
+            yield changed(*other)
     for name in sorted(then.started_from.keys() | now.started_from.keys()):
         before, after = then.started_from.get(name), now.started_from.get(name)
         if getattr(before, "sha256", None) != getattr(after, "sha256", None):
@@ -316,6 +316,26 @@ def _differences(then: Run, now: Run, free: Collection[str] | None, started: str
 def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def settings_difference(
+    then: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """Find the first setting that two runs have otherwise.
+
+    Args:
+        then: nested settings.
+        now: likewise.
+        free: dotted names that may differ, and of those above them.
+
+    Returns:
+        The dotted name and its two values, or None.
+    """
+    old, new = flat_settings(then), flat_settings(now)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not is_below(key, free):
+            return key, old.get(key), new.get(key)
+    return None
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

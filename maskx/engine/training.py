@@ -18,8 +18,11 @@ from fvcore.common.param_scheduler import (
 from torch import nn
 from tqdm import tqdm
 
-from maskx.core.files import written_whole
 from maskx.core.seeds import step_seed
+from maskx.core.text import listed
+from maskx.engine.batches import image_names
+from maskx.engine.checkpoints import check_finite, locked, read_archive, write_checkpoint
+from maskx.engine.runs import Run, check_same_run, write_run
 
 CHECKPOINT_NAME = "checkpoint.pth"
 OPTIMIZERS = ("sgd", "adam")
@@ -27,6 +30,9 @@ DECAYS = ("cosine", "poly")
 
 # Reading a loss waits for the device, so losses are read only this often.
 _LOG_EVERY = 20
+
+# Settings that do not change what is learned.
+_FREE = ("training.checkpoint_every",)
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,7 @@ def train(
     settings: TrainingSettings,
     *,
     output_dir: Path,
+    run: Run | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
@@ -132,13 +139,15 @@ def train(
     Interrupt it at any point, by the keyboard or by force: a run that is resumed from its last
     checkpoint ends, on a CPU, with exactly the weights of a run that was not interrupted. All
     randomness of a step, in the model and in its data, comes from the seed and the number of the
-    step. On a GPU the step runs in mixed precision.
+    step. On a GPU the step runs in mixed precision. Weights that are not finite never replace a
+    checkpoint, and no other process writes into the folder meanwhile.
 
     Args:
         model: the network, on any device; it is moved to ``device``.
         batches: called with the keywords ``start`` and ``stop``, makes the batches of these steps.
         settings: what the run is defined by.
-        output_dir: where the checkpoint is written.
+        output_dir: run folder, where the checkpoint and ``run.json`` are written.
+        run: what the run is, beside ``settings``; a resumed run must be the same.
         resume: go on from the checkpoint in ``output_dir`` if there is one. Else such a checkpoint
             is kept as ``previous_checkpoint.pth``, in the place of an older one.
         identity: what else the run is defined by, such as its data and split, as plain values: a
@@ -151,60 +160,129 @@ def train(
         means over the steps since the row before.
 
     Raises:
-        ValueError: the checkpoint belongs to a run with other settings or to another model, or a
-            prefix of `lr_multipliers` fits no parameter that is trained.
-        FloatingPointError: a loss is not finite.
+        ValueError: the checkpoint is damaged, belongs to another run or to another model, another
+            process is at work in the folder, or a prefix of `lr_multipliers` fits no parameter that
+            is trained.
+        FloatingPointError: a loss, a gradient or a weight is not finite.
+        OSError: the disk is full or cannot be written to; the last checkpoint is as it was.
     """
-    device = torch.device(device)
-    description_of_run = dataclasses.asdict(settings) | dict(identity or {})
-    model.to(device).train()
-    groups, lr_multipliers = _parameter_groups(model, settings)
-    optimizer = _make_optimizer(groups, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
-    checkpoint = output_dir / CHECKPOINT_NAME
-    mean_losses = _MeanLosses()
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "losses": mean_losses}
-    start, history = 0, []
-    if checkpoint.is_file():
-        if resume:
-            start, history = _load_checkpoint(checkpoint, state, description_of_run, device)
-        else:
-            checkpoint.replace(checkpoint.with_name(f"previous_{CHECKPOINT_NAME}"))
+    named = run is not None
+    run = run or Run(system="", host="pip", class_names=(), settings=dict(identity or {}))
+    parts = {**run.settings, **dict(identity or {}), "training": dataclasses.asdict(settings)}
+    run = dataclasses.replace(run, settings=parts, weights=CHECKPOINT_NAME)
+    with locked(output_dir):
+        loop = _Loop(model, settings, Path(output_dir) / CHECKPOINT_NAME, run, torch.device(device))
+        loop.start(resume)
+        if named:
+            write_run(output_dir, run)
+        loop.go_on(batches, description)
+    return loop.history
 
-    schedule = settings.schedule()
-    progress = tqdm(total=settings.iterations, initial=start, desc=description, unit="it")
-    with progress:
-        for iteration, batch in enumerate(batches(start=start, stop=settings.iterations), start):
-            torch.manual_seed(step_seed(settings.seed, iteration))
-            learning_rate = schedule(iteration / settings.iterations)
-            for group, factor in zip(optimizer.param_groups, lr_multipliers, strict=True):
-                group["lr"] = learning_rate * factor
-            with torch.autocast(device.type, enabled=device.type == "cuda"):
-                losses = model(batch)
-                total = sum(losses.values())
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(total).backward()
-            scaler.unscale_(optimizer)
-            # One unusual batch must not throw the weights of a short run far off.
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm=10.0)
-            scaler.step(optimizer)
-            scaler.update()
-            mean_losses.add(losses, total)
 
-            done = iteration + 1
-            progress.update()
-            saves = done % settings.checkpoint_every == 0 or done == settings.iterations
-            logs = iteration % _LOG_EVERY == 0 or done == settings.iterations
-            if saves or logs:
-                row = mean_losses.read(iteration)
-            if logs:
-                mean_losses.clear()
-                history.append(row)
-                names = (name for name in row if name != "iteration")
-                progress.set_postfix({n.removeprefix("loss_"): f"{row[n]:.3f}" for n in names})
-            if saves:
-                _save_checkpoint(checkpoint, state, description_of_run, done, history)
-    return history
+class _Loop:
+    """A training: what changes from step to step, and what a checkpoint holds of it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainingSettings,
+        checkpoint: Path,
+        run: Run,
+        device: torch.device,
+    ) -> None:
+        self.model, self.settings, self.checkpoint = model, settings, checkpoint
+        self.run, self.device = run, device
+        model.to(device).train()
+        groups, self.lr_multipliers = _parameter_groups(model, settings)
+        self.optimizer = _make_optimizer(groups, settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
+        self.losses = _MeanLosses()
+        self.iteration, self.history = 0, []
+
+    def start(self, resume: bool) -> None:
+        """Go on from the checkpoint that is there, or move it away."""
+        if self.checkpoint.is_file():
+            if resume:
+                self._load()
+            else:
+                self.checkpoint.replace(self.checkpoint.with_name(f"previous_{CHECKPOINT_NAME}"))
+
+    def go_on(self, batches: Callable[..., Iterable[list[dict]]], description: str) -> None:
+        """Make the steps that are left."""
+        stop, schedule = self.settings.iterations, self.settings.schedule()
+        progress = tqdm(total=stop, initial=self.iteration, desc=description, unit="it")
+        with progress:
+            for batch in batches(start=self.iteration, stop=stop):
+                self._step(batch, schedule(self.iteration / stop))
+                self.iteration += 1
+                progress.update()
+                is_last = self.iteration == stop
+                saves = is_last or self.iteration % self.settings.checkpoint_every == 0
+                logs = is_last or (self.iteration - 1) % _LOG_EVERY == 0
+                if saves or logs:
+                    row = self.losses.read(self.iteration - 1)
+                if logs:
+                    self.losses.clear()
+                    self.history.append(row)
+                    names = (name for name in row if name != "iteration")
+                    progress.set_postfix({n.removeprefix("loss_"): f"{row[n]:.3f}" for n in names})
+                if saves:
+                    self._save()
+
+    def _step(self, batch: list[dict], learning_rate: float) -> None:
+        iteration, device_type = self.iteration, self.device.type
+        torch.manual_seed(step_seed(self.settings.seed, iteration))
+        for group, factor in zip(self.optimizer.param_groups, self.lr_multipliers, strict=True):
+            group["lr"] = learning_rate * factor
+        with torch.autocast(device_type, enabled=device_type == "cuda"):
+            losses = self.model(batch)
+            total = sum(losses.values())
+        self.losses.add(losses, total, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        self.scaler.unscale_(self.optimizer)
+        # One unusual batch must not throw the weights of a short run far off.
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=10.0)
+        # Elsewhere reading them would wait for the device, and the scaler leaves such a step out.
+        if device_type == "cpu" and not (total.isfinite() and norm.isfinite()):
+            self.losses.read(iteration)  # says more, if that is where it begins
+            raise FloatingPointError(
+                f"The gradient at iteration {iteration} is not finite. {self.losses.remedy()}"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _parts(self) -> dict[str, Any]:
+        names = ("model", "optimizer", "scaler", "losses")
+        return {name: getattr(self, name) for name in names}
+
+    def _save(self) -> None:
+        content = {name: part.state_dict() for name, part in self._parts().items()}
+        when = f"after iteration {self.iteration - 1}"
+        check_finite(content["model"], when=when, images=self.losses.images)
+        content |= {
+            "run": self.run.as_json(),
+            "iteration": self.iteration,
+            "history": self.history,
+        }
+        write_checkpoint(self.checkpoint, content)
+
+    def _load(self) -> None:
+        path = self.checkpoint
+        content = read_checkpoint(path, self.device)
+        check_same_run(Run.from_json(content["run"], path), self.run, source=path, free=_FREE)
+        load_state(self.model, content["model"], path)
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+            if content["scaler"]:  # empty when the run began on a CPU
+                self.scaler.load_state_dict(content["scaler"])
+            self.losses.load_state_dict(content["losses"])
+            self.iteration, self.history = content["iteration"], content["history"]
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"'{path}' holds weights, but not all that a training needs to go on "
+                f"({type(error).__name__}: {error}). Start anew without resuming."
+            ) from error
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
@@ -258,7 +336,7 @@ def _lr_multipliers(names: list[str], factors: Mapping[str, float]) -> dict[str,
 
 
 class _MeanLosses:
-    """Means of the losses since the last row of the history.
+    """Means of the losses since the last row of the history, and the images they are of.
 
     The losses of one step say little: with data sets that take turns, those of one of them are zero
     in every other step. The sums stay on the device, since reading them waits for it.
@@ -270,64 +348,39 @@ class _MeanLosses:
     def clear(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._steps = 0
+        self.images: list[str] = []
 
-    def add(self, losses: Mapping[str, torch.Tensor], total: torch.Tensor) -> None:
+    def add(
+        self, losses: Mapping[str, torch.Tensor], total: torch.Tensor, batch: list[dict]
+    ) -> None:
         self._steps += 1
         for name, loss in {**losses, "total": total}.items():
             self._sums[name] = self._sums.get(name, 0) + loss.detach().float()
+        if total.device.type == "cpu":  # each step is looked at
+            self.images.clear()
+        self.images += image_names(batch)
 
     def read(self, iteration: int) -> dict[str, float]:
         values = (torch.stack(list(self._sums.values())) / self._steps).cpu().tolist()
         row = dict(zip(self._sums, values, strict=True))
         if not all(math.isfinite(value) for value in values):
-            since = "" if self._steps == 1 else f" or up to {self._steps - 1} steps before"
+            is_exact = self._steps == 1 or self._sums["total"].device.type == "cpu"
+            since = "" if is_exact else f" or up to {self._steps - 1} steps before"
             raise FloatingPointError(
-                f"Losses at iteration {iteration}{since} are not finite: {row}. Lower the learning "
-                "rate, or look at the images of that step."
+                f"Losses at iteration {iteration}{since} are not finite: {row}. {self.remedy()}"
             )
         return {"iteration": iteration, **row}
+
+    def remedy(self) -> str:
+        """Say what can be done where something is not finite."""
+        images = f" ({listed(self.images)})" if self.images else ""
+        return f"Lower the learning rate, or look at the images of that step{images}."
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self._sums, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._sums, self._steps = dict(state["sums"]), state["steps"]
-
-
-def _save_checkpoint(
-    path: Path, state: dict, description_of_run: dict, iteration: int, history: list
-) -> None:
-    content = {name: part.state_dict() for name, part in state.items()}
-    content |= {
-        "run": description_of_run,
-        "iteration": iteration,
-        "history": history,
-    }
-    with written_whole(path, durable=True) as scratch:
-        torch.save(content, scratch)
-
-
-def _load_checkpoint(
-    path: Path, state: dict, description_of_run: dict, device: torch.device
-) -> tuple[int, list]:
-    content = read_checkpoint(path, device)
-    # Checkpoints from before there was a choice lack these.
-    run = {"optimizer": "sgd", "lr_multipliers": {}, "decay": "cosine"} | content["run"]
-    for key, value in description_of_run.items():
-        found = run.get(key)
-        # How often checkpoints are written does not change what is learned.
-        if found != value and key != "checkpoint_every":
-            raise ValueError(
-                f"'{path}' was made with {key} {_shortened(found)}, but this run has {key} "
-                f"{_shortened(value)}. Resume with the same, or start anew without resuming."
-            )
-    load_state(state["model"], content["model"], path)
-    state["optimizer"].load_state_dict(content["optimizer"])
-    if content["scaler"]:  # empty when the run began on a CPU
-        state["scaler"].load_state_dict(content["scaler"])
-    if "losses" in content:  # not in checkpoints of before there were means
-        state["losses"].load_state_dict(content["losses"])
-    return content["iteration"], content["history"]
 
 
 def read_checkpoint(path: Path, device: torch.device | str) -> dict:
@@ -337,22 +390,13 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict:
         FileNotFoundError: there is no such file.
         ValueError: the file is no checkpoint of this loop, or damaged.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no checkpoint '{path}'. Train first, or correct it.")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        if not {"model", "run", "iteration"} <= set(content):
-            raise KeyError("model, run, iteration")
-    except Exception as error:
+    content = read_archive(path, device)
+    if not isinstance(content, dict) or not {"model", "run", "iteration"} <= content.keys():
         raise ValueError(
-            f"'{path}' is no checkpoint of maskx's training loop, or is damaged: {error}"
-        ) from error
+            f"'{path}' is no checkpoint of maskx's training loop. Give one that is called "
+            f"{CHECKPOINT_NAME}."
+        )
     return content
-
-
-def _shortened(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _misfit(own: Mapping[str, Any], weights: Mapping[str, Any]) -> str:

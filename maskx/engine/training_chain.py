@@ -4,12 +4,14 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from maskx.engine.runs import Origin, Run
 from maskx.engine.training import TrainingSettings, train
 
 __all__ = ["TrainingChain"]
@@ -22,7 +24,9 @@ class TrainingChain:
         settings: what to do; all trainings have its ``batch_size``, ``seed`` and ``workers``.
         output: folder of the checkpoints.
         resume: go on from the checkpoints that are there.
-        identity: what all trainings are defined by, see :func:`maskx.engine.training.train`.
+        run: what all trainings have in common: system, class list, split, data; None where they
+            are no runs of a system.
+        identity: what else all trainings are defined by, as plain values.
         device: where to compute.
 
     Attributes:
@@ -35,12 +39,13 @@ class TrainingChain:
         *,
         output: Path,
         resume: bool,
-        identity: Mapping[str, Any],
+        run: Run | None = None,
+        identity: Mapping[str, Any] | None = None,
         device: torch.device | str,
     ) -> None:
         self.settings = settings
         self.output, self.resume, self.device = output, resume, torch.device(device)
-        self.identity = dict(identity)
+        self.run, self.identity = run, dict(identity or {})
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -57,13 +62,35 @@ class TrainingChain:
         batches: Callable[..., Iterable[list[dict]]],
         identity: Mapping[str, Any],
         *,
+        model_settings: Mapping[str, Any] | None = None,
+        started_from: Mapping[str, str] | None = None,
         iterations: int,
         rate: float,
         lr_multipliers: Mapping[str, float] | None = None,
         description: str | None = None,
     ) -> None:
-        """Train a model, in the folder ``name``, and leave it in evaluation mode."""
-        settings = self.settings
+        """Train a model, in the folder ``name``, and leave it in evaluation mode.
+
+        Args:
+            model: to train.
+            name: of the training and its folder.
+            batches: see :func:`maskx.engine.training.train`.
+            identity: what else this training is defined by, as plain values.
+            model_settings: what the model is built of, for who opens the folder.
+            started_from: digests of what it started from, by name.
+            iterations: number of steps.
+            rate: peak of the learning rate.
+            lr_multipliers: see :class:`maskx.engine.training.TrainingSettings`.
+            description: label of the progress bar.
+        """
+        settings, run, identity = self.settings, self.run, self.identity | dict(identity)
+        if run is not None:
+            origins = {key: Origin(digest) for key, digest in (started_from or {}).items()}
+            run = replace(
+                run,
+                settings={**run.settings, **dict(model_settings or {}), "chain": identity},
+                started_from={**run.started_from, **origins},
+            )
         training = TrainingSettings(
             iterations=iterations,
             batch_size=settings.batch_size,
@@ -86,8 +113,9 @@ class TrainingChain:
                 batches,
                 training,
                 output_dir=self.output / name,
+                run=run,
                 resume=self.resume,
-                identity=self.identity | dict(identity),
+                identity=None if run else identity,
                 device=self.device,
                 description=description or f"{name}: training",
             )

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from maskx.core.tensor_files import write_tensors
 from maskx.core.word_table import (
     PmiStatistics,
     WordTable,
@@ -154,14 +155,14 @@ def test_a_file_that_is_no_word_table_is_refused(tmp_path, table):
     with pytest.raises(ValueError, match="is no word table, or is damaged"):
         load_word_table(path)
     save_file({"weight": VECTORS}, str(path))
-    with pytest.raises(ValueError, match="safetensors file of something else"):
+    with pytest.raises(ValueError, match="safetensors file, but not one with word table"):
         load_word_table(path)
-    content = {"kind": "word table", "names": NAMES, "source": "", "hash": table.hash}
-    save_file({"idf": table.idf}, str(path), {"maskx": json.dumps(content)})
+    content = {"names": NAMES, "source": "", "hash": table.hash}
+    tensors = {"vectors": torch.tensor(VECTORS + 1), "idf": torch.tensor(table.idf)}
+    write_tensors(path, {"idf": tensors["idf"]}, "word table", content)
     with pytest.raises(ValueError, match="damaged: KeyError"):
         load_word_table(path)
-    changed = {"vectors": VECTORS + 1, "idf": table.idf}
-    save_file(changed, str(path), {"maskx": json.dumps(content)})
+    write_tensors(path, tensors, "word table", content)
     with pytest.raises(ValueError, match="do not have the hash it states"):
         load_word_table(path)
     save_word_table(path, table)

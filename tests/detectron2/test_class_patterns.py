@@ -21,7 +21,7 @@ from maskx.data.label_maps import read_label_map
 from maskx.data.scenes.generator import generate_scenes
 from maskx.detectron2 import Trainer, register_coco
 from maskx.detectron2.image_mapper import MaskXImageMapper
-from maskx.detectron2.stagewise import read_record
+from maskx.engine.runs import read_run
 from maskx.systems.class_patterns.detectron2.chain import TagChain, format_results, open_classifier
 from maskx.systems.class_patterns.patterns import load_patterns
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, mask_path
@@ -92,7 +92,7 @@ def test_the_steps_leave_their_results(finished, data):
     assert results["classifier"]["image_labels/mAP"] >= 0
     assert results["proxy"].keys() == {"mIoU", "mIoU_decided_only", "undecided"}
     for name in ("segmenter", "retrained"):
-        assert results[name] == read_record(output / name)["results"]
+        assert results[name] == read_run(output / name).results
         assert results[name]["sem_seg/mIoU"] > 0
     assert any("| class | layer | images |" in line for line in lines)
     table = format_results(results).splitlines()
@@ -108,7 +108,7 @@ def test_training_sees_image_labels_and_made_masks_alone(finished, data):
         "retrained": output / "retraining" / "masks.json",
     }
     for name, json_file in trained_on.items():
-        config = read_record(output / name)["config"]
+        config = read_run(output / name).settings
         assert config["DATASETS"]["TRAIN"] != ["tiny_scenes"]
         assert str(json_file) in (output / name / "config.yaml").read_text()
         assert json.loads(json_file.read_text())["annotations"] == []
@@ -138,8 +138,9 @@ def test_both_segmentation_networks_start_alike(finished, opts, tmp_path):
     classifier = weights_of(tmp_path / "out" / "classifier")
     for name in backbone:
         assert torch.equal(one[name], classifier[name.replace("network", "classifier", 1)])
-    config = read_record(tmp_path / "out" / "retrained")
-    assert config["weights"] == sha256_of(tmp_path / "out" / "classifier" / "model_final.pth")
+    run = read_run(tmp_path / "out" / "retrained")
+    final = tmp_path / "out" / "classifier" / "model_final.pth"
+    assert run.started_from["MODEL.WEIGHTS"].sha256 == sha256_of(final)
     one, other = (weights_of(finished[0] / name) for name in ("segmenter", "retrained"))
     assert not same_weights(one, other)
 

@@ -24,7 +24,8 @@ from studies.random_splits import (
 from maskx.data.scenes.generator import THING_CATEGORIES
 from maskx.data.splits import resolve_split
 from maskx.detectron2 import register_coco
-from maskx.detectron2.stagewise import Stage, read_record, run_stage
+from maskx.detectron2.stagewise import Stage, run_stage
+from maskx.engine.runs import read_run
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "random_splits.py")
@@ -146,8 +147,8 @@ def test_the_tool_runs_the_protocol_and_plots(protocol, tmp_path, monkeypatch, c
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2/2" in done.stderr  # the progress bar
     assert "left out: one: AP on B is 0.0" in done.stdout
-    assert read_record(output / "stage1")["config"]["SOLVER"]["MAX_ITER"] == 3
-    assert read_record(output / "one" / BASELINE)["config"]["SOLVER"]["MAX_ITER"] == 1
+    assert read_run(output / "stage1").settings["SOLVER"]["MAX_ITER"] == 3
+    assert read_run(output / "one" / BASELINE).settings["SOLVER"]["MAX_ITER"] == 1
     assert not (output / "random_splits.png").exists()
 
     faked = tmp_path / "faked"

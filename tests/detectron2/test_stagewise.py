@@ -4,23 +4,17 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import maskx.detectron2.stagewise
-from maskx.core.files import write_json
 from maskx.data.scenes.generator import generate_scenes
 from maskx.detectron2 import Trainer
-from maskx.detectron2.stagewise import (
-    Stage,
-    check_stages,
-    config_difference,
-    read_record,
-    run_stage,
-    stage_is_finished,
-)
+from maskx.detectron2.stagewise import Stage, check_stages, run_stage, stage_is_finished
+from maskx.engine.runs import read_run, write_run
 
 ROOT = Path(__file__).parents[2]
 FIRST = "stage1/faster_rcnn_R_50_FPN_1x.yaml"
@@ -70,13 +64,13 @@ def test_the_tool_trains_both_stages_and_neither_twice(write_config, tmp_path, m
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    first, second = (read_record(output / name) for name in ("stage1", "stage2"))
-    assert first["results"].keys() >= {"bbox/AP", "bbox_A/AP"}
-    assert "segm/AP" not in first["results"]
-    assert second["results"].keys() >= {"segm_A/AP", "segm_B/AP", "bbox/AP"}
-    assert second["seconds"] > 0
-    assert [r["config"]["SOLVER"]["MAX_ITER"] for r in (first, second)] == [2, 3]
-    assert [r["config"]["SEED"] for r in (first, second)] == [5, 5]
+    first, second = (read_run(output / name) for name in ("stage1", "stage2"))
+    assert first.results.keys() >= {"bbox/AP", "bbox_A/AP"}
+    assert "segm/AP" not in first.results
+    assert second.results.keys() >= {"segm_A/AP", "segm_B/AP", "bbox/AP"}
+    assert second.seconds > 0
+    assert [r.settings["SOLVER"]["MAX_ITER"] for r in (first, second)] == [2, 3]
+    assert [r.settings["SEED"] for r in (first, second)] == [5, 5]
     written = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
 
     def run_here(*args):
@@ -94,7 +88,8 @@ def test_the_tool_trains_both_stages_and_neither_twice(write_config, tmp_path, m
         *("--stage2", command[3], "--output", str(tmp_path / "other"), "SEED", "6"),
     )
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["stage2"]
-    assert read_record(tmp_path / "other" / "stage2")["weights"] == second["weights"]
+    other = read_run(tmp_path / "other" / "stage2")
+    assert other.started_from["MODEL.WEIGHTS"].sha256 == second.started_from["MODEL.WEIGHTS"].sha256
 
     with pytest.raises(SystemExit, match=rf"^error: SEED is 7, but the run in '{output}/stage1'"):
         run_here(*command[:-1], "7")
@@ -144,14 +139,14 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(stages, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run_stage(second)
     assert not stage_is_finished(second)
-    earlier = read_record(second.output)
-    assert earlier["results"] is None
-    assert earlier["seconds"] > 0
-    write_json(second.output / "stage.json", earlier | {"seconds": 1000.0})
+    earlier = read_run(second.output)
+    assert earlier.results is None
+    assert earlier.seconds > 0
+    write_run(second.output, replace(earlier, seconds=1000.0))
     with pytest.raises(ValueError, match=r"interrupted run\. Add --resume"):
         run_stage(second, resume=False)
     with pytest.raises(ValueError, match=r"SOLVER\.BASE_LR is 0\.5, but .*started with 0\.001"):
-        run_stage(Stage(second.config_file, second.output, (*opts, "SOLVER.BASE_LR", 0.5)))
+        run_stage(replace(second, opts=(*opts, "SOLVER.BASE_LR", 0.5)))
 
     starts = []
 
@@ -163,7 +158,7 @@ def test_an_interrupted_stage_goes_on_where_it_stopped(stages, monkeypatch):
     monkeypatch.setattr(maskx.detectron2.stagewise, "Trainer", Watched)
     record = run_stage(second)
     assert starts == [2]
-    assert 1000 < record["seconds"] < 1100
+    assert 1000 < record.seconds < 1100
     assert stage_is_finished(second)
     assert run_stage(second, resume=False) == record
     assert starts == [2]
@@ -176,7 +171,7 @@ def test_a_run_that_saved_nothing_may_start_again_otherwise(stages, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             run_stage(first)
     other = Stage(first.config_file, first.output, ("SOLVER.MAX_ITER", 1))
-    assert run_stage(other, resume=False)["config"]["SOLVER"]["MAX_ITER"] == 1
+    assert run_stage(other, resume=False).settings["SOLVER"]["MAX_ITER"] == 1
 
 
 def test_a_stage_may_move_and_change_what_does_not_matter(stages, tmp_path):
@@ -204,21 +199,21 @@ def test_other_content_behind_the_same_names_is_refused(stages, scenes, tmp_path
     second = Stage(second.config_file, second.output, opts, second.weights)
     run_stage(second)
     split.write_text(names[1])
-    with pytest.raises(ValueError, match=r"DATASETS\.MASKX\.SPLIT '.*split\.txt' does not stand"):
+    with pytest.raises(ValueError, match=r"The split '.*split\.txt' has other categories"):
         stage_is_finished(second)
     split.write_text(names[0])
     assert stage_is_finished(second)
     state = torch.load(first.final_weights, weights_only=True)
     torch.save(state | {"iteration": 77}, first.final_weights)
-    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS '.*model_final\.pth' does not stand"):
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS '.*model_final\.pth' is not what"):
         stage_is_finished(second)
 
 
 def test_checkpoints_of_another_tool_are_not_mixed_in(stages):
     first, _ = stages
     first.output.mkdir(parents=True)
-    (first.output / "last_checkpoint").write_text("model_final.pth")
-    with pytest.raises(ValueError, match=r"holds checkpoints without stage\.json"):
+    (first.output / "model_final.pth").touch()
+    with pytest.raises(ValueError, match=r"holds checkpoints without run\.json"):
         run_stage(first)
 
 
@@ -299,10 +294,3 @@ def test_given_weights_must_exist_and_fit(stages, tmp_path):
 def test_a_missing_config_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"'none\.yaml': there is no such config file"):
         _ = Stage(Path("none.yaml"), tmp_path).cfg
-
-
-def test_a_key_that_an_old_record_lacks_had_its_default(stages):
-    config = stages[1].cfg.clone()
-    assert config_difference({}, {"SEED": -1}) is None
-    assert config_difference({}, {"SEED": 3}) == ("SEED", -1, 3)
-    assert config_difference({"SEED": 3}, {"SEED": 3, "OUTPUT_DIR": config.OUTPUT_DIR}) is None

@@ -128,6 +128,13 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
         check_finite(weights, when="after iteration 3", images=(5, "cat.jpg"))
 
 
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    message = r"file.run' cannot be written to \(Not a directory\)\. Make it writable"
+    with pytest.raises(OSError, match=message), locked(tmp_path / "file" / "run"):
+        pass
+
+
 _HOLDS = """
 import sys
 from maskx.engine.checkpoints import locked

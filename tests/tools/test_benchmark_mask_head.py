@@ -148,7 +148,7 @@ def test_every_trunk_is_measured_against_that_of_mask_rcnn():
 
 def test_a_step_leaves_no_gradients_behind(monkeypatch):
     made = []
-    monkeypatch.setattr("benchmarks.mask_head.num_parameters", lambda model: made.append(model) or 0)
+    monkeypatch.setattr("benchmarks.measure.num_parameters", lambda model: made.append(model) or 0)
     cases = predictor_cases(num_rois=2, classes=[3], device=CPU, backward=True)
     next(cases).step()
     assert all(parameter.grad is None for parameter in made[0].parameters())

@@ -165,7 +165,10 @@ def test_the_poly_schedule_falls_as_a_power():
 def test_resuming_with_other_settings_is_refused(run):
     with pytest.raises(Interrupted):
         run(stop_before=3)
-    with pytest.raises(ValueError, match=r"checkpoint\.pth' was made with learning_rate 0\.01, "):
+    with pytest.raises(
+        ValueError,
+        match=r"learning_rate is 0\.02, but the run in .*checkpoint\.pth' was .* with 0\.01",
+    ):
         run(dataclasses.replace(SETTINGS, learning_rate=0.02), resume=True)
     run(dataclasses.replace(SETTINGS, checkpoint_every=5), resume=True)
 
@@ -201,9 +204,10 @@ def test_unusable_checkpoints_are_named(run, make_detector, tmp_path):
     whole = (tmp_path / "run" / CHECKPOINT_NAME).read_bytes()
     (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
     torch.save({"some": "thing"}, tmp_path / "other.pth")
-    for name in ("half.pth", "other.pth"):
-        with pytest.raises(ValueError, match=rf"{name}' is no checkpoint .*, or is damaged"):
-            load_weights(make_detector(), tmp_path / name)
+    with pytest.raises(ValueError, match=r"half\.pth' is no checkpoint, or is damaged"):
+        load_weights(make_detector(), tmp_path / "half.pth")
+    with pytest.raises(ValueError, match=r"other\.pth' is no checkpoint of maskx's training loop"):
+        load_weights(make_detector(), tmp_path / "other.pth")
 
 
 def test_of_the_weights_of_another_network_a_few_are_named(tmp_path):
@@ -224,14 +228,16 @@ def test_of_the_weights_of_another_network_a_few_are_named(tmp_path):
 def test_a_checkpoint_with_other_classes_is_refused(run, tmp_path):
     run()
     other = SampleDetector(maskx_rcnn_small(4, min_size=64, channels=8, num_convs=1))
-    with pytest.raises(ValueError, match=r"checkpoint: .*8 classes\n.*this model: .*3 classes"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint: .*num_classes 8.*\n.*this model: .*num_classes 3"
+    ):
         load_weights(other, tmp_path / "run" / CHECKPOINT_NAME)
 
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path):
     model = Diverges(at=7)
     settings = dataclasses.replace(SETTINGS, iterations=12, checkpoint_every=5)
-    with pytest.raises(FloatingPointError, match="iteration 9"):
+    with pytest.raises(FloatingPointError, match="iteration 7 are not finite"):
         train(model, lambda start, stop: [[{}]] * 12, settings, output_dir=tmp_path)
     saved = torch.load(tmp_path / CHECKPOINT_NAME, weights_only=True)
     assert saved["iteration"] == 5
@@ -258,7 +264,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_a_loss_that_is_not_finite_between_two_rows_stops_the_run_too(tmp_path):
     settings = dataclasses.replace(SETTINGS, iterations=30, checkpoint_every=30)
     batches = [[[float("inf") if step == 7 else 1.0, "loss_odd"]] for step in range(30)]
-    with pytest.raises(FloatingPointError, match="iteration 20 or up to 19 steps before"):
+    with pytest.raises(FloatingPointError, match="iteration 7 are not finite"):
         train(TakesTurns(), lambda start, stop: batches, settings, output_dir=tmp_path)
 
 
@@ -294,10 +300,10 @@ def test_adam_and_multipliers_resume_to_the_same_weights(run, settings, stop_bef
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"optimizer": "sgd"}, "optimizer adam, but this run has optimizer sgd"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd', but .* with 'adam'"),
         (
             {"lr_multipliers": {}},
-            r"lr_multipliers \{'detector.*but this run has lr_multipliers \{\}",
+            r"lr_multipliers.detector.backbone. is None, but .* with 0.1",
         ),
         ({"lr_multipliers": {"detector.backbone.": 0.1}}, "lr_multipliers"),
     ],
@@ -305,23 +311,8 @@ def test_adam_and_multipliers_resume_to_the_same_weights(run, settings, stop_bef
 def test_optimizer_and_multipliers_identify_a_run(run, change, words):
     with pytest.raises(Interrupted):
         run(ADAM, stop_before=3)
-    with pytest.raises(ValueError, match=f"was made with {words}"):
+    with pytest.raises(ValueError, match=words):
         run(dataclasses.replace(ADAM, **change), resume=True)
-
-
-def test_checkpoints_from_before_there_was_a_choice_resume(run, tmp_path):
-    expected, _ = run(folder="whole")
-    with pytest.raises(Interrupted):
-        run(stop_before=3)
-    path = tmp_path / "run" / CHECKPOINT_NAME
-    content = torch.load(path, weights_only=True)
-    for name in ("optimizer", "lr_multipliers", "decay"):
-        del content["run"][name]
-    torch.save(content, path)
-    with pytest.raises(ValueError, match="optimizer sgd, but this run has optimizer adam"):
-        run(dataclasses.replace(SETTINGS, optimizer="adam"), resume=True)
-    model, _ = run(resume=True)
-    assert_same_weights(model, expected)
 
 
 class Linear(nn.Module):

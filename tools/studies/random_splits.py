@@ -17,13 +17,14 @@ from tqdm import tqdm
 from maskx.core.files import write_json
 from maskx.data.splits import split_names
 from maskx.detectron2.datasets import split_from_config
+from maskx.detectron2.runs import FREE_KEYS
 from maskx.detectron2.stagewise import (
     Stage,
     check_stages,
-    config_difference,
     run_stage,
     stage_is_finished,
 )
+from maskx.engine.runs import Run, settings_difference
 from maskx.evaluation.plots import plot_relative_gains
 
 __all__ = [
@@ -185,7 +186,8 @@ def read_results(output: Path) -> list[dict[str, Any]]:
     first_of_method: dict[str, int] = {}
     for index, (path, result) in enumerate(zip(paths, results, strict=True)):
         like = first_of_method.setdefault(result["method"], index)
-        difference = config_difference(results[like]["config"], result["config"])
+        configs = results[like]["config"], result["config"]
+        difference = settings_difference(*configs, FREE_KEYS)
         if difference is None and results[0]["weights"] != result["weights"]:
             like = 0  # one detector for both methods
             difference = ("the content of MODEL.WEIGHTS", results[0]["weights"], result["weights"])
@@ -286,7 +288,7 @@ def write_summary(output: Path) -> str:
 
 
 def _make_result(
-    run: Stage, split: str, method: str, record: Mapping[str, Any], masks: Sequence[int]
+    run: Stage, split: str, method: str, record: Run, masks: Sequence[int]
 ) -> dict[str, Any]:
     with_masks = split_from_config(run.cfg).indices_with_masks
     return {
@@ -294,9 +296,12 @@ def _make_result(
         "method": method,
         "num_with_masks": len(with_masks),
         "mean_masks": sum(masks[index] for index in with_masks) / len(with_masks),
-        "AP_A": record["results"]["segm_A/AP"],
-        "AP_B": record["results"]["segm_B/AP"],
-        **{key: record[key] for key in ("seconds", "classes_with_masks", "weights", "config")},
+        "AP_A": record.results["segm_A/AP"],
+        "AP_B": record.results["segm_B/AP"],
+        "seconds": record.seconds,
+        "classes_with_masks": list(record.split.with_masks),
+        "weights": record.started_from["MODEL.WEIGHTS"].sha256,
+        "config": record.settings,
     }
 
 

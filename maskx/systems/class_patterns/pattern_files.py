@@ -1,79 +1,15 @@
-"""Files of class patterns and of the moments they are found from: safetensors, whole or not at all.
+"""Files of the moments that class patterns are found from; see `maskx.core.tensor_files`."""
 
-Each file is one safetensors file: tensors, and in the metadata one JSON text that says what they
-are. Reading a file executes no code.
-"""
-
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from maskx.core.files import written_whole
+from maskx.core.tensor_files import read_content, read_tensors, write_tensors
 from maskx.systems.class_patterns.pattern_moments import PatternMoments
 
-# The metadata keeps no order among its keys, so one key holds everything.
-_METADATA_KEY = "maskx"
 _MOMENTS = "moments of class patterns"
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], kind: str, content: Any) -> None:
-    """Write tensors and a JSON text, whole or not at all, whenever the process is killed.
-
-    Args:
-        path: file to write; a file of this name is replaced.
-        tensors: by name; a tensor on another device is copied.
-        kind: what the file is, in words; see :func:`open_tensors`.
-        content: plain values.
-    """
-    metadata = {_METADATA_KEY: json.dumps({"kind": kind, **content})}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with written_whole(path) as scratch:
-        save_file(tensors, str(scratch), metadata)
-
-
-def read_content(path: Path, kind: str) -> dict[str, Any]:
-    """Read what a file of :func:`write_tensors` says of its tensors.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or not of this kind.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file '{path}' with {kind}. Make it, or correct it.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            content = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(
-            f"'{path}' is no safetensors file, or is damaged: {error}. Make it again."
-        ) from error
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise ValueError(
-            f"'{path}' is a safetensors file, but not one with {kind}. Give the file that was "
-            "written for them."
-        )
-    return content
-
-
-def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Read the named tensors of a file, or all.
-
-    Raises:
-        ValueError: the file lacks one of them.
-    """
-    with safe_open(str(path), framework="pt") as file:
-        there = set(file.keys())
-        names = sorted(there) if names is None else list(names)
-        missing = [name for name in names if name not in there]
-        if missing:
-            raise ValueError(f"'{path}' is damaged: it lacks the tensors {missing}. Make it again.")
-        return {name: file.get_tensor(name) for name in names}
 
 
 def save_moments(

@@ -23,13 +23,11 @@ from tqdm import tqdm
 
 from maskx.core.digests import network_hash
 from maskx.core.image_classifier import ImageClassifier, LayerTaps
+from maskx.core.tensor_files import read_content, read_tensors, write_tensors
 from maskx.systems.class_patterns.pattern_files import (
     check_identity,
     load_moments,
-    read_content,
-    read_tensors,
     save_moments,
-    write_tensors,
 )
 from maskx.systems.class_patterns.pattern_moments import PatternMoments, check_labels
 

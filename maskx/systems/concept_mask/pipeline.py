@@ -18,12 +18,12 @@ import torch
 
 from maskx.core.checks import default_of
 from maskx.core.digests import network_hash
-from maskx.core.files import written_whole
 from maskx.core.word_table import WordTable, save_word_table
 from maskx.data.coco import CocoData, load_coco
 from maskx.data.splits import resolve_split
 from maskx.data.tag_lists import read_tag_list, tag_list
 from maskx.engine.batches import training_batches
+from maskx.engine.checkpoints import write_checkpoint
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import (
     SCENE_SIZE,
@@ -600,8 +600,7 @@ def save_fitted(model: EmbeddingModel, folder: Path) -> None:
     """
     content = read_checkpoint(folder / CHECKPOINT_NAME, "cpu")
     content["model"] = model.state_dict()
-    with written_whole(folder / CHECKPOINT_NAME) as scratch:
-        torch.save(content, scratch)
+    write_checkpoint(folder / CHECKPOINT_NAME, content)
 
 
 def fit_run(

@@ -399,6 +399,7 @@ class MaskXLarvSeg(LarvSegModel):
 
     maskx_hooks = Detectron2Hooks(
         system="larvseg",
+        matches_class_names=True,
         train_loader=_train_loader,
         test_loader=_test_loader,
         evaluator=_evaluator,

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from pycocotools import mask as mask_api
-from torch import nn
 from tqdm import tqdm
 
 from maskx.data.coco import CocoData
@@ -20,7 +19,8 @@ from maskx.data.splits import resolve_split
 from maskx.engine.batches import training_batches
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
-from maskx.engine.training import TrainingSettings, select_device, train
+from maskx.engine.runs import Run, link_run, origin_of
+from maskx.engine.training import TrainingSettings, load_weights, select_device, train
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.figures import contact_sheet, draw_instances, save_png
 from maskx.supervision import CategorySplit
@@ -75,6 +75,7 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
 
     check_masks(train_data.records, split)
 
+    link_run(options.output, "maskx")
     metrics: dict[str, Any] = {"system": "maskx"}
     detections: dict[str, list[dict[str, Any]]] = {}
     for name in ("maskx", "class_agnostic") if options.compare else ("maskx",):
@@ -109,8 +110,22 @@ def _train_detector(
         seed=options.seed,
         checkpoint_every=max(100, iterations // 50),
     )
+    folder = options.output / name
+    run = Run(
+        system="maskx",
+        host="pip",
+        class_names=data.class_names,
+        split=split,
+        settings={
+            "method": name,
+            "backbone": options.backbone,
+            "frozen_norm": options.pretrained,
+            "image_size": choose_image_size(options),
+        },
+        started_from={"annotations": origin_of(data.json_file, folder)},
+    )
     torch.manual_seed(options.seed)
-    model = SampleDetector(_build_detector(name, options, len(data.class_names) + 1))
+    model = build_detector(run.settings, run.class_names, pretrained=options.pretrained)
     batches = functools.partial(
         training_batches,
         data.records,
@@ -124,15 +139,9 @@ def _train_detector(
         model,
         batches,
         settings,
-        output_dir=options.output / name,
+        output_dir=folder,
+        run=run,
         resume=options.resume,
-        identity={
-            "annotation file": data.json_file.name,
-            "number of images": len(data.records),
-            "categories with masks": list(split.with_masks),
-            "backbone": options.backbone,
-            "image size": choose_image_size(options),
-        },
         device=device,
         description=f"{name}: training",
     )
@@ -144,25 +153,52 @@ def _train_detector(
     }
 
 
-def _build_detector(name: str, options: QuickstartOptions, num_classes: int) -> nn.Module:
-    size = choose_image_size(options)
-    branch = _MASK_BRANCHES[name]
-    if options.backbone == "small":
-        if options.pretrained:
+def build_detector(
+    settings: Mapping[str, Any], class_names: Sequence[str], *, pretrained: bool = False
+) -> SampleDetector:
+    """Build the detector of a run.
+
+    Args:
+        settings: ``method``, "maskx" or "class_agnostic"; ``backbone``, "small" or the name of one
+            of torchvision's, with ``frozen_norm``; ``image_size``, of their shorter side.
+        class_names: by class index.
+        pretrained: start from ImageNet weights, which torchvision downloads.
+
+    Raises:
+        ValueError: there are no pretrained weights of the backbone.
+    """
+    num_classes, size = len(class_names) + 1, settings["image_size"]
+    branch = _MASK_BRANCHES[settings["method"]]
+    if settings["backbone"] == "small":
+        if pretrained:
             raise ValueError(
                 "There are no pretrained weights of the backbone 'small'. Name one of torchvision, "
                 "such as resnet50, or train from random weights."
             )
-        return maskx_rcnn_small(num_classes, min_size=size, **branch)
-    return maskx_rcnn_resnet_fpn(
+        return SampleDetector(maskx_rcnn_small(num_classes, min_size=size, **branch))
+    detector = maskx_rcnn_resnet_fpn(
         num_classes,
-        backbone=options.backbone,
-        weights_backbone="DEFAULT" if options.pretrained else None,
-        trainable_layers=3 if options.pretrained else 5,
+        backbone=settings["backbone"],
+        weights_backbone="DEFAULT" if pretrained else None,
+        frozen_norm=settings["frozen_norm"],
+        trainable_layers=3 if pretrained else 5,
         min_size=size,
         max_size=2 * size,
         **branch,
     )
+    return SampleDetector(detector)
+
+
+def open_detector(run: Run, device: torch.device) -> SampleDetector:
+    """Open the trained detector of a run, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: its weights are not there.
+        ValueError: they are damaged.
+    """
+    model = build_detector(run.settings, run.class_names).to(device)
+    load_weights(model, run.weights_file)
+    return model
 
 
 def _evaluate(

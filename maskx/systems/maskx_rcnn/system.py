@@ -1,11 +1,14 @@
 """What Mask^X R-CNN is to the tools."""
 
+from maskx.engine.results import instances_prediction
 from maskx.engine.system import System
-from maskx.systems.maskx_rcnn.pipeline import quickstart_maskx
+from maskx.systems.maskx_rcnn.pipeline import open_detector, quickstart_maskx
 
 SYSTEM = System(
     name="maskx",
     title="Mask^X R-CNN",
     pipeline=quickstart_maskx,
+    open=open_detector,
+    prediction=instances_prediction,
     options=frozenset(["compare", "masks_for"]),
 )

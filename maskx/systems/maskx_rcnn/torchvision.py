@@ -463,6 +463,7 @@ def maskx_rcnn_resnet_fpn(
     *,
     backbone: str = "resnet50",
     weights_backbone: str | None = None,
+    frozen_norm: bool | None = None,
     trainable_layers: int = 5,
     min_size: int | tuple[int, ...] = 800,
     max_size: int = 1333,
@@ -475,7 +476,9 @@ def maskx_rcnn_resnet_fpn(
         num_classes: number of classes *with* background, as everywhere in torchvision.
         backbone: name of a torchvision ResNet.
         weights_backbone: name of ImageNet weights of torchvision, e.g. ``DEFAULT`` (a download);
-            None starts from random weights, with normalisation layers that can learn.
+            None starts from random weights.
+        frozen_norm: fix the statistics of the normalisation layers; None fixes those of pretrained
+            weights, since from scratch they would stay at mean 0 and variance 1.
         trainable_layers: number of backbone stages that learn, from the last; 3 is usual with
             pretrained weights.
         min_size: shorter side of the resized image in pixels; several are drawn from.
@@ -488,9 +491,8 @@ def maskx_rcnn_resnet_fpn(
     """
     resnets = list_models(include=["resnet*", "resnext*", "wide_resnet*"], exclude=["*quant*"])
     check_choice("ResNet backbone", backbone, tuple(name for name in resnets if "." not in name))
-    # Frozen statistics only make sense with pretrained weights: from scratch they would stay
-    # at mean 0 and variance 1.
-    norm = {} if weights_backbone else {"norm_layer": nn.BatchNorm2d}
+    is_frozen = weights_backbone is not None if frozen_norm is None else frozen_norm
+    norm = {} if is_frozen else {"norm_layer": nn.BatchNorm2d}
     weights = get_model_weights(backbone)[weights_backbone] if weights_backbone else None
     features = resnet_fpn_backbone(
         backbone_name=backbone, weights=weights, trainable_layers=trainable_layers, **norm

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from maskx.core.digests import network_hash
+from maskx.core.tensor_files import write_tensors
 from maskx.systems.class_patterns.pattern_files import load_moments, save_moments
 from maskx.systems.class_patterns.patterns import (
     ClassPatterns,
@@ -59,22 +60,6 @@ def test_patterns_are_read_as_they_were_written(patterns, tmp_path):
     assert list(one.layers) == ["layer3"]
 
 
-def test_an_interrupted_writing_leaves_the_old_file(patterns, tmp_path, monkeypatch):
-    path = tmp_path / "patterns.safetensors"
-    save_patterns(path, patterns)
-    before = path.read_bytes()
-
-    def fail(tensors, filename, metadata):
-        with open(filename, "wb") as file:
-            file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("maskx.systems.class_patterns.pattern_files.save_file", fail)
-    with pytest.raises(KeyboardInterrupt):
-        save_patterns(path, patterns)
-    assert path.read_bytes() == before
-
-
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -120,17 +105,17 @@ def test_damaged_and_foreign_files_are_refused(patterns, tmp_path):
 
 def test_files_with_missing_or_misshaped_tensors_are_refused(patterns, tmp_path):
     path = tmp_path / "patterns.safetensors"
-    state = {"kind": "class patterns", "class_names": NAMES, "network": "", "settings": {}}
-    metadata = {"maskx": json.dumps(state | {"layers": ["C41"]})}
+    state = {"class_names": NAMES, "network": "", "settings": {}, "layers": ["C41"]}
+    kind = "class patterns"
     tensors = {f"C41/{name}": value for name, value in vars(patterns.layers["C41"]).items()}
-    save_file(tensors, str(path), metadata)
+    write_tensors(path, tensors, kind, state)
     assert equal(read(path).layers["C41"], patterns.layers["C41"])
 
-    save_file({n: t for n, t in tensors.items() if n != "C41/std"}, str(path), metadata)
+    write_tensors(path, {n: t for n, t in tensors.items() if n != "C41/std"}, kind, state)
     with pytest.raises(ValueError, match=r"is damaged: it lacks the tensors \['C41/std'\]"):
         read(path)
     for name, shape in (("std", (2,)), ("mean", (3, 9))):
-        save_file(tensors | {f"C41/{name}": torch.zeros(shape)}, str(path), metadata)
+        write_tensors(path, tensors | {f"C41/{name}": torch.zeros(shape)}, kind, state)
         with pytest.raises(ValueError, match="layer 'C41' are not of 3 classes and one number"):
             read(path)
 
@@ -196,7 +181,7 @@ def test_moments_are_read_as_they_were_written(tmp_path):
     with pytest.raises(ValueError, match="but not one with class patterns"):
         read(path)
     sizes = {"c": {"num_classes": 2, "channels": 4, "seed": 0}}
-    metadata = {"maskx": json.dumps({"kind": "moments of class patterns", "sizes": sizes})}
-    save_file({"c/mean": torch.zeros(2, 4)}, str(path), metadata)
+    kind = "moments of class patterns"
+    write_tensors(path, {"c/mean": torch.zeros(2, 4)}, kind, {"sizes": sizes})
     with pytest.raises(ValueError, match=r"moments' is damaged: layer 'c': .* lacks"):
         load_moments(path)

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
+from maskx import open_run
 from maskx.data.coco import load_coco
 from maskx.data.grabcut import grabcut_mask
 from maskx.data.masks import decode_segmentation, encode_masks
@@ -115,8 +116,15 @@ def test_the_picture_shows_the_confident_detections_of_both_sides(tmp_path):
     assert two_rows[0] > 1.5 * one_row[0]
 
 
-def test_resume_needs_no_second_training(tiny):
+def test_resume_needs_no_second_training_and_the_folder_predicts(tiny):
     first = quickstart_maskx(QuickstartOptions(**tiny), lambda line: None)
+    predictor = open_run(tiny["output"], device="cpu")
+    assert predictor.run.split.name == "scenes_half"
+    image = next((tiny["output"] / "scenes" / "val").rglob("*.png"))
+    found = predictor(image)
+    assert found.image_size == (64, 64)
+    assert len(found.names) == len(found.boxes) == len(found.masks) == len(found.scores)
+    assert set(found.names) <= set(predictor.class_names)
     again = quickstart_maskx(QuickstartOptions(**tiny, resume=True), lambda line: None)
     assert str(first["segm"]) == str(again["segm"])
     assert first["losses"] == again["losses"]

@@ -25,6 +25,7 @@ from maskx.core.files import write_json
 from maskx.core.image_classifier import LayerTaps
 from maskx.core.sample_models import take_classifier_backbone
 from maskx.data.dense_crf import check_crf
+from maskx.detectron2.config import read_config
 from maskx.detectron2.datasets import (
     class_names_of,
     records_of,
@@ -38,7 +39,6 @@ from maskx.detectron2.stagewise import (
     Stage,
     build_on_cpu,
     config_values,
-    read_config,
     run_stage,
     stage_is_finished,
 )
@@ -260,8 +260,7 @@ class TagChain:
             def train(stage: Stage) -> dict[str, float | None]:
                 if finished[stage.output]:
                     report(f"{stage.output}: finished before, not run again")
-                record = run_stage(stage, num_gpus=num_gpus, resume=resume)
-                return record["results"]
+                return run_stage(stage, num_gpus=num_gpus, resume=resume).results
 
             shared = {"resume": resume, "report": report}
             results = {"classifier": train(self.classifier)}

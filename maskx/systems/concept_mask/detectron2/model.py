@@ -11,7 +11,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
-from maskx.core.files import written_whole
 from maskx.core.word_table import load_word_table
 from maskx.data.coco import load_coco
 from maskx.detectron2.adapters import in_format
@@ -23,6 +22,7 @@ from maskx.detectron2.image_model import choose_feature
 from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.stagewise import Stage, build_on_cpu, check_chain
 from maskx.detectron2.trainer import check_config, load_trained
+from maskx.engine.checkpoints import write_checkpoint
 from maskx.systems.concept_mask import predictor
 from maskx.systems.concept_mask.detectron2.data import (
     KEYS,
@@ -124,6 +124,7 @@ def _for_inference(cfg: CfgNode) -> None:
 
 HOOKS = Detectron2Hooks(
     system=SYSTEM_NAME,
+    matches_class_names=True,  # its words are compared by a digest of their table
     train_loader=build_concept_loader,
     test_loader=build_test_loader,
     evaluator=_evaluator,
@@ -313,8 +314,7 @@ def fit_checkpoint(
     fitted = fit_concepts(model, test, in_format(read_sample, cfg.INPUT.FORMAT))
     content = torch.load(cfg.MODEL.WEIGHTS, map_location="cpu", weights_only=True)
     content["model"] |= {name: value.cpu() for name, value in model.state_dict().items()}
-    with written_whole(cfg.MODEL.WEIGHTS) as scratch:
-        torch.save(content, scratch)
+    write_checkpoint(cfg.MODEL.WEIGHTS, content)
     return fitted
 
 

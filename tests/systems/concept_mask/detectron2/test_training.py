@@ -18,8 +18,9 @@ from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import write_label_map
 from maskx.detectron2 import ConceptPredictor, MaskXConceptEvaluator, Trainer, evaluate
-from maskx.detectron2.stagewise import read_record, run_stage
+from maskx.detectron2.stagewise import run_stage
 from maskx.detectron2.trainer import check_config
+from maskx.engine.runs import read_run
 from maskx.systems.concept_mask.detectron2.data import concept_test_data
 from maskx.systems.concept_mask.detectron2.model import (
     check_concept_stages,
@@ -342,7 +343,7 @@ def test_the_chain_goes_on_where_it_was_interrupted(
     capsys.readouterr()
     run_tool(monkeypatch, output, "--resume", *arguments, *pairs)
     assert "stage1: finished before, not run again" in capsys.readouterr().out
-    assert read_record(output / "stage3")["results"]["concepts/iou_mask"] >= 0
+    assert read_run(output / "stage3").results["concepts/iou_mask"] >= 0
     states = [
         torch.load(output / f"stage{stage}" / "model_final.pth", weights_only=True)["model"]
         for stage in FILES
@@ -424,7 +425,7 @@ def test_the_record_knows_the_word_table(write_config, concept_files, tmp_path, 
     words = load_word_table(moved)
     save_word_table(moved, WordTable(words.names, 2 * words.vectors, words.idf))
     stages = chain(write_config, tmp_path / "out", KEYS + "WORD_TABLE", str(moved))
-    with pytest.raises(ValueError, match=r"WORD_TABLE '.*moved.*' does not stand for what it did"):
+    with pytest.raises(ValueError, match=r"WORD_TABLE '.*moved.*' is not what the run"):
         check_concept_stages(stages)
 
 

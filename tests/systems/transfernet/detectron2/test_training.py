@@ -5,6 +5,7 @@ import os
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -25,8 +26,8 @@ from maskx.detectron2 import (
     get_cfg,
     register_coco,
 )
-from maskx.detectron2.stagewise import read_record
 from maskx.detectron2.trainer import check_config
+from maskx.engine.runs import read_run, write_run
 from maskx.systems.transfernet.detectron2.stages import check_transfer_stages, transfer_stages
 
 ROOT = Path(__file__).parents[4]
@@ -297,12 +298,12 @@ def test_the_tool_trains_the_stages_and_none_twice(write_config, tmp_path, monke
         return capsys.readouterr().out
 
     run_here(*command, "--stage2-opts", "SOLVER.MAX_ITER", "1")
-    assert read_record(output / "stage1")["config"]["SOLVER"]["MAX_ITER"] == 2
-    assert read_record(output / "stage2")["config"]["SOLVER"]["MAX_ITER"] == 1
+    assert read_run(output / "stage1").settings["SOLVER"]["MAX_ITER"] == 2
+    assert read_run(output / "stage2").settings["SOLVER"]["MAX_ITER"] == 1
     command += ["--stage2-opts", "SOLVER.MAX_ITER", "1"]
-    assert "image_labels/mAP" in read_record(output / "stage0")["results"]
-    assert read_record(output / "stage1")["results"] == {}
-    assert "sem_seg/mIoU_B" in read_record(output / "stage2")["results"]
+    assert "image_labels/mAP" in read_run(output / "stage0").results
+    assert read_run(output / "stage1").results == {}
+    assert "sem_seg/mIoU_B" in read_run(output / "stage2").results
     states = [weights_of(output / name)["model"] for name in ("stage0", "stage1", "stage2")]
     for state in states[1:]:
         assert state["has_classifier"]
@@ -327,18 +328,17 @@ def test_the_tool_trains_the_stages_and_none_twice(write_config, tmp_path, monke
         run_here(*command, "SEED", "7")
     final = output / "stage0" / "model_final.pth"
     content = final.read_bytes()
-    assert read_record(output / "stage1")["classifier_weights"] == sha256_of(final)
-    assert read_record(output / "stage2")["classifier_weights"] is None  # in those of stage 1
+    key = "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS"
+    assert read_run(output / "stage1").started_from[key].sha256 == sha256_of(final)
     torch.save(weights_of(output / "stage0") | {"iteration": 77}, final)
-    words = r"CLASSIFIER_WEIGHTS '.*' does not stand for what it did when the run in '.*stage1'"
+    words = r"CLASSIFIER_WEIGHTS '.*' is not what the run in '.*stage1' was started from"
     with pytest.raises(SystemExit, match=words):
         run_here(*command)
     final.write_bytes(content)
     shutil.copytree(output, tmp_path / "moved")
     moved_to = [str(tmp_path / "moved") if word == str(output) else word for word in command]
     assert run_here(*moved_to).count("finished before, not run again") == 3
-    (output / "stage0" / "stage.json").unlink()
-    (output / "stage0" / "last_checkpoint").unlink()
+    write_run(output / "stage0", replace(read_run(output / "stage0"), results=None))
     with pytest.raises(SystemExit, match=r"^error: '.*stage1' is finished, but the stage before"):
         run_here(*command)
 

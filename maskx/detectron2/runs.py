@@ -1,0 +1,275 @@
+"""``run.json`` of trainings with Detectron2: what they are, and their trained models."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.engine import DefaultTrainer
+from detectron2.utils import comm
+from torch import nn
+
+from maskx.core.sample_models import SampleModel
+from maskx.core.text import listed
+from maskx.detectron2.checkpointer import FINAL_NAME
+from maskx.detectron2.config import get_cfg
+from maskx.detectron2.datasets import register_from_config
+from maskx.detectron2.hooks import architecture_of, hooks_of
+from maskx.detectron2.known_datasets import register_all
+from maskx.engine.checkpoints import locked
+from maskx.engine.predictor import rgb_sample
+from maskx.engine.runs import (
+    RUN_NAME,
+    Origin,
+    Run,
+    RunState,
+    check_same_run,
+    origin_of,
+    read_run,
+    write_run,
+)
+
+__all__ = [
+    "FREE_KEYS",
+    "LearnedRun",
+    "as_dict",
+    "check_resumable",
+    "config_of_run",
+    "free_keys",
+    "open_model",
+    "run_of",
+    "run_state",
+    "training_run",
+]
+
+logger = logging.getLogger(__name__)
+
+# What does not change what is learned, or stands for files whose content is compared.
+FREE_KEYS = (
+    *("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS"),
+    *("SOLVER.CHECKPOINT_PERIOD", "DATASETS.MASKX.SPLIT", "DATASETS.MASKX.REGISTER"),
+)
+
+
+def run_of(cfg: CfgNode) -> Run:
+    """Describe the training of a configuration, whose data sets are registered.
+
+    Raises:
+        ValueError: a data set or the split cannot be used.
+    """
+    hooks, folder = hooks_of(cfg), cfg.OUTPUT_DIR
+    started_from: dict[str, Origin] = {}
+    for key in ("MODEL.WEIGHTS", *hooks.files):
+        file = str(value_of(cfg, key)).partition("?")[0]
+        if file:
+            started_from[key] = origin_of(file, folder)
+    class_names = tuple(hooks.class_names(cfg))  # some data sets are read only then
+    for name in cfg.DATASETS.TRAIN:
+        for key, value in sorted(MetadataCatalog.get(name).as_dict().items()):
+            if isinstance(value, str) and key != "name" and Path(value).is_file():
+                started_from[f"{name}.{key}"] = origin_of(value, folder)
+    return Run(
+        system=hooks.system,
+        host="detectron2",
+        class_names=class_names,
+        split=hooks.split(cfg),
+        settings=as_dict(cfg),
+        started_from=started_from,
+        weights=FINAL_NAME,
+    )
+
+
+def free_keys(cfg: CfgNode) -> tuple[str, ...]:
+    """Return keys that may differ between a training and its continuation."""
+    return (*FREE_KEYS, *hooks_of(cfg).files)
+
+
+def check_resumable(cfg: CfgNode) -> None:
+    """Refuse to go on with the training in ``OUTPUT_DIR`` on other data, classes or masks.
+
+    Other settings may change, as Detectron2 allows it.
+
+    Raises:
+        ValueError: something differs; the message names it and the remedy.
+    """
+    if (Path(cfg.OUTPUT_DIR) / RUN_NAME).is_file():
+        then = read_run(cfg.OUTPUT_DIR)
+        check_same_run(then, run_of(cfg), source=cfg.OUTPUT_DIR, settings=False)
+
+
+def run_state(cfg: CfgNode) -> RunState:
+    """Make the part of the checkpoints that says which run they are of."""
+    return RunState(run_of(cfg), source=cfg.OUTPUT_DIR, settings=False)
+
+
+class LearnedRun:
+    """What a checkpoint says of its run, read when it is evaluated.
+
+    Args:
+        cfg: the configuration of the evaluation.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: an evaluation writes no checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compare the class lists, and say which categories had masks where the split is another.
+
+        Raises:
+            ValueError: the model was trained on other classes.
+        """
+        then, hooks = Run.from_json(state, "the checkpoint"), hooks_of(self.cfg)
+        class_names, split = tuple(hooks.class_names(self.cfg)), hooks.split(self.cfg)
+        if class_names and not hooks.matches_class_names:
+            now = dataclasses.replace(then, class_names=class_names)
+            check_same_run(then, now, source="the checkpoint", settings=False)
+        if then.split and split and set(then.split.with_masks) != set(split.with_masks):
+            logger.warning(
+                "The model learned masks of %s (split '%s'), but A of the evaluation is %s (split "
+                "'%s').",
+                *(listed(then.split.with_masks), then.split.name),
+                *(listed(split.with_masks), split.name),
+            )
+
+
+@contextlib.contextmanager
+def training_run(trainer: DefaultTrainer) -> Iterator[None]:
+    """Write ``run.json`` around a training, and let no other process into its folder.
+
+    Args:
+        trainer: whose checkpoints were loaded; ``checkpointer`` is a
+            :class:`maskx.detectron2.checkpointer.MaskXCheckpointer`.
+
+    Raises:
+        ValueError: another process is at work in the folder.
+    """
+    cfg = trainer.cfg
+    if not comm.is_main_process():
+        yield
+        return
+    folder = Path(cfg.OUTPUT_DIR)
+    with locked(folder):
+        run = run_of(cfg)
+        if trainer.start_iter > 0 and (folder / RUN_NAME).is_file():
+            run = dataclasses.replace(run, seconds=read_run(folder).seconds)
+        write_run(folder, run)
+        started, results = time.perf_counter(), None
+        try:
+            if trainer.start_iter >= trainer.max_iter:
+                trainer.checkpointer.write_final()
+            yield
+            results = _measures(trainer)
+        finally:
+            seconds = run.seconds + time.perf_counter() - started
+            with contextlib.suppress(OSError) if results is None else contextlib.nullcontext():
+                write_run(folder, dataclasses.replace(run, seconds=seconds, results=results))
+
+
+def config_of_run(run: Run, device: torch.device | str = "cpu") -> CfgNode:
+    """Make the configuration of a trained model from its ``run.json``.
+
+    Args:
+        run: as of :func:`maskx.engine.runs.read_run`.
+        device: for the model.
+
+    Raises:
+        FileNotFoundError: a file that the model needs is gone.
+        ValueError: the configuration has keys that this version does not know.
+    """
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_other_cfg(CfgNode(run.settings))
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"The settings of the run in '{run.folder}' do not fit this version of maskx "
+            f"({error.args[0]}); it was made by version {run.version}. Use that one, or train anew."
+        ) from error
+    cfg.MODEL.DEVICE = str(device)
+    cfg.MODEL.WEIGHTS = str(run.weights_file)
+    hooks_of(cfg).for_inference(cfg)
+    for key in hooks_of(cfg).files:
+        is_file = key in run.started_from and run.started_from[key].path
+        if value_of(cfg, key) and is_file:
+            cfg.merge_from_list([key, str(run.file(key))])
+    cfg.freeze()
+    return cfg
+
+
+def open_model(
+    run: Run, device: torch.device | str
+) -> tuple[nn.Module, Callable[[np.ndarray], dict[str, Any]]]:
+    """Open the trained model of a run folder.
+
+    Returns:
+        The model in evaluation mode, and what makes its sample of an (H, W, 3) uint8 RGB image.
+
+    Raises:
+        FileNotFoundError: a file that the model needs is gone.
+        ValueError: the run is of another version, or its weights are damaged.
+    """
+    from maskx.detectron2.trainer import load_trained  # which imports this module
+
+    cfg = config_of_run(run, device)
+    _register_what_is_there(cfg)
+    return load_trained(cfg, compare=False), functools.partial(_sample, cfg)
+
+
+def _register_what_is_there(cfg: CfgNode) -> None:
+    """Register data sets for models that ask for their class lists, as far as they are here."""
+    register_all()
+    here = cfg.clone()
+    here.defrost()
+    here.DATASETS.MASKX.REGISTER = [
+        entry
+        for entry in cfg.DATASETS.MASKX.REGISTER
+        if entry[0] not in DatasetCatalog and Path(entry[1]).is_file()
+    ]
+    register_from_config(here)
+
+
+def _sample(cfg: CfgNode, image: np.ndarray) -> dict[str, Any]:
+    sample = rgb_sample(image)
+    if not issubclass(architecture_of(cfg), SampleModel):
+        # As Detectron2's own models expect it; those of whole images warp it themselves.
+        sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        image = ResizeShortestEdge([sizes[0]] * 2, sizes[1]).get_transform(image).apply_image(image)
+        sample["image"] = rgb_sample(image)["image"]
+    if cfg.INPUT.FORMAT == "BGR":
+        sample["image"] = sample["image"].flip(0)
+    return sample
+
+
+def as_dict(cfg: CfgNode) -> dict[str, Any]:
+    """Plain values of a configuration, with lists for tuples, as in a file."""
+    return yaml.safe_load(cfg.dump())
+
+
+def value_of(cfg: CfgNode, key: str) -> Any:
+    """Value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), cfg)
+
+
+def _measures(trainer: DefaultTrainer) -> dict[str, float | None]:
+    """What the last evaluation measured, by "task/metric" as in "segm_B/AP"; None for NaN."""
+    storage = trainer.storage
+    hints = storage.smoothing_hints()  # measures of an evaluation stand for themselves
+    return {
+        name: None if math.isnan(value) else value
+        for name, (value, _) in storage.latest().items()
+        if "/" in name and not hints[name]
+    }

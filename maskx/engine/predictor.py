@@ -1,0 +1,125 @@
+"""Trained models from run folders, asked image by image."""
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from maskx.data.images import read_rgb
+from maskx.engine.results import Prediction
+from maskx.engine.runs import Run, read_run
+from maskx.engine.system import System, find_system
+from maskx.engine.training import select_device
+
+__all__ = ["Predictor", "open_run", "rgb_sample"]
+
+# By host the module whose `open_model` opens a run, where that is no matter of the system.
+_HOSTS = {"pip": None, "detectron2": "maskx.detectron2.runs"}
+
+Sample = dict[str, Any]
+
+
+class Predictor:
+    """A trained model that is asked image by image; see :func:`open_run`.
+
+    Args:
+        run: what it was trained as.
+        system: the system of the run.
+        model: maps samples to results, in evaluation mode.
+        prepare: makes the sample of an (H, W, 3) uint8 RGB image.
+
+    Attributes:
+        class_names: of the model, by class index.
+    """
+
+    def __init__(
+        self, run: Run, system: System, model: nn.Module, prepare: Callable[[np.ndarray], Sample]
+    ) -> None:
+        self.run, self.system, self.model, self.prepare = run, system, model, prepare
+        self.class_names = run.class_names
+
+    def __call__(
+        self,
+        image: str | os.PathLike[str] | np.ndarray,
+        order: Literal["RGB", "BGR"] = "RGB",
+        **asked: Any,
+    ) -> Prediction:
+        """Predict an image.
+
+        Args:
+            image: file, or (H, W, 3) uint8.
+            order: of the channels of an array; OpenCV reads BGR. A file has an order of its own.
+            **asked: what else the system is told of the image, such as the ``concepts`` that
+                ConceptMask is to look for or the ``image_labels`` that TransferNet knows.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the image cannot be read, or the array is no image.
+        """
+        if isinstance(image, str | os.PathLike):
+            pixels = read_rgb(image)
+        else:
+            pixels = _checked(np.asarray(image), order)
+        with torch.inference_mode():
+            (result,) = self.model([self.prepare(pixels) | asked])
+        found = self.system.prediction(result, self.class_names)
+        return dataclasses.replace(found, image=pixels)
+
+
+def open_run(folder: str | os.PathLike[str], device: str = "auto") -> Predictor:
+    """Open the trained model of a run folder, of any system and either host.
+
+    Args:
+        folder: output folder of a training or of a quick start.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        FileNotFoundError: there is no run in the folder, its weights are not there, or a file
+            outside of it that the model needs is gone.
+        ImportError: it was trained with a host that is not installed.
+        ValueError: the run is of another version or of a system that is not registered, or its
+            weights are damaged or of another model.
+    """
+    run = read_run(folder)
+    try:
+        system = find_system(run.system)
+    except ValueError as error:
+        raise ValueError(f"'{run.folder}' holds a run of another system. {error}") from error
+    if run.host not in _HOSTS:
+        raise ValueError(
+            f"'{run.folder}' holds a run of the host {run.host!r}. Allowed: {', '.join(_HOSTS)}."
+        )
+    chosen = select_device(device)
+    module = _HOSTS[run.host]
+    if module is not None:
+        model, prepare = importlib.import_module(module).open_model(run, chosen)
+    elif system.open is None:
+        raise ValueError(f"'{run.folder}': the system {run.system!r} cannot be opened.")
+    else:
+        model, prepare = system.open(run, chosen), rgb_sample
+    if system.prediction is None:
+        raise ValueError(f"'{run.folder}': the system {run.system!r} makes no predictions.")
+    return Predictor(run, system, model.eval(), prepare)
+
+
+def rgb_sample(image: np.ndarray) -> Sample:
+    """Make the sample of an (H, W, 3) uint8 RGB image, in its own size and order."""
+    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    height, width = image.shape[:2]
+    return {"image": pixels, "height": height, "width": width, "image_id": 0, "image_labels": []}
+
+
+def _checked(image: np.ndarray, order: str) -> np.ndarray:
+    if order not in ("RGB", "BGR"):
+        raise ValueError(f"order is {order!r}. Allowed: 'RGB', 'BGR'.")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"The image has shape {image.shape} and dtype {image.dtype}. Allowed: (height, width, "
+            "3) of uint8."
+        )
+    return np.ascontiguousarray(image if order == "RGB" else image[:, :, ::-1])

@@ -1,0 +1,233 @@
+"""What a trained system says of an image, in the forms that people and tools expect."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskx.data.label_maps import ignore_label
+from maskx.data.masks import decode_segmentation, encode_masks
+from maskx.data.sized_masks import PastedMasks
+from maskx.evaluation.figures import draw_instances, draw_label_map, save_png
+
+__all__ = ["Prediction", "instances_prediction", "label_map_prediction"]
+
+_SIDE = 800  # of a drawing
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The instances of an image, or the label of each pixel, or both.
+
+    Attributes:
+        class_names: by class index.
+        boxes: (N, 4) XYXY in pixels; None where there are no instances, as for the next three.
+        segmentations: mask of each instance, as a compressed run-length encoding of COCO.
+        scores: (N,), from 0 to 1.
+        class_indices: (N,) integers.
+        label_map: (H, W) integers: 0 is the background, c + 1 the class of index c, and
+            ``ignore_label(K)`` of :mod:`maskx.data.label_maps` what is not known; or None.
+        image: (H, W, 3) uint8 RGB, to draw on.
+
+    Raises:
+        ValueError: the parts do not fit together.
+    """
+
+    class_names: tuple[str, ...]
+    boxes: np.ndarray | None = None
+    segmentations: Sequence[dict[str, Any]] | None = None
+    scores: np.ndarray | None = None
+    class_indices: np.ndarray | None = None
+    label_map: np.ndarray | None = None
+    image: np.ndarray | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        parts = ("boxes", "segmentations", "scores", "class_indices")
+        lengths = {p: len(getattr(self, p)) for p in parts if getattr(self, p) is not None}
+        if len(set(lengths.values())) > 1 or (lengths and "class_indices" not in lengths):
+            raise ValueError(f"Instances need a class index each, and one of each part: {lengths}.")
+        if self.class_indices is None and self.label_map is None:
+            raise ValueError("A prediction needs class_indices of instances, or a label_map.")
+        sizes = {tuple(s["size"]) for s in self.segmentations or ()}
+        sizes |= {a.shape[:2] for a in (self.label_map, self.image) if a is not None}
+        if len(sizes) > 1:
+            raise ValueError(f"The parts are of images of different sizes: {sorted(sizes)}.")
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        for array in (self.image, self.label_map):
+            if array is not None:
+                return array.shape[:2]
+        if not self.segmentations:
+            raise ValueError("Nothing says how large the image is. Give it as image.")
+        return tuple(self.segmentations[0]["size"])
+
+    @property
+    def masks(self) -> np.ndarray | None:
+        """(N, H, W) bool, decoded; None without masks of instances."""
+        if self.segmentations is None:
+            return None
+        found = [decode_segmentation(each, *self.image_size) for each in self.segmentations]
+        return np.array(found, dtype=bool).reshape(-1, *self.image_size)
+
+    @property
+    def names(self) -> list[str]:
+        """Class name of each instance or, of a label map, of each class that is there."""
+        if self.class_indices is not None:
+            return [self.class_names[index] for index in np.asarray(self.class_indices).tolist()]
+        return [self.class_names[index] for index in self._labelled()]
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, side: int = _SIDE) -> np.ndarray:
+        """Draw instances and label map over the image.
+
+        Args:
+            path: PNG file to write; None for none.
+            side: of the square picture, in pixels.
+
+        Returns:
+            (side, side, 3) uint8 RGB; with instances and a label map one beside the other.
+        """
+        image = self.image
+        if image is None:
+            image = np.full((*self.image_size, 3), 255, np.uint8)
+        tiles = []
+        if self.class_indices is not None:
+            count = len(self.class_indices)
+            scores = [""] * count if self.scores is None else [f" {s:.2f}" for s in self.scores]
+            boxes = self._mask_boxes() if self.boxes is None else self.boxes
+            masks = (decode_segmentation(s, *self.image_size) for s in self.segmentations or ())
+            none = (np.zeros((1, 1), bool) for _ in range(count))
+            tile = draw_instances(
+                image,
+                boxes=boxes,
+                masks=none if self.segmentations is None else masks,
+                labels=[f"{name}{score}" for name, score in zip(self.names, scores, strict=True)],
+                with_masks=[True] * count,
+                side=side,
+            )
+            tiles.append(tile)
+        if self.label_map is not None:
+            tile = draw_label_map(
+                image,
+                self.label_map,
+                num_classes=len(self.class_names),
+                names=self.class_names,
+                side=side,
+            )
+            tiles.append(tile)
+        picture = np.concatenate(tiles, axis=1)
+        if path is not None:
+            save_png(Path(path), picture)
+        return picture
+
+    def to_coco(
+        self, image_id: int | str, category_ids: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """Say it as results of COCO: one entry per instance or, of a label map, per class there.
+
+        Args:
+            image_id: as in the annotation file.
+            category_ids: by class index, as in the annotation file; None counts from 1.
+        """
+        if category_ids is None:
+            category_ids = range(1, len(self.class_names) + 1)
+        if self.class_indices is None:
+            found = self._labelled()
+            masks = encode_masks(np.array([self.label_map == index + 1 for index in found]))
+            return [
+                {"image_id": image_id, "category_id": category_ids[index], "segmentation": mask}
+                for index, mask in zip(found, masks, strict=True)
+            ]
+        entries = []
+        for row, index in enumerate(np.asarray(self.class_indices).tolist()):
+            entry = {"image_id": image_id, "category_id": category_ids[index]}
+            if self.boxes is not None:
+                x0, y0, x1, y1 = (float(value) for value in self.boxes[row])
+                entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+            if self.segmentations is not None:
+                entry["segmentation"] = self.segmentations[row]
+            if self.scores is not None:
+                entry["score"] = float(self.scores[row])
+            entries.append(entry)
+        return entries
+
+    def to_supervision(self) -> Any:
+        """Turn it into ``supervision.Detections``; of a label map one for each class there.
+
+        Raises:
+            ImportError: supervision is not installed.
+        """
+        try:
+            from supervision import Detections
+        except ImportError as error:
+            raise ImportError(
+                "This needs the package supervision. Install it with: pip install supervision"
+            ) from error
+        if self.class_indices is None:
+            found = self._labelled()
+            masks = np.array([self.label_map == index + 1 for index in found], dtype=bool)
+            masks = masks.reshape(-1, *self.image_size)
+            instances = Prediction(
+                self.class_names,
+                segmentations=encode_masks(masks),
+                class_indices=np.array(found, dtype=int),
+                image=self.image,
+            )
+            return instances.to_supervision() if found else Detections.empty()
+        if len(self.class_indices) == 0:
+            return Detections.empty()
+        scores = None if self.scores is None else np.asarray(self.scores, dtype=np.float32)
+        boxes = self._mask_boxes() if self.boxes is None else self.boxes
+        return Detections(
+            xyxy=np.asarray(boxes, dtype=np.float32),
+            mask=self.masks,
+            confidence=scores,
+            class_id=np.asarray(self.class_indices, dtype=int),
+            data={"class_name": np.array(self.names)},
+        )
+
+    def _labelled(self) -> list[int]:
+        """Class indices that a label map has."""
+        labels = np.unique(self.label_map)
+        unknown = ignore_label(len(self.class_names))
+        return [int(label) - 1 for label in labels if label not in (0, unknown)]
+
+    def _mask_boxes(self) -> np.ndarray:
+        """(N, 4) XYXY around the masks; empty where a mask is."""
+        boxes = np.zeros((len(self.class_indices), 4))
+        for box, segmentation in zip(boxes, self.segmentations or (), strict=False):
+            rows, columns = decode_segmentation(segmentation, *self.image_size).nonzero()
+            if len(rows):
+                box[:] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        return boxes
+
+
+def label_map_prediction(result: Mapping[str, Any], class_names: Sequence[str]) -> Prediction:
+    """Take over the ``sem_seg`` of a result, an (H, W) label map."""
+    return Prediction(tuple(class_names), label_map=result["sem_seg"].cpu().numpy())
+
+
+def instances_prediction(result: Mapping[str, Any], class_names: Sequence[str]) -> Prediction:
+    """Take over the ``instances`` of a result, as a dictionary or as Detectron2 has them.
+
+    Their names are Detectron2's: ``pred_boxes``, ``scores``, ``pred_classes``, ``pred_masks``.
+    """
+    found = result["instances"]
+    found = found if isinstance(found, Mapping) else found.get_fields()
+    boxes = found["pred_boxes"]
+    masks = found.get("pred_masks")
+    if masks is not None and not isinstance(masks, PastedMasks):
+        masks = [encode_masks(mask[None].cpu().numpy())[0] for mask in masks]
+    elif masks is not None:
+        masks = masks.encode()
+    return Prediction(
+        tuple(class_names),
+        boxes=getattr(boxes, "tensor", boxes).float().cpu().numpy(),
+        segmentations=masks,
+        scores=found["scores"].float().cpu().numpy(),
+        class_indices=found["pred_classes"].cpu().numpy(),
+    )
