@@ -11,18 +11,9 @@ Examples:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from maskx.core.files import write_json
-from maskx.data.coco import load_coco
-from maskx.data.splits import resolve_split
-from maskx.engine.quickstart import nan_to_null
-from maskx.engine.training import select_device
-from maskx.evaluation.mean_iou import format_table
-from maskx.systems.larvseg.evaluation import evaluate_grouping
-from maskx.systems.larvseg.pipeline import open_larvseg
-from maskx.systems.larvseg.samples import labelled_images
+from maskx.core.command_line import ended_in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,7 +37,17 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Print the measures; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with ended_in_one_line():
+        from maskx.core.files import write_json
+        from maskx.data.coco import load_coco
+        from maskx.data.splits import resolve_split
+        from maskx.engine.quickstart import nan_to_null
+        from maskx.engine.training import select_device
+        from maskx.evaluation.mean_iou import format_table
+        from maskx.systems.larvseg.evaluation import evaluate_grouping
+        from maskx.systems.larvseg.pipeline import open_larvseg
+        from maskx.systems.larvseg.samples import labelled_images
+
         model = open_larvseg(arguments.model, select_device(arguments.device))
         data = load_coco(*arguments.coco, strict=not arguments.skip_bad)
         images, novel = labelled_images(data), None
@@ -58,8 +59,6 @@ def main() -> None:
         if arguments.output:
             per_class = dict(zip(images.class_names, found["per_class"], strict=True))
             write_json(arguments.output, nan_to_null(found | {"per_class": per_class}))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
     print(format_table(found))
 
 

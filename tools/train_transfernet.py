@@ -23,11 +23,7 @@ Examples:
 import argparse
 from pathlib import Path
 
-from maskx.detectron2 import check_num_gpus  # says what is missing
-
-# isort: split
-from maskx.detectron2.stagewise import exit_with_message, run_stages
-from maskx.systems.transfernet.detectron2.stages import check_transfer_stages, transfer_stages
+from maskx.core.command_line import ended_in_one_line
 
 _STAGES = ("stage0", "stage1", "stage2")
 
@@ -67,6 +63,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check everything, then run what is not finished."""
+    from maskx.detectron2 import check_num_gpus  # says what is missing
+    from maskx.detectron2.stagewise import run_stages
+    from maskx.systems.transfernet.detectron2.stages import check_transfer_stages, transfer_stages
+
     check_num_gpus(arguments.num_gpus)
     stages = transfer_stages(
         arguments.stage0 or arguments.stage0_weights,
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run the stages; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    with exit_with_message("the same command with --resume goes on from the last checkpoint"):
+    with ended_in_one_line("the same command with --resume goes on from the last checkpoint"):
         run(arguments)
 
 
