@@ -43,6 +43,16 @@ def test_the_first_random_split_in_full():
     assert split.indices_with_masks == expected
 
 
+def test_random_splits_of_any_class_list():
+    names = tuple(f"class {i}" for i in range(9))
+    draws = {resolve_split(f"random_4_{trial}", names).with_masks for trial in (1, 2, 3)}
+    assert len(draws) == 3
+    assert all(len(draw) == 4 and set(draw) < set(names) for draw in draws)
+    assert resolve_split("random_4_1", names).with_masks in draws
+    with pytest.raises(ValueError, match=r"draws 9 categories .* has 9\. Allowed: 1 to 8"):
+        resolve_split("random_9_1", names)
+
+
 COCO_SPLITS = [n for n in split_names() if n != "scenes_half" and not n.startswith("ade")]
 
 

@@ -10,6 +10,7 @@ Examples:
     OMP_NUM_THREADS=1 python tools/benchmark.py large_vocabulary --section inference
     python tools/benchmark.py concept_mask --section attention
     python tools/benchmark.py word_vectors --images 100000 --words 5000
+    python tools/benchmark.py photograph --megapixels 16 41
 """
 
 import argparse
@@ -25,6 +26,7 @@ from benchmarks.class_patterns import discovery_cases
 from benchmarks.large_vocabulary import inference_cases, training_cases
 from benchmarks.mask_head import head_cases, mlp_cases, predictor_cases, trunk_cases
 from benchmarks.measure import Case, describe_machine, format_table, measure
+from benchmarks.photographs import photograph_rows
 from benchmarks.tag_vectors import measure_learning, write_generated_tags
 
 from maskx.core.command_line import ended_in_one_line
@@ -135,6 +137,7 @@ def parse_arguments() -> argparse.Namespace:
     concept_mask = systems.add_parser("concept_mask", help="ConceptMask with all its concepts")
     concept_mask.set_defaults(tables=concept_mask_tables)
     word_vectors = systems.add_parser("word_vectors", help="word vectors from generated tags, once")
+    photograph = systems.add_parser("photograph", help="memory of Mask^X R-CNN, by megapixels")
     number = {"type": positive}
     for system in (mask_head, class_patterns, large_vocabulary, concept_mask):
         system.set_defaults(run=run)
@@ -174,7 +177,34 @@ def parse_arguments() -> argparse.Namespace:
     add("--tags", **number, default=30, help="per image")
     add("--topics", **number, default=300, help="that tags of an image are of")
     add("--dim", **number, default=512, help="of the vectors")
+    photograph.set_defaults(run=run_photograph)
+    add = photograph.add_argument
+    add("--json", type=Path, metavar="FILE", help="write all rows to a file")
+    add("--megapixels", type=float, nargs="+", default=[16, 41])
+    add("--objects", **number, default=24, help="with masks")
+    add("--image-size", **number, default=128, help="pixels, in training and prediction")
     return parser.parse_args()
+
+
+def run_photograph(arguments: argparse.Namespace) -> None:
+    """Measure processes of their own, on every host that is installed."""
+    hosts = ("pip", "detectron2") if importlib.util.find_spec("detectron2") else ("pip",)
+    machine = describe_machine(torch.device("cpu"))
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
+    sizes = {"objects": arguments.objects, "image_size": arguments.image_size}
+    rows = []
+    for megapixels in arguments.megapixels:
+        for row in photograph_rows(megapixels=megapixels, hosts=hosts, **sizes):
+            rows.append({"megapixels": megapixels, **sizes, **row})
+    table = [("host, task", "megapixels", "peak MB")]
+    table += [
+        (f"{r['host']}, {r['task']}", f"{r['megapixels']:g}", f"{r['peak_bytes'] / 1e6:.0f}")
+        for r in rows
+    ]
+    print(format_table(table))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.json, {"machine": machine, "rows": rows})
 
 
 def run_word_vectors(arguments: argparse.Namespace) -> None:

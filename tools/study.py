@@ -1,4 +1,4 @@
-"""Compare settings of a system on generated scenes, over several seeds.
+r"""Compare settings of a system on generated scenes, over several seeds.
 
 A run whose result lies in OUTPUT is not made again, an interrupted one goes on. Several such
 commands may run on one OUTPUT at a time, with the same or with other settings and seeds; the last
@@ -12,6 +12,8 @@ Examples:
     python tools/study.py --system transfernet --settings transfernet baseline
     python tools/study.py --system class_patterns --seeds 0
     python tools/study.py --system concept_mask --settings original refined
+    python tools/study.py --coco-train train.json train --coco-val val.json val \
+        --masks-for random_5_1 --settings sw/baseline sw/clsbox_2_layer oracle/sw/mask_rcnn
 """
 
 import argparse
@@ -39,6 +41,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--stage2-iterations", type=int, help="of what is trained on it")
     add("--batch-size", type=int, help="images per step")
     add("--device", default=default.device, help="auto, cpu or cuda")
+    own = parser.add_argument_group("own data, of Mask^X R-CNN")
+    add = own.add_argument
+    files = {"nargs": 2, "metavar": ("JSON", "IMAGES")}
+    add("--coco-train", **files, help="COCO file and image folder to train on")
+    add("--coco-val", **files, help="COCO file and image folder to evaluate on")
+    add("--masks-for", help="categories with masks: a named split or a file")
+    add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
+    add("--image-size", type=int, help="shorter side in pixels")
+    add("--backbone", default=default.backbone, help="small, or a model of timm")
+    add("--pretrained", action="store_true", help="start from ImageNet weights")
+    add("--vectors", type=Path, help="file of word vectors, for settings with 'glove'")
     arguments = parser.parse_args()
     if arguments.output is None:
         suffix = "" if arguments.system == default.system else f"_{arguments.system}"

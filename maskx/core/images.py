@@ -50,3 +50,25 @@ def resized_image(image: Tensor, height: int, width: int) -> np.ndarray:
     shrinks = height < pixels.shape[0]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=interpolation)
+
+
+def shrink_image(image: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """Make an image smaller, never larger; each pixel is a mean of those that it stands for.
+
+    Args:
+        image: (3, H, W) uint8 or float.
+        sizes: the most that the shorter side may have, and the longer one.
+    """
+    sides = image.shape[-2:]
+    scale = min(sizes[0] / min(sides), sizes[1] / max(sides))
+    if scale >= 1:
+        return image
+    size = [max(1, round(side * scale)) for side in sides]
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
+def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Take (R, 4) XYXY boxes from an image of size (H, W) to the same image at another size."""
+    if tuple(old) == tuple(new):
+        return boxes
+    return boxes * boxes.new_tensor([new[1] / old[1], new[0] / old[0]] * 2)

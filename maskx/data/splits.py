@@ -4,6 +4,7 @@ import difflib
 import functools
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> Catego
     """Resolve a split against the class list of a data set.
 
     Args:
-        spec: a name of :func:`split_names`, or the path of a file that lists the categories with
+        spec: a name of :func:`split_names`; ``random_N_T``, for N categories drawn at random in
+            trial T, whatever the class list; or the path of a file that lists the categories with
             masks: a text file with one name per line (``#`` starts a comment), a JSON list of
             names, or a JSON object ``{"with_masks": [...], "without_masks": [...]}`` of which
             either list may be left out.
@@ -64,9 +66,21 @@ def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> Catego
             )
     elif name in _coco_random_draws():
         with_masks = tuple(COCO_THING_CLASSES[i] for i in _coco_random_draws()[name])
+    elif found := re.fullmatch(r"random_(\d+)_(\d+)", name):
+        with_masks = _random_draw(class_names, *map(int, found.groups()))
     else:
         return _read_split(Path(name), class_names)
     return split_one_side(name, class_names, with_masks=with_masks)
+
+
+def _random_draw(class_names: tuple[str, ...], size: int, trial: int) -> tuple[str, ...]:
+    if not 0 < size < len(class_names):
+        raise ValueError(
+            f"Category split 'random_{size}_{trial}' draws {size} categories with masks, but the "
+            f"data set has {len(class_names)}. Allowed: 1 to {len(class_names) - 1}."
+        )
+    drawn = np.random.RandomState(trial).choice(len(class_names), size, replace=False)
+    return tuple(class_names[index] for index in sorted(drawn))
 
 
 @functools.cache
@@ -93,6 +107,7 @@ def _read_split(path: Path, class_names: tuple[str, ...]) -> CategorySplit:
         raise FileNotFoundError(
             f"'{path}' is neither a named category split nor a file.{hint} Named splits: all, "
             "coco_voc, coco_nonvoc, coco_random_{20,30,40,50,60}_{1..5}, vg3k_coco, scenes_half, "
+            "random_N_T, "
             f"{', '.join(LARVSEG_SPLITS)}; or give a text file with one category name per line, or "
             "a JSON list of names."
         )

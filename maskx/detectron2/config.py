@@ -17,6 +17,9 @@ from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel
 from maskx.systems.concept_mask.samples import ConceptMapper
 from maskx.systems.concept_mask.segmenter import ConceptSegmenter, build_encoder
 from maskx.systems.larvseg.network import LarvSeg
+from maskx.systems.maskx_rcnn.detectron2.heads import MaskXMaskHead, TextClassifier
+from maskx.systems.maskx_rcnn.mask_head import MaskXHead
+from maskx.systems.maskx_rcnn.weight_transfer import WeightTransfer
 from maskx.systems.transfernet.model import build_network
 
 
@@ -46,15 +49,15 @@ def _defaults() -> CN:
     # What predicts the mask of a class: "transfer" (Mask^X: weights predicted from the weights of
     # the box predictor), "class_agnostic" (the baseline: one mask for every class) or
     # "class_specific" (Mask R-CNN: learned weights per class, the oracle where all have masks).
-    keys.MODEL.MASKX.PREDICTOR = "transfer"
+    keys.MODEL.MASKX.PREDICTOR = default_of(MaskXHead, "predictor")
     # Fully connected branch whose logits are added (section 3.3): "none", "single_fc" (the
     # paper's; 157.4 M parameters at 256 channels and 28 x 28) or "bottleneck" (4.9 M).
-    keys.MODEL.MASKX.MLP = "none"
+    keys.MODEL.MASKX.MLP = default_of(MaskXHead, "mlp")
     # Layers before the upsampling: "conv" (ROI_MASK_HEAD.NUM_CONV convolutions, the paper's),
     # "residual" (NUM_CONV convolutions in residual pairs) or "hourglass" (one hourglass of
     # residual pairs, NUM_CONV convolutions per resolution and direction). The latter two need an
     # even NUM_CONV, "hourglass" also a ROI_MASK_HEAD.POOLER_RESOLUTION of at least 7.
-    keys.MODEL.MASKX.TRUNK = "conv"
+    keys.MODEL.MASKX.TRUNK = default_of(MaskXHead, "trunk")
     # True: the mask branch trains on ground-truth boxes instead of the sampled proposals (found
     # to help classes without masks by Deep-MAC, Birodkar et al., ICCV 2021).
     keys.MODEL.MASKX.GT_BOXES_ONLY = False
@@ -62,19 +65,19 @@ def _defaults() -> CN:
     # stage-wise training, section 2.2). Needs META_ARCHITECTURE "MaskXRCNN".
     keys.MODEL.MASKX.FREEZE_DETECTOR = False
     # Multiplier of the mask loss; 1 in the paper.
-    keys.MODEL.MASKX.LOSS_WEIGHT = 1.0
+    keys.MODEL.MASKX.LOSS_WEIGHT = default_of(MaskXMaskHead, "loss_weight")
 
     # The weight transfer function T of Eq. 1; used by the predictor "transfer" only.
     keys.MODEL.MASKX.TRANSFER = CN()
     # What describes a class, w_det: "cls" (classifier row), "box" (box regressor row), "cls+box"
     # (both), "vectors" (fixed vectors from a file) or "randn" (fixed random vectors).
-    keys.MODEL.MASKX.TRANSFER.INPUTS = "cls+box"
+    keys.MODEL.MASKX.TRANSFER.INPUTS = default_of(WeightTransfer, "inputs")
     # Number of fully connected layers of T: 1, 2 or 3.
-    keys.MODEL.MASKX.TRANSFER.LAYERS = 2
+    keys.MODEL.MASKX.TRANSFER.LAYERS = default_of(WeightTransfer, "num_layers")
     # Between the layers of T: "leaky_relu" (slope 0.1) or "relu".
-    keys.MODEL.MASKX.TRANSFER.ACTIVATION = "leaky_relu"
+    keys.MODEL.MASKX.TRANSFER.ACTIVATION = default_of(WeightTransfer, "activation")
     # True: the mask loss does not reach the box predictor through T (section 3.1).
-    keys.MODEL.MASKX.TRANSFER.STOP_GRADIENT = True
+    keys.MODEL.MASKX.TRANSFER.STOP_GRADIENT = default_of(WeightTransfer, "stop_gradient")
     # Length of a classifier row, where a box predictor of another code base gives its rows by a
     # method detector_weights(); 0: the length of the features that enter the box predictor.
     keys.MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS = 0
@@ -90,7 +93,7 @@ def _defaults() -> CN:
     # training give a model that detects and segments other classes with the same checkpoint.
     keys.MODEL.MASKX.TEXT_CLASSIFIER.CLASSES = []
     # Multiplier of the cosine between features and vectors; 50 in Detic.
-    keys.MODEL.MASKX.TEXT_CLASSIFIER.TEMPERATURE = 50.0
+    keys.MODEL.MASKX.TEXT_CLASSIFIER.TEMPERATURE = default_of(TextClassifier, "temperature")
 
     # Classes, without the background, of image classifiers and of semantic segmentation.
     # Detectors have ROI_HEADS.NUM_CLASSES.

@@ -35,6 +35,7 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
         iou_types: what is evaluated, of "bbox" and "segm".
         distributed: gather the predictions of all processes; otherwise each evaluates its own.
         output_dir: where ``coco_instances_results.json`` is written; None to write nothing.
+        max_detections: scored for each image and category, ``TEST.DETECTIONS_PER_IMAGE``.
 
     Raises:
         ValueError: the metadata of the data set is incomplete, or the split does not fit it.
@@ -48,6 +49,7 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
         iou_types: tuple[str, ...] = ("bbox", "segm"),
         distributed: bool = True,
         output_dir: str | None = None,
+        max_detections: int = 100,
     ) -> None:
         metadata = MetadataCatalog.get(dataset_name)
         missing = [
@@ -75,6 +77,7 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
         self._iou_types = iou_types
         self._distributed = distributed
         self._output_dir = output_dir
+        self._max_detections = max_detections
         self.reset()
 
     def reset(self) -> None:
@@ -133,6 +136,7 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
             category_ids=list(self._category_id.values()),
             groups=self._groups,
             iou_types=self._iou_types,
+            max_detections=self._max_detections,
         )
         logger.info("Evaluation on A (with masks) and B (without):\n%s", format_table(scores))
         return self._flatten(scores)

@@ -4,18 +4,16 @@ from maskx.systems.maskx_rcnn.torchvision import (
     SampleDetector,
     add_mask_branch,
     detect,
-    faster_rcnn_small,
+    faster_rcnn,
     init_box_predictor,
-    maskx_rcnn_resnet_fpn,
-    maskx_rcnn_small,
+    maskx_rcnn,
 )
 
 __all__ = [
     "SampleDetector",
     "add_mask_branch",
     "detect",
-    "faster_rcnn_small",
+    "faster_rcnn",
     "init_box_predictor",
-    "maskx_rcnn_resnet_fpn",
-    "maskx_rcnn_small",
+    "maskx_rcnn",
 ]

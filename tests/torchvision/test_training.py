@@ -14,7 +14,7 @@ from maskx.engine.training import (
     train,
 )
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
-from maskx.systems.maskx_rcnn.torchvision import SampleDetector, maskx_rcnn_small
+from maskx.systems.maskx_rcnn.torchvision import SampleDetector, maskx_rcnn
 
 SETTINGS = TrainingSettings(
     iterations=5, batch_size=2, learning_rate=0.01, seed=3, checkpoint_every=2
@@ -227,7 +227,7 @@ def test_of_the_weights_of_another_network_a_few_are_named(tmp_path):
 
 def test_a_checkpoint_with_other_classes_is_refused(run, tmp_path):
     run()
-    other = SampleDetector(maskx_rcnn_small(4, min_size=64, channels=8, num_convs=1))
+    other = SampleDetector(maskx_rcnn(4, detector={"min_size": 64}, channels=8, num_convs=1))
     with pytest.raises(
         ValueError, match=r"checkpoint: .*num_classes 8.*\n.*this model: .*num_classes 3"
     ):

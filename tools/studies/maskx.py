@@ -2,40 +2,47 @@
 
 The settings carry the names of ``configs/MaskX``: ``TRAINING/METHOD``, where the training is ``sw``
 (stage-wise: every second stage of a seed on the same detector) or ``e2e`` (end to end), and the
-method a list of words joined by ``_``.
+method a list of words joined by ``_``. Before it may stand ``oracle/`` (all categories have masks
+in training) or ``grabcut/`` (GrabCut draws those of B).
 """
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from maskx.core.word_vectors import load_class_vectors
+from maskx.data.coco import load_coco
+from maskx.data.grabcut_coco import write_grabcut_json
 from maskx.data.splits import resolve_split
 from maskx.engine.batches import training_batches
 from maskx.engine.options import QuickstartOptions
-from maskx.engine.quickstart import load_data
+from maskx.engine.quickstart import choose_image_size, load_data
 from maskx.engine.training import TrainingSettings, select_device, train
 from maskx.evaluation.average_precision import evaluate_detections
+from maskx.supervision import CategorySplit
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
 from maskx.systems.maskx_rcnn.torchvision import (
     SampleDetector,
     detect,
-    faster_rcnn_small,
-    maskx_rcnn_small,
+    faster_rcnn,
+    maskx_rcnn,
 )
 from studies.options import StudyOptions
-from studies.study import Measure, Ordering, Report, Study, process_lock
+from studies.study import OWN_OPTIONS, Measure, Ordering, Report, Study, process_lock
 
 # What each word of a method sets; those of configs/MaskX/README.md set the same there.
 WORDS: Mapping[str, Mapping[str, Any]] = {
     "baseline": {"predictor": "class_agnostic"},
+    "mask_rcnn": {"predictor": "class_specific"},
     "clsbox": {"predictor": "transfer", "transfer_inputs": "cls+box"},
     "cls": {"predictor": "transfer", "transfer_inputs": "cls"},
     "box": {"predictor": "transfer", "transfer_inputs": "box"},
     "randn": {"predictor": "transfer", "transfer_inputs": "randn"},
+    "glove": {"predictor": "transfer", "transfer_inputs": "vectors"},
     "1_layer": {"transfer_layers": 1},
     "2_layer": {"transfer_layers": 2},
     "3_layer": {"transfer_layers": 3},
@@ -58,6 +65,8 @@ PAPER_SETTINGS = (
     *("e2e/baseline", "e2e/clsbox_2_layer_nostopgrad", "e2e/clsbox_2_layer"),
 )
 
+_MASKS = ("oracle", "grabcut")
+
 _DEFAULTS = {"iterations": 1200, "stage2_iterations": 600, "batch_size": 8}
 _LEARNING_RATE_PER_IMAGE = 0.00375  # as in the quick start
 
@@ -69,12 +78,13 @@ def mask_branch(setting: str) -> dict[str, Any]:
         ValueError: it is not of the form TRAINING/METHOD, a word is not known or contradicts
             another, or none says what predicts the masks.
     """
-    training, _, method = setting.partition("/")
+    training, method = _parts(setting)[1:]
     known = "|".join(sorted(WORDS, key=len, reverse=True))
     if training not in ("sw", "e2e") or not re.fullmatch(rf"({known})(_({known}))*", method):
         raise ValueError(
-            f"Setting '{setting}' is not known. Allowed: sw/METHOD or e2e/METHOD, with METHOD of "
-            f"the words {', '.join(WORDS)}, joined by '_'."
+            f"Setting '{setting}' is not known. Allowed: sw/METHOD or e2e/METHOD, perhaps with "
+            f"{' or '.join(f'{name}/' for name in _MASKS)} before it, and METHOD of the words "
+            f"{', '.join(WORDS)}, joined by '_'."
         )
     branch: dict[str, Any] = {"freeze_detector": training == "sw"}
     for word in re.findall(rf"({known})(?:_|$)", method):
@@ -92,6 +102,14 @@ def mask_branch(setting: str) -> dict[str, Any]:
     return branch
 
 
+def _parts(setting: str) -> tuple[str, str, str]:
+    """Where the masks of B are from ("" for nowhere), the training, the method."""
+    first, _, rest = setting.partition("/")
+    masks = first if first in _MASKS else ""
+    training, _, method = (rest if masks else setting).partition("/")
+    return masks, training, method
+
+
 class _SeedRuns:
     """All runs of one seed; they share the scenes and the detector of the first stage."""
 
@@ -99,29 +117,75 @@ class _SeedRuns:
         self.options, self.seed, self.numbers = options, seed, _numbers_of(options)
         self.folder = options.seed_folder(seed)
         self.device = select_device(options.device)
-        quickstart = QuickstartOptions(output=self.folder, seed=seed)
+        given = ("coco_train", "coco_val", "masks_for", "skip_bad", "image_size")
+        self.quickstart = QuickstartOptions(
+            output=self.folder, seed=seed, **{name: getattr(options, name) for name in given}
+        )
         with process_lock(self.folder):
-            self.train_data, self.val_data = load_data(quickstart)
-        self.split = resolve_split("scenes_half", self.train_data.class_names)
-        self.num_classes = len(self.train_data.class_names) + 1
+            self.train_data, self.val_data = load_data(self.quickstart)
+        own_data = options.coco_train is not None
+        default_split = "all" if own_data else "scenes_half"
+        names = self.train_data.class_names
+        self.split = resolve_split(options.masks_for or default_split, names)
+        size = choose_image_size(self.quickstart)
+        self.detector = {
+            "pretrained": options.pretrained,
+            "min_size": size,
+            "max_size": 2 * size,
+        }
 
     def run(self, setting: str) -> dict[str, float]:
         branch = mask_branch(setting)
+        if branch.get("transfer_inputs") == "vectors":
+            vectors = load_class_vectors(self.options.vectors, self.train_data.class_names)
+            branch["class_vectors"] = torch.from_numpy(vectors)
         torch.manual_seed(self.seed)
-        model = SampleDetector(maskx_rcnn_small(self.num_classes, **branch))
+        num_classes = len(self.train_data.class_names) + 1
+        model = SampleDetector(
+            maskx_rcnn(
+                num_classes, detector=self.detector, **branch, backbone=self.options.backbone
+            )
+        )
         if branch["freeze_detector"]:
             self._load_detector(model)
         iterations = _describe(self.options, setting)["iterations"]
-        self._train(model, self.folder / setting, iterations, setting)
+        records, split = self._with_masks(_parts(setting)[0])
+        self._train(model, self.folder / setting, iterations, setting, records, split)
         return self._evaluate(model, setting)
+
+    def _with_masks(self, source: str) -> tuple[Sequence[dict[str, Any]], CategorySplit]:
+        """Training images, and which categories have masks in them."""
+        everything = resolve_split("all", self.train_data.class_names)
+        if source == "oracle":
+            return self.train_data.records, everything
+        if source != "grabcut":
+            return self.train_data.records, self.split
+        path = self.folder / "grabcut.json"
+        images = self.options.coco_train[1] if self.options.coco_train else None
+        images = images or self.train_data.json_file.parent
+        with process_lock(self.folder / "grabcut"):
+            if not path.exists():
+                write_grabcut_json(
+                    self.train_data.json_file,
+                    images,
+                    path,
+                    split=self.split.name,
+                    strict=not self.options.skip_bad,
+                    progress=True,
+                )
+        return load_coco(path, images).records, everything
 
     def _load_detector(self, model: SampleDetector) -> None:
         """Give a model the detector of the first stage, which is trained when first needed."""
         torch.manual_seed(self.seed)
-        detector = SampleDetector(faster_rcnn_small(self.num_classes))
+        num_classes = len(self.train_data.class_names) + 1
+        detector = SampleDetector(
+            faster_rcnn(num_classes, backbone=self.options.backbone, **self.detector)
+        )
         folder = self.folder / "stage1"
         with process_lock(folder):
-            self._train(detector, folder, self.numbers["iterations"], "stage1")
+            records = self.train_data.records
+            self._train(detector, folder, self.numbers["iterations"], "stage1", records, self.split)
         detector.to("cpu")
         missing, unexpected = model.load_state_dict(detector.state_dict(), strict=False)
         outside = [name for name in missing if not name.startswith("detector.roi_heads.mask_head.")]
@@ -129,7 +193,13 @@ class _SeedRuns:
         assert not unexpected, unexpected
 
     def _train(
-        self, model: SampleDetector, folder: Path, iterations: int, description: str
+        self,
+        model: SampleDetector,
+        folder: Path,
+        iterations: int,
+        description: str,
+        records: Sequence[dict[str, Any]],
+        split: CategorySplit,
     ) -> None:
         settings = TrainingSettings(
             iterations=iterations,
@@ -140,8 +210,8 @@ class _SeedRuns:
         )
         batches = functools.partial(
             training_batches,
-            self.train_data.records,
-            InstanceMapper(self.split.indices_with_masks),
+            records,
+            InstanceMapper(split.indices_with_masks, sizes=model.sizes),
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
@@ -177,10 +247,15 @@ def _numbers_of(options: StudyOptions) -> dict[str, int]:
 def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
     numbers = _numbers_of(options)
     run = {"iterations": numbers["iterations"], "batch_size": numbers["batch_size"]}
-    if mask_branch(setting)["freeze_detector"]:
+    branch = mask_branch(setting)
+    if branch["freeze_detector"]:
         run["iterations"] = numbers["stage2_iterations"]
         run["detector_iterations"] = numbers["iterations"]
-    return run
+    if branch.get("transfer_inputs") == "vectors" and options.vectors is None:
+        raise ValueError(f"Setting '{setting}' needs a file of word vectors. Give --vectors FILE.")
+    own = {name: getattr(options, name) for name in sorted(OWN_OPTIONS)}
+    given = {name: value for name, value in own.items() if value != getattr(StudyOptions, name)}
+    return run | {name: v if isinstance(v, bool | int) else str(v) for name, v in given.items()}
 
 
 def _above(name: str, better: str, worse: str) -> Ordering:
@@ -223,5 +298,6 @@ STUDY = Study(
     ),
     describe=_describe,
     open_seed=_SeedRuns,
+    takes=OWN_OPTIONS,
 )
 """Mask^X R-CNN; the orderings are of its tables 3.1 to 3.4, and of Deep-MAC."""

@@ -26,6 +26,15 @@ class StudyOptions:
             (``concept_mask``).
         batch_size: images per step.
         device: ``auto``, ``cpu`` or ``cuda``.
+        coco_train: annotation file and image folder to train on instead of generated scenes, with
+            the options that follow; of ``maskx``.
+        coco_val: annotation file and image folder to evaluate on.
+        masks_for: category split, see :func:`maskx.data.splits.resolve_split`.
+        skip_bad: leave bad annotations out, counted, instead of stopping at them.
+        image_size: shorter side of the images in pixels.
+        backbone: see :func:`maskx.torchvision.faster_rcnn`.
+        pretrained: start from ImageNet weights.
+        vectors: file of vectors of the class names, for settings that transfer from vectors.
     """
 
     output: Path
@@ -36,6 +45,14 @@ class StudyOptions:
     stage2_iterations: int | None = None
     batch_size: int | None = None
     device: str = "auto"
+    coco_train: tuple[str, str] | None = None
+    coco_val: tuple[str, str] | None = None
+    masks_for: str | None = None
+    skip_bad: bool = False
+    image_size: int | None = None
+    backbone: str = "small"
+    pretrained: bool = False
+    vectors: Path | None = None
 
     def seed_folder(self, seed: int) -> Path:
         """Folder of all runs of a seed."""

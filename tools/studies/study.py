@@ -20,6 +20,7 @@ from maskx.evaluation.plots import plot_settings
 from studies.options import StudyOptions
 
 __all__ = [
+    "OWN_OPTIONS",
     "Measure",
     "Ordering",
     "Study",
@@ -30,6 +31,10 @@ __all__ = [
     "process_lock",
 ]
 
+# Options that only some systems take.
+OWN_OPTIONS = frozenset(("coco_train", "coco_val", "masks_for", "skip_bad")) | frozenset(
+    ("image_size", "backbone", "pretrained", "vectors")
+)
 _RESULT = "result.json"
 _RESULT_KEYS = {"run", "result"}
 
@@ -81,6 +86,7 @@ class Study:
             ValueError for a setting that is not known, and ImportError for one that needs a package
             that is not installed.
         open_seed: starts the runs of a seed.
+        takes: names of the options that have a meaning for this system alone.
     """
 
     settings: Sequence[str]
@@ -90,6 +96,7 @@ class Study:
     orderings: Sequence[Ordering]
     describe: Callable[[StudyOptions, str], dict[str, Any]]
     open_seed: Callable[[StudyOptions, int, Report], SeedRuns]
+    takes: frozenset[str] = frozenset()
 
 
 def make_study(system: Study, options: StudyOptions, report: Report) -> list[dict[str, Any]]:
@@ -109,6 +116,11 @@ def make_study(system: Study, options: StudyOptions, report: Report) -> list[dic
         ValueError: a setting is not known, a seed stands twice, or a result or the study in the
             folder was made with other options.
     """
+    for name in sorted(OWN_OPTIONS - system.takes):
+        if getattr(options, name) != getattr(StudyOptions, name):
+            raise ValueError(
+                f"{name} has no meaning for a study of {options.system}. Leave it out."
+            )
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"A seed stands twice in {list(options.seeds)}. Name each once.")
     runs = _describe(system, options, report)

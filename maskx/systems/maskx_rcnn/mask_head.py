@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from maskx.core.checks import check_choice
+from maskx.core.checks import check_choice, default_of
 from maskx.core.extra_state import EXTRA_STATE, pack_state, unpack_state
 from maskx.core.layers import msra_fill
 from maskx.systems.maskx_rcnn.mask_trunks import trunk_layers
@@ -37,15 +37,7 @@ _VERSION = 2  # of what a head says of itself in a checkpoint
 
 
 def class_logits(features: Tensor, class_weights: Tensor) -> Tensor:
-    """Apply to each RoI the 1x1 convolution of its own class.
-
-    Args:
-        features: (R, C, M, M).
-        class_weights: (R, C), the weights of the class that each RoI needs.
-
-    Returns:
-        (R, M, M) mask logits.
-    """
+    """Apply to (R, C, M, M) features the 1x1 convolutions (R, C) of the RoIs' own classes."""
     num_rois, channels, height, width = features.shape
     columns = features.reshape(num_rois, channels, height * width)
     return torch.bmm(class_weights[:, None], columns).reshape(num_rois, height, width)
@@ -136,9 +128,6 @@ def make_predictor(
         channels: C.
         num_classes: K; may be None where nothing is learned or stored per class.
         **transfer: further arguments of :class:`WeightTransfer`, for ``transfer`` only.
-
-    Raises:
-        ValueError: an argument is out of range, or one that is needed is missing.
     """
     check_choice("mask predictor", name, PREDICTORS)
     if name == "transfer":
@@ -222,10 +211,10 @@ class MaskXHead(nn.Module):
         norm: Callable[[int], nn.Module] | None = None,
         predictor: str = "transfer",
         mlp: str = "none",
-        transfer_inputs: str = "cls+box",
-        transfer_layers: int = 2,
-        transfer_activation: str = "leaky_relu",
-        stop_gradient: bool = True,
+        transfer_inputs: str = default_of(WeightTransfer, "inputs"),
+        transfer_layers: int = default_of(WeightTransfer, "num_layers"),
+        transfer_activation: str = default_of(WeightTransfer, "activation"),
+        stop_gradient: bool = default_of(WeightTransfer, "stop_gradient"),
         detector_channels: int | None = None,
         class_vectors: Tensor | None = None,
     ) -> None:
@@ -286,15 +275,12 @@ class MaskXHead(nn.Module):
         class_indices: Tensor,
         detector: DetectorWeights | None = None,
     ) -> Tensor:
-        """Predict the mask logits of one class per RoI.
+        """Predict (R, M, M) mask logits of one class per RoI.
 
         Args:
             roi_features: (R, in_channels, P, P) pooled features.
             class_indices: (R,) the class whose mask is wanted, in [0, K).
             detector: live weights of the box predictor, for transfer from the detector.
-
-        Returns:
-            (R, M, M) mask logits.
         """
         features = roi_features
         for name in self._feature_layers:

@@ -53,7 +53,7 @@ def trunk_layers(
     Args:
         trunk: ``conv`` (3x3 convolutions in a row), ``residual`` (the same in pairs with a skip,
             see :class:`ResidualPair`) or ``hourglass`` (see :class:`Hourglass`).
-        in_channels: channels of the pooled RoI features.
+        in_channels: of the pooled RoI features.
         channels: C.
         num_convs: number of 3x3 convolutions; per resolution and direction in an hourglass. Even
             and at least 2 but for ``conv``.

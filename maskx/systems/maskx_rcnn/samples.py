@@ -1,20 +1,15 @@
 """Samples of instances, of which some have masks, and what both hosts ask of them."""
 
-import logging
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskx.core.images import scale_boxes, shrink_image
 from maskx.data.image_samples import read_image_sample
 from maskx.data.sized_masks import PastedMasks, decode_at_size
-from maskx.supervision import CategorySplit
-
-logger = logging.getLogger(__name__)
 
 
 class InstanceMapper:
@@ -59,7 +54,8 @@ class InstanceMapper:
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         masks = torch.zeros(len(annotations), *size, dtype=torch.bool)
         for mask, annotation in zip(masks, annotations, strict=True):
-            if has_usable_mask(annotation, self.classes_with_masks):
+            has_mask = "segmentation" in annotation
+            if has_mask and annotation["class_index"] in self.classes_with_masks:
                 pixels = decode_at_size(annotation["segmentation"], height, width, size)
                 mask[:] = torch.from_numpy(pixels)
         instances = {
@@ -74,70 +70,6 @@ class InstanceMapper:
             x0, y0, x1, y1 = instances["gt_boxes"].unbind(dim=1)
             instances["gt_boxes"] = torch.stack([size[1] - x1, y0, size[1] - x0, y1], dim=1)
         return sample | {"instances": instances}
-
-
-def has_usable_mask(annotation: Mapping[str, Any], classes_with_masks: Collection[int]) -> bool:
-    """Whether the mask of an annotation may train the model."""
-    return "segmentation" in annotation and annotation["class_index"] in classes_with_masks
-
-
-def check_masks(records: Iterable[Mapping[str, Any]], split: CategorySplit) -> None:
-    """Compare what a split says of masks with the annotations that will be trained on.
-
-    Categories that have masks by the split, and none in the data, are named in a warning.
-
-    Args:
-        records: of the training data, see :func:`maskx.data.coco.load_coco`.
-        split: says which categories have masks (A).
-
-    Raises:
-        ValueError: none of the categories of A has a mask, so no mask would be learned.
-    """
-    boxes: Counter[int] = Counter()
-    masks: Counter[int] = Counter()
-    for record in records:
-        for annotation in record["annotations"]:
-            if not annotation["iscrowd"]:
-                boxes[annotation["class_index"]] += 1
-                masks[annotation["class_index"]] += bool(annotation.get("segmentation"))
-    names = dict(zip(split.indices_with_masks, split.with_masks, strict=True))
-    without = [index for index in names if not masks[index]]
-    listed = ", ".join(f"{names[index]!r} ({boxes[index]} boxes)" for index in without[:8])
-    if without and len(without) == len(names):
-        raise ValueError(
-            f"Category split '{split.name}' says that {len(names)} categories have masks (A), but "
-            f"no annotation of theirs has one: {listed}{', ...' if len(without) > 8 else ''}. The "
-            "mask branch would learn nothing. Add polygons or RLE masks to the annotation file, or "
-            "name categories that have some."
-        )
-    if without:
-        logger.warning(
-            "Category split '%s' says that %d categories have masks (A), but %d of them have none "
-            "in the training data: %s%s. They learn from their boxes alone.",
-            *(split.name, len(names), len(without), listed, ", ..." if len(without) > 8 else ""),
-        )
-
-
-def shrink_image(image: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """Make an image smaller, never larger; each pixel is a mean of those that it stands for.
-
-    Args:
-        image: (3, H, W) uint8 or float.
-        sizes: the most that the shorter side may have, and the longer one.
-    """
-    sides = image.shape[-2:]
-    scale = min(sizes[0] / min(sides), sizes[1] / max(sides))
-    if scale >= 1:
-        return image
-    size = [max(1, round(side * scale)) for side in sides]
-    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
-
-
-def scale_boxes(boxes: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Take (R, 4) XYXY boxes from an image of size (H, W) to the same image at another size."""
-    if tuple(old) == tuple(new):
-        return boxes
-    return boxes * boxes.new_tensor([new[1] / old[1], new[0] / old[0]] * 2)
 
 
 def given_boxes(samples: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]] | None:

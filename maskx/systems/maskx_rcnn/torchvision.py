@@ -2,27 +2,26 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model_weights, list_models
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 from tqdm import tqdm
 
-from maskx.core.backbones import SmallFPN
-from maskx.core.checks import check_choice
+from maskx.core.backbone_choice import build_pyramid
+from maskx.core.backbones import PyramidBackbone, SmallFPN
+from maskx.core.images import scale_boxes, shrink_image
 from maskx.data.image_samples import read_image_sample
 from maskx.data.sized_masks import PastedMasks
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead, crop_mask_targets, mask_loss
-from maskx.systems.maskx_rcnn.samples import given_boxes, scale_boxes, shrink_image
+from maskx.systems.maskx_rcnn.samples import given_boxes
 from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, detector_weights
 
 logger = logging.getLogger(__name__)
@@ -114,11 +113,11 @@ def detect(
     batch_size: int = 8,
     description: str = "evaluation",
 ) -> list[dict[str, Any]]:
-    """Run a model over records.
+    """Run a model over records, in evaluation mode.
 
     Args:
-        model: the model; it is put into evaluation mode.
-        records: records of :func:`maskx.data.coco.load_coco`.
+        model: the model.
+        records: of :func:`maskx.data.coco.load_coco`.
         category_ids: id in the file by class index.
         batch_size: images at a time.
         description: label of the progress bar.
@@ -234,9 +233,9 @@ class MaskXRoIHeads(RoIHeads):
         """Run the box branch, then the mask branch.
 
         Args:
-            features: feature maps by name.
-            proposals: per image (R, 4) proposals, XYXY in pixels of the resized image.
-            image_shapes: (H, W) of the resized images.
+            features: as of the base class, like the next two.
+            proposals: per image.
+            image_shapes: likewise.
             targets: in training, per image ``boxes`` (N, 4), ``labels`` (N,) in [1, K] and, where
                 there are masks, ``masks`` (N, H, W) and ``has_masks`` (N,) bool. A row of
                 ``masks`` counts where ``has_masks`` is true.
@@ -273,9 +272,15 @@ class MaskXRoIHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]],
     ) -> Tensor:
+        samples = zip(*(self._training_samples or ()), strict=True)
+        self._training_samples = None
+        if self.gt_boxes_only:
+            samples = [
+                (t["boxes"], torch.arange(len(t["boxes"]), device=t["boxes"].device), t["labels"])
+                for t in targets
+            ]
         boxes, class_indices, mask_targets = [], [], []
-        for target, *sample in zip(targets, *self._mask_samples(targets), strict=True):
-            proposals, matched, labels = sample
+        for target, (proposals, matched, labels) in zip(targets, samples, strict=True):
             has_masks = _has_masks(target)
             masked = labels > 0
             if len(has_masks):  # else all samples are background, and match no row
@@ -283,26 +288,11 @@ class MaskXRoIHeads(RoIHeads):
             boxes.append(proposals[masked])
             class_indices.append(labels[masked] - 1)
             if "masks" in target:
-                mask_targets.append(
-                    crop_mask_targets(
-                        target["masks"], boxes[-1], matched[masked], self.mask_head.mask_size
-                    )
-                )
+                size = self.mask_head.mask_size
+                rows = matched[masked]
+                mask_targets.append(crop_mask_targets(target["masks"], boxes[-1], rows, size))
         mask_logits = self._mask_logits(features, boxes, class_indices, image_shapes)
-        if not mask_targets:
-            return mask_loss(mask_logits, mask_logits)
-        return mask_loss(mask_logits, torch.cat(mask_targets))
-
-    def _mask_samples(
-        self, targets: list[dict[str, Tensor]]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per image: boxes that may train the branch, the target each belongs to, its label."""
-        samples, self._training_samples = self._training_samples, None
-        if self.gt_boxes_only:
-            boxes = [target["boxes"] for target in targets]
-            indices = [torch.arange(len(b), device=b.device) for b in boxes]
-            return boxes, indices, [target["labels"] for target in targets]
-        return samples
+        return mask_loss(mask_logits, torch.cat(mask_targets) if mask_targets else mask_logits)
 
     def with_masks(
         self,
@@ -311,17 +301,7 @@ class MaskXRoIHeads(RoIHeads):
         labels: list[Tensor],
         image_shapes: list[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        """Predict the masks of given boxes.
-
-        Args:
-            features: feature maps by name.
-            boxes: per image (R, 4), XYXY in pixels of the resized image.
-            labels: per image (R,) in [1, K].
-            image_shapes: (H, W) of the resized images.
-
-        Returns:
-            Detections of score 1; see :meth:`forward`.
-        """
+        """Predict the masks of given boxes, in the form of :meth:`forward` with the score 1."""
         class_indices = [x - 1 for x in labels]
         mask_prob = self._mask_logits(features, boxes, class_indices, image_shapes).sigmoid()
         per_image = mask_prob[:, None].split([len(b) for b in boxes])
@@ -401,8 +381,8 @@ def add_mask_branch(
     and mask weights of every class, seen with masks or not, come from its box predictor.
 
     Args:
-        detector: a Faster R-CNN with torchvision's box predictor. A new one, such as after a
-            change of the number of classes, needs :func:`init_box_predictor` first.
+        detector: with torchvision's box predictor. A new one, such as after a change of the
+            number of classes, needs :func:`init_box_predictor` first.
         gt_boxes_only: see :class:`MaskXRoIHeads`.
         freeze_detector: train nothing but the mask branch (the second stage of stage-wise
             training, section 2.2). The rest needs no gradient and stays in evaluation mode, and
@@ -458,101 +438,113 @@ def add_mask_branch(
     return detector
 
 
-def maskx_rcnn_resnet_fpn(
+def faster_rcnn(
     num_classes: int,
     *,
-    backbone: str = "resnet50",
-    weights_backbone: str | None = None,
+    backbone: str = "small",
+    pretrained: bool = False,
     frozen_norm: bool | None = None,
-    trainable_layers: int = 5,
-    min_size: int | tuple[int, ...] = 800,
-    max_size: int = 1333,
-    detector: dict[str, Any] | None = None,
-    **mask_branch: Any,
+    min_size: int | tuple[int, ...] | None = None,
+    max_size: int | None = None,
+    **detector: Any,
 ) -> FasterRCNN:
-    """Mask^X R-CNN on a ResNet with feature pyramid.
+    """A Faster R-CNN with a feature pyramid, for a mask branch or as it is.
 
     Args:
         num_classes: number of classes *with* background, as everywhere in torchvision.
-        backbone: name of a torchvision ResNet.
-        weights_backbone: name of ImageNet weights of torchvision, e.g. ``DEFAULT`` (a download);
-            None starts from random weights.
-        frozen_norm: fix the statistics of the normalisation layers; None fixes those of pretrained
-            weights, since from scratch they would stay at mean 0 and variance 1.
-        trainable_layers: number of backbone stages that learn, from the last; 3 is usual with
-            pretrained weights.
-        min_size: shorter side of the resized image in pixels; several are drawn from.
-        max_size: longest side of the resized image in pixels.
-        detector: further arguments of torchvision's ``FasterRCNN``.
-        **mask_branch: arguments of :func:`add_mask_branch`.
+        backbone: ``small``, which learns small scenes from scratch in minutes on a CPU, or a model
+            of timm, see :func:`maskx.core.backbone_choice.build_backbone`.
+        pretrained: start from ImageNet weights; then the layers up to the first feature map stay
+            as they are.
+        frozen_norm: fix the batch norms of the backbone; None fixes those of pretrained weights.
+        min_size: shorter side of the resized image in pixels; several are drawn from. None: 128
+            for ``small``, else 800.
+        max_size: longest side of the resized image in pixels. None: 1333 for 800 pixels, else
+            twice the shorter side.
+        **detector: further arguments of torchvision's ``FasterRCNN``.
 
-    Raises:
-        ValueError: there is no such ResNet.
     """
-    resnets = list_models(include=["resnet*", "resnext*", "wide_resnet*"], exclude=["*quant*"])
-    check_choice("ResNet backbone", backbone, tuple(name for name in resnets if "." not in name))
-    is_frozen = weights_backbone is not None if frozen_norm is None else frozen_norm
-    norm = {} if is_frozen else {"norm_layer": nn.BatchNorm2d}
-    weights = get_model_weights(backbone)[weights_backbone] if weights_backbone else None
-    features = resnet_fpn_backbone(
-        backbone_name=backbone, weights=weights, trainable_layers=trainable_layers, **norm
+    small = backbone == "small"
+    features = build_pyramid(
+        backbone,
+        pretrained=pretrained,
+        frozen_norm=pretrained if frozen_norm is None else frozen_norm,
+        frozen_stages=2 if pretrained else 0,
     )
-    model = FasterRCNN(
-        features, num_classes, min_size=min_size, max_size=max_size, **(detector or {})
-    )
+    min_size = min_size or (128 if small else 800)
+    largest = min_size if isinstance(min_size, int) else max(min_size)
+    pixels = [[0.5] * 3, [0.25] * 3]
+    if not small:
+        pixels = [[v / 255 for v in values] for values in (features.pixel_mean, features.pixel_std)]
+    arguments = {
+        "min_size": min_size,
+        "max_size": max_size or (1333 if largest == 800 else 2 * largest),
+        "image_mean": pixels[0],
+        "image_std": pixels[1],
+        **(_small_detector(features, num_classes) if small else _usual_detector(features)),
+        **detector,
+    }
+    has_predictor = arguments.get("box_predictor") is not None
+    model = FasterRCNN(features, None if has_predictor else num_classes, **arguments)
     init_box_predictor(model)
+    return model
+
+
+def maskx_rcnn(
+    num_classes: int,
+    *,
+    backbone: str = "small",
+    detector: Mapping[str, Any] | None = None,
+    **mask_branch: Any,
+) -> FasterRCNN:
+    """Mask^X R-CNN with a feature pyramid.
+
+    Args:
+        num_classes: *with* background.
+        backbone: with ``small`` the mask head is small too, unless ``mask_branch`` says otherwise.
+        detector: further arguments of :func:`faster_rcnn`.
+        **mask_branch: arguments of :func:`add_mask_branch`.
+    """
+    model = faster_rcnn(num_classes, backbone=backbone, **(detector or {}))
+    if backbone == "small":
+        # The other trunks take their convolutions in pairs.
+        num_convs = 3 if mask_branch.get("trunk", "conv") == "conv" else 2
+        mask_branch = {"channels": 64, "num_convs": num_convs} | mask_branch
     return add_mask_branch(model, **mask_branch)
 
 
-def maskx_rcnn_small(
-    num_classes: int, *, min_size: int | tuple[int, ...] = 128, **mask_branch: Any
-) -> FasterRCNN:
-    """Mask^X R-CNN that learns small scenes from scratch in minutes on a CPU.
-
-    Args:
-        num_classes: number of classes *with* background, as everywhere in torchvision.
-        min_size: shorter side of the resized image in pixels; several are drawn from.
-        **mask_branch: arguments of :func:`add_mask_branch`.
-    """
-    model = faster_rcnn_small(num_classes, min_size=min_size)
-    # The other trunks take their convolutions in pairs.
-    num_convs = 3 if mask_branch.get("trunk", "conv") == "conv" else 2
-    return add_mask_branch(model, **({"channels": 64, "num_convs": num_convs} | mask_branch))
+def _usual_detector(features: PyramidBackbone) -> dict[str, Any]:
+    """Anchors of 8 strides on each level, as in Faster R-CNN on a feature pyramid."""
+    sizes = tuple((8 * shape.stride,) for shape in features.feature_shapes.values())
+    pooled = [name for name in features.feature_shapes if name != "pool"]
+    return {
+        "rpn_anchor_generator": AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+        "box_roi_pool": MultiScaleRoIAlign(pooled, output_size=7, sampling_ratio=2),
+    }
 
 
-def faster_rcnn_small(num_classes: int, *, min_size: int | tuple[int, ...] = 128) -> FasterRCNN:
-    """The detector of :func:`maskx_rcnn_small`, without its mask branch."""
-    backbone = SmallFPN()
-    levels = list(backbone.strides)
-    anchors = tuple((4 * stride, 6 * stride) for stride in backbone.strides.values())
-    ratios = ((0.5, 1.0, 2.0),) * len(levels)
-    largest = min_size if isinstance(min_size, int) else max(min_size)
+def _small_detector(features: SmallFPN, num_classes: int) -> dict[str, Any]:
+    levels = list(features.strides)
+    anchors = tuple((4 * stride, 6 * stride) for stride in features.strides.values())
     # Objects of under 56 pixels are pooled from stride 4, as those of under 112 pixels are at the
     # image size of the paper. One sample per bin: the backward pass of RoIAlign, which runs on one
     # core, takes 36 % of a step with the usual four.
     box_pool = MultiScaleRoIAlign(
         featmap_names=levels, output_size=7, sampling_ratio=1, canonical_scale=112
     )
-    model = FasterRCNN(
-        backbone,
-        min_size=min_size,
-        max_size=2 * largest,
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.25, 0.25, 0.25],
-        rpn_anchor_generator=AnchorGenerator(anchors, ratios),
-        rpn_pre_nms_top_n_train=300,
-        rpn_pre_nms_top_n_test=300,
-        rpn_post_nms_top_n_train=200,
-        rpn_post_nms_top_n_test=100,
-        rpn_batch_size_per_image=64,
-        box_roi_pool=box_pool,
-        box_head=TwoMLPHead(backbone.out_channels * 7**2, 256),
-        box_predictor=FastRCNNPredictor(256, num_classes),
-        box_batch_size_per_image=64,
-        box_detections_per_img=50,
-    )
-    init_box_predictor(model)
-    return model
+    return {
+        "rpn_anchor_generator": AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(levels)),
+        "rpn_pre_nms_top_n_train": 300,
+        "rpn_pre_nms_top_n_test": 300,
+        "rpn_post_nms_top_n_train": 200,
+        "rpn_post_nms_top_n_test": 100,
+        "rpn_batch_size_per_image": 64,
+        "box_roi_pool": box_pool,
+        "box_head": TwoMLPHead(features.out_channels * 7**2, 256),
+        "box_predictor": FastRCNNPredictor(256, num_classes),
+        "box_batch_size_per_image": 64,
+        "box_detections_per_img": 50,
+    }
 
 
 def init_box_predictor(detector: FasterRCNN) -> None:

@@ -6,7 +6,7 @@ import torch
 from maskx.data.coco import load_coco
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
-from maskx.systems.maskx_rcnn.torchvision import SampleDetector, maskx_rcnn_small
+from maskx.systems.maskx_rcnn.torchvision import SampleDetector, maskx_rcnn
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,6 @@ def make_detector(scenes):
         torch.manual_seed(0)
         num_classes = len(scenes.class_names) + 1
         branch = {"channels": 8, "num_convs": 1} | mask_branch
-        return SampleDetector(maskx_rcnn_small(num_classes, min_size=64, **branch))
+        return SampleDetector(maskx_rcnn(num_classes, detector={"min_size": 64}, **branch))
 
     return make

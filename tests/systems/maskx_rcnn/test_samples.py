@@ -1,13 +1,16 @@
 import copy
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from maskx.core.seeds import step_seed
 from maskx.data.image_samples import read_image_sample
+from maskx.data.mask_claims import check_masks
+from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.engine.batches import training_batches
-from maskx.systems.maskx_rcnn.samples import InstanceMapper
+from maskx.systems.maskx_rcnn.samples import InstanceMapper, masks_of_boxes
 
 
 def keys_of(batches):
@@ -109,3 +112,104 @@ def test_each_sample_is_augmented_by_a_seed_of_its_own(scenes):
     ).batch_sampler
     seeds = [seed for batch in batches for _, seed in batch]
     assert len(set(seeds)) == len(seeds) == 200
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    """A record of 400 x 300 pixels with a polygon, run lengths, a mask of a pixel, and a box."""
+    image = np.random.RandomState(0).randint(0, 256, (300, 400, 3)).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "photograph.png"), image)
+    square = [[40.0, 40.0, 240.0, 40.0, 240.0, 140.0, 40.0, 140.0]]
+    rle = encode_masks(decode_segmentation(square, 300, 400)[None])[0]
+    speck = [[10.0, 10.0, 11.0, 10.0, 11.0, 11.0, 10.0, 11.0]]
+    entry = {"bbox": [40.0, 40.0, 240.0, 140.0], "class_index": 0, "iscrowd": 0}
+    masks = [{"segmentation": square}, {"segmentation": rle}, {"segmentation": speck}, {}]
+    return {
+        "file_name": str(tmp_path / "photograph.png"),
+        "image_id": 1,
+        "height": 300,
+        "width": 400,
+        "annotations": [entry | {"id": i} | mask for i, mask in enumerate(masks)],
+    }
+
+
+def test_a_photograph_is_shrunk_with_its_boxes_and_masks(photograph):
+    sample = InstanceMapper({0}, flip=False, sizes=(75, 1000))(photograph, np.random.RandomState(0))
+    instances = sample["instances"]
+    assert sample["image"].shape == (3, 75, 100)
+    assert (sample["height"], sample["width"]) == (300, 400)
+    assert instances["gt_boxes"].tolist() == [[10, 10, 60, 35]] * 4
+    # A mask of which nothing is left at this size does not train as an empty one.
+    assert instances["gt_has_mask"].tolist() == [True, True, False, False]
+    expected = torch.zeros(75, 100, dtype=torch.bool)
+    expected[10:35, 10:60] = True
+    for mask in instances["gt_masks"][:2]:
+        assert (mask ^ expected).sum() <= 0.05 * expected.sum()
+    small = InstanceMapper({0}, flip=False, sizes=(300, 400))(photograph, np.random.RandomState(0))
+    assert small["image"].shape == (3, 300, 400)
+
+
+def test_training_on_the_shrunk_photograph_is_training_on_it(photograph, make_detector):
+    """The detector resizes what is left to it, so the boxes it sees are the same."""
+    model = make_detector()
+    sizes = []
+    transform = model.detector.transform
+    resize = transform.forward
+    transform.forward = lambda images, targets=None: (
+        sizes.append(resize(images, targets)) or sizes[-1]
+    )
+    for mapper in (
+        InstanceMapper({0}, flip=False),
+        InstanceMapper({0}, flip=False, sizes=model.sizes),
+    ):
+        model.train()([mapper(photograph, np.random.RandomState(0))])
+    (whole, whole_targets), (shrunk, shrunk_targets) = sizes
+    assert whole.image_sizes == shrunk.image_sizes
+    torch.testing.assert_close(
+        whole_targets[0]["boxes"], shrunk_targets[0]["boxes"], atol=0.5, rtol=0
+    )
+
+
+def test_claims_of_masks_are_compared_with_the_data(scenes, split, caplog):
+    check_masks(scenes.records, split)
+    assert not caplog.records
+    without = copy.deepcopy(scenes.records)
+    first = split.indices_with_masks[0]
+    count = 0
+    for annotation in (a for record in without for a in record["annotations"]):
+        if annotation["class_index"] == first:
+            del annotation["segmentation"]
+            count += 1
+    check_masks(without, split)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert (
+        f"1 of them have none in the training data: {split.with_masks[0]!r} ({count} b" in message
+    )
+    for annotation in (a for record in without for a in record["annotations"]):
+        annotation.pop("segmentation", None)
+    with pytest.raises(
+        ValueError, match=r"4 categories have masks \(A\), but no annotation of the"
+    ):
+        check_masks(without, split)
+
+
+def test_masks_of_given_boxes(scenes, make_detector):
+    model = make_detector().eval()
+    sample = read_image_sample(scenes.records[0])
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 2.0, 30.0, 60.0], [5.0, 5.0, 5.0, 5.0]])
+    classes = torch.tensor([0, 3, 1])
+    masks = masks_of_boxes(model, sample, boxes, classes)
+    assert masks.shape == (3, 64, 64)
+    twice = {**sample, "given_boxes": boxes, "given_classes": classes}
+    with torch.no_grad():
+        (result,) = model([twice])
+    assert torch.equal(result["instances"]["pred_boxes"], boxes)
+    assert torch.equal(result["instances"]["pred_classes"], classes)
+    assert result["instances"]["scores"].tolist() == [1, 1, 1]
+    # At twice the size of the file the masks are those at its size, enlarged.
+    large = masks_of_boxes(model, {**sample, "height": 128, "width": 128}, 2 * boxes, classes)
+    assert (large.tensor[:, ::2, ::2] ^ masks.tensor).float().mean() < 0.03
+    with pytest.raises(ValueError, match=r"1 of 2 samples of a batch have given_boxes"):
+        model([twice, sample])
+    with pytest.raises(ValueError, match=r"3 given_boxes and given_classes of shape \(2,\)"):
+        masks_of_boxes(model, sample, boxes, classes[:2])

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ from studies.maskx import PAPER_SETTINGS, STUDY, WORDS, mask_branch
 from studies.options import StudyOptions
 from studies.run import run_study
 
+from maskx.data.scenes.generator import generate_scenes
 from maskx.engine import quickstart
 
 
@@ -85,7 +87,7 @@ def test_words_set_what_they_set_in_the_configs():
 
 def test_every_setting_of_the_paper_builds():
     for setting in PAPER_SETTINGS:
-        study_maskx.maskx_rcnn_small(5, min_size=64, **mask_branch(setting))
+        study_maskx.maskx_rcnn(5, detector={"min_size": 64}, **mask_branch(setting))
 
 
 @pytest.mark.parametrize("setting", ["clsbox", "sw/clsbox2", "sw/", "sw/clsbox_", "both/baseline"])
@@ -99,7 +101,10 @@ def test_an_unknown_setting_is_refused(setting):
     [
         ("sw/clsbox_cls_2_layer", "'cls' sets what an earlier word has set"),
         ("sw/clsbox_2_layer_3_layer", "'3_layer' sets what an earlier word has set"),
-        ("e2e/2_layer_mlp", "does not say what predicts the masks. Add one of baseline, clsbox"),
+        (
+            "e2e/2_layer_mlp",
+            "does not say what predicts the masks. Add one of baseline, mask_rcnn, clsbox",
+        ),
     ],
 )
 def test_a_setting_that_contradicts_itself_or_says_too_little_is_refused(setting, words):
@@ -182,3 +187,28 @@ def test_a_study_from_before_there_were_other_systems_is_read(tiny):
 def test_the_orderings_are_of_settings_that_exist():
     for _, (better, _), (worse, _) in STUDY.orderings:
         assert {better, worse} <= set(PAPER_SETTINGS)
+
+
+def test_own_data_with_every_source_of_masks(tiny, tmp_path, monkeypatch):
+    """Oracle, GrabCut, vectors and a random split, on COCO files, two steps each."""
+    sources = []
+    for name, seed in (("train", 0), ("val", 1)):
+        json_file = generate_scenes(tmp_path / name, count=4, size=64, num_categories=4, seed=seed)
+        sources.append((str(json_file), str(json_file.parent)))
+    names = [c["name"] for c in json.loads(Path(sources[0][0]).read_text())["categories"]]
+    words = sorted({word for name in names for word in name.split()})
+    vectors = tmp_path / "vectors.txt"
+    vectors.write_text("".join(f"{w} {i} 1 {i * i}\n" for i, w in enumerate(words)))
+    settings = ("sw/glove_2_layer", "oracle/sw/mask_rcnn", "grabcut/e2e/mask_rcnn")
+    own = {"coco_train": sources[0], "coco_val": sources[1], "masks_for": "random_2_1"}
+    options = StudyOptions(
+        **(tiny | own | {"settings": settings, "seeds": (0,), "vectors": vectors})
+    )
+    rows = run_study(options, lambda line: None)
+    assert [row["setting"] for row in rows] == list(settings)
+    grabcut = json.loads((options.seed_folder(0) / "grabcut.json").read_text())
+    assert all(annotation["segmentation"] for annotation in grabcut["annotations"])
+    with pytest.raises(ValueError, match=r"glove_2_layer' needs a file of word vectors"):
+        run_study(dataclasses.replace(options, vectors=None), print)
+    with pytest.raises(ValueError, match=r"coco_train has no meaning for studies of larvseg"):
+        run_study(dataclasses.replace(options, system="larvseg", settings=None), print)

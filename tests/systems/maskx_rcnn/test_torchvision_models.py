@@ -11,9 +11,9 @@ from maskx.systems.maskx_rcnn.mask_trunks import TRUNKS
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
 from maskx.systems.maskx_rcnn.torchvision import (
     add_mask_branch,
-    faster_rcnn_small,
+    faster_rcnn,
     init_box_predictor,
-    maskx_rcnn_small,
+    maskx_rcnn,
 )
 
 MASK_HEAD = "detector.roi_heads.mask_head."
@@ -85,13 +85,13 @@ def test_a_torchvision_detector_can_be_frozen_as_it_is(scenes):
 
 def test_the_small_detector_is_the_one_of_the_small_mask_model(make_detector):
     torch.manual_seed(0)
-    plain = faster_rcnn_small(9, min_size=64).state_dict()
+    plain = faster_rcnn(9, min_size=64).state_dict()
     whole = make_detector().detector.state_dict()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in plain.items())
 
 
 def test_the_rows_that_transfer_reads_start_small_and_masks_are_pooled_as_boxes_are():
-    heads = maskx_rcnn_small(9, min_size=64, channels=8).roi_heads
+    heads = maskx_rcnn(9, detector={"min_size": 64}, channels=8).roi_heads
     for layer, std in (("cls_score", 0.01), ("bbox_pred", 0.001)):
         weight = getattr(heads.box_predictor, layer).weight
         assert weight.std().item() == pytest.approx(std, rel=0.1)
@@ -102,7 +102,7 @@ def test_the_rows_that_transfer_reads_start_small_and_masks_are_pooled_as_boxes_
 
 @pytest.mark.parametrize("trunk", TRUNKS)
 def test_the_small_model_takes_every_trunk(trunk):
-    model = maskx_rcnn_small(9, min_size=64, trunk=trunk, channels=8).eval()
+    model = maskx_rcnn(9, detector={"min_size": 64}, trunk=trunk, channels=8).eval()
     (detection,) = model([torch.rand(3, 64, 64)])
     assert detection["masks"].shape[1:] == (1, 64, 64)
 

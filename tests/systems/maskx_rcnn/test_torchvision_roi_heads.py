@@ -15,8 +15,8 @@ from maskx.systems.maskx_rcnn.mask_head import MaskXHead, class_logits, crop_mas
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
 from maskx.systems.maskx_rcnn.torchvision import (
     add_mask_branch,
-    faster_rcnn_small,
-    maskx_rcnn_resnet_fpn,
+    faster_rcnn,
+    maskx_rcnn,
 )
 from maskx.systems.maskx_rcnn.weight_transfer import WeightTransfer
 
@@ -304,7 +304,7 @@ def test_only_a_faster_rcnn_takes_a_mask_branch(build):
 
 
 def test_another_box_predictor_is_named():
-    detector = faster_rcnn_small(9, min_size=64)
+    detector = faster_rcnn(9, min_size=64)
     detector.roi_heads.box_predictor = torch.nn.Sequential()
     with pytest.raises(
         ValueError, match=r"bbox_pred.weight .* but Sequential has none\. Use torchv"
@@ -313,9 +313,8 @@ def test_another_box_predictor_is_named():
 
 
 def test_resnet_builder_trains_a_step():
-    model = maskx_rcnn_resnet_fpn(
-        3, backbone="resnet18", min_size=64, max_size=64, channels=8, num_convs=1
-    )
+    detector = {"min_size": 64, "max_size": 64}
+    model = maskx_rcnn(3, backbone="resnet18", detector=detector, channels=8, num_convs=1)
     target = {
         "boxes": torch.tensor([[4.0, 4.0, 40.0, 40.0]]),
         "labels": torch.tensor([2]),
@@ -324,14 +323,14 @@ def test_resnet_builder_trains_a_step():
     }
     losses = model.train()([torch.rand(3, 64, 64)] * 2, [target] * 2)
     sum(losses.values()).backward()
-    assert model.backbone.body.conv1.weight.grad.abs().sum() > 0
+    assert model.backbone.backbone.get_submodule("network.conv1").weight.grad.abs().sum() > 0
     std = model.roi_heads.box_predictor.bbox_pred.weight.std().item()
     assert std == pytest.approx(0.001, rel=0.05)
 
 
 @pytest.mark.parametrize("trunk", ["residual", "hourglass"])
 def test_builders_take_the_trunk_of_the_mask_head(make_detector, scenes, split, trunk):
-    model = make_detector(trunk=trunk, num_convs=2)  # of maskx_rcnn_small, by add_mask_branch
+    model = make_detector(trunk=trunk, num_convs=2)  # of maskx_rcnn, by add_mask_branch
     losses = losses_of(model, make_samples(scenes, split.indices_with_masks))
     gradients = gradients_of(model, sum(losses.values()))
     names = mask_branch_names(model)

@@ -28,6 +28,7 @@ from torch import nn
 
 from maskx.core.text import listed
 from maskx.data.coco import AnnotationProblem, read_mask
+from maskx.data.mask_claims import check_masks
 from maskx.data.masks import decode_segmentation
 from maskx.detectron2.adapters import AspectGroupedBatches, SeededMapper, seeded_train_loader
 from maskx.detectron2.datasets import record_from_detectron2, split_from_config
@@ -35,7 +36,6 @@ from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.hooks import Detectron2Hooks, check_num_classes, set_default_hooks
 from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXRPN, check_can_freeze, predicts_masks
 from maskx.systems.maskx_rcnn.detectron2.roi_heads import MaskXROIHeadsMixin
-from maskx.systems.maskx_rcnn.samples import check_masks
 
 __all__ = ["HOOKS", "MaskXDatasetMapper"]
 
@@ -178,9 +178,6 @@ def _transform_mask(
     Returns:
         Polygons, each (2 * points,), or an (H, W) bool array, in pixels of the transformed image;
         None if there is no mask.
-
-    Raises:
-        AnnotationProblem: the mask cannot be used, or lies outside the transformed image.
     """
     height, width = record["height"], record["width"]
     mask = _read_mask(segmentation, height, width)
@@ -276,11 +273,13 @@ def _test_loader(cfg: CfgNode, dataset_name: str) -> Any:
 
 
 def _evaluator(cfg: CfgNode, dataset_name: str) -> MaskXCOCOEvaluator:
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
     return MaskXCOCOEvaluator(
         dataset_name,
         split=cfg.DATASETS.MASKX.SPLIT,
         iou_types=("bbox", "segm") if predicts_masks(cfg) else ("bbox",),
         output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+        max_detections=limit if limit >= 0 else 10**6,  # below 0: Detectron2 keeps all
     )
 
 

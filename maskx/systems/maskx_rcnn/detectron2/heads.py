@@ -20,6 +20,7 @@ from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from maskx.core.checks import default_of
 from maskx.core.word_vectors import load_class_vectors
 from maskx.detectron2.datasets import register_from_config, training_class_names
 from maskx.detectron2.known_datasets import register_all
@@ -58,15 +59,14 @@ class MaskHeadProtocol(Protocol):
         Args:
             features: (R, C, P, P) pooled features of the boxes of all images. Of RoI heads without
                 a mask pooler: feature maps by name.
-            instances: one per image, R boxes in all. In training: RoIs that have a mask, with
-                ``proposal_boxes``, ``gt_classes`` and ``gt_masks`` (the latter may be absent
-                where there is no RoI). At inference: with ``pred_boxes`` and ``pred_classes``.
+            instances: one per image, R boxes in all. In training RoIs that have a mask, with
+                ``proposal_boxes``, ``gt_classes`` and, where there are any, ``gt_masks``; at
+                inference with ``pred_boxes`` and ``pred_classes``.
             detector: live weights of the box predictor; None where it has no such rows.
 
         Returns:
-            In training, losses by name (``loss_...``); also for R = 0, where they are zero with a
-            graph through every parameter of the head. At inference, ``instances``, to which
-            ``pred_masks`` were added: (N, 1, M, M) probabilities of the predicted class.
+            Losses by name (``loss_...``), for R = 0 zero with a graph through every parameter; or
+            ``instances`` with ``pred_masks``, (N, 1, M, M) probabilities of the predicted class.
         """
 
 
@@ -95,14 +95,12 @@ class MaskXMaskHead(MaskXHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """Read the arguments from a configuration.
-
-        Raises:
-            ValueError: two keys do not go together; the message names them and the remedy.
-        """
+        """Read the arguments from a configuration."""
         head, maskx = cfg.MODEL.ROI_MASK_HEAD, cfg.MODEL.MASKX
         _check_config(cfg)
         transfer = transfer_arguments(cfg, input_shape.channels)
+        names = {"inputs": "transfer_inputs", "num_layers": "transfer_layers"}
+        names["activation"] = "transfer_activation"
         return {
             "input_shape": input_shape,
             "loss_weight": maskx.LOSS_WEIGHT,
@@ -113,12 +111,7 @@ class MaskXMaskHead(MaskXHead):
             "norm": partial(get_norm, head.NORM) if head.NORM else None,
             "predictor": maskx.PREDICTOR,
             "mlp": maskx.MLP,
-            "transfer_inputs": transfer["inputs"],
-            "transfer_layers": transfer["num_layers"],
-            "transfer_activation": transfer["activation"],
-            "stop_gradient": transfer["stop_gradient"],
-            "detector_channels": transfer["detector_channels"],
-            "class_vectors": transfer["class_vectors"],
+            **{names.get(name, name): value for name, value in transfer.items()},
         }
 
     def forward(
@@ -137,10 +130,7 @@ class MaskXMaskHead(MaskXHead):
         if not self.training:
             class_indices = torch.cat([x.pred_classes for x in instances])
             mask_prob = super().forward(features, class_indices, detector).sigmoid()
-            split = mask_prob[:, None].split([len(x) for x in instances])
-            for instances_per_image, masks in zip(instances, split, strict=True):
-                instances_per_image.pred_masks = masks
-            return instances
+            return add_masks(instances, mask_prob)
 
         get_event_storage().put_scalar("maskx/num_mask_rois", len(features))
         class_indices = torch.cat([x.gt_classes for x in instances])
@@ -149,17 +139,16 @@ class MaskXMaskHead(MaskXHead):
         return {"loss_mask": loss * self.loss_weight}
 
 
+def add_masks(instances: list[Instances], mask_prob: Tensor) -> list[Instances]:
+    """Give instances their ``pred_masks``, (N, 1, M, M), out of the (R, M, M) of all images."""
+    split = mask_prob[:, None].split([len(x) for x in instances])
+    for instances_per_image, masks in zip(instances, split, strict=True):
+        instances_per_image.pred_masks = masks
+    return instances
+
+
 def crop_gt_masks(rois: list[Instances], size: int, device: torch.device) -> Tensor:
-    """Cut the training targets of RoIs with masks out of their images.
-
-    Args:
-        rois: one per image, with ``proposal_boxes`` and, where there are any, ``gt_masks``.
-        size: M.
-        device: device of the targets.
-
-    Returns:
-        (R, M, M) bool.
-    """
+    """Cut the training targets of RoIs with masks, (R, M, M) bool, out of their images."""
     targets = [
         x.gt_masks.crop_and_resize(x.proposal_boxes.tensor, size) for x in rois if len(x) > 0
     ]
@@ -179,12 +168,7 @@ def num_classes_from_config(cfg: CfgNode) -> int | None:
 
 
 def transfer_arguments(cfg: CfgNode, in_channels: int) -> dict[str, Any]:
-    """Read the arguments of :class:`maskx.systems.maskx_rcnn.weight_transfer.WeightTransfer`.
-
-    Args:
-        cfg: configuration.
-        in_channels: channels of the feature maps.
-    """
+    """Read the arguments of :class:`maskx.systems.maskx_rcnn.weight_transfer.WeightTransfer`."""
     maskx = cfg.MODEL.MASKX
     inputs, transfers = maskx.TRANSFER.INPUTS, maskx.PREDICTOR == "transfer"
     from_detector = transfers and inputs in DETECTOR_INPUTS
@@ -301,7 +285,7 @@ class MaskXTextOutputLayers(FastRCNNOutputLayers):
         *,
         num_classes: int,
         class_vectors: Tensor | np.ndarray,
-        temperature: float = 50.0,
+        temperature: float = default_of(TextClassifier, "temperature"),
         cls_agnostic_bbox_reg: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -333,12 +317,7 @@ class MaskXTextOutputLayers(FastRCNNOutputLayers):
 
 
 def text_vectors_from_config(cfg: CfgNode) -> Tensor:
-    """Read the (K, E) class vectors of ``MODEL.MASKX.TEXT_CLASSIFIER``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be used, or lacks a class.
-    """
+    """Read the (K, E) class vectors of ``MODEL.MASKX.TEXT_CLASSIFIER``."""
     path = cfg.MODEL.MASKX.TEXT_CLASSIFIER.VECTORS
     return torch.from_numpy(load_class_vectors(path, class_names_from_config(cfg)))
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from maskx.core.layers import msra_fill
 from maskx.systems.maskx_rcnn.detectron2.heads import (
+    add_masks,
     crop_gt_masks,
     num_classes_from_config,
     transfer_arguments,
@@ -43,7 +44,7 @@ class PointLayers(nn.Module):
     """Fully connected layers of the point head. Parameter names are those of PointRend's.
 
     Args:
-        in_channels: channels of the fine features.
+        in_channels: of the fine features.
         fc_dims: output channels of each layer.
         coarse_each_layer: append the coarse prediction to the output of each layer, not to the
             fine features only.
@@ -144,10 +145,6 @@ class MaskXPointRendMaskHead(nn.Module):
 
         PointRend's own keys, which its ``add_pointrend_config`` adds, are read where they are
         there; else their defaults hold, which are those of the paper.
-
-        Raises:
-            ImportError: Detectron2's project PointRend is not there.
-            ValueError: two keys do not go together; the message names them and the remedy.
         """
         _check_config(cfg)
         keys = cfg.MODEL if "POINT_HEAD" in cfg.MODEL else _point_rend_defaults().MODEL
@@ -195,17 +192,10 @@ class MaskXPointRendMaskHead(nn.Module):
         instances: list[Instances],
         detector: DetectorWeights,
     ) -> dict[str, Tensor] | list[Instances]:
-        """Compute the losses of the coarse masks and of the points, or predict masks.
-
-        See :class:`MaskHeadProtocol`; ``features`` are feature maps by name.
-        """
+        """Compute losses of coarse masks and points, or masks; see :class:`MaskHeadProtocol`."""
         if self.training:
             return self._losses(features, instances, detector)
-        mask_prob = self._render(features, instances, detector).sigmoid()
-        split = mask_prob[:, None].split([len(x) for x in instances])
-        for instances_per_image, masks in zip(instances, split, strict=True):
-            instances_per_image.pred_masks = masks
-        return instances
+        return add_masks(instances, self._render(features, instances, detector).sigmoid())
 
     def _losses(
         self, features: dict[str, Tensor], rois: list[Instances], detector: DetectorWeights

@@ -16,10 +16,10 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from maskx.core.images import resized_image
+from maskx.core.images import resized_image, scale_boxes
 from maskx.data.grabcut import grabcut_masks
 from maskx.data.sized_masks import PastedMasks
-from maskx.systems.maskx_rcnn.samples import given_boxes, scale_boxes
+from maskx.systems.maskx_rcnn.samples import given_boxes
 
 __all__ = [
     "MaskXGrabCutRCNN",
@@ -129,32 +129,25 @@ def _in_pixels_of_the_file(
         instances: of the network, in pixels of the image of the sample.
         keep_all: keep boxes without area, which Detectron2 leaves out.
     """
-    height, width = (
-        sample.get(key, side)
-        for key, side in zip(("height", "width"), instances.image_size, strict=True)
-    )
+    sides = zip(("height", "width"), instances.image_size, strict=True)
+    size = tuple(sample.get(key, side) for key, side in sides)
     fields = dict(instances.get_fields())
     masks = fields.pop("pred_masks", None)
-    plain = Instances(instances.image_size, **fields, index=torch.arange(len(instances)))
-    found = detector_postprocess(plain, height, width)
-    if keep_all and len(found) < len(plain):
-        found = Instances((height, width), **fields, index=plain.index)
-        found.pred_boxes = Boxes(
-            scale_boxes(plain.pred_boxes.tensor, plain.image_size, found.image_size)
-        )
     if masks is not None:
-        masks = masks[found.index.to(masks.device), 0]
-        found.pred_masks = PastedMasks(masks, found.pred_boxes.tensor, (height, width))
-    found.remove("index")
+        fields["mask_prob"] = masks[:, 0]
+    if keep_all:
+        boxes = scale_boxes(instances.pred_boxes.tensor, instances.image_size, size)
+        found = Instances(size, **fields | {"pred_boxes": Boxes(boxes)})
+    else:
+        found = detector_postprocess(Instances(instances.image_size, **fields), *size)
+    if masks is not None:
+        found.pred_masks = PastedMasks(found.mask_prob, found.pred_boxes.tensor, size)
+        found.remove("mask_prob")
     return found
 
 
 def check_can_freeze(cfg: CfgNode) -> None:
-    """Refuse to freeze the detector of a meta-architecture that would train it all the same.
-
-    Raises:
-        ValueError: ``MODEL.MASKX.FREEZE_DETECTOR`` is set for another meta-architecture.
-    """
+    """Refuse to freeze the detector of a meta-architecture that would train it all the same."""
     name = cfg.MODEL.META_ARCHITECTURE
     if cfg.MODEL.MASKX.FREEZE_DETECTOR and not issubclass(META_ARCH_REGISTRY.get(name), MaskXRCNN):
         raise ValueError(
@@ -176,11 +169,7 @@ class MaskXGrabCutRCNN(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Read the arguments from a configuration.
-
-        Raises:
-            ValueError: the configuration has a mask head.
-        """
+        """Read the arguments from a configuration, which must have no mask head."""
         if cfg.MODEL.MASK_ON:
             raise ValueError(
                 "MODEL.MASK_ON is True, but the masks of MaskXGrabCutRCNN are made by GrabCut, not "
@@ -195,17 +184,10 @@ class MaskXGrabCutRCNN(GeneralizedRCNN):
         detected_instances: list[Instances] | None = None,
         do_postprocess: bool = True,
     ) -> list[Any]:
-        """Detect, then segment each box on the input image, at the size of the output.
+        """Detect, then cut each box out of the input image, at the size of the output.
 
-        Args:
-            batched_inputs: samples with ``image`` (3, H, W), from 0 to 255, and the output size
-                ``height``, ``width``.
-            detected_instances: known boxes; see ``GeneralizedRCNN.inference``.
-            do_postprocess: False returns the instances of the network, without masks.
-
-        Returns:
-            Per sample ``{"instances": Instances}`` in pixels of the output, with ``pred_masks``
-            (R, height, width) bool.
+        See ``GeneralizedRCNN.inference``; ``pred_masks`` are (R, height, width) bool, and there are
+        none without ``do_postprocess``.
         """
         outputs = super().inference(batched_inputs, detected_instances, do_postprocess)
         if do_postprocess:

@@ -77,11 +77,7 @@ class MaskXROIHeadsMixin:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        """Read the arguments from a configuration.
-
-        Raises:
-            ValueError: two keys do not go together; the message names them and the remedy.
-        """
+        """Read the arguments from a configuration."""
         _check_config(cfg, cascade=issubclass(cls, CascadeROIHeads))
         ret = super().from_config(cfg, input_shape)
         if cfg.MODEL.MASKX.TEXT_CLASSIFIER.VECTORS:
@@ -95,8 +91,7 @@ class MaskXROIHeadsMixin:
     ) -> list[Instances]:
         """Sample as the other class does, and keep the sample for the mask branch.
 
-        Returns:
-            What trains the box branch: nothing of images with incomplete boxes.
+        Of images with incomplete boxes nothing is left to train the box branch.
         """
         self._sampled = super().label_and_sample_proposals(proposals, targets)
         return [
@@ -114,18 +109,8 @@ class MaskXROIHeadsMixin:
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """Run the box branch, then the mask branch.
 
-        Args:
-            images: see :meth:`StandardROIHeads.forward`.
-            features: feature maps by name.
-            proposals: one per image, with ``proposal_boxes`` and ``objectness_logits``.
-            targets: in training, one per image, with ``gt_boxes``, ``gt_classes`` and, where
-                there are masks, ``gt_masks`` and ``gt_has_mask`` (bool); a mask counts only where
-                ``gt_has_mask`` is true.
-            **kwargs: further arguments of the other class.
-
-        Returns:
-            In training the sampled proposals and the losses, at inference the detections, which
-            then have ``pred_masks``, and no loss.
+        Arguments and results are those of :meth:`StandardROIHeads.forward`. Where there are masks,
+        targets have ``gt_masks`` and ``gt_has_mask`` (bool); a mask counts where it is true.
         """
         if not self.training:
             # The base class calls forward_with_given_boxes, which adds the masks.
@@ -152,10 +137,9 @@ class MaskXROIHeadsMixin:
     def detector_weights(self) -> DetectorWeights:
         """Describe the classes to the weight transfer, by the live box predictor.
 
-        Returns:
-            What the box predictor's own ``detector_weights()`` returns, if it has one, as
-            :class:`MaskXTextOutputLayers` does; else the foreground rows of its ``cls_score`` and
-            ``bbox_pred``, None without them. Of a cascade, those of the last stage.
+        By its own ``detector_weights()``, if it has one, as :class:`MaskXTextOutputLayers` does;
+        else by the foreground rows of its ``cls_score`` and ``bbox_pred``, None without them. Of a
+        cascade, by the last stage.
         """
         predictor = self._last_box_predictor()
         if hasattr(predictor, "detector_weights"):

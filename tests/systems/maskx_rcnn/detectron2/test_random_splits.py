@@ -27,7 +27,7 @@ from maskx.detectron2 import register_coco
 from maskx.detectron2.stagewise import Stage, run_stage
 from maskx.engine.runs import read_run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 TOOL = str(ROOT / "tools" / "random_splits.py")
 CONFIGS = ROOT / "configs" / "MaskX"
 

@@ -3,7 +3,9 @@ import torch
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage
 
-from maskx.detectron2 import MaskXRCNN, Trainer
+from maskx.data.sized_masks import PastedMasks
+from maskx.detectron2 import MaskXRCNN, Trainer, register_coco
+from maskx.systems.maskx_rcnn.samples import masks_of_boxes
 
 STAGE_1 = (
     *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.MASK_ON", False),
@@ -221,3 +223,30 @@ def test_with_a_frozen_detector_only_objects_with_masks_are_sampled(make_model, 
             == storage.latest()["roi_head/num_fg_samples"][0]
         )
         assert storage.latest()["maskx/num_mask_rois"][0] > 0
+
+
+def test_masks_are_pasted_when_asked_for_and_of_given_boxes(make_model, make_sample):
+    model = make_model().eval()
+    sample = {**make_sample([]), "height": 128, "width": 96}
+    with torch.no_grad():
+        (result,) = model([sample])
+    instances = result["instances"]
+    assert len(instances) > 1
+    assert isinstance(instances.pred_masks, PastedMasks)
+    assert instances.pred_masks.shape == (len(instances), 128, 96)
+    boxes, classes = instances.pred_boxes.tensor, instances.pred_classes
+    given = masks_of_boxes(model, sample, boxes, classes)
+    # Boxes go to the image of the network and back.
+    assert (given.tensor ^ instances.pred_masks.tensor).float().mean() < 1e-3
+    assert torch.equal(instances[1:].pred_masks.tensor, instances.pred_masks.tensor[1:])
+    empty = torch.tensor([[5.0, 5.0, 5.0, 5.0], [9.0, 9.0, 60.0, 60.0]])
+    assert masks_of_boxes(model, sample, empty, torch.tensor([0, 1])).shape == (2, 128, 96)
+
+
+def test_masks_of_a_split_that_the_data_does_not_have_are_refused(make_cfg, write_coco):
+    box = {"bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
+    path, root = write_coco([box | {"category_id": 10 * i} for i in (1, 2, 3, 4)])
+    register_coco("boxes_only", path, root)
+    cfg = make_cfg("DATASETS.TRAIN", ("boxes_only",), "DATASETS.MASKX.SPLIT", "all")
+    with pytest.raises(ValueError, match=r"no annotation of theirs has one: 'cat' \(1 boxes\)"):
+        Trainer(cfg)
