@@ -1,9 +1,10 @@
+import json
+
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.utils.events import EventStorage
 
-from maskx.detectron2 import Trainer
+from maskx.detectron2 import Trainer, register_coco
 
 MASKX_RPN = ("MODEL.PROPOSAL_GENERATOR.NAME", "MaskXRPN")
 
@@ -62,16 +63,16 @@ def test_a_batch_of_incomplete_images_keeps_every_parameter_in_the_graph(make_mo
         assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_other_modules_are_refused_for_incomplete_boxes(make_cfg, tiny_train):
-    metadata = MetadataCatalog.get(tiny_train)
-    ids = dict(list(metadata.thing_dataset_id_to_contiguous_id.items())[:3])
-    MetadataCatalog.pop(tiny_train)
-    MetadataCatalog.get(tiny_train).set(
-        **{**metadata.as_dict(), "thing_dataset_id_to_contiguous_id": ids}
+def test_other_modules_are_refused_for_incomplete_boxes(make_cfg, scenes):
+    names = [c["name"] for c in json.loads(scenes[0].read_text())["categories"]]
+    register_coco("incomplete", *scenes, class_names=[*names, "without annotations"])
+    data = (
+        *("DATASETS.TRAIN", ("incomplete",), "DATASETS.TEST", ("incomplete",)),
+        *("MODEL.ROI_HEADS.NUM_CLASSES", 5, "DATASETS.MASKX.SPLIT", "all"),
     )
-    with pytest.raises(ValueError, match=r"annotates 3 of 4 classes.*Set it to MaskXRPN"):
-        Trainer(make_cfg())
+    with pytest.raises(ValueError, match=r"annotates 4 of 5 classes.*Set it to MaskXRPN"):
+        Trainer(make_cfg(*data))
     without_masks = ("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.MASK_ON", False)
     with pytest.raises(ValueError, match=r"ROI_HEADS.NAME StandardROIHeads .*it to MaskXROIHeads"):
-        Trainer(make_cfg(*MASKX_RPN, *without_masks))
-    Trainer(make_cfg(*MASKX_RPN))
+        Trainer(make_cfg(*data, *MASKX_RPN, *without_masks))
+    Trainer(make_cfg(*data, *MASKX_RPN))

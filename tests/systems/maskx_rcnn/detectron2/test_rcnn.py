@@ -247,6 +247,7 @@ def test_masks_of_a_split_that_the_data_does_not_have_are_refused(make_cfg, writ
     box = {"bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
     path, root = write_coco([box | {"category_id": 10 * i} for i in (1, 2, 3, 4)])
     register_coco("boxes_only", path, root)
-    cfg = make_cfg("DATASETS.TRAIN", ("boxes_only",), "DATASETS.MASKX.SPLIT", "all")
+    names = ("DATASETS.TRAIN", ("boxes_only",), "DATASETS.TEST", ("boxes_only",))
+    cfg = make_cfg(*names, "DATASETS.MASKX.SPLIT", "all")
     with pytest.raises(ValueError, match=r"no annotation of theirs has one: 'cat' \(1 boxes\)"):
         Trainer(cfg)
