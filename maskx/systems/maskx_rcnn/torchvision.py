@@ -20,6 +20,7 @@ from maskx.core.backbones import PyramidBackbone, SmallFPN
 from maskx.core.images import scale_boxes, shrink_image
 from maskx.data.image_samples import read_image_sample
 from maskx.data.sized_masks import PastedMasks
+from maskx.engine.results import instances_prediction
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead, crop_mask_targets, mask_loss
 from maskx.systems.maskx_rcnn.samples import given_boxes
 from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, detector_weights
@@ -129,9 +130,14 @@ def detect(
     results = []
     with tqdm(total=len(records), desc=description, unit="img") as progress:
         for start in range(0, len(records), batch_size):
-            samples = [read_image_sample(record) for record in records[start : start + batch_size]]
+            samples = []
+            for record in records[start : start + batch_size]:
+                sample = read_image_sample(record)
+                # One photograph at a time is in memory as large as it is.
+                samples.append(sample | {"image": shrink_image(sample["image"], model.sizes)})
             for sample, output in zip(samples, model(samples), strict=True):
-                results += _coco_results(sample["image_id"], output["instances"], category_ids)
+                prediction = instances_prediction(output, [str(name) for name in category_ids])
+                results += prediction.to_coco(sample["image_id"], category_ids)
             progress.update(len(samples))
     return results
 
@@ -143,30 +149,6 @@ def _target(instances: dict[str, Tensor], device: torch.device) -> dict[str, Ten
         "masks": instances["gt_masks"].to(device, torch.uint8),
         "has_masks": instances["gt_has_mask"].to(device),
     }
-
-
-def _coco_results(
-    image_id: int | str, instances: dict[str, Tensor], category_ids: Sequence[int]
-) -> list[dict[str, Any]]:
-    boxes = instances["pred_boxes"].clone()
-    boxes[:, 2:] -= boxes[:, :2]
-    rows = zip(
-        instances["pred_classes"].tolist(),
-        boxes.tolist(),
-        instances["scores"].tolist(),
-        instances["pred_masks"].encode(),
-        strict=True,
-    )
-    return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[class_index],
-            "bbox": box,
-            "score": score,
-            "segmentation": mask,
-        }
-        for class_index, box, score, mask in rows
-    ]
 
 
 class MaskXRoIHeads(RoIHeads):

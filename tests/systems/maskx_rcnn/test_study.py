@@ -210,5 +210,5 @@ def test_own_data_with_every_source_of_masks(tiny, tmp_path, monkeypatch):
     assert all(annotation["segmentation"] for annotation in grabcut["annotations"])
     with pytest.raises(ValueError, match=r"glove_2_layer' needs a file of word vectors"):
         run_study(dataclasses.replace(options, vectors=None), print)
-    with pytest.raises(ValueError, match=r"coco_train has no meaning for studies of larvseg"):
+    with pytest.raises(ValueError, match=r"coco_train has no meaning for a study of larvseg"):
         run_study(dataclasses.replace(options, system="larvseg", settings=None), print)
