@@ -57,8 +57,8 @@ class ColourScores:
         self.counts.merge(other.counts)
 
     def results(self):
-        groups = self.counts.evaluate(self.split.groups())
-        return {"sem_seg": {"mIoU": groups["all"]["mIoU"], "mIoU_B": groups["B"]["mIoU"]}}
+        means = self.counts.evaluate(self.split.groups())["mIoU"]
+        return {"sem_seg": {"mIoU": means["all"], "mIoU_B": means["B"]}}
 
 
 def build(settings, class_names):
