@@ -4,13 +4,13 @@ Tests import it as a project that brings a system of its own would.
 """
 
 import torch
-from maskx.engine.results import Prediction
 from torch import nn
 
 from maskx.core.sample_models import SampleModel
 from maskx.data.image_samples import ImageMapper
 from maskx.data.label_maps import ignore_label, semantic_label_map
 from maskx.engine.pipeline import one_stage_system
+from maskx.engine.results import Prediction
 from maskx.engine.system import register_system
 from maskx.evaluation.mean_iou import MeanIoU
 
