@@ -23,6 +23,7 @@ REQUIRES = [
     "tqdm>=4.60",
     "safetensors>=0.4",
     "timm>=1.0.15",
+    "msgspec>=0.18",
 ]
 PLOTS = ["matplotlib>=3.7"]
 # COCO matching, five times as fast as that of pycocotools.

@@ -5,19 +5,30 @@ The reader finds every bad entry and names it; nothing is dropped silently. Name
 category ids (Detectron2's rule, so that indices agree on both hosts).
 """
 
-import json
 import logging
-import math
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import struct
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-from pycocotools import mask as mask_utils
 
+from maskx.data.coco_claims import BoxesAndMasks, check_label_maps
+from maskx.data.coco_shapes import (
+    OUTSIDE_TOLERANCE,
+    AnnotationProblem,
+    is_positive_number,
+    mask_extent,
+    mend_shapes,
+    read_box,
+    read_mask,
+)
+from maskx.data.coco_structure import Report, Structure, read_structure
+from maskx.data.image_files import find_images
+from maskx.data.json_files import MISSING, Rows, paused_collector, read_json, read_json_rows
 from maskx.supervision import Supervision
 
 __all__ = [
@@ -25,6 +36,7 @@ __all__ = [
     "AnnotationProblem",
     "CocoData",
     "check_coco_structure",
+    "in_class_list",
     "load_coco",
     "read_box",
     "read_coco_json",
@@ -34,21 +46,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-OUTSIDE_TOLERANCE = 1.0
-"""Pixels by which a box or a polygon may leave its image.
-
-Official COCO needs next to none: 0.0 was measured on all 4577 boxes and 100k polygon points of
-542 images. One pixel also admits the rounding of x + width to two decimals (0.01) and tools that
-count pixels from 1. More than that is another image's annotation or another image size.
-"""
-
-_NUM_EXAMPLES = 5  # bad annotations quoted in an error
-
-_REQUIRED_KEYS = {
-    "images": ("id", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
+_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+_CHUNK = 50_000  # annotations that are decoded at a time
+_WHAT = "annotation file"
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class CocoData:
         records: One per image, in the order of the file; see `load_coco`.
         class_names: Names by class index.
         category_ids: Ids as in the file, by class index.
-        problems: Number of bad annotations by kind; always empty after `strict=True`. Kinds that
-            start with "box" were left out, all others lost their mask and kept their box.
+        problems: Number of bad entries by kind; always empty after `strict=True`.
+        notes: Number of entries by what was read otherwise than it stands in the file, but as it is
+            meant, such as an area that is null. Both with `strict` and without.
     """
 
     json_file: Path
@@ -69,21 +70,7 @@ class CocoData:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     problems: Mapping[str, int]
-
-
-class AnnotationProblem(ValueError):
-    """A bad box or mask of one annotation.
-
-    Args:
-        kind: Short name to count by; it starts with "box" if the box is bad, which makes the
-            whole annotation useless.
-        found: What the annotation holds.
-        allowed: What it may hold.
-    """
-
-    def __init__(self, kind: str, found: str, allowed: str) -> None:
-        super().__init__(f"{found}; allowed: {allowed}")
-        self.kind = kind
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_coco(
@@ -92,6 +79,7 @@ def load_coco(
     *,
     strict: bool = True,
     check_images: bool = True,
+    check_content: bool | None = None,
 ) -> CocoData:
     """Read a COCO-format file whose annotations may lack masks.
 
@@ -100,11 +88,14 @@ def load_coco(
     - `file_name` (joined to `image_root`), `height`, `width`, `image_id`;
     - `annotations`: dicts with `id`, `bbox` ([x1, y1, x2, y2], absolute pixels, clipped to the
       image), `class_index`, `iscrowd` (0 or 1) and, only where there is a usable mask,
-      `segmentation`: polygons or an RLE dict with compressed counts. A missing, empty or null
-      `segmentation` in the file is no error: that annotation has a box only;
+      `segmentation`: polygons, each a list or array of x, y, x, y, ..., or an RLE dict with
+      compressed counts. A missing, empty or null `segmentation` in the file is no error: that
+      annotation has a box only;
     - `image_labels`: sorted class indices known to be present, from the annotations (also those
       left out for their box: what they show is known, only not where) and from an optional key
       `image_labels` of the image, a list of category ids;
+    - `boxes_complete` False, only if an object is left out whose place is not known: it may be
+      anywhere, so nothing in the image may be taken for background;
     - `supervision`: the highest level in the record. "mask" if there is a label map, "mask" or
       "box" if an annotation has it, else "image" if image labels were given or remain. An image
       with none of these is "box": it is an exhaustively labelled image without objects;
@@ -113,376 +104,96 @@ def load_coco(
     - `label_map_file_name`, only if the image has this key, joined in the same way: a label map
       of the classes of the file, see `maskx.data.label_maps`.
 
+    What tools are known to write is read as it is meant, and said: ids as text, `iscrowd` null,
+    an `area` that is none, a group category of Roboflow, paths with backslashes and the like.
+
     Args:
         json_file: Annotation file.
         image_root: Folder of the images.
-        strict: Whether a bad annotation is an error. If False, one with a bad mask keeps its box
-            and loses the whole mask (of several polygons the good ones go too: part of a mask
-            would teach a wrong shape), and one with a bad box is left out; both are counted in
-            `CocoData.problems` and reported in one warning.
+        strict: Whether a bad entry is an error. If False, an annotation with a bad box is mended
+            (clipped, or taken from its mask) or left out, one with a bad mask loses the parts of it
+            that have no area or the whole mask and keeps its box, and entries that refer to
+            nothing, stand twice or whose image is missing or broken are left out. All are counted
+            in `CocoData.problems` and reported in one warning.
         check_images: Whether the image root and every file named must exist.
+        check_content: Whether broken images are looked for, by their first and last bytes; None
+            for: without `strict`. It opens every file.
 
     Raises:
         FileNotFoundError: If the annotation file, the image root or a file named is missing.
-        ValueError: If the file is not valid JSON, its parts do not fit together, or, with
-            `strict`, an annotation is bad.
+        ValueError: If the file is not valid JSON, its parts do not fit together, most boxes are
+            not where their masks are, nothing is left, or, with `strict`, an entry is bad.
     """
     json_file = Path(json_file)
-    dataset = read_coco_json(json_file)
-    _check_keys("images", dataset["images"], ("file_name",), json_file)
-    categories = sorted(dataset["categories"], key=lambda category: category["id"])
-    class_index = {category["id"]: index for index, category in enumerate(categories)}
-    records = [
-        _new_record(image, class_index, image_root, json_file) for image in dataset["images"]
-    ]
-    if check_images:
-        _check_files(records, Path(image_root), json_file)
-
-    record_of = {record["image_id"]: record for record in records}
-    problems: Counter[str] = Counter()
-    examples = []
-    for annotation in dataset["annotations"]:
-        record = record_of[annotation["image_id"]]
-        record["image_labels"].add(class_index[annotation["category_id"]])
-        entry, problem = _read_annotation(annotation, class_index, record)
-        if entry is not None:
-            record["annotations"].append(entry)
-        if problem is not None:
-            problems[problem.kind] += 1
-            if len(examples) < _NUM_EXAMPLES:
-                name = categories[class_index[annotation["category_id"]]]["name"]
-                examples.append(
-                    f"annotation {annotation['id']!r} of image {annotation['image_id']!r}, "
-                    f"category {name!r}: {problem}"
-                )
-    if problems:
-        _report(problems, examples, strict, json_file)
-
-    for image, record in zip(dataset["images"], records, strict=True):
-        record["image_labels"] = sorted(record["image_labels"])
-        record["supervision"] = supervision_of(record, tags_given="image_labels" in image)
-    return CocoData(
+    with paused_collector():
+        dataset, rows = read_json_rows(json_file, "annotations", _KEYS, "segmentation", what=_WHAT)
+        report = Report(json_file, strict=strict)
+        structure = read_structure(dataset, rows, report, need_files=True)
+        records = [_new_record(image, structure, image_root) for image in structure.images]
+        if check_images:
+            content = not strict if check_content is None else check_content
+            records = find_images(records, Path(image_root), report, check_content=content)
+        num_found, num_rows = len(records), 0 if rows is None else len(rows)
+        claims = BoxesAndMasks(json_file)
+        _read_annotations(rows, records, structure, report, claims)
+        claims.check()
+        report.finish()
+        for record in records:
+            shown = {annotation["class_index"] for annotation in record["annotations"]}
+            tags_given = record.pop("tags_given")
+            record["image_labels"] = sorted(shown.union(record["image_labels"]))
+            record["supervision"] = supervision_of(record, tags_given=tags_given)
+    _check_something_is_left(records, num_found, num_rows, json_file)
+    data = CocoData(
         json_file=json_file,
         records=records,
-        class_names=tuple(category["name"] for category in categories),
-        category_ids=tuple(category["id"] for category in categories),
-        problems=problems,
+        class_names=structure.class_names,
+        category_ids=structure.category_ids,
+        problems=report.problems,
+        notes=report.notes,
     )
+    if check_images:
+        check_label_maps(data.records, data.class_names, json_file)
+    return data
 
 
-def read_coco_json(json_file: str | os.PathLike[str]) -> dict[str, Any]:
+def read_coco_json(json_file: str | os.PathLike[str], *, strict: bool = True) -> dict[str, Any]:
     """Parse an annotation file and check that its parts fit together.
 
+    Args:
+        json_file: Annotation file.
+        strict: Whether an entry that refers to nothing or stands twice is an error. If False,
+            annotations are mended or left out as `load_coco` does it, so that what is scored is
+            what was read; nothing is logged.
+
     Returns:
-        The COCO dict as it is in the file.
+        The COCO dict as it is in the file, but for what was mended, or is read as it is meant:
+        annotations have an `iscrowd`, and an `area` only if it is a number above 0.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not JSON or `check_coco_structure` refuses it.
     """
-    json_file = Path(json_file)
-    if not json_file.is_file():
-        raise FileNotFoundError(
-            f"{json_file}: there is no such annotation file. Check the path and the root folder "
-            "of the data sets."
-        )
-    try:
-        text = json_file.read_bytes().decode("utf-8-sig")
-        dataset = json.loads(text)
-    except UnicodeDecodeError as error:
-        _fail(json_file, f"is not UTF-8 text ({error})", "Give the COCO JSON file, unpacked")
-    except json.JSONDecodeError as error:
-        ended = "" if text.rstrip().endswith("}") else "; it does not end with '}': truncated?"
-        _fail(
-            json_file,
-            f"is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
-            f"the file has {json_file.stat().st_size} bytes{ended}",
-            "Download or write it again",
-        )
-    check_coco_structure(dataset, json_file)
-    return dataset
+    dataset = read_json(json_file, what=_WHAT)
+    return _normalised(dataset, Report(Path(json_file), strict=strict, quiet=True))
 
 
-def check_coco_structure(dataset: Any, source: str | os.PathLike[str]) -> None:
+def check_coco_structure(dataset: Any, source: str | os.PathLike[str]) -> dict[str, Any]:
     """Check that a COCO dict has all its parts and that ids are unique and refer to something.
 
     Boxes and masks are not looked at; `read_box` and `read_mask` do that.
 
     Args:
-        dataset: What was read.
+        dataset: What was read; it is not changed.
         source: File, or another name of the data, for the error.
+
+    Returns:
+        The dict as `read_coco_json` returns it.
 
     Raises:
         ValueError: Naming the first bad entry.
     """
-    if not isinstance(dataset, dict):
-        _fail(source, f"holds a {type(dataset).__name__}", "Allowed is a COCO dict, {'images': ...")
-    for section, keys in _REQUIRED_KEYS.items():
-        if not isinstance(dataset.get(section), list):
-            found = f"it has {sorted(dataset)}" if section not in dataset else "it is no list"
-            _fail(
-                source,
-                f"lacks the list {section!r} ({found})",
-                "A COCO file needs the lists 'images', 'annotations' and 'categories'",
-            )
-        _check_keys(section, dataset[section], keys, source)
-        _check_unique(section, "id", dataset[section], source)
-    _check_unique("categories", "name", dataset["categories"], source)
-
-    for category in dataset["categories"]:
-        if not isinstance(category["id"], int) or not isinstance(category["name"], str):
-            _fail(source, f"has the category {category}", "Allowed: an integer id, a string name")
-    kinds = sorted({type(image["id"]).__name__ for image in dataset["images"]})
-    if kinds not in ([], ["int"], ["str"]):
-        _fail(source, f"has image ids of the kinds {kinds}", "Allowed: all int, or all str")
-    for image in dataset["images"]:
-        for key in ("height", "width"):
-            if not _is_positive_integer(image[key]):
-                _fail(
-                    source,
-                    f"image {image['id']!r} has {key} {image[key]!r}",
-                    "Allowed: a positive whole number of pixels",
-                )
-    for annotation in dataset["annotations"]:
-        if annotation.get("iscrowd", 0) not in (0, 1):
-            _fail(
-                source,
-                f"annotation {annotation['id']!r} has iscrowd {annotation['iscrowd']!r}",
-                "Allowed: 0 or 1",
-            )
-    for key, section in (("image_id", "images"), ("category_id", "categories")):
-        _check_references(key, section, dataset, source)
-
-
-def read_box(bbox: Any, height: int, width: int) -> list[float]:
-    """Check a COCO box and turn it into corners.
-
-    Args:
-        bbox: [x, y, width, height] in absolute pixels, as in the file.
-        height: Of the image.
-        width: Of the image.
-
-    Returns:
-        [x1, y1, x2, y2] with positive area, clipped to the image.
-
-    Raises:
-        AnnotationProblem: If it is no box, is empty, or leaves the image by more than
-            `OUTSIDE_TOLERANCE`.
-    """
-    if not isinstance(bbox, list | tuple) or len(bbox) != 4 or not _all_finite(bbox):
-        raise AnnotationProblem(
-            "box_malformed", f"bbox is {bbox!r}", "4 finite numbers [x, y, width, height]"
-        )
-    x1, y1, box_width, box_height = map(float, bbox)
-    if box_width <= 0 or box_height <= 0:
-        raise AnnotationProblem("box_empty", f"bbox is {bbox!r}", "width and height above 0")
-    x2, y2 = x1 + box_width, y1 + box_height
-    outside = _is_outside(x1, y1, x2, y2, height, width)
-    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-    if outside or x1 >= x2 or y1 >= y2:
-        raise AnnotationProblem(
-            "box_outside",
-            f"bbox {bbox!r} leaves its image",
-            f"inside {width}x{height} (width x height), {OUTSIDE_TOLERANCE:g} pixel over at most",
-        )
-    return [x1, y1, x2, y2]
-
-
-def read_mask(segmentation: Any, height: int, width: int) -> list[list[float]] | dict | None:
-    """Check a COCO mask.
-
-    Args:
-        segmentation: As in the file: polygons [[x, y, x, y, ...], ...], an RLE dict with counts
-            compressed (str or bytes) or not (list), or nothing (None, []).
-        height: Of the image.
-        width: Of the image.
-
-    Returns:
-        The polygons as they are, an RLE dict with compressed counts, or None if there is no mask.
-
-    Raises:
-        AnnotationProblem: If there is a mask and any part of it cannot be used.
-    """
-    if segmentation is None or segmentation == []:
-        return None
-    if isinstance(segmentation, list):
-        for polygon in segmentation:
-            _check_polygon(polygon, height, width)
-        if not any(_polygon_area(polygon) for polygon in segmentation):
-            raise AnnotationProblem("mask_empty", "polygons without any area", "at least one pixel")
-        return segmentation
-    if isinstance(segmentation, dict):
-        return _read_rle(segmentation, height, width)
-    raise AnnotationProblem(
-        "mask_malformed",
-        f"segmentation is a {type(segmentation).__name__}",
-        "a list of polygons, an RLE dict, or no such key",
-    )
-
-
-def _check_polygon(polygon: Any, height: int, width: int) -> None:
-    # Built-in min, max and sum: for polygons of COCO's length (a mask has 22 points on average)
-    # twice as fast as making an array.
-    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-        found = f"{len(polygon)} coordinates" if isinstance(polygon, list) else repr(polygon)
-        raise AnnotationProblem(
-            "polygon_malformed",
-            f"segmentation has a polygon of {found}",
-            "a list [x, y, x, y, ...] of at least 3 points",
-        )
-    if not _all_finite(polygon):
-        raise AnnotationProblem(
-            "polygon_malformed",
-            "segmentation has a polygon with NaN, infinity or something that is no number",
-            "finite numbers",
-        )
-    xs, ys = polygon[0::2], polygon[1::2]
-    x1, y1, x2, y2 = min(xs), min(ys), max(xs), max(ys)
-    if _is_outside(x1, y1, x2, y2, height, width):
-        raise AnnotationProblem(
-            "polygon_outside",
-            f"segmentation has a polygon from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g})",
-            f"inside {width}x{height} (width x height), {OUTSIDE_TOLERANCE:g} pixel over at most",
-        )
-
-
-def _polygon_area(polygon: list[float]) -> float:
-    """Signed area by the shoelace formula."""
-    xs, ys = polygon[0::2], polygon[1::2]
-    after = zip(xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True)
-    return sum(x * y1 - x1 * y for x, y, (x1, y1) in zip(xs, ys, after, strict=True)) / 2
-
-
-def _read_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    size, counts = rle.get("size"), rle.get("counts")
-    if not isinstance(size, list | tuple | np.ndarray) or list(size) != [height, width]:
-        raise AnnotationProblem(
-            "rle_size",
-            f"RLE has size {size!r}",
-            f"the size [height, width] of the image, {[height, width]}",
-        )
-    runs = _run_lengths(counts)
-    if runs is None or runs.min() < 0 or runs.sum() != height * width:
-        total = "cannot be decoded" if runs is None else f"cover {runs.sum()} pixels"
-        raise AnnotationProblem(
-            "rle_malformed",
-            f"RLE counts {total}",
-            f"non-negative runs over all {height * width} pixels of the image",
-        )
-    if not runs[1::2].any():
-        raise AnnotationProblem("mask_empty", "RLE has no foreground pixel", "at least one")
-    if isinstance(counts, list):
-        return mask_utils.frPyObjects(rle, height, width)
-    return {"size": [height, width], "counts": counts}
-
-
-def _run_lengths(counts: Any) -> np.ndarray | None:
-    """Decode RLE counts to run lengths (background first), or None if that is impossible.
-
-    pycocotools is not asked: it reads past the end of a broken string.
-    """
-    try:
-        if isinstance(counts, list):
-            runs = np.asarray(counts)
-            return runs.astype(np.int64) if runs.ndim == 1 and runs.dtype.kind in "iu" else None
-        code = counts.encode("ascii") if isinstance(counts, str) else counts
-        code = np.frombuffer(code, np.uint8).astype(np.int64) - 48
-    except (TypeError, ValueError):
-        return None
-    # A number is a little-endian string of 6-bit digits: 5 bits of value, then one that says
-    # whether more follow. The highest value bit of the last digit is the sign.
-    last = (code & 0x20) == 0
-    if code.size == 0 or code.min() < 0 or code.max() > 63 or not last[-1]:
-        return None
-    end = np.flatnonzero(last)
-    start = np.concatenate([[0], end[:-1] + 1])
-    num_digits = end - start + 1
-    if num_digits.max() > 7:  # 32-bit runs need 7; more would overflow below
-        return None
-    place = np.arange(code.size) - np.repeat(start, num_digits)
-    runs = np.add.reduceat((code & 0x1F) << (5 * place), start)
-    runs -= ((code[end] & 0x10) != 0).astype(np.int64) << (5 * num_digits)
-    # From the fourth on, a run is stored as its difference to the last but one.
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
-
-
-def _is_outside(x1: float, y1: float, x2: float, y2: float, height: int, width: int) -> bool:
-    over = OUTSIDE_TOLERANCE
-    return x1 < -over or y1 < -over or x2 > width + over or y2 > height + over
-
-
-def _all_finite(numbers: Sequence[Any]) -> bool:
-    try:
-        return math.isfinite(sum(numbers))  # NaN and infinity survive a sum
-    except (TypeError, OverflowError):
-        return False
-
-
-def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0 and value % 1 == 0
-
-
-def _new_record(
-    image: dict[str, Any],
-    class_index: dict[int, int],
-    image_root: str | os.PathLike[str],
-    json_file: Path,
-) -> dict[str, Any]:
-    for key in ("file_name", "stuff_file_name", "label_map_file_name"):
-        if not isinstance(image.get(key, ""), str):
-            _fail(json_file, f"image {image['id']!r} has {key} {image[key]!r}", "Allowed: a path")
-    record = {
-        "file_name": os.path.join(image_root, image["file_name"]),
-        "height": int(image["height"]),
-        "width": int(image["width"]),
-        "image_id": image["id"],
-        "image_labels": _given_labels(image, class_index, json_file),
-        "annotations": [],
-    }
-    if "stuff_file_name" in image:
-        record["sem_seg_file_name"] = os.path.join(json_file.parent, image["stuff_file_name"])
-    if "label_map_file_name" in image:
-        record["label_map_file_name"] = os.path.join(json_file.parent, image["label_map_file_name"])
-    return record
-
-
-def _given_labels(image: dict[str, Any], class_index: dict[int, int], json_file: Path) -> set[int]:
-    """Class indices of the optional key `image_labels` of an image."""
-    category_ids = image.get("image_labels", [])
-    try:
-        return {class_index[category_id] for category_id in category_ids}
-    except (KeyError, TypeError):
-        _fail(
-            json_file,
-            f"image {image['id']!r} has image_labels {category_ids!r}",
-            f"Allowed: a list of ids of the file's {len(class_index)} categories",
-        )
-
-
-def _read_annotation(
-    annotation: dict[str, Any], class_index: dict[int, int], record: dict[str, Any]
-) -> tuple[dict[str, Any] | None, AnnotationProblem | None]:
-    """Return the annotation as it can be used (None: not at all) and what is wrong with it."""
-    height, width = record["height"], record["width"]
-    try:
-        box = read_box(annotation["bbox"], height, width)
-    except AnnotationProblem as problem:
-        return None, problem
-    entry = {
-        "id": annotation["id"],
-        "bbox": box,
-        "class_index": class_index[annotation["category_id"]],
-        "iscrowd": int(annotation.get("iscrowd", 0)),
-    }
-    try:
-        mask = read_mask(annotation.get("segmentation"), height, width)
-    except AnnotationProblem as problem:
-        return entry, problem
-    if mask is not None:
-        entry["segmentation"] = mask
-    return entry, None
+    return _normalised(dataset, Report(Path(source), strict=True, quiet=True))
 
 
 def supervision_of(record: Mapping[str, Any], *, tags_given: bool) -> str:
@@ -500,89 +211,368 @@ def supervision_of(record: Mapping[str, Any], *, tags_given: bool) -> str:
     return Supervision.BOX.value
 
 
-def _report(problems: Counter[str], examples: list[str], strict: bool, json_file: Path) -> None:
-    """Raise (strict) or log what is wrong with the annotations of a file."""
-    total = problems.total()
-    kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(problems.items()))
-    num_boxes = sum(count for kind, count in problems.items() if kind.startswith("box"))
-    if not strict:
-        logger.warning(
-            "%s: %d bad annotations (%s): %d left out for their box, %d without their mask.",
-            *(json_file, total, kinds, num_boxes, total - num_boxes),
+def in_class_list(data: CocoData, reference: CocoData) -> CocoData:
+    """Return data in the class list of another file, matched by name.
+
+    Args:
+        data: Such as of a validation file.
+        reference: Such as of the training file, which has the same names.
+
+    Raises:
+        ValueError: A name is in one of the two only, or both have an id under different names, so
+            that one of them may be mistaken.
+    """
+    if data.class_names == reference.class_names:
+        return data
+    names = dict(zip(data.category_ids, data.class_names, strict=True))
+    pair = f"{data.json_file} and {reference.json_file}"
+    for side, other in ((data, reference), (reference, data)):
+        for name in side.class_names:
+            if name not in other.class_names:
+                plain = {n.strip().casefold(): n for n in other.class_names}
+                close = plain.get(name.strip().casefold())
+                hint = f", which has {close!r}" if close else ""
+                raise ValueError(
+                    f"{pair} must have the same categories: {name!r} of {side.json_file} is not in "
+                    f"{other.json_file}{hint}. Rename or add it; a category needs no annotation."
+                )
+    for id_, name in zip(reference.category_ids, reference.class_names, strict=True):
+        if names.get(id_, name) != name:
+            raise ValueError(
+                f"{pair} give other names to the same category id: {id_} is {names[id_]!r} in the "
+                f"first, {name!r} in the second. Correct the one that is wrong, or number the "
+                "categories of both alike."
+            )
+    position = {name: index for index, name in enumerate(reference.class_names)}
+    new_index = [position[name] for name in data.class_names]
+    for record in data.records:
+        record["image_labels"] = sorted(new_index[label] for label in record["image_labels"])
+        for annotation in record["annotations"]:
+            annotation["class_index"] = new_index[annotation["class_index"]]
+    mapped = next((r for r in data.records if "label_map_file_name" in r), None)
+    if mapped is not None:
+        raise ValueError(
+            f"{pair} have their categories in another order, but image {mapped['image_id']!r} has "
+            "a label map, whose labels count the categories of its own file. Number them alike."
         )
-        return
-    more = [f"and {total - len(examples)} more"] if total > len(examples) else []
-    listing = "".join(f"\n  {line}" for line in [*examples, *more])
-    _fail(
-        json_file,
-        f"has {total} bad annotations ({kinds})",
-        "Fix the file, or load it with strict=False, which leaves out the "
-        f"{num_boxes} with a bad box and keeps only the box of the {total - num_boxes} with a bad "
-        f"mask:{listing}",
+    ids = dict(zip(data.class_names, data.category_ids, strict=True))
+    return replace(
+        data,
+        class_names=reference.class_names,
+        category_ids=tuple(ids[name] for name in reference.class_names),
     )
 
 
-def _check_keys(
-    section: str, entries: list[Any], keys: Sequence[str], source: str | os.PathLike[str]
+def _normalised(dataset: Any, report: Report) -> dict[str, Any]:
+    if not isinstance(dataset, dict) or not isinstance(dataset.get("annotations"), list):
+        structure = read_structure(dataset, None, report)
+        rows = []
+    else:
+        rows = dataset["annotations"]
+        rest = {key: value for key, value in dataset.items() if key != "annotations"}
+        structure = read_structure(rest, Rows(rows), report)
+    size_of = {image["id"]: (image["height"], image["width"]) for image in structure.images}
+    annotations = []
+    for position, row in enumerate(rows):
+        found = structure.annotation(position, row)
+        if found is None or found["image_id"] not in size_of:
+            continue
+        if not is_positive_number(found.get("area", MISSING)):
+            found.pop("area", None)
+        if not report.strict:
+            height, width = size_of[found["image_id"]]
+            shapes = mend_shapes(found.get("bbox"), found.get("segmentation"), height, width)
+            if shapes.box is None:
+                continue
+            if shapes.problems:
+                x1, y1, x2, y2 = shapes.box
+                found |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": shapes.mask}
+        annotations.append(found)
+    return {
+        **dataset,
+        "images": structure.images,
+        "annotations": annotations,
+        "categories": structure.categories,
+    }
+
+
+def _new_record(
+    image: dict[str, Any], structure: Structure, image_root: str | os.PathLike[str]
+) -> dict[str, Any]:
+    record = {
+        "file_name": os.path.join(image_root, image["file_name"]),
+        "height": image["height"],
+        "width": image["width"],
+        "image_id": image["id"],
+        "image_labels": structure.image_labels(image),
+        "annotations": [],
+        "tags_given": "image_labels" in image,
+    }
+    folder = structure.folder
+    for key, own in (
+        ("stuff_file_name", "sem_seg_file_name"),
+        ("label_map_file_name", "label_map_file_name"),
+    ):
+        if image.get(key) is not None:
+            record[own] = os.path.join(folder, image[key])
+    return record
+
+
+def _read_annotations(
+    rows: Rows,
+    records: list[dict[str, Any]],
+    structure: Structure,
+    report: Report,
+    claims: BoxesAndMasks,
 ) -> None:
-    for position, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            _fail(source, f"{section}[{position}] is {entry!r}", "Allowed: a dict")
-        for key in keys:
-            if key not in entry:
-                _fail(
-                    source,
-                    f"{section}[{position}] (id {entry.get('id')!r}) lacks the key {key!r}",
-                    f"Required are {', '.join(map(repr, keys))}",
-                )
+    """Read the annotations into the records, those that are as usual many at a time."""
+    record_of = {record["image_id"]: record for record in records}
+    for start in range(0, len(rows), _CHUNK):
+        chunk = rows.take(start, min(start + _CHUNK, len(rows)))
+        usual = _UsualRows(chunk, record_of, structure)
+        claims.add_arrays(usual)
+        for index, entry in enumerate(usual.entries()):
+            if entry is not None:
+                usual.records[index]["annotations"].append(entry)
+            else:
+                _read_row(start + index, chunk[index], record_of, structure, report, claims)
 
 
-def _check_unique(
-    section: str, key: str, entries: list[dict[str, Any]], source: str | os.PathLike[str]
+def _read_row(
+    position: int,
+    row: Any,
+    record_of: Mapping[Any, dict[str, Any]],
+    structure: Structure,
+    report: Report,
+    claims: BoxesAndMasks,
 ) -> None:
-    for entry in entries:
-        if not isinstance(entry[key], int | str):
-            _fail(source, f"{section} have the {key} {entry[key]!r}", "Allowed: integer or string")
-    repeated = [value for value, n in Counter(entry[key] for entry in entries).items() if n > 1]
-    if repeated:
-        _fail(
-            source,
-            f"{section} repeat the {key} {repeated[0]!r} ({len(repeated)} are not unique)",
-            f"Give every entry of {section!r} its own {key}",
-        )
+    """Read one annotation in which something may be unusual."""
+    found = structure.annotation(position, row)
+    record = None if found is None else record_of.get(found["image_id"])
+    if record is None:
+        lost = record_of.get(structure.image_of_lost(row))
+        if found is None and lost is not None:
+            lost["boxes_complete"] = False
+        return
+    if "area" in found and not is_positive_number(found["area"]):
+        report.note("area that is no number above 0 (computed from the mask)", found["area"])
+    if found.get("segmentation") == [[]]:
+        report.note("segmentation of one polygon without points (read as no mask)", [[]])
+    height, width = record["height"], record["width"]
+    shapes = mend_shapes(found.get("bbox"), found.get("segmentation"), height, width)
+    index = structure.class_index[found["category_id"]]
+    for problem in shapes.problems:
+        is_box = problem.kind.startswith("box")
+        if is_box:
+            done = "left out" if shapes.box is None else "mended"
+        else:
+            done = "without their mask" if shapes.mask is None else "mended"
+        report.annotation(found, structure.class_names[index], problem, done)
+    extent = None if shapes.mask is None else mask_extent(shapes.mask)
+    claims.add(found.get("bbox"), record, found["id"], extent)
+    if shapes.box is None:
+        if not shapes.is_placeholder:
+            record["image_labels"].add(index)
+            # A box without area hides nothing; any other may be anywhere.
+            if shapes.problems[-1].kind != "box_empty":
+                record["boxes_complete"] = False
+        return
+    entry = {
+        "id": found["id"],
+        "bbox": shapes.box,
+        "class_index": index,
+        "iscrowd": found["iscrowd"],
+    }
+    if shapes.mask is not None:
+        is_list = isinstance(shapes.mask, list)
+        entry["segmentation"] = [array("d", p) for p in shapes.mask] if is_list else shapes.mask
+    record["annotations"].append(entry)
 
 
-def _check_references(
-    key: str, section: str, dataset: dict[str, Any], source: str | os.PathLike[str]
-) -> None:
-    known = {entry["id"] for entry in dataset[section]}
-    for annotation in dataset["annotations"]:
-        value = annotation[key]
-        if not isinstance(value, int | str) or value not in known:
-            _fail(
-                source,
-                f"annotation {annotation['id']!r} has {key} {value!r}, which is not in {section!r}",
-                f"Add it there, where {len(known)} ids are, or remove the annotation",
+class _UsualRows:
+    """Annotations of a chunk, of which those that are as usual are found with arrays.
+
+    An annotation is usual if `_read_row` would find nothing to say of it, and it has polygons or
+    no mask. Both must make the same entry.
+    """
+
+    def __init__(
+        self, rows: Rows, record_of: Mapping[Any, dict[str, Any]], structure: Structure
+    ) -> None:
+        self.records = _looked_up(rows.column("image_id"), record_of)
+        self._class_index = _looked_up(rows.column("category_id"), structure.class_index)
+        self._ids = rows.column("id")
+        crowd = rows.column("iscrowd")
+        area = rows.column("area")
+        self._crowd = crowd
+        usual = [
+            record is not None
+            and index is not None
+            and type(id_) is int
+            and (c is MISSING or (type(c) is int and c in (0, 1)))
+            and (a is MISSING or (type(a) in (int, float) and 0 < a < 1e18))
+            for record, index, id_, c, a in zip(
+                self.records, self._class_index, self._ids, crowd, area, strict=True
             )
+        ]
+        if structure.has_repeated_ids:
+            usual = [False] * len(rows)
+        self._usual = np.array(usual, bool)
+        size = [(r["height"], r["width"]) if r is not None else (0, 0) for r in self.records]
+        self.sizes = np.array(size, np.float64).reshape(-1, 2)
+        self._read_boxes(rows.column("bbox"))
+        self._read_polygons(rows.decoded("segmentation", list[list[float]]))
+
+    def _read_boxes(self, column: list[Any]) -> None:
+        packed = _pack_rows(column, 4)
+        self.given = given = np.frombuffer(packed, np.float64).reshape(-1, 4)
+        x1, y1, width, height = given.T
+        x2, y2 = x1 + width, y1 + height
+        height_of, width_of = self.sizes.T
+        over = OUTSIDE_TOLERANCE
+        boxes = [np.maximum(x1, 0), np.maximum(y1, 0)]
+        boxes += [np.minimum(x2, width_of), np.minimum(y2, height_of)]
+        self._boxes = np.stack(boxes, 1)
+        with np.errstate(invalid="ignore"):
+            fits = (width > 0) & (height > 0) & (x1 >= -over) & (y1 >= -over)
+            fits &= (x2 <= width_of + over) & (y2 <= height_of + over)
+            fits &= (boxes[0] < boxes[2]) & (boxes[1] < boxes[3])
+        self._usual &= fits
+
+    def _read_polygons(self, column: list[Any]) -> None:
+        """Pack the polygons, and see which are in their image and have an area."""
+        self._polygons: list[list[bytes] | None] = [None] * len(column)
+        self.extents = np.full((len(column), 4), np.nan)
+        owners, packed = [], []
+        for index, value in enumerate(column):
+            if value is MISSING or value is None or value == []:
+                continue
+            parts = _pack_polygons(value)
+            if parts is None:
+                self._usual[index] = False
+                continue
+            self._polygons[index] = parts
+            packed += parts
+            owners += [index] * len(parts)
+        if not packed:
+            return
+        owner = np.array(owners)
+        num_points = np.array([len(part) // 16 for part in packed])
+        starts = np.concatenate([[0], np.cumsum(num_points)[:-1]])
+        points = np.frombuffer(b"".join(packed), np.float64).reshape(-1, 2)
+        x, y = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
+        after = np.arange(1, len(x) + 1)
+        after[starts + num_points - 1] = starts
+        area = np.add.reduceat(x * y[after] - x[after] * y, starts)
+        first = np.flatnonzero(np.diff(owner, prepend=-1))
+        masked = owner[first]
+        low, high = (np.minimum, np.maximum)
+        extents = [
+            function.reduceat(function.reduceat(values, starts), first)
+            for function, values in ((low, x), (low, y), (high, x), (high, y))
+        ]
+        x1, y1, x2, y2 = extents
+        over, (height_of, width_of) = OUTSIDE_TOLERANCE, self.sizes[masked].T
+        fits = (x1 >= -over) & (y1 >= -over) & (x2 <= width_of + over) & (y2 <= height_of + over)
+        fits &= np.logical_or.reduceat(area != 0, first) & np.isfinite(np.add.reduceat(area, first))
+        self._usual[masked] &= fits
+        self.extents[masked] = np.stack(extents, 1)
+
+    @property
+    def usual(self) -> np.ndarray:
+        """(N,) bool."""
+        return self._usual
+
+    def ids(self, indices: Iterable[int]) -> list[tuple[Any, Any]]:
+        """Return the ids of annotations and of their images."""
+        return [(self._ids[i], self.records[i]["image_id"]) for i in indices]
+
+    def entries(self) -> Iterable[dict[str, Any] | None]:
+        """Give the entry of each annotation; None where it is not usual."""
+        for usual, id_, box, index, crowd, parts in zip(
+            self._usual.tolist(),
+            self._ids,
+            self._boxes.tolist(),
+            self._class_index,
+            self._crowd,
+            self._polygons,
+            strict=True,
+        ):
+            if not usual:
+                yield None
+                continue
+            entry = {
+                "id": id_,
+                "bbox": box,
+                "class_index": index,
+                "iscrowd": 0 if crowd is MISSING else crowd,
+            }
+            if parts is not None:
+                entry["segmentation"] = [array("d", part) for part in parts]
+            yield entry
 
 
-def _check_files(records: list[dict[str, Any]], image_root: Path, json_file: Path) -> None:
-    if not image_root.is_dir():
-        raise FileNotFoundError(
-            f"{image_root}: there is no such image folder, but {json_file} names "
-            f"{len(records)} images in it. Check the path."
+def _looked_up(keys: Sequence[Any], table: Mapping[Any, Any]) -> list[Any]:
+    """Look up integers and strings; None for what is not there, or of another type."""
+    return [table.get(key) if type(key) is int or type(key) is str else None for key in keys]
+
+
+_NAN_BOX = struct.pack("4d", *[float("nan")] * 4)
+
+
+def _pack_rows(column: list[Any], length: int) -> bytes:
+    """Pack lists of numbers, NaN where one is of another length or holds something else."""
+    pack = struct.Struct(f"{length}d").pack
+    packed = []
+    for row in column:
+        try:
+            packed.append(pack(*row) if type(row) is list and len(row) == length else _NAN_BOX)
+        except (struct.error, OverflowError):
+            packed.append(_NAN_BOX)
+    return b"".join(packed)
+
+
+_PACKERS: dict[int, Any] = {}
+
+
+def _pack_polygons(parts: Any) -> list[bytes] | None:
+    """Pack polygons of at least 3 points; None if one is something else."""
+    if type(parts) is not list:
+        return None
+    packed = []
+    for part in parts:
+        length = len(part) if type(part) is list else 0
+        if length < 6 or length % 2:
+            return None
+        pack = _PACKERS.get(length)
+        if pack is None:
+            pack = _PACKERS[length] = struct.Struct(f"{length}d").pack
+        try:
+            packed.append(pack(*part))
+        except (struct.error, OverflowError):
+            return None
+    return packed
+
+
+def _check_something_is_left(
+    records: list[dict[str, Any]], num_images: int, num_rows: int, json_file: Path
+) -> None:
+    """Name a file that nothing can be learned from."""
+    annotations = [a for record in records for a in record["annotations"]]
+    has_other = any(r["image_labels"] or "label_map_file_name" in r for r in records)
+    if num_rows and not annotations and not has_other:
+        raise ValueError(
+            f"{json_file}: none of its {num_rows} annotations can be used. Correct the file, or "
+            "remove them if the images show nothing."
         )
-    keys = ("file_name", "sem_seg_file_name", "label_map_file_name")
-    files = [record[key] for record in records for key in keys if key in record]
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
-        raise FileNotFoundError(
-            f"{json_file}: {len(missing)} of {len(files)} files named do not exist, the first is "
-            f"{missing[0]}. Check the image root {image_root} or, for label maps, the folder of "
-            "the annotation file; or remove these images from the annotation file."
+    if num_images and not annotations and not has_other:
+        logger.warning(
+            "%s: it has no annotation, image label or label map: nothing but background can be "
+            "learned from it.",
+            json_file,
         )
-
-
-def _fail(source: str | os.PathLike[str], found: str, remedy: str) -> NoReturn:
-    """Raise the error of a bad file: where, what was found, what is allowed or to be done."""
-    raise ValueError(f"{os.fspath(source)}: {found}. {remedy}.")
+    elif annotations and all(annotation["iscrowd"] for annotation in annotations):
+        logger.warning(
+            "%s: all of its %d annotations are crowd regions (iscrowd 1), which teach no object.",
+            *(json_file, len(annotations)),
+        )

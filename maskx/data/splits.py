@@ -3,10 +3,14 @@
 import difflib
 import functools
 import json
+import logging
 import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +20,9 @@ from maskx.data.scenes.generator import scene_half_of
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES_IN_COCO
 from maskx.supervision import CategorySplit, check_category_names, split_one_side
 
-__all__ = ["resolve_split", "split_names"]
+__all__ = ["check_masks_of_split", "resolve_split", "split_names"]
+
+logger = logging.getLogger(__name__)
 
 
 def split_names() -> tuple[str, ...]:
@@ -83,6 +89,45 @@ def _random_draw(class_names: tuple[str, ...], size: int, trial: int) -> tuple[s
     return tuple(class_names[index] for index in sorted(drawn))
 
 
+def check_masks_of_split(
+    split: CategorySplit, records: Iterable[Mapping[str, Any]], source: str | os.PathLike
+) -> None:
+    """Compare the categories that a split says to have masks with the masks that are there.
+
+    Args:
+        split: in the class list of the records.
+        records: of :func:`maskx.data.coco.load_coco`, to train on.
+        source: where they are from, for the message.
+
+    Raises:
+        ValueError: none of these categories has a mask, so that none could be learned.
+    """
+    objects, masks = Counter(), Counter()
+    for record in records:
+        for annotation in record["annotations"]:
+            if not annotation["iscrowd"]:
+                objects[annotation["class_index"]] += 1
+                masks[annotation["class_index"]] += "segmentation" in annotation
+        if "label_map_file_name" in record:
+            objects.update(record["image_labels"])
+            masks.update(record["image_labels"] or range(len(split.class_names)))
+    indices = split.indices_with_masks
+    without = [index for index in indices if not masks[index]]
+    if not without:
+        return
+    counts = listed([f"{split.class_names[i]} ({objects[i]} objects)" for i in without])
+    found = (
+        f"Category split '{split.name}' says that {len(indices)} categories have masks, but in "
+        f"{os.fspath(source)} {len(without)} of them have none: {counts}."
+    )
+    if len(without) == len(indices):
+        raise ValueError(
+            f"{found} No mask could be learned. Name categories whose objects have masks, or add "
+            "their masks to the file."
+        )
+    logger.warning("%s Their masks will be learned from no example.", found)
+
+
 @functools.cache
 def _coco_random_draws() -> dict[str, tuple[int, ...]]:
     """Category positions of A in the 25 random COCO splits of the Mask^X R-CNN paper.
@@ -112,7 +157,8 @@ def _read_split(path: Path, class_names: tuple[str, ...]) -> CategorySplit:
             "a JSON list of names."
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        # As maskx.data.coco reads names: macOS writes letters and their accents apart.
+        text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"Category split '{path}' is not text in UTF-8: {error}.") from error
     if path.suffix.lower() != ".json":

@@ -41,7 +41,7 @@ def things_and_stuff(data: CocoData) -> tuple[list[Record], tuple[str, ...]]:
     Raises:
         ValueError: one of these is missing or does not fit.
     """
-    content = read_coco_json(data.json_file)
+    content = read_coco_json(data.json_file, strict=False)
     categories = content.get("stuff_categories", [])
     ids = [category.get("id") for category in categories]
     if not ids or ids != list(range(1, len(ids) + 1)):

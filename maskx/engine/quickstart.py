@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from maskx.core.files import write_json
-from maskx.data.coco import CocoData, load_coco
+from maskx.data.coco import CocoData, in_class_list, load_coco
 from maskx.data.scenes.generator import generate_scenes
 from maskx.engine.options import QuickstartOptions
 
@@ -71,16 +71,7 @@ def load_data(options: QuickstartOptions, *, sparse: bool = False) -> tuple[Coco
     train_data, val_data = (
         load_coco(json_file, images, strict=not options.skip_bad) for json_file, images in sources
     )
-    if train_data.class_names != val_data.class_names:
-        differing = sorted(set(train_data.class_names) ^ set(val_data.class_names))
-        raise ValueError(
-            f"'{train_data.json_file}' and '{val_data.json_file}' must have the same categories; "
-            f"only one of them has {differing[:8] or 'another order of them'}."
-        )
-    for data in (train_data, val_data):
-        if not data.records:
-            raise ValueError(f"'{data.json_file}' has no images. Give a file with at least one.")
-    return train_data, val_data
+    return train_data, in_class_list(val_data, train_data)
 
 
 def write_metrics(

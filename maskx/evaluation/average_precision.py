@@ -117,9 +117,10 @@ def evaluate_detections(
         ValueError: If ground truth, detections, category ids or groups do not fit together.
     """
     if isinstance(ground_truth, Mapping):
-        check_coco_structure(ground_truth, "ground truth")
+        ground_truth = check_coco_structure(ground_truth, "ground truth")
     else:
-        ground_truth = read_coco_json(ground_truth)
+        # As the reader of a training mends and leaves out, which has said so.
+        ground_truth = read_coco_json(ground_truth, strict=False)
     groups = {name: list(indices) for name, indices in groups.items()}
     _check_request(ground_truth, category_ids, groups, iou_types)
     _check_detections(detections, ground_truth, category_ids, iou_types)

@@ -1,0 +1,251 @@
+"""JSON files of any size and origin: fast where they are plain, clear errors where they are not.
+
+A file of gigabytes is read by `msgspec`, if it is installed; whatever that refuses, or what is not
+plain for it (NaN, a key that stands twice), is read again by Python's own parser, which says why.
+"""
+
+import contextlib
+import gc
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import msgspec
+except ImportError:  # all files are read by Python's own parser then: the same, but slower
+    msgspec = None
+
+__all__ = ["MISSING", "Rows", "paused_collector", "read_json", "read_json_rows"]
+
+MISSING: Any = object() if msgspec is None else msgspec.UNSET
+"""Stands for a value that is not there."""
+
+_MAX_DIGITS = 4300  # of an integer, as Python's own limit is
+
+
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Pause the cyclic garbage collector, which visits millions of new objects again and again.
+
+    What is made meanwhile must have no cycles.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class Rows:
+    """A list of JSON objects of which some keys are asked for, column by column.
+
+    Args:
+        rows: dicts, or structs with one attribute for each key.
+        raw_key: The key whose values are left as JSON text in structs; None for dicts.
+    """
+
+    def __init__(self, rows: list[Any], raw_key: str | None = None) -> None:
+        self._rows, self._raw_key = rows, raw_key
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a row as `json.loads` would, of structs with the keys that were asked for."""
+        row = self._rows[index]
+        if self._raw_key is None:
+            return row
+        found = {key: getattr(row, key) for key in row.__struct_fields__}
+        found = {key: value for key, value in found.items() if value is not MISSING}
+        if self._raw_key in found:
+            found[self._raw_key] = json.loads(bytes(found[self._raw_key]))
+        return found
+
+    def take(self, start: int, stop: int) -> "Rows":
+        """Return some rows, which are forgotten here so that their memory can go with them."""
+        taken = self._rows[start:stop]
+        self._rows[start:stop] = [None] * len(taken)
+        return Rows(taken, self._raw_key)
+
+    def column(self, key: str) -> list[Any]:
+        """Return the values of a key; `MISSING` where a row lacks it or is no object."""
+        if self._raw_key is None:
+            return [r.get(key, MISSING) if isinstance(r, dict) else MISSING for r in self._rows]
+        return [getattr(row, key) for row in self._rows]
+
+    def decoded(self, key: str, kind: Any) -> list[Any]:
+        """Return the values of the raw key, of one type; False where they are of another."""
+        if self._raw_key is None:
+            return self.column(key)
+        decode = msgspec.json.Decoder(kind).decode
+        found = []
+        for value in self.column(key):
+            try:
+                found.append(value if value is MISSING else decode(value))
+            except msgspec.DecodeError:
+                found.append(False)
+        return found
+
+
+def read_json(path: str | os.PathLike[str], *, what: str = "JSON file") -> Any:
+    """Parse a JSON file.
+
+    Args:
+        path: UTF-8, with or without a byte order mark.
+        what: What it is, for the errors.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not valid JSON; a key stands twice in one object; it is nested too deep,
+            or holds an integer of thousands of digits.
+    """
+    return _parse(Path(path), _read_bytes(path, what))
+
+
+def read_json_rows(
+    path: str | os.PathLike[str],
+    section: str,
+    keys: Sequence[str],
+    raw_key: str,
+    *,
+    what: str = "JSON file",
+) -> tuple[Any, Rows | None]:
+    """Parse a JSON file that is an object with one long list of objects in it.
+
+    Args:
+        path: As of `read_json`.
+        section: Key of the list.
+        keys: Keys of its objects that are read.
+        raw_key: One more, whose values are long.
+        what: As of `read_json`.
+
+    Returns:
+        What the file holds, without that list, and the list; None where there is no such list.
+
+    Raises:
+        FileNotFoundError: As `read_json`.
+        ValueError: As `read_json`.
+    """
+    content = _read_bytes(path, what)
+    plain = None if msgspec is None else _read_plain(content, section, keys, raw_key)
+    if plain is not None:
+        return plain
+    parsed = _parse(Path(path), content)
+    if not isinstance(parsed, dict) or not isinstance(parsed.get(section), list):
+        return parsed, None
+    return parsed, Rows(parsed.pop(section))
+
+
+def _read_bytes(path: str | os.PathLike[str], what: str) -> bytes:
+    try:
+        return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{os.fspath(path)}: there is no such {what}. Check the path and the root folder of "
+            "the data sets."
+        ) from None
+    except IsADirectoryError:
+        raise ValueError(f"{os.fspath(path)}: is a folder. Give the {what} itself.") from None
+
+
+def _read_plain(
+    content: bytes, section: str, keys: Sequence[str], raw_key: str
+) -> tuple[dict[str, Any], Rows] | None:
+    """Read what is plain; None where it is not, and Python's parser has to say why."""
+    fields = [(key, Any, MISSING) for key in keys]
+    row_type = msgspec.defstruct("Row", [*fields, (raw_key, msgspec.Raw, MISSING)], gc=False)
+    try:
+        with paused_collector():
+            parts = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+            if section not in parts:
+                return None
+            text = parts.pop(section)
+            rest = {key: msgspec.json.decode(part) for key, part in parts.items()}
+            rows = msgspec.json.decode(text, type=list[row_type])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    # Of a key that stands twice the last wins, unseen. But there are as many colons behind a quote
+    # as there are keys, unless a string has some or a row has keys that were not asked for.
+    span = _address(text) - _address(content), len(memoryview(text))
+    span = span[0], sum(span)
+    in_rows = _num_colons(content, *span)
+    in_rest = _num_colons(content, 0, span[0]) + _num_colons(content, span[1])
+    if in_rest != 1 + len(rest) + sum(map(_num_keys, rest.values())):
+        return None
+    found = {
+        key: sum(value is not MISSING for value in Rows(rows, raw_key).column(key))
+        for key in (*keys, raw_key)
+    }
+    num_keys = sum(found.values())
+    # Objects in the rows are mostly run-length masks, of two keys each.
+    if in_rows not in (num_keys, num_keys + 2 * content.count(b'"counts"', *span)):
+        for key, number in found.items():
+            if content.count(b'"%b"' % key.encode(), *span) != number:
+                return None
+    return rest, Rows(rows, raw_key)
+
+
+def _address(buffer: Any) -> int:
+    return np.frombuffer(buffer, np.uint8).ctypes.data
+
+
+def _num_colons(text: bytes, *span: int) -> int:
+    return text.count(b'":', *span) + text.count(b'" :', *span)
+
+
+def _num_keys(value: Any) -> int:
+    if isinstance(value, dict):
+        return len(value) + sum(map(_num_keys, value.values()))
+    if isinstance(value, list):
+        return sum(map(_num_keys, value))
+    return 0
+
+
+def _parse(path: Path, content: bytes) -> Any:
+    text = ""
+    try:
+        text = content.decode("utf-8")
+        with paused_collector():
+            return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text ({error}). Give the JSON file, unpacked"
+    except json.JSONDecodeError as error:
+        is_whole = text.rstrip().endswith(("}", "]"))
+        problem = (
+            f"is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; the "
+            f"file has {len(content)} bytes"
+            f"{'' if is_whole else '''; it does not end with '}': truncated?'''}. Download or "
+            "write it again"
+        )
+    except RecursionError:
+        problem = "is nested too deep to be read. No annotation format is; write it again"
+    except _BadValueError as error:
+        problem = f"{error}. Correct the file"
+    raise ValueError(f"{path}: {problem}.")
+
+
+class _BadValueError(ValueError):
+    pass
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise _BadValueError(
+            f"repeats the key {repeated!r:.80} in one object, of which only the last would be read"
+        )
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise _BadValueError(f"holds an integer of {len(text)} digits, {text[:20]}...")
+    return int(text)
