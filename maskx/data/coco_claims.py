@@ -169,7 +169,7 @@ def check_label_maps(
     """
     mapped = [record for record in records if "label_map_file_name" in record]
     labelled = [record for record in mapped if record["image_labels"]]
-    if mapped and not labelled:
+    if mapped and not any(record["image_labels"] for record in records):
         logger.warning(
             "%s: %d images have a label map, but none has image_labels. What learns from tags "
             "needs them: the ids of the categories that the label map shows.",

@@ -315,7 +315,7 @@ def _image_problem(position: int, entry: Any, need_files: bool) -> tuple[str, st
                 f"image {id_!r} has {key} {value!r:.80}",
                 f"Allowed: a positive whole number of pixels, {_MAX_SIDE} at most",
             )
-    for key in ("file_name", "stuff_file_name", "label_map_file_name"):
+    for key in ("file_name", "stuff_file_name", "label_map_file_name") if need_files else ():
         if not isinstance(entry.get(key, ""), str):
             return (
                 "image_malformed",

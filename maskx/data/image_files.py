@@ -13,7 +13,7 @@ from urllib.parse import unquote
 if TYPE_CHECKING:
     from maskx.data.coco_structure import Report
 
-__all__ = ["find_images", "is_broken"]
+__all__ = ["find_images", "is_broken", "problem_of"]
 
 _NUM_THREADS = 16  # they wait for the disk
 _TAIL = 4096  # bytes in which the end of an image must be
@@ -90,13 +90,16 @@ def find_images(
 
 def is_broken(path: str | os.PathLike[str]) -> str:
     """Say what is wrong with an image file, by its first and last bytes; nothing if it is whole."""
-    size = os.path.getsize(path)
-    if size == 0:
-        return "is empty"
     with open(path, "rb") as file:
         head = file.read(16)
-        file.seek(max(0, size - _TAIL))
-        tail = file.read()
+        file.seek(max(0, os.path.getsize(path) - _TAIL))
+        return problem_of(head, file.read())
+
+
+def problem_of(head: bytes, tail: bytes) -> str:
+    """As `is_broken`, of the first 16 and the last 4096 bytes."""
+    if not head:
+        return "is empty"
     if head.startswith(b"\xff\xd8"):
         return "" if b"\xff\xd9" in tail else "is a JPEG file that is cut off"
     if head.startswith(b"\x89PNG\r\n\x1a\n"):

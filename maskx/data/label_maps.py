@@ -89,8 +89,15 @@ def read_label_map(
         ) from None
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            # Before its pixels take memory: a small file may hold billions of them.
+            if image.size != (width, height):
+                raise _other_size(where, *image.size, width, height)
             image.load()
             values = np.asarray(image)
+    except _OtherSizeError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{where} has too many pixels: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for files broken in other ways
         raise ValueError(
             f"{where} cannot be read as PNG. Label maps are PNG files, as other formats may change "
@@ -108,12 +115,6 @@ def read_label_map(
         raise ValueError(
             f"{where} is a {kind} image of {bits} bits. Allowed for {num_classes} classes: "
             f"{allowed}. Write it with maskx.data.label_maps.write_label_map."
-        )
-    if values.shape != (height, width):
-        raise ValueError(
-            f"{where} is {values.shape[1]} x {values.shape[0]} pixels, its image is {width} x "
-            f"{height}. Restore the original, or make it anew; resize it with nearest neighbours "
-            "only."
         )
     _check_values(values, num_classes, where)
     return values.astype(_memory_type(num_classes))
@@ -264,6 +265,19 @@ def semantic_label_map(record: Mapping[str, Any], num_classes: int) -> np.ndarra
         record["width"],
         num_classes=num_classes,
         image_id=record["image_id"],
+    )
+
+
+class _OtherSizeError(ValueError):
+    pass
+
+
+def _other_size(
+    where: str, found_width: int, found_height: int, width: int, height: int
+) -> ValueError:
+    return _OtherSizeError(
+        f"{where} is {found_width} x {found_height} pixels, its image is {width} x {height}. "
+        "Restore the original, or make it anew; resize it with nearest neighbours only."
     )
 
 

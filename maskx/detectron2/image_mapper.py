@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
+from maskx.data.images import read_record_image
 from maskx.data.label_maps import ignore_label, semantic_label_map
 from maskx.detectron2.datasets import (
     class_names_of,
@@ -90,8 +90,7 @@ class MaskXImageMapper:
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """Map a record to a sample; the record stays as it is."""
         record = record_from_detectron2(record)
-        image = utils.read_image(record["file_name"], format=self.image_format)
-        utils.check_image_size(record, image)
+        image = read_record_image(record, image_format=self.image_format)
         left_out = ("annotations", "sem_seg_file_name", "label_map_file_name")
         sample = {key: value for key, value in record.items() if key not in left_out}
         sample["image_labels"] = list(record.get("image_labels", ()))

@@ -147,10 +147,10 @@ def test_bad_files_are_named(tmp_path):
     for end in (0, 10, 30, 100, len(content) - 50):
         path.write_bytes(content[:end])
         with pytest.raises(ValueError, match=rf"{start} cannot be read as PNG\. .*complete\?"):
-            read(path, num_classes=3)
+            read(path, num_classes=3, size=(50, 70))
     path.write_bytes(content[:11] + bytes([5]) + content[12:])  # Pillow: ValueError
     with pytest.raises(ValueError, match=rf"{start} cannot be read as PNG"):
-        read(path, num_classes=3)
+        read(path, num_classes=3, size=(50, 70))
     path.write_bytes(cv2.imencode(".jpg", np.zeros((5, 7), np.uint8))[1].tobytes())
     with pytest.raises(ValueError, match="other formats may change values"):
         read(path, num_classes=3)

@@ -51,7 +51,7 @@ def test_records_are_those_of_the_reader(write_coco):
     assert masked["class_index"] == masked["category_id"] == 3
     assert masked["bbox"] == [1, 2, 31, 22]
     assert masked["bbox_mode"] == BoxMode.XYXY_ABS
-    assert masked["segmentation"] == GOOD["segmentation"]
+    assert [list(part) for part in masked["segmentation"]] == GOOD["segmentation"]
     assert crowd["iscrowd"] == 1
     metadata = MetadataCatalog.get("farm")
     assert metadata.thing_classes == ["cat", "dog", "owl", "yak"]
@@ -147,6 +147,8 @@ def test_records_of_other_readers_get_the_form_of_ours(write_coco):
     assert record_from_detectron2(ours) is ours
     register_coco_instances("core", {}, str(path), str(root))
     (read,) = records_of("core")
+    assert [list(p) for p in ours["annotations"][0].pop("segmentation")] == GOOD["segmentation"]
+    assert read["annotations"][0].pop("segmentation") == GOOD["segmentation"]
     keys = ("bbox", "class_index", "iscrowd", "segmentation")
     for own, other in zip(ours["annotations"], read["annotations"], strict=True):
         assert [own.get(key) for key in keys] == [other.get(key) for key in keys]
@@ -468,7 +470,7 @@ def test_the_empty_boxes_of_coco_are_left_out_and_those_of_visual_genome_are_non
     ):
         content = json.loads(path.read_text())
         content["annotations"].append(
-            {**content["annotations"][0], "id": 999, "bbox": [4, 5, 0, 9]}
+            {**content["annotations"][0], "id": 999, "bbox": [4, 5, 0, 9], "segmentation": []}
         )
         path.write_text(json.dumps(content))
     register_all(vg_root)
