@@ -20,6 +20,7 @@ from maskx.core.files import write_json
 __all__ = ["photograph_rows", "write_photograph"]
 
 _TASKS = ("nothing", "train", "predict")
+_CONFIG = Path(__file__).parents[2] / "configs/MaskX/quick_schedules/maskx_scenes_cpu.yaml"
 
 
 def photograph_rows(
@@ -126,39 +127,31 @@ def _run_pip(task: str, json_file: Path, size: int) -> None:
 
 def _run_detectron2(task: str, json_file: Path, size: int) -> None:
     import torch
+    from detectron2.data import DatasetCatalog
     from detectron2.modeling import build_model
     from detectron2.utils.events import EventStorage
 
-    from maskx.data.coco import load_coco
-    from maskx.detectron2 import MaskXDatasetMapper, get_cfg
-    from maskx.detectron2.datasets import add_detectron2_keys
+    from maskx.detectron2 import MaskXDatasetMapper, get_cfg, register_coco
     from maskx.systems.maskx_rcnn.samples import masks_of_boxes
 
     cfg = get_cfg()
-    root = Path(__file__).parents[2]
-    cfg.merge_from_file(str(root / "configs/MaskX/quick_schedules/maskx_scenes_cpu.yaml"))
+    cfg.merge_from_file(str(_CONFIG))
     cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.WEIGHTS = 4, ""
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (size,), 2 * size
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = size, 2 * size
+    cfg.INPUT.MASK_FORMAT, cfg.DATASETS.MASKX.SPLIT = "bitmask", "all"
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("photograph",)
     model = build_model(cfg)
     if task == "nothing":
         return
-    records = load_coco(json_file, json_file.parent).records
-    add_detectron2_keys(records)
-    augmentations = MaskXDatasetMapper.from_config(cfg, task == "train")["augmentations"]
-    mapper = MaskXDatasetMapper(
-        task == "train",
-        augmentations=augmentations,
-        image_format=cfg.INPUT.FORMAT,
-        use_instance_mask=True,
-        instance_mask_format="bitmask",
-    )
-    sample = mapper(records[0])
+    register_coco("photograph", json_file, json_file.parent)
+    (record,) = DatasetCatalog.get("photograph")
+    sample = MaskXDatasetMapper(cfg, is_train=task == "train")(record)
     if task == "train":
         with EventStorage():
             sum(model.train()([sample]).values()).backward()
         return
-    boxes, classes = _objects(records[0])
+    boxes, classes = _objects(record)
     with torch.inference_mode():
         model.eval()([sample])
     masks_of_boxes(model, sample, boxes, classes).encode()
