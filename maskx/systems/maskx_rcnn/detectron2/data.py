@@ -3,6 +3,7 @@
 The mapper of images in which only some instances have a mask, loaders, evaluator and checks.
 """
 
+import copy
 import functools
 import logging
 import os
@@ -28,6 +29,7 @@ from torch import nn
 
 from maskx.core.text import listed
 from maskx.data.coco import AnnotationProblem, read_mask
+from maskx.data.images import read_image, read_rgb
 from maskx.data.mask_claims import check_masks
 from maskx.data.masks import decode_segmentation
 from maskx.detectron2.adapters import AspectGroupedBatches, SeededMapper, seeded_train_loader
@@ -99,11 +101,33 @@ class MaskXDatasetMapper(DatasetMapper):
         return ret
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """Map a record to a sample; see :class:`DatasetMapper`."""
-        # The base class would read a stuff map for every image; nothing here uses it.
-        return super().__call__(
-            {key: value for key, value in dataset_dict.items() if key != "sem_seg_file_name"}
-        )
+        """Map a record to a sample; see :class:`DatasetMapper`. Stuff maps are not read."""
+        if self.image_format not in ("RGB", "BGR"):
+            raise ValueError(f"INPUT.FORMAT is {self.image_format!r}. Allowed: RGB, BGR.")
+        sample = copy.deepcopy(dataset_dict)
+        sample.pop("sem_seg_file_name", None)
+        # In no name of its own, so that a photograph is let go once it is resized.
+        resized = T.AugInput(self._read_image(sample))
+        transforms = self.augmentations(resized)
+        size = resized.image.shape[:2]
+        sample["image"] = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
+        if self.proposal_topk is not None:
+            utils.transform_proposals(sample, size, transforms, proposal_topk=self.proposal_topk)
+        if not self.is_train:
+            sample.pop("annotations", None)
+        elif "annotations" in sample:
+            self._transform_annotations(sample, transforms, size)
+        return sample
+
+    def _read_image(self, record: dict[str, Any]) -> np.ndarray:
+        """Read as everywhere in maskx: what is no image, or of another size, is named."""
+        if "height" in record and "width" in record:
+            size = record["height"], record["width"]
+            image = read_image(record["file_name"], *size, record.get("image_id", "without id"))
+        else:  # another code base's data set
+            image = read_rgb(record["file_name"])[:, :, ::-1]
+            record["height"], record["width"] = image.shape[:2]
+        return image if self.image_format == "BGR" else np.ascontiguousarray(image[:, :, ::-1])
 
     def _transform_annotations(
         self,
