@@ -155,12 +155,12 @@ def test_a_second_stage_needs_the_weights_of_the_first(make_cfg, stage_1, tmp_pa
         trainer.resume_or_load(resume=False)
 
 
-def test_a_second_stage_resumes_without_the_weights_of_the_first(make_cfg, stage_1):
+def test_a_second_stage_resumes_from_its_own_checkpoint(make_cfg, stage_1):
     """Weights and momentum go on where they stopped, and the detector stays what it was."""
     first = Trainer(make_cfg(*STAGE_2, "MODEL.WEIGHTS", stage_1))
     first.resume_or_load(resume=False)
     first.train()
-    again = Trainer(make_cfg(*STAGE_2, "SOLVER.MAX_ITER", 3))
+    again = Trainer(make_cfg(*STAGE_2, "MODEL.WEIGHTS", stage_1, "SOLVER.MAX_ITER", 3))
     again.resume_or_load(resume=True)
     assert again.start_iter == 2
     stopped, resumed = first.model.state_dict(), again.model.state_dict()
