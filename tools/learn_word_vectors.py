@@ -96,14 +96,16 @@ def read_tags(arguments: argparse.Namespace, words: tuple[str, ...] | None) -> T
 def fold_in(arguments: argparse.Namespace) -> None:
     """Write the vectors of new words, and the words beside them."""
     tags = read_tags(arguments, None)
-    vectors = fold_in_words(load_word_table(arguments.table), tags, arguments.fold_in)
-    words = "\n".join(arguments.fold_in) + "\n"
+    folded = fold_in_words(load_word_table(arguments.table), tags, arguments.fold_in)
     with written_whole(arguments.output) as scratch:
         with scratch.open("wb") as file:
-            np.save(file, vectors)
+            np.save(file, folded.vectors)
         with written_text(arguments.output.with_suffix(".txt")) as file:
-            file.write(words)
-    print(f"Wrote {arguments.output} and its words: {len(vectors)} of length {vectors.shape[1]}")
+            file.write("\n".join(folded.words) + "\n")
+    size = f"{len(folded.words)} of length {folded.vectors.shape[1]}"
+    print(f"Wrote {arguments.output} and its words: {size}")
+    for word, reason in folded.left_out.items():
+        print(f"Without a vector: '{word}': {reason}")
 
 
 def main() -> None:

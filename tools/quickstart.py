@@ -53,6 +53,18 @@ def parse_arguments() -> argparse.Namespace:
         help="categories with masks, a named split or a file (default: scenes_half; for COCO maskx "
         "all, concept_mask coco_voc); not for class_patterns, nor for scenes of concept_mask",
     )
+    add(
+        "--concept-split",
+        metavar="JSON",
+        help="concept_mask, for COCO: which concepts have boxes and which masks; all others, of "
+        "--tags too, have tags only",
+    )
+    add(
+        "--tags",
+        nargs=2,
+        metavar=("LIST", "IMAGES"),
+        help="concept_mask: tag list for --concept-split (default: the labels of --coco-train)",
+    )
     add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
     add(
         "--backbone",

@@ -35,6 +35,11 @@ class QuickstartOptions:
             have a split of their own; ``class_patterns`` learns from no masks. None is
             ``scenes_half``; on COCO files for ``maskx`` ``all``, for ``concept_mask``
             ``coco_voc``.
+        concept_split: of ``concept_mask`` on COCO files, JSON file of the concepts with boxes and
+            with masks, see
+            :func:`maskx.systems.concept_mask.concept_sets.read_concept_split`.
+        tags: of the same, a tag list and the folder of its images, for more concepts than the COCO
+            files have; see :func:`maskx.data.tag_lists.read_tag_list`.
         skip_bad: leave bad annotations out, counted, instead of stopping at them.
         backbone: ``small`` or the name of a torchvision ResNet; ``vgg16`` too for ``transfernet``,
             ``larvseg`` and ``concept_mask``.
@@ -63,6 +68,8 @@ class QuickstartOptions:
     coco_val: tuple[str, str] | None = None
     target_train: tuple[str, str] | None = None
     masks_for: str | None = None
+    concept_split: str | None = None
+    tags: tuple[str, str] | None = None
     skip_bad: bool = False
     backbone: str = "small"
     pretrained: bool = False

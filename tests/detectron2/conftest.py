@@ -318,8 +318,8 @@ def concept_files(tmp_path_factory):
     )
     table = learn_word_vectors(read_tag_list(tags, vocabulary=split.vocabulary), dim=12)
     save_word_table(root / "words.safetensors", table)
-    vectors = fold_in_words(table, read_tag_list(all_tags), split.unseen)
-    unseen = WordTable(split.unseen, vectors, np.ones(len(vectors)))
+    folded = fold_in_words(table, read_tag_list(all_tags), split.unseen)
+    unseen = WordTable(folded.words, folded.vectors, np.ones(len(folded.words)))
     save_word_table(root / "unseen.safetensors", unseen)
     boxed = concept_sets(split, boxes=load_coco(scenes, scenes.parent)).boxed
     overlap = concept_overlap(boxed, len(split.vocabulary))

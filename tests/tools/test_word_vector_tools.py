@@ -94,7 +94,7 @@ def test_published_vectors_become_a_table(tags_file, tmp_path, run_tool, capsys)
     assert "dog: fire truck 0.894" in capsys.readouterr().out
 
 
-def test_new_words_are_folded_in(tags_file, tmp_path, run_tool):
+def test_new_words_are_folded_in(tags_file, tmp_path, run_tool, capsys):
     table_file, more = tmp_path / "words.safetensors", tmp_path / "more.jsonl"
     run_tool("learn_word_vectors", "--tags", tags_file, "--output", table_file, "--dim", 4)
     rows = [
@@ -110,11 +110,17 @@ def test_new_words_are_folded_in(tags_file, tmp_path, run_tool):
     run_tool("learn_word_vectors", *common, "--fold-in", "puppy", "tug_boat")
     vectors = load_class_vectors(tmp_path / "new" / "new.npy", ["tug boat", "puppy"])
     table = load_word_table(table_file)
-    expected = fold_in_words(table, read_tag_list(more), ["tug boat", "puppy"])
+    expected = fold_in_words(table, read_tag_list(more), ["tug boat", "puppy"]).vectors
     np.testing.assert_array_equal(vectors, expected)
     assert table.names[table.nearest(vectors[1])[0][0]] in ("dog", "cat", "sofa")
-    with pytest.raises(SystemExit, match=r"^error: .*has no image with 'kitten'"):
+    with pytest.raises(SystemExit, match=r"^error: .*'kitten': .* has no image with it"):
         run_tool("learn_word_vectors", *common, "--fold-in", "kitten")
+    capsys.readouterr()
+    run_tool("learn_word_vectors", *common, "--fold-in", "kitten", "puppy", "dog")
+    printed = capsys.readouterr().out
+    assert "Without a vector: 'kitten'" in printed
+    assert "'dog': the word table has it already" in printed
+    assert (tmp_path / "new" / "new.txt").read_text() == "puppy\n"
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,10 @@ class ConceptSplit:
 
 
 def read_concept_split(
-    path: str | os.PathLike[str], vocabulary: Sequence[str] | None = None
+    path: str | os.PathLike[str],
+    vocabulary: Sequence[str] | None = None,
+    *,
+    default: Sequence[str] | None = None,
 ) -> ConceptSplit:
     """Read a split from a JSON file.
 
@@ -143,6 +146,7 @@ def read_concept_split(
             `unseen` may be left out.
         vocabulary: what the concept indices count, such as the names of a word table. A file that
             lists a vocabulary must list the same; one that does not, needs it.
+        default: vocabulary of a file that lists none.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -159,6 +163,8 @@ def read_concept_split(
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"Concept split {path} is not valid JSON: {error}.") from error
     lists = _checked_lists(path, content)
+    if default is not None:
+        lists.setdefault("vocabulary", tuple(default))
     if vocabulary is not None:
         difference = vocabulary_difference(
             lists.setdefault("vocabulary", tuple(vocabulary)), vocabulary

@@ -166,8 +166,9 @@ def discrimination_loss(
     """Push concepts down where others are that they do not overlap with (section 4.2).
 
     The mean of ``-gamma_ij log(1 - alpha_j)`` over the cells of G_i and the negatives j, then over
-    the pairs that have both. As in the paper, a cell that a box of j covers too is no exception:
-    gamma is low where that is common.
+    the pairs that have both. As in the paper, a cell that a box of j covers too is no exception.
+    gamma spares it where most of i is also j; but of a part in its whole, such as a face (j) in a
+    person (i), gamma is high, so the part is pushed down on itself too.
 
     Args:
         logits: (N, U, h, w) refined attention of the negatives.

@@ -7,6 +7,7 @@ many concepts, boxes of some, masks of few.
 import functools
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,10 +19,10 @@ import torch
 
 from maskx.core.checks import default_of
 from maskx.core.digests import network_hash
-from maskx.core.word_table import WordTable, save_word_table
+from maskx.core.word_table import WordTable, save_word_table, spelled
 from maskx.data.coco import CocoData, load_coco
 from maskx.data.splits import resolve_split
-from maskx.data.tag_lists import read_tag_list, tag_list
+from maskx.data.tag_lists import TagList, read_tag_list, tag_list
 from maskx.engine.batches import training_batches
 from maskx.engine.checkpoints import write_checkpoint
 from maskx.engine.options import QuickstartOptions, check_options
@@ -36,7 +37,12 @@ from maskx.engine.runs import Run, origin_of, write_run
 from maskx.engine.training import CHECKPOINT_NAME, read_checkpoint, select_device
 from maskx.engine.training_chain import TrainingChain
 from maskx.supervision import CategorySplit
-from maskx.systems.concept_mask.concept_sets import ConceptSets, ConceptSplit, concept_sets
+from maskx.systems.concept_mask.concept_sets import (
+    ConceptSets,
+    ConceptSplit,
+    concept_sets,
+    read_concept_split,
+)
 from maskx.systems.concept_mask.evaluation import (
     ConceptTest,
     concept_test,
@@ -77,6 +83,7 @@ __all__ = [
     "learn_concept_mask",
     "make_scene_data",
     "open_chain",
+    "own_concept_data",
     "quickstart_concept_mask",
     "save_fitted",
     "scene_concept_data",
@@ -330,6 +337,8 @@ class ConceptData:
         split: levels of the concepts.
         table: vectors of the vocabulary.
         unseen: vectors of the concepts that are not in it; None without.
+        tags: images to learn tags from; None for those of `train`.
+        tag_images: folder of their images.
     """
 
     train: CocoData
@@ -338,6 +347,8 @@ class ConceptData:
     split: ConceptSplit
     table: WordTable
     unseen: WordTable | None = None
+    tags: TagList | None = None
+    tag_images: str = ""
 
     def test(self, data: CocoData) -> ConceptTest:
         """Take images to measure on."""
@@ -382,10 +393,9 @@ def scene_concept_data(
         for name, unseen in (("tags.jsonl", False), ("tags_unseen.jsonl", True))
     )
     table = learn_word_vectors(read_tag_list(tags, vocabulary=split.vocabulary))
-    vectors = fold_in_words(table, read_tag_list(all_tags), split.unseen)
-    unseen = WordTable(
-        split.unseen, vectors, np.ones(len(vectors)), source=f"words folded into {table.source}"
-    )
+    folded = fold_in_words(table, read_tag_list(all_tags), split.unseen)
+    source = f"words folded into {table.source}"
+    unseen = WordTable(folded.words, folded.vectors, np.ones(len(folded.words)), source=source)
     train, fitting = _without_fitting(files[0])
     return ConceptData(train, fitting, files[1], split, table, unseen)
 
@@ -419,6 +429,49 @@ def coco_concept_data(train: CocoData, val: CocoData, split: CategorySplit) -> C
     return ConceptData(train, fitting, val, concepts, table)
 
 
+def own_concept_data(
+    train: CocoData,
+    val: CocoData,
+    split_file: str | Path,
+    *,
+    tags: TagList | None = None,
+    tag_images: str = "",
+) -> ConceptData:
+    """Take concepts of three levels from own files: masks of some, boxes of others, tags of all.
+
+    Categories that are not in the vocabulary are withheld from training.
+
+    Args:
+        train: images with boxes and masks, and with tags where there is no list of them.
+        val: images to measure on, with true masks.
+        split_file: JSON file, see :func:`read_concept_split`; its vocabulary is that of the tags
+            if it lists none.
+        tags: of images; those of `train` without.
+        tag_images: folder of their images.
+    """
+    if tags is None:
+        labels = [record["image_labels"] for record in train.records]
+        tags_here = tag_list(labels, train.class_names, source=str(train.json_file))
+    else:
+        tags_here = tags
+    counts = tags_here.counts()
+    tagged = [name for name, count in zip(tags_here.names, counts, strict=True) if count]
+    split = read_concept_split(split_file, default=tagged)
+    known = {*split.vocabulary, *split.unseen}
+    others = (name for name in map(spelled, train.class_names) if name not in known)
+    split = replace(split, unseen=(*split.unseen, *others))
+    place = {name: index for index, name in enumerate(split.vocabulary)}
+    rows = [
+        [place[tags_here.names[i]] for i in tags_here.tags_of(n) if tags_here.names[i] in place]
+        for n in range(len(tags_here))
+    ]
+    table = learn_word_vectors(tag_list(rows, split.vocabulary, source=tags_here.source))
+    train, fitting = _without_fitting(train)
+    return ConceptData(
+        train, fitting, val, split, table, tags=tags, tag_images=os.fspath(tag_images)
+    )
+
+
 def _without_fitting(data: CocoData) -> tuple[CocoData, CocoData]:
     """Keep the last images out of the training."""
     count = min(_MAX_FITTING, max(1, round(_FITTING_SHARE * len(data.records))))
@@ -443,7 +496,13 @@ def open_chain(
         resume: go on with an interrupted run.
         device: where to compute.
     """
-    sets = concept_sets(data.split, tags=data.train, boxes=data.train, masks=data.train)
+    sets = concept_sets(
+        data.split,
+        tags=data.tags or data.train,
+        boxes=data.train,
+        masks=data.train,
+        tag_images=data.tag_images,
+    )
     return ConceptMaskChain(
         sets,
         data.table,
@@ -638,7 +697,8 @@ def quickstart_concept_mask(
     """Learn ConceptMask, from data to ``metrics.json`` and ``predictions.png``.
 
     Generated scenes have concepts of every level. Of COCO files all categories have tags and boxes,
-    and those that ``masks_for`` names have masks. See
+    and those that ``masks_for`` names have masks; or ``concept_split`` says what has boxes and what
+    masks, and all else, of ``tags`` too, has tags only. See
     :func:`learn_concept_mask`.
 
     Args:
@@ -650,11 +710,7 @@ def quickstart_concept_mask(
     """
     started = time.perf_counter()
     check_options(SYSTEM_NAME, options)
-    if options.masks_for is not None and options.coco_train is None:
-        raise ValueError(
-            "masks_for has no meaning for generated scenes with concepts, whose levels are fixed. "
-            "Leave it out, or give COCO files."
-        )
+    _check_own_data(options)
     device = select_device(options.device)
     size = choose_image_size(options)
     settings = replace(
@@ -673,12 +729,14 @@ def quickstart_concept_mask(
         f"{len(data.train.records)} training images, {len(data.fitting.records)} to fit "
         f"thresholds, {len(data.val.records)} validation images, on {device}"
     )
+    files = {"annotations": data.train.json_file, "concept_split": options.concept_split}
+    files["tags"] = options.tags and options.tags[0]
     run = Run(
         system=SYSTEM_NAME,
         host="pip",
         class_names=data.split.vocabulary,
         settings=asdict(settings),
-        started_from={"annotations": origin_of(data.train.json_file)},
+        started_from={name: origin_of(file) for name, file in files.items() if file},
         weights=f"{STAGE_FOLDERS[-1]}/{CHECKPOINT_NAME}",
     )
     write_run(options.output, run)
@@ -727,5 +785,24 @@ def _load(options: QuickstartOptions) -> ConceptData:
     if options.coco_train is None and options.coco_val is None:
         return make_scene_data(options.output / "scenes", options.seed)
     train, val = load_data(options)
-    split = resolve_split(options.masks_for or "coco_voc", train.class_names)
-    return coco_concept_data(train, val, split)
+    if options.concept_split is None:
+        split = resolve_split(options.masks_for or "coco_voc", train.class_names)
+        return coco_concept_data(train, val, split)
+    tags, images = options.tags or (None, "")
+    if tags is not None:
+        tags = read_tag_list(tags, strict=not options.skip_bad)
+    return own_concept_data(train, val, options.concept_split, tags=tags, tag_images=images)
+
+
+def _check_own_data(options: QuickstartOptions) -> None:
+    given = {name: getattr(options, name) for name in ("masks_for", "concept_split", "tags")}
+    given = [name for name, value in given.items() if value is not None]
+    if given and options.coco_train is None:
+        raise ValueError(
+            f"{given[0]} has no meaning for generated scenes with concepts, whose levels are "
+            "fixed. Leave it out, or give COCO files."
+        )
+    if "tags" in given and "concept_split" not in given:
+        raise ValueError("tags needs a concept_split, which says what has boxes and masks.")
+    if "masks_for" in given and "concept_split" in given:
+        raise ValueError("masks_for and concept_split both say what has masks. Give one of them.")

@@ -196,5 +196,5 @@ SYSTEM = System(
     title="ConceptMask",
     pipeline=_pipeline,
     open=_open,
-    options=frozenset(["masks_for"]),
+    options=frozenset(["masks_for", "concept_split", "tags"]),
 )

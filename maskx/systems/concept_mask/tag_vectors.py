@@ -35,6 +35,7 @@ from maskx.evaluation.plots import check_matplotlib
 
 __all__ = [
     "CoCounts",
+    "FoldedWords",
     "co_counts",
     "count_words_with_table",
     "fold_in",
@@ -279,35 +280,52 @@ def count_words_with_table(
     return pairs, counts[[index_of[spelled(w)] for w in words]], np.append(counts, 0)[columns]
 
 
-def fold_in_words(table: WordTable, tags: TagList, words: Sequence[str]) -> np.ndarray:
+class FoldedWords(NamedTuple):
+    """New words with vectors, and those that got none.
+
+    Attributes:
+        words: W words, as given.
+        vectors: (W, k) float32.
+        left_out: why the others have none, by word.
+    """
+
+    words: tuple[str, ...]
+    vectors: np.ndarray
+    left_out: dict[str, str]
+
+
+def fold_in_words(table: WordTable, tags: TagList, words: Sequence[str]) -> FoldedWords:
     """Fold new words into a table from a list of images with them and with known words.
 
     Args:
         table: a table from tags; it is not changed.
         tags: images, read without the vocabulary of the table, so that the new words are there.
-        words: W new words.
-
-    Returns:
-        (W, k) float32.
+        words: new words. One that is in the table already, is not among the tags or cannot be
+            folded in is left out.
 
     Raises:
-        ValueError: a word is in the table already, is not among the tags, or cannot be folded in.
+        ValueError: none of them gets a vector; the message says why of each.
     """
-    known = [word for word in words if spelled(word) in set(table.names)]
-    if known:
-        raise ValueError(f"The word table has {listed(known)} already. Give new words only.")
-    if not words:
-        raise ValueError("There is no word to fold in. Give at least one.")
-    pairs, counts, word_counts = count_words_with_table(table, tags, words)
-    vectors = []
-    for word, row, count in zip(words, pairs, counts, strict=True):
-        try:
-            vectors.append(
-                fold_in(table, row, int(count), word_counts=word_counts, num_images=tags.num_tagged)
-            )
-        except ValueError as error:
-            raise ValueError(f"'{word}' from {tags.source}: {error}") from None
-    return np.stack(vectors)
+    known, tagged, left_out = set(table.names), set(tags.names), {}
+    for word in words:
+        if spelled(word) in known:
+            left_out[word] = "the word table has it already"
+        elif spelled(word) not in tagged:
+            left_out[word] = f"{tags.source} has no image with it"
+    asked = [word for word in words if word not in left_out]
+    vectors: dict[str, np.ndarray] = {}
+    if asked:
+        pairs, counts, word_counts = count_words_with_table(table, tags, asked)
+        images = {"word_counts": word_counts, "num_images": tags.num_tagged}
+        for word, row, count in zip(asked, pairs, counts, strict=True):
+            try:
+                vectors[word] = fold_in(table, row, int(count), **images)
+            except ValueError as error:
+                left_out[word] = f"{tags.source}: {error}"
+    if not vectors:
+        reasons = "; ".join(f"'{word}': {reason}" for word, reason in left_out.items())
+        raise ValueError(f"There is no word to fold in. {reasons or 'Give at least one.'}")
+    return FoldedWords(tuple(vectors), np.stack(list(vectors.values())), left_out)
 
 
 def _image_word_matrix(tags: TagList) -> csr_matrix:

@@ -73,6 +73,36 @@ def test_own_files_have_tags_and_boxes_of_all_and_masks_of_some(tmp_path, tiny):
         run(tiny, **files | {"masks_for": None})
 
 
+def test_own_files_at_three_levels(tmp_path, tiny):
+    """Masks of two, boxes of two more, tags of the others and of words that no box has."""
+    folder = tmp_path / "data"
+    json_file = generate_scenes(folder, count=12, size=64, num_categories=8, seed=1, style="large")
+    content = json.loads(json_file.read_text())
+    names = [category["name"] for category in content["categories"]]
+    (tmp_path / "split.json").write_text(json.dumps({"boxed": names[:4], "masked": names[:2]}))
+    lines = []
+    for number, image in enumerate(content["images"]):
+        shown = {a["category_id"] for a in content["annotations"] if a["image_id"] == image["id"]}
+        tags = [c["name"] for c in content["categories"] if c["id"] in shown]
+        tags.append(("sunny", "cloudy")[number % 2])
+        lines.append(json.dumps({"file_name": image["file_name"], "tags": tags}))
+    (tmp_path / "tags.jsonl").write_text("\n".join(lines))
+    data = (str(json_file), str(folder))
+    own = {"coco_train": data, "coco_val": data, "concept_split": str(tmp_path / "split.json")}
+    for tags in (None, (str(tmp_path / "tags.jsonl"), str(folder))):
+        found = run(tiny, **own, tags=tags)
+        split = found["split"]
+        assert (split["masked"], split["boxed"]) == (names[:2], names[:4])
+        assert ("sunny" in split["vocabulary"]) == (tags is not None)
+        assert found["num_images"]["tagged"] >= 11
+        for level, count in (("mask", 2), ("box", 2)):
+            assert found["levels"][level]["num_concepts"] == count
+        assert found["levels"]["image"]["num_concepts"] > 0
+        assert found["fitted"]["theta_image"] > 0
+    origins = read_run(tiny["output"]).started_from
+    assert set(origins) == {"annotations", "concept_split", "tags"}
+
+
 def test_real_photographs(shared_data, tiny, tmp_path):
     """The whole way on COCO images: tags and boxes of all categories, masks of those of VOC."""
     coco = shared_data / "coco_mini"
@@ -101,6 +131,15 @@ def test_real_photographs(shared_data, tiny, tmp_path):
     [
         ({"device": "gpu"}, "Device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
         ({"masks_for": "all"}, "masks_for has no meaning for generated scenes with concepts"),
+        ({"tags": ("a", "b")}, "tags has no meaning for generated scenes with concepts"),
+        (
+            {"tags": ("a", "b"), "coco_train": ("c", "d")},
+            "tags needs a concept_split, which says what has boxes",
+        ),
+        (
+            {"concept_split": "a", "masks_for": "b", "coco_train": ("c", "d")},
+            "masks_for and concept_split both say what has masks",
+        ),
         ({"threshold": "zero"}, "threshold has no meaning for the system concept_mask"),
         ({"backbone": "resnet5"}, r"backbone must be one of small, .*got 'resnet5'"),
         ({"iterations": 0}, "iterations must be at least 1, got 0"),

@@ -183,11 +183,13 @@ def test_a_new_word_folds_in_near_its_topic():
 
     more = topic_tags(seed=1)
     backwards = tag_list([[23 - i for i in row] for row in more], names[::-1])
-    (vector,) = fold_in_words(table, backwards, ["word_7"])
+    (vector,) = fold_in_words(table, backwards, ["word_7"]).vectors
     nearest = [table.names[index] for index, _ in table.nearest(vector, count=5)]
     assert set(nearest) == {"word 3", "word 11", "word 15", "word 19", "word 23"}
     padded = tag_list([[23 - i for i in row] for row in [*more, *[[]] * 50]], names[::-1])
-    np.testing.assert_array_equal(fold_in_words(table, padded, ["word 7"]), [vector])
+    again = fold_in_words(table, padded, ["word 7"])
+    assert (again.words, again.left_out) == (("word 7",), {})
+    np.testing.assert_array_equal(again.vectors, [vector])
 
     pairs, counts, word_counts = count_words_with_table(table, backwards, ["word 7"])
     expected = loop_counts(more, 24)
@@ -205,18 +207,27 @@ def test_words_of_the_table_without_images_count_nothing_when_folding_in():
     assert pairs[0, 5] == 3
 
 
-def test_folding_in_says_what_is_wrong(tmp_path):
+def test_a_word_without_a_vector_does_not_end_folding_in_for_the_others():
+    tags = tag_list([*topic_tags(), [24], [24, 25], [0, 4, 25]], [*words(24), "alone", "new"])
+    table = learn_word_vectors(tag_list(topic_tags(), words(24)), dim=8)
+    found = fold_in_words(table, tags, ["alone", "new", "word 3", "gone"])
+    assert found.words == ("new",)
+    np.testing.assert_array_equal(found.vectors, fold_in_words(table, tags, ["new"]).vectors)
+    assert list(found.left_out) == ["word 3", "gone", "alone"]
+    assert "more often than by chance" in found.left_out["alone"]
+
+
+def test_folding_in_says_what_is_wrong():
     tags = tag_list([*topic_tags(), [24], [24]], [*words(24), "new"])
     table = learn_word_vectors(tag_list(topic_tags(), words(24)), dim=8)
-    with pytest.raises(ValueError, match=r"has 'word_3' already\. Give new words only"):
-        fold_in_words(table, tags, ["new", "word_3"])
-    with pytest.raises(ValueError, match="has no image with 'newer'"):
-        fold_in_words(table, tags, ["new", "newer"])
-    with pytest.raises(
-        ValueError, match="'new' from the given tags: The new word is with no known"
+    for word, reason in (
+        ("word_3", "the word table has it already"),
+        ("newer", "the given tags has no image with it"),
+        ("new", "the given tags: The new word is with no known"),
     ):
-        fold_in_words(table, tags, ["new"])
-    with pytest.raises(ValueError, match="no word to fold in"):
+        with pytest.raises(ValueError, match=rf"no word to fold in\. '{word}': {reason}"):
+            fold_in_words(table, tags, [word])
+    with pytest.raises(ValueError, match=r"no word to fold in\. Give at least one"):
         fold_in_words(table, tags, [])
     with pytest.raises(ValueError, match=r"pair_counts has shape \(3,\).*\(24,\)"):
         fold_in(table, np.ones(3), 1)
