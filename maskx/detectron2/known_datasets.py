@@ -17,6 +17,7 @@ from maskx.data.prepare.coco_stuff import coco_stuff_names
 from maskx.data.prepare.imagenet import IMAGENET_CLASS_LISTS
 from maskx.data.prepare.table import prepare_command
 from maskx.data.prepare.visual_genome import CATEGORIES_FILE, SPLITS, read_class_names
+from maskx.data.scenes.concepts import generate_concept_scenes, scene_concept_kinds
 from maskx.data.scenes.generator import STUFF_CATEGORIES, generate_scenes, scene_categories
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES, VOC_CLASSES_IN_COCO
 from maskx.detectron2.datasets import (
@@ -25,7 +26,6 @@ from maskx.detectron2.datasets import (
     register_source,
     register_tag_list,
 )
-from maskx.systems.concept_mask.scenes import generate_concept_scenes, scene_concept_kinds
 
 __all__ = [
     "KNOWN_DATASETS",

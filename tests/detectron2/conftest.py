@@ -17,17 +17,13 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 from maskx.core.word_table import WordTable, save_word_table
 from maskx.data.coco import load_coco
+from maskx.data.scenes.concepts import generate_concept_scenes, write_scene_tags
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.tag_lists import read_tag_list
 from maskx.detectron2 import get_cfg, register_all, register_coco
 from maskx.detectron2.known_datasets import KNOWN_DATASETS, scene_dataset
-from maskx.systems.concept_mask.concept_sets import concept_sets
+from maskx.systems.concept_mask.concept_sets import concept_sets, scene_concept_split
 from maskx.systems.concept_mask.overlap import concept_overlap, save_overlap
-from maskx.systems.concept_mask.scenes import (
-    generate_concept_scenes,
-    scene_concept_split,
-    write_scene_tags,
-)
 from maskx.systems.concept_mask.tag_vectors import fold_in_words, learn_word_vectors
 
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 
 from maskx.data.coco import load_coco
-from maskx.systems.concept_mask.concept_sets import concept_sets, write_concept_split
+from maskx.data.scenes.concepts import generate_concept_scenes
+from maskx.systems.concept_mask.concept_sets import (
+    concept_sets,
+    scene_concept_split,
+    write_concept_split,
+)
 from maskx.systems.concept_mask.overlap import concept_overlap, load_overlap
-from maskx.systems.concept_mask.scenes import generate_concept_scenes, scene_concept_split
 
 TOOL = Path(__file__).parents[2] / "tools" / "concept_overlap.py"
 SPLIT = scene_concept_split()

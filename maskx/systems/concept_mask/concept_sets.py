@@ -24,6 +24,7 @@ from maskx.core.files import write_json
 from maskx.core.text import listed
 from maskx.core.word_table import spelled
 from maskx.data.coco import CocoData, read_coco_json
+from maskx.data.scenes.concepts import scene_concept_lists
 from maskx.data.tag_lists import TagList
 from maskx.supervision import Supervision
 
@@ -36,6 +37,7 @@ __all__ = [
     "format_concept_lists",
     "fully_masked",
     "read_concept_split",
+    "scene_concept_split",
     "vocabulary_difference",
     "write_concept_split",
 ]
@@ -131,6 +133,11 @@ class ConceptSplit:
     def _indices(self, names: Sequence[str]) -> tuple[int, ...]:
         position = {name: index for index, name in enumerate(self.vocabulary)}
         return tuple(sorted(position[name] for name in names))
+
+
+def scene_concept_split() -> ConceptSplit:
+    """Return the split of the generated scenes with concepts."""
+    return ConceptSplit(**scene_concept_lists())
 
 
 def read_concept_split(

@@ -21,6 +21,7 @@ from maskx.core.checks import default_of
 from maskx.core.digests import network_hash
 from maskx.core.word_table import WordTable, save_word_table, spelled
 from maskx.data.coco import CocoData, load_coco
+from maskx.data.scenes.concepts import generate_concept_scenes, write_scene_tags
 from maskx.data.splits import resolve_split
 from maskx.data.tag_lists import TagList, read_tag_list, tag_list
 from maskx.engine.batches import training_batches
@@ -42,6 +43,7 @@ from maskx.systems.concept_mask.concept_sets import (
     ConceptSplit,
     concept_sets,
     read_concept_split,
+    scene_concept_split,
 )
 from maskx.systems.concept_mask.evaluation import (
     ConceptTest,
@@ -54,11 +56,6 @@ from maskx.systems.concept_mask.model import SYSTEM_NAME, EmbeddingModel, Refine
 from maskx.systems.concept_mask.overlap import concept_overlap, negative_weights
 from maskx.systems.concept_mask.predictor import ConceptPredictor, ConceptRow, draw_concepts
 from maskx.systems.concept_mask.samples import ConceptMapper, Record, read_sample
-from maskx.systems.concept_mask.scenes import (
-    generate_concept_scenes,
-    scene_concept_split,
-    write_scene_tags,
-)
 from maskx.systems.concept_mask.scores import LEVELS, format_concept_table
 from maskx.systems.concept_mask.system import (
     STAGE_FOLDERS,

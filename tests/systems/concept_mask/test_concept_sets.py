@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskx.data.coco import CocoData, load_coco
+from maskx.data.scenes.concepts import generate_concept_scenes
 from maskx.data.tag_lists import tag_list
 from maskx.systems.concept_mask.concept_sets import (
     ConceptSplit,
     concept_sets,
     fully_masked,
     read_concept_split,
+    scene_concept_split,
     write_concept_split,
 )
-from maskx.systems.concept_mask.scenes import generate_concept_scenes, scene_concept_split
 
 VOCABULARY = ("cat", "traffic light", "grass", "green", "dog")
 SPLIT = ConceptSplit(VOCABULARY, boxed=("dog", "traffic_light"), masked=("dog",), unseen=("wolf",))

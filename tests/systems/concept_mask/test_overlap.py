@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskx.data.coco import load_coco
+from maskx.data.scenes.concepts import generate_concept_scenes
 from maskx.systems.concept_mask import overlap as module
-from maskx.systems.concept_mask.concept_sets import concept_sets
+from maskx.systems.concept_mask.concept_sets import concept_sets, scene_concept_split
 from maskx.systems.concept_mask.overlap import (
     concept_overlap,
     load_overlap,
@@ -15,7 +16,6 @@ from maskx.systems.concept_mask.overlap import (
     negative_weights,
     save_overlap,
 )
-from maskx.systems.concept_mask.scenes import generate_concept_scenes, scene_concept_split
 
 SIDE = 12  # of the images, in pixels
 NUM_CONCEPTS = 5

@@ -26,13 +26,13 @@ from maskx.systems.concept_mask.concept_sets import (
     ConceptSplit,
     concept_sets,
     read_concept_split,
+    scene_concept_split,
     vocabulary_difference,
 )
 from maskx.systems.concept_mask.evaluation import ConceptScorer, ConceptTest, concept_test
 from maskx.systems.concept_mask.overlap import concept_overlap, save_overlap
 from maskx.systems.concept_mask.query import read_unseen_words
 from maskx.systems.concept_mask.samples import ConceptMapper
-from maskx.systems.concept_mask.scenes import scene_concept_split
 from maskx.systems.concept_mask.scores import format_concept_table
 from maskx.systems.concept_mask.tag_vectors import learn_word_vectors
 

@@ -8,11 +8,16 @@ from detectron2.data import DatasetCatalog
 
 from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.data.coco import load_coco
+from maskx.data.scenes.concepts import scene_concept_kinds
 from maskx.detectron2 import Trainer, register_all, register_tag_list
 from maskx.detectron2.datasets import class_names_of
 from maskx.detectron2.known_datasets import KNOWN_DATASETS, concept_scene_dataset
 from maskx.detectron2.trainer import check_config
-from maskx.systems.concept_mask.concept_sets import concept_sets, write_concept_split
+from maskx.systems.concept_mask.concept_sets import (
+    concept_sets,
+    scene_concept_split,
+    write_concept_split,
+)
 from maskx.systems.concept_mask.detectron2.data import (
     concept_records,
     concept_table,
@@ -21,7 +26,6 @@ from maskx.systems.concept_mask.detectron2.data import (
     training_mapper,
 )
 from maskx.systems.concept_mask.overlap import concept_overlap, load_overlap
-from maskx.systems.concept_mask.scenes import scene_concept_kinds, scene_concept_split
 
 KEYS = "MODEL.MASKX.CONCEPT_MASK."
 FILES = {

@@ -10,9 +10,12 @@ from torch import nn
 from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.detectron2 import Trainer
 from maskx.detectron2.trainer import check_config
-from maskx.systems.concept_mask.concept_sets import ConceptSplit, write_concept_split
+from maskx.systems.concept_mask.concept_sets import (
+    ConceptSplit,
+    scene_concept_split,
+    write_concept_split,
+)
 from maskx.systems.concept_mask.overlap import load_overlap, negative_weights
-from maskx.systems.concept_mask.scenes import scene_concept_split
 
 KEYS = "MODEL.MASKX.CONCEPT_MASK."
 FILES = {

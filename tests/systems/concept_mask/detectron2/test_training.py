@@ -21,6 +21,7 @@ from maskx.detectron2 import ConceptPredictor, MaskXConceptEvaluator, Trainer, e
 from maskx.detectron2.stagewise import run_stage
 from maskx.detectron2.trainer import check_config
 from maskx.engine.runs import read_run
+from maskx.systems.concept_mask.concept_sets import scene_concept_split
 from maskx.systems.concept_mask.detectron2.data import concept_test_data
 from maskx.systems.concept_mask.detectron2.model import (
     check_concept_stages,
@@ -33,7 +34,6 @@ from maskx.systems.concept_mask.evaluation import (
     evaluate_concepts,
     fit_concepts,
 )
-from maskx.systems.concept_mask.scenes import scene_concept_split
 
 ROOT = Path(__file__).parents[4]
 TOOLS = ROOT / "tools"

@@ -9,16 +9,16 @@ from pycocotools import mask as coco_mask
 
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import read_label_map
-from maskx.data.scenes.generator import COLORS, STUFF_CATEGORIES, SceneInstance, render_scene
-from maskx.data.scenes.shapes import TEXTURE_NAMES
-from maskx.systems.concept_mask import scenes as scene_concepts
-from maskx.systems.concept_mask.scenes import (
+from maskx.data.scenes import concepts as scene_concepts
+from maskx.data.scenes.concepts import (
     generate_concept_scenes,
     scene_concept_kinds,
     scene_concept_masks,
-    scene_concept_split,
     write_scene_tags,
 )
+from maskx.data.scenes.generator import COLORS, STUFF_CATEGORIES, SceneInstance, render_scene
+from maskx.data.scenes.shapes import TEXTURE_NAMES
+from maskx.systems.concept_mask.concept_sets import scene_concept_split
 
 COUNT, SIZE = 100, 128
 SPLIT = scene_concept_split()
@@ -225,12 +225,14 @@ def test_a_second_call_leaves_the_file_as_it_is_and_other_arguments_are_refused(
     assert generate_concept_scenes(tmp_path, **arguments).read_bytes() == content
 
 
-def test_a_file_of_another_version_of_the_concepts_is_written_again(tmp_path, monkeypatch):
+def test_a_file_of_another_version_of_the_concepts_is_written_again(tmp_path):
     arguments = {"count": 1, "size": 64, "seed": 3}
     path = generate_concept_scenes(tmp_path, **arguments)
-    monkeypatch.setattr(scene_concepts, "_VERSION", 99)
+    content = json.loads(path.read_text())
+    older = content["info"] | {"concepts_version": 0}
+    path.write_text(json.dumps(content | {"info": older, "annotations": []}))
     generate_concept_scenes(tmp_path, **arguments)
-    assert json.loads(path.read_text())["info"]["concepts_version"] == 99
+    assert json.loads(path.read_text()) == content
 
 
 # --- tags -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ each pixel of an object belongs to at least five of them, so that what a name me
 from what it occurs with.
 
 The files have true masks of all concepts, for evaluation. What training may see of them is said by
-:func:`scene_concept_split`: masks of half of the things, boxes of others and of some shapes, tags
+:func:`scene_concept_lists`: masks of half of the things, boxes of others and of some shapes, tags
 of the rest. Four things and one shape are *unseen*: training shows them without their names, but
 with the tags of their colours and shapes. Their vectors come from what they occur with in the tag
 lists of :func:`write_scene_tags`.
@@ -38,13 +38,12 @@ from maskx.data.scenes.generator import (
     scene_categories,
 )
 from maskx.data.scenes.shapes import TEXTURE_NAMES
-from maskx.systems.concept_mask.concept_sets import ConceptSplit
 
 __all__ = [
     "generate_concept_scenes",
     "scene_concept_kinds",
+    "scene_concept_lists",
     "scene_concept_masks",
-    "scene_concept_split",
     "write_scene_tags",
 ]
 
@@ -100,11 +99,15 @@ def scene_concept_kinds() -> dict[str, str]:
     return {name: kind for kind in names for name in names[kind]}
 
 
-def scene_concept_split() -> ConceptSplit:
+def scene_concept_lists() -> dict[str, tuple[str, ...]]:
     """Return what training may see: 20 concepts with masks, 20 with boxes, 26 with tags, 5 unseen.
 
-    The vocabulary has the first 66. Neither colour nor shape tells the level of a thing: every
-    shape has masks in two colours and none in the two others.
+    Neither colour nor shape tells the level of a thing: every shape has masks in two colours and
+    none in the two others.
+
+    Returns:
+        ``vocabulary``, the first 66; ``boxed``, those with masks among them; ``masked``;
+        ``unseen``.
     """
     masked = half_split_names(_NUM_THINGS, _STYLE)
     boxed_parts = [
@@ -112,12 +115,12 @@ def scene_concept_split() -> ConceptSplit:
         for thing, shape in zip(_THINGS, _SHAPES, strict=True)
         if shape in _WHOLES and thing.name not in masked
     ]
-    return ConceptSplit(
-        vocabulary=tuple(name for name in scene_concept_kinds() if name not in _UNSEEN),
-        boxed=(*masked, *boxed_parts, *_BOXED_WHOLE_THINGS, *_BOXED_SHAPES),
-        masked=masked,
-        unseen=_UNSEEN,
-    )
+    return {
+        "vocabulary": tuple(name for name in scene_concept_kinds() if name not in _UNSEEN),
+        "boxed": (*masked, *boxed_parts, *_BOXED_WHOLE_THINGS, *_BOXED_SHAPES),
+        "masked": tuple(masked),
+        "unseen": _UNSEEN,
+    }
 
 
 def scene_concept_masks(
