@@ -141,7 +141,7 @@ def test_real_photographs(shared_data, tiny, tmp_path):
             "masks_for and concept_split both say what has masks",
         ),
         ({"threshold": "zero"}, "threshold has no meaning for the system concept_mask"),
-        ({"backbone": "resnet5"}, r"backbone must be one of small, .*got 'resnet5'"),
+        ({"backbone": "resnet5"}, "There is no backbone 'resnet5'"),
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
     ],
 )
