@@ -48,7 +48,7 @@ def make_predictor(arguments: argparse.Namespace) -> Callable[..., dict[str, Any
     if arguments.run is not None:
         opened = open_predictor(arguments.run, device=device)
         if words is not None:
-            opened.unseen = read_unseen_words(words, opened.model.table)
+            opened.model.unseen = read_unseen_words(words, opened.model.table)
         opened.blend_unseen = arguments.blend_unseen
         return opened
     from maskx.detectron2 import ConceptPredictor  # before its parts: it registers them all

@@ -40,7 +40,12 @@ from maskx.systems.concept_mask.losses import (
     matching_loss,
     negative_concepts,
 )
-from maskx.systems.concept_mask.query import ConceptQuery, checked_query, concept_query
+from maskx.systems.concept_mask.query import (
+    ConceptQuery,
+    checked_query,
+    concept_query,
+    named_query,
+)
 from maskx.systems.concept_mask.segmenter import (
     ConceptSegmenter,
     concept_segmentation_loss,
@@ -87,7 +92,8 @@ class EmbeddingModel(SampleModel):
             attention maps of stage 3 and of inference.
         scored_sizes: those of the attention sizes whose maps are shown and measured; () for all.
             The segmentation network sees all of them.
-        query: what to look for in a sample without a query; None for all that exists.
+        unseen: words that are not in the table, found by their vectors alone.
+        query: what to look for in a sample that does not say; None for all that exists.
         architecture: what else the network is built from, as JSON can hold it, for its checkpoints.
         pixel_mean: by channel, in the order of the images, of values from 0 to 255.
         pixel_std: likewise.
@@ -111,6 +117,7 @@ class EmbeddingModel(SampleModel):
         split: ConceptSplit,
         attention_sizes: Sequence[int] = (300, 700),
         scored_sizes: Sequence[int] = (),
+        unseen: WordTable | None = None,
         query: ConceptQuery | None = None,
         architecture: Mapping[str, Any] | None = None,
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
@@ -136,7 +143,7 @@ class EmbeddingModel(SampleModel):
         if self.stage > 1 and not split.boxed:
             raise ValueError("ConceptMask has no boxed concept. Stages 2 and 3 need at least one.")
         super().__init__(max(attention_sizes), pixel_mean=pixel_mean, pixel_std=pixel_std)
-        self.table, self.split, self.query = table, split, query
+        self.table, self.split, self.unseen, self.query = table, split, unseen, query
         self.attention_sizes = tuple(attention_sizes)
         wanted = frozenset(scored_sizes or attention_sizes)
         self._scored = [n for n, size in enumerate(attention_sizes) if size in wanted]
@@ -167,8 +174,8 @@ class EmbeddingModel(SampleModel):
         Args:
             samples: with ``image`` (3, H, W) from 0 to 255. In training those of
                 :class:`maskx.systems.concept_mask.samples.ConceptMapper`, all of one size. In
-                evaluation perhaps with ``query``, what to look for, and with ``height`` and
-                ``width`` of the result, those of the image without.
+                evaluation perhaps with ``query`` or ``concepts`` (see :meth:`ask`), what to look
+                for, and with ``height`` and ``width`` of the result, those of the image without.
 
         Returns:
             In training ``loss_embedding`` (stage 1); ``loss_boxes``, ``loss_matching`` and, with
@@ -248,6 +255,8 @@ class EmbeddingModel(SampleModel):
         image = self.normalise(sample)[None]
         size = (sample.get("height", image.shape[2]), sample.get("width", image.shape[3]))
         maps = self.embedding_maps(image)
+        if query is None and "concepts" in sample:
+            query = self.ask(sample["concepts"])
         asked = (query, sample.get("query"), self.query)
         query = next((each for each in asked if each is not None), None)
         if query is None:
@@ -282,6 +291,10 @@ class EmbeddingModel(SampleModel):
             "existence": existence,
             "exists": existence > thresholds,
         }
+
+    def ask(self, concepts: Sequence[Any], *, blended: bool = False) -> ConceptQuery:
+        """Resolve names, of unseen words too, indices or vectors; see :func:`named_query`."""
+        return named_query(self.table, self.unseen, concepts, blended=blended)
 
     def embedding_maps(self, images: Tensor) -> list[Tensor]:
         """Warp (N, 3, H, W) normalised images to squares and embed them.

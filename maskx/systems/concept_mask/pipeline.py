@@ -554,8 +554,7 @@ def learn_concept_mask(
         original = evaluate_concepts(models[1], test, description="stage 1: evaluation")
         existence = evaluate_existence(models[3], test)
     with chain.timed("picture"):
-        predictor = ConceptPredictor(models[3], unseen=data.unseen)
-        stage_1 = ConceptPredictor(models[1], unseen=data.unseen)
+        predictor, stage_1 = ConceptPredictor(models[3]), ConceptPredictor(models[1])
         draw_test_concepts(output / "predictions.png", predictor, stage_1, test)
     metrics = {
         **found,

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maskx.core.checks import check_choice
-from maskx.core.word_table import WordTable
+from maskx.data.images import read_rgb
 from maskx.evaluation.figures import (
     contact_sheet,
     draw_heat_map,
@@ -20,8 +20,6 @@ from maskx.evaluation.figures import (
     save_png,
 )
 from maskx.systems.concept_mask.model import EmbeddingModel
-from maskx.systems.concept_mask.query import named_query
-from maskx.systems.concept_mask.samples import read_rgb
 
 __all__ = [
     "ConceptPredictor",
@@ -69,7 +67,6 @@ class ConceptPredictor:
 
     Args:
         model: a trained model.
-        unseen: words that are not in its table, found by their vectors alone.
         blend_unseen: blend maps of unseen words with those of the nearest concept with boxes.
         model_format: order of channels that the model takes, "RGB" or "BGR".
         order: that of the images.
@@ -79,14 +76,13 @@ class ConceptPredictor:
         self,
         model: EmbeddingModel,
         *,
-        unseen: WordTable | None = None,
         blend_unseen: bool = False,
         model_format: str = "RGB",
         order: str = "RGB",
     ) -> None:
         for name, value in (("model_format", model_format), ("order", order)):
             check_choice(name, value, _ORDERS)
-        self.model, self.unseen, self.blend_unseen = model.eval(), unseen, blend_unseen
+        self.model, self.blend_unseen = model.eval(), blend_unseen
         self.order, self._turned = order, model_format != order
 
     def __call__(
@@ -106,8 +102,7 @@ class ConceptPredictor:
         pixels = image_tensor(image, self.order)
         sample: dict[str, Any] = {"image": pixels.flip(0) if self._turned else pixels}
         if concepts is not None:
-            table, blended = self.model.table, self.blend_unseen
-            sample["query"] = named_query(table, self.unseen, concepts, blended=blended)
+            sample["query"] = self.model.ask(concepts, blended=self.blend_unseen)
         return found_concepts(self.model.predict(sample))
 
 

@@ -6,7 +6,6 @@ flipped here in the same way. Records are those of `maskx.systems.concept_mask.c
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -16,10 +15,11 @@ import torch
 from maskx.core.images import warp_image
 from maskx.core.sample_models import Sample
 from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_rgb
 from maskx.data.masks import decode_segmentation
 from maskx.systems.concept_mask.concept_sets import fully_masked
 
-__all__ = ["ConceptMapper", "box_target", "mask_target", "read_rgb", "read_sample", "union_mask"]
+__all__ = ["ConceptMapper", "box_target", "mask_target", "read_sample", "union_mask"]
 
 Record = Mapping[str, Any]
 
@@ -94,23 +94,6 @@ def read_sample(record: Record) -> Sample:
         height, width = read_rgb(record["file_name"]).shape[:2]
         record = {**record, "height": height, "width": width}
     return read_image_sample(record) | {"file_name": os.fspath(record["file_name"])}
-
-
-def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read an image file of any size.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"Image '{os.fspath(path)}': there is no such file. Correct the path."
-        )
-    content = np.fromfile(path, np.uint8)
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
-    if image is None:
-        raise ValueError(f"'{os.fspath(path)}' cannot be read. Is the file an image, and complete?")
-    return np.ascontiguousarray(image[:, :, ::-1])
 
 
 def box_target(

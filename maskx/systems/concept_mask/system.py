@@ -1,16 +1,19 @@
 """ConceptMask as a system: how its networks are built from settings, and opened from a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from maskx.core.backbone_choice import build_backbone, choose_feature
 from maskx.core.checks import check_choice, default_of
 from maskx.core.word_table import WordTable, load_word_table
+from maskx.data.masks import encode_masks
 from maskx.engine.options import QuickstartOptions
+from maskx.engine.results import Prediction
 from maskx.engine.runs import Run
 from maskx.engine.system import System
 from maskx.engine.training import CHECKPOINT_NAME, load_state, read_checkpoint
@@ -145,6 +148,8 @@ def open_model(
 ) -> EmbeddingModel:
     """Open a model that the quick start trained; all that it is made of is in its checkpoint.
 
+    Unseen words, if there are any, lie beside it.
+
     Args:
         run: folder of the run.
         stage: 1, 2 or 3.
@@ -170,14 +175,14 @@ def open_model(
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"'{path}' cannot be opened: {error} Train the model again.") from error
     load_state(model.eval(), state, path)
+    unseen = Path(run) / UNSEEN_NAME
+    model.unseen = load_word_table(unseen) if unseen.is_file() else None
     return model.to(device)
 
 
 def open_predictor(run: str | Path, *, device: torch.device | str = "cpu") -> ConceptPredictor:
-    """Open the model of a finished run, with the unseen words that lie beside it."""
-    unseen = Path(run) / UNSEEN_NAME
-    words = load_word_table(unseen) if unseen.is_file() else None
-    return ConceptPredictor(open_model(run, device=device), unseen=words)
+    """Open the model of a finished run, to find concepts by name."""
+    return ConceptPredictor(open_model(run, device=device))
 
 
 def _pipeline(options: QuickstartOptions, report: Callable[[str], None]) -> dict[str, Any]:
@@ -191,10 +196,21 @@ def _open(run: Run, device: torch.device) -> EmbeddingModel:
     return open_model(run.folder, device=device)
 
 
+def _prediction(result: Mapping[str, Any], class_names: Sequence[str]) -> Prediction:
+    """Make an instance of the mask of each concept, which may be one that is not in the list."""
+    return Prediction(
+        class_names=tuple(result["concepts"]),
+        segmentations=encode_masks(result["masks"].cpu().numpy()),
+        scores=result["existence"].clamp(0, 1).cpu().numpy(),
+        class_indices=np.arange(len(result["concepts"])),
+    )
+
+
 SYSTEM = System(
     name=SYSTEM_NAME,
     title="ConceptMask",
     pipeline=_pipeline,
     open=_open,
+    prediction=_prediction,
     options=frozenset(["masks_for", "concept_split", "tags"]),
 )

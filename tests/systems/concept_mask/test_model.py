@@ -722,6 +722,10 @@ def test_the_query_of_the_model_is_for_samples_without_one():
     assert predict(net, make_images()[0], query_of([1]))["concepts"] == ["b"]
     (found,) = net([{"image": make_images()[0], "query": query_of([2, 3])}])
     assert found["concepts"] == ["c", "d"]
+    net.unseen = WordTable(("owl",), np.ones((1, DIM)), np.ones(1))
+    (found,) = net([{"image": make_images()[0], "concepts": ["owl", "d", 0]}])
+    assert found["concepts"] == ["owl", "d", "a"]
+    assert found["concept_indices"].tolist() == [-1, 3, 0]
 
 
 @pytest.mark.parametrize("margin", [-0.01, 0.01])

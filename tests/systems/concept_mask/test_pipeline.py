@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import runpy
 import shutil
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from maskx.core.word_table import WordTable, load_word_table
+from maskx.data.images import read_rgb
 from maskx.engine import training_chain
 from maskx.engine.training import read_checkpoint
 from maskx.systems.concept_mask import pipeline
@@ -26,7 +28,7 @@ from maskx.systems.concept_mask.pipeline import (
     scene_concept_data,
 )
 from maskx.systems.concept_mask.predictor import ConceptPredictor, segment_files
-from maskx.systems.concept_mask.samples import ConceptMapper, read_rgb
+from maskx.systems.concept_mask.samples import ConceptMapper
 from maskx.systems.concept_mask.system import (
     ConceptNetwork,
     build_model,
@@ -451,7 +453,9 @@ def test_pictures_and_masks_of_files_are_written(predictor, data, tmp_path):
     # Names that differ in what is no letter do not replace each other, or the picture.
     names = ["grass", "green lamp stand", "t-shirt", "t.shirt", "concepts"]
     unseen = WordTable(tuple(names[2:]), predictor.model.table.vectors[:3], np.ones(3))
-    with_unseen = ConceptPredictor(predictor.model, unseen=unseen)
+    model = copy.copy(predictor.model)
+    model.unseen = unseen
+    with_unseen = ConceptPredictor(model)
 
     def halves(image, concepts):  # three steps of training leave the masks empty
         found = with_unseen(image, concepts).items()

@@ -2,13 +2,13 @@ import json
 
 import cv2
 import pytest
-import torch
 
 import maskx.systems  # noqa: F401 - registers them
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
 from maskx.engine import quickstart
 from maskx.engine.options import QuickstartOptions
+from maskx.engine.predictor import open_run
 from maskx.engine.runs import read_run
 from maskx.engine.system import find_system
 from maskx.systems.concept_mask import pipeline
@@ -47,9 +47,10 @@ def test_generated_data_to_metrics_and_picture_and_again_when_resumed(tiny):
     assert "27 training images with tags of 66 concepts" in "\n".join(lines)
     run_file = read_run(tiny["output"])
     assert (run_file.system, len(run_file.class_names)) == ("concept_mask", 66)
-    opened = find_system("concept_mask").open(run_file, torch.device("cpu"))
-    assert opened.stage == 3
-    assert run_file.weights_file.is_file()
+    photo = tiny["output"] / "scenes" / "val" / "images" / "000000.png"
+    found = open_run(tiny["output"], "cpu")(photo, concepts=["grass", "crescent"])
+    assert found.names == ["grass", "crescent"]  # of the table, and unseen
+    assert found.masks.shape == (2, 64, 64)
     again = run(tiny, resume=True)
     for key in ("levels", "concepts", "fitted", "existence"):
         assert str(first[key]) == str(again[key])

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskx.data.images import read_rgb
 from maskx.data.masks import encode_masks
 from maskx.systems.concept_mask.samples import (
     ConceptMapper,
     box_target,
     mask_target,
-    read_rgb,
     read_sample,
 )
 
@@ -238,11 +238,3 @@ def test_an_image_of_a_tag_list_has_the_size_of_its_file(record):
     assert torch.equal(sample["image"], read_sample(record)["image"])
     rgb = torch.from_numpy(read_rgb(record["file_name"])).permute(2, 0, 1)
     assert torch.equal(sample["image"], rgb)
-
-
-def test_files_that_are_no_images_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no such file"):
-        read_rgb(tmp_path / "nothing.png")
-    (tmp_path / "text.png").write_text("text")
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_rgb(tmp_path / "text.png")

@@ -219,9 +219,8 @@ def _shared_arguments(cfg: CfgNode) -> dict[str, Any]:
         hidden_channels=keys.EMBEDDING_CHANNELS,
         final_relu=keys.FINAL_RELU,
     )
-    query = None
+    query, unseen = None, unseen_words(cfg)
     if test.CONCEPTS:
-        unseen = unseen_words(cfg)
         query = named_query(table, unseen, test.CONCEPTS, blended=test.BLEND_UNSEEN)
     return {
         "embedding": embedding,
@@ -229,6 +228,7 @@ def _shared_arguments(cfg: CfgNode) -> dict[str, Any]:
         "split": concept_split(cfg),
         "attention_sizes": keys.ATTENTION_SIZES,
         "scored_sizes": test.SCORED_SIZES,
+        "unseen": unseen,
         "query": query,
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -261,7 +261,6 @@ class ConceptPredictor(predictor.ConceptPredictor):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(
             _load(cfg),
-            unseen=unseen_words(cfg),
             blend_unseen=cfg.TEST.MASKX.BLEND_UNSEEN,
             model_format=cfg.INPUT.FORMAT,
             order="BGR",
@@ -308,9 +307,7 @@ def fit_checkpoint(
     model = _load(cfg)
     data = load_coco(json_file, image_root, strict=strict)
     names, source = data.class_names, str(json_file)
-    test = concept_test(
-        data.records, names, model.split, model.table, unseen_words(cfg), source=source
-    )
+    test = concept_test(data.records, names, model.split, model.table, model.unseen, source=source)
     fitted = fit_concepts(model, test, in_format(read_sample, cfg.INPUT.FORMAT))
     content = torch.load(cfg.MODEL.WEIGHTS, map_location="cpu", weights_only=True)
     content["model"] |= {name: value.cpu() for name, value in model.state_dict().items()}
