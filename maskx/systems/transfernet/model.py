@@ -288,7 +288,7 @@ class TransferNetModel(SampleModel):
         if self.crf and len(prob_fg):
             label_map = _refined_label_map(image, labels, prob_fg)
         else:
-            label_map = merge_label_masks(prob_fg, labels, halve_background=False)
+            label_map = merge_label_masks(prob_fg, labels)
         return {"masks_prob": prob_fg, "sem_seg": label_map}
 
 

@@ -78,28 +78,22 @@ def mask_loss(mask_logits: Tensor, targets: Tensor) -> Tensor:
     return total / (targets != _UNKNOWN).sum().clamp(min=1)
 
 
-def foreground_prob(mask_logits: Tensor, *, halve_background: bool = True) -> Tensor:
+def foreground_prob(mask_logits: Tensor) -> Tensor:
     """Return the probability of the foreground of (Q, 2, H, W) mask logits as (Q, H, W).
 
-    Args:
-        mask_logits: logits of background and foreground.
-        halve_background: halve the probability of the background and normalise again, as the
-            reference code does at inference.
+    That of the background is halved, and both normalised again, as the reference code does at
+    inference.
     """
     prob = mask_logits.softmax(dim=1)[:, 1]
-    return _with_half_the_background(prob) if halve_background else prob
+    return prob / (prob + (1 - prob) / 2)
 
 
-def merge_label_masks(
-    prob_fg: Tensor, labels: Sequence[int] | Tensor, *, halve_background: bool = True
-) -> Tensor:
+def merge_label_masks(prob_fg: Tensor, labels: Sequence[int] | Tensor) -> Tensor:
     """Merge the masks of the labels of one image: the most probable label, pixel by pixel.
 
     Args:
-        prob_fg: (P, H, W) probability of the foreground for each label.
+        prob_fg: (P, H, W), of :func:`foreground_prob`.
         labels: (P,) class indices.
-        halve_background: halve the probability of the background and normalise again before it is
-            compared, so that a label wins from 1/3 on. False where `prob_fg` has that already.
 
     Returns:
         (H, W) int64 label map; background where no foreground is more probable than background.
@@ -107,14 +101,8 @@ def merge_label_masks(
     if len(prob_fg) == 0:
         return prob_fg.new_zeros(prob_fg.shape[1:], dtype=torch.int64)
     best, which = prob_fg.max(dim=0)
-    if halve_background:
-        best = _with_half_the_background(best)
     labels = torch.as_tensor(labels, device=prob_fg.device)
     return torch.where(best > 1 - best, labels[which] + 1, 0)
-
-
-def _with_half_the_background(prob_fg: Tensor) -> Tensor:
-    return prob_fg / (prob_fg + (1 - prob_fg) / 2)
 
 
 class MapNorm(nn.Module):

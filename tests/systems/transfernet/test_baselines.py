@@ -182,7 +182,7 @@ def test_training_learns_a_mask_and_the_labels(kind):
     targets[:, 8:24, 8:24] = 1
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.01)
-    for step in range(100):
+    for step in range(50):
         outputs = net(make_images(), PAIR_IMAGES, PAIR_LABELS)
         losses = net.losses(outputs, PAIR_IMAGES, PAIR_LABELS, targets)
         if step == 0:
@@ -190,7 +190,7 @@ def test_training_learns_a_mask_and_the_labels(kind):
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-    assert all(losses[name] < 0.6 * before[name] for name in losses)
+    assert all(losses[name] < 0.8 * before[name] for name in losses)
 
 
 @pytest.mark.parametrize("kind", KINDS)

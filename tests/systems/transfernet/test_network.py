@@ -404,26 +404,21 @@ def test_an_unknown_feature_is_refused():
 
 def test_foreground_prob_halves_the_background():
     logits = torch.tensor([[0.6, 0.4], [0.5, 0.5]]).log()[:, :, None, None]
-    assert foreground_prob(logits, halve_background=False).flatten().tolist() == pytest.approx(
-        [0.4, 0.5]
-    )
     # 0.4 / (0.4 + 0.3) and 0.5 / (0.5 + 0.25)
     assert foreground_prob(logits).flatten().tolist() == pytest.approx([4 / 7, 2 / 3])
 
 
 def test_merged_masks_by_hand():
-    # columns: both below 1/3; first wins; second wins; only the halving makes it foreground
+    # columns: both below 1/2; first wins; second wins; both below 1/2
     prob_fg = torch.tensor([[[0.30, 0.9, 0.6, 0.4]], [[0.32, 0.8, 0.7, 0.1]]])
-    assert merge_label_masks(prob_fg, [6, 2]).tolist() == [[0, 7, 3, 7]]
-    assert merge_label_masks(prob_fg, [6, 2], halve_background=False).tolist() == [[0, 7, 3, 0]]
+    assert merge_label_masks(prob_fg, [6, 2]).tolist() == [[0, 7, 3, 0]]
 
 
-def test_merging_before_or_after_the_halving_is_the_same():
-    logits = torch.randn(3, 2, 8, 9, generator=torch.Generator().manual_seed(0))
-    once = merge_label_masks(foreground_prob(logits), [4, 0, 1], halve_background=False)
-    later = merge_label_masks(foreground_prob(logits, halve_background=False), [4, 0, 1])
-    assert torch.equal(once, later)
-    assert set(once.unique().tolist()) == {0, 1, 2, 5}
+def test_a_label_wins_from_a_third_on():
+    """By the halved probability of the background."""
+    logits = torch.tensor([[0.66, 0.34], [0.68, 0.32]]).log()[:, :, None, None]
+    maps = [merge_label_masks(foreground_prob(logits[i : i + 1]), [4]).item() for i in range(2)]
+    assert maps == [5, 0]
 
 
 def test_no_labels_are_background():
@@ -435,4 +430,4 @@ def test_no_labels_are_background():
 def test_a_pixel_that_no_label_claims_is_background():
     assert merge_label_masks(torch.zeros(2, 1, 1), [0, 1]).tolist() == [[0]]
     # p_fg == p_bg is not more probable
-    assert merge_label_masks(torch.full((1, 1, 1), 0.5), [0], halve_background=False) == 0
+    assert merge_label_masks(torch.full((1, 1, 1), 0.5), [0]) == 0

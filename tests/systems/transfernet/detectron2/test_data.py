@@ -154,6 +154,23 @@ def test_samples_have_the_masks_of_the_source_and_the_tags_of_the_target(
     assert target["image_labels"] == [1]
 
 
+def test_labels_are_those_of_the_label_map_where_images_have_none(make_transfer_cfg, write_set):
+    maps = [{"label_map_file_name": f"{name}.png"} for name in ("first", "second")]
+    for name, classes in (("source", ("zebra", "kite")), ("target", ("cat", "sofa"))):
+        root = write_set(name, classes, maps)
+        for file, label in (("first", 1), ("second", 2)):
+            label_map = np.zeros((24, 48), np.uint8)
+            label_map[:, 24:], label_map[:, 40:] = label, 255
+            write_label_map(root / f"{file}.png", label_map, num_classes=2)
+    cfg = make_transfer_cfg(*TWO)
+    sets = transfer_records(cfg)
+    assert [r["image_labels"] for r in (*sets.source, *sets.target)] == [[2], [3], [0], [1]]
+    assert {r["supervision"] for r in sets.source} == {"mask"}
+    assert {r["supervision"] for r in sets.target} == {"image"}
+    found = [sample["image_labels"] for (sample,) in Trainer.build_test_loader(cfg, "target")]
+    assert found == [[0], [1]]
+
+
 def test_target_masks_are_used_only_where_asked(make_transfer_cfg, two_sets):
     cfg = make_transfer_cfg(
         *TWO, "DATASETS.MASKX.USE_TARGET_MASKS", True, "INPUT.RANDOM_FLIP", "none"
