@@ -249,6 +249,29 @@ def test_paper_form_with_vgg16_switches_and_fully_connected_attention():
     torch.testing.assert_close(some, every[wanted], rtol=1e-4, atol=1e-4)
 
 
+def test_the_scale_of_the_reference_is_of_pixels_that_are_not_divided():
+    """VGG-16 without biases is homogeneous: what enters the decoder goes with the square."""
+    encoder = VGG16()
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.zeros_(layer.bias)
+
+    def decoder_input(scale, images):
+        torch.manual_seed(0)
+        attention = FactoredAttention(in_channels=512, num_classes=L, num_factors=8)
+        form = {"in_feature": "conv5_3", "in_channels": 512, "num_classes": L}
+        form |= {"attention": attention, "decoder": UnpoolingDecoder()}
+        net = TransferNet(encoder, feature_scale=scale, **form)
+        nn.init.zeros_(net.attention.attend.weight)  # alike for both: the maps are uniform
+        with torch.no_grad():
+            return net(images, PAIR_IMAGES, PAIR_LABELS).densified
+
+    of_reference = decoder_input(0.004, 58 * make_images())
+    torch.testing.assert_close(decoder_input(0.004 * 58, make_images()), of_reference)
+    too_little = decoder_input(0.004, make_images())
+    torch.testing.assert_close(58**2 * too_little, of_reference)
+
+
 @pytest.mark.parametrize("attention", ["factored", "fc"])
 def test_training_finds_a_label_and_its_mask(attention):
     net = make_net()
