@@ -276,6 +276,8 @@ class MaskXTransferLabelEvaluator(MaskXImageLabelEvaluator):
         super().__init__(dataset_name, distributed=distributed)
         self._own_classes = labels_of_dataset(dataset_name, split)
         self._groups = _groups(self._own_classes, split)
+        records = labelled_records(records_of(dataset_name), len(self._own_classes))
+        self._labels = {record["image_id"]: record["image_labels"] for record in records}
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """Take in the predictions of a batch: ``image_labels_prob`` (K,), K of the model."""

@@ -87,3 +87,12 @@ def test_image_labels_are_scored_on_the_classes_of_the_data_set(tmp_path):
     assert result["AP-cat"] == pytest.approx(100 * (1 + 2 / 3) / 2)  # ranks 1 and 3
     assert result["mAP_B"] == pytest.approx((100 + 250 / 3) / 2)
     assert np.isnan(result["mAP_A"])
+
+
+def test_labels_are_those_of_the_label_map_where_images_have_none(tmp_path):
+    register("voc", ("cat", "sofa"), tmp_path, [np.array([[0, 1]]), np.array([[2, 255]])])
+    evaluator = MaskXTransferLabelEvaluator("voc", split=SPLIT)
+    for image_id, prob in enumerate([[0.1, 0.9, 0, 0, 0], [0.9, 0.1, 0, 0, 0]]):
+        evaluator.process([{"image_id": image_id}], [{"image_labels_prob": torch.tensor(prob)}])
+    result = evaluator.evaluate()["image_labels"]
+    assert (result["AP-cat"], result["AP-sofa"]) == (100, 100)
