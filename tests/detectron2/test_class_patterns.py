@@ -523,13 +523,14 @@ def test_the_classifier_is_opened_as_it_was_trained(finished, weights, opts, dat
         assert torch.equal(value, state[f"classifier.{name}"])
     assert not source.classifier.training
     samples = [source.read_image(record) for record in expected.records[:2]]
-    assert source.preprocess(samples).shape == (2, 3, 48, 48)
+    assert source.model.preprocess(samples).shape == (2, 3, 48, 48)
     assert source.settings["INPUT.MASKX.SIZE"] == 48
     json.dumps(source.settings)
     # What processes take along.
     copied = pickle.loads(pickle.dumps(source))
     assert torch.equal(
-        copied.preprocess([copied.read_image(records[0])])[0], source.preprocess(samples)[0]
+        copied.model.preprocess([copied.read_image(records[0])])[0],
+        source.model.preprocess(samples)[0],
     )
     patterns = load_patterns(
         finished[0] / "patterns" / PATTERNS_NAME,

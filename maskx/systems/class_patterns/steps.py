@@ -23,7 +23,9 @@ from tqdm import tqdm
 from maskx.core.digests import digest_of, network_hash
 from maskx.core.image_classifier import ImageClassifier, LayerTaps
 from maskx.core.processes import run_jobs
+from maskx.core.sample_models import SampleClassifier
 from maskx.data.label_maps import read_label_map, write_label_map
+from maskx.systems.class_patterns.evaluation import evaluate_proxy_masks
 from maskx.systems.class_patterns.model import SampleSegmenter, predict_label_maps
 from maskx.systems.class_patterns.pattern_files import check_identity, merge_moments
 from maskx.systems.class_patterns.pattern_moments import check_labels
@@ -39,17 +41,16 @@ from maskx.systems.class_patterns.patterns import (
 )
 from maskx.systems.class_patterns.patterns import project as project_features
 from maskx.systems.class_patterns.projections import (
+    projections_path,
     read_projections,
     start_projections,
     write_projections,
 )
-from maskx.systems.class_patterns.proxy_mask_scores import evaluate_proxy_masks
 from maskx.systems.class_patterns.proxy_masks import (
     ProxyMaskSettings,
     ProxyMaskSummary,
     make_proxy_masks,
     mask_path,
-    projections_path,
     write_proxy_json,
 )
 
@@ -78,20 +79,22 @@ class ClassifierSource:
     """A trained image classifier and how its host feeds it.
 
     Attributes:
-        classifier: on any device.
-        preprocess: makes the (N, 3, S, S) images that the classifier takes, on its device, from a
-            list of samples; all samples become one size, so that every image counts alike.
+        model: on any device.
         read_image: makes a sample from a record of :func:`maskx.data.coco.load_coco`.
         name: what messages call it, such as its folder.
         settings: plain values that change the features beside the weights, such as the size of
             the images; patterns and projections are only used with the same.
     """
 
-    classifier: ImageClassifier
-    preprocess: Callable[[list[dict[str, Any]]], Tensor]
+    model: SampleClassifier
     read_image: Callable[[Record], dict[str, Any]]
     name: str
     settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    @property
+    def classifier(self) -> ImageClassifier:
+        """The plain network, whose features are read."""
+        return self.model.classifier
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,16 @@ class LayerMasks:
     json_file: Path
     summary: ProxyMaskSummary
     evaluation: dict[str, Any] | None
+
+    @property
+    def folder(self) -> Path:
+        """Where the masks are."""
+        return self.json_file.parent / "masks" / self.json_file.stem
+
+    @property
+    def mean_iou(self) -> float:
+        """In percent, where an undecided pixel is missed."""
+        return self.evaluation["undecided_missed"]["mIoU"]["all"]
 
 
 # --- patterns
@@ -171,10 +184,10 @@ def discover(
             f"Shard {index} of {count} does not exist. Allowed: workers of at least 1, and shards "
             "0/N to N-1/N."
         )
-    if workers > 1 and _device(source).type != "cpu":
+    if workers > 1 and source.model.device.type != "cpu":
         raise ValueError(
-            f"workers is {workers}, but the classifier is on {_device(source)}, which one process "
-            "keeps busy. Use one worker, or shards on several machines."
+            f"workers is {workers}, but the classifier is on {source.model.device}, which one "
+            "process keeps busy. Use one worker, or shards on several machines."
         )
     chosen = choose_images(
         [r["image_labels"] for r in records], len(class_names), max_images_per_class, seed
@@ -267,7 +280,7 @@ def _run_pass(job: _Pass) -> None:
         job.source.classifier,
         batches,
         job.layers,
-        preprocess=job.source.preprocess,
+        preprocess=job.source.model.preprocess,
         total=len(job.used),
         checkpoint=job.checkpoint,
         save_every=job.save_every,
@@ -374,9 +387,9 @@ def project(
     ) as progress:
         for first in range(0, len(todo), batch_size):
             batch = todo[first : first + batch_size]
-            images = source.preprocess([source.read_image(record) for record in batch])
+            images = source.model.preprocess([source.read_image(record) for record in batch])
             with LayerTaps(classifier.backbone, layers) as taps:
-                classifier.backbone(images.to(_device(source)))
+                classifier.backbone(images)
             for index, record in enumerate(batch):
                 labels = list(record["image_labels"])
                 for layer, of_layer in folders.items():
@@ -602,10 +615,6 @@ def _check_classes(
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1 image, got {batch_size}.")
-
-
-def _device(source: ClassifierSource) -> torch.device:
-    return next(source.classifier.parameters()).device
 
 
 def _patterns_hash(patterns: LayerPatterns) -> str:

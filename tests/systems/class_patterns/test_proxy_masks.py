@@ -13,15 +13,17 @@ from maskx.data.coco import load_coco
 from maskx.data.dense_crf import SEC_DSRG, TRANSFERNET, refine
 from maskx.data.label_maps import read_label_map, semantic_label_map
 from maskx.systems.class_patterns import proxy_masks
+from maskx.systems.class_patterns.projections import (
+    otsu_threshold,
+    projections_path,
+    start_projections,
+    write_projections,
+)
 from maskx.systems.class_patterns.proxy_masks import (
     ProxyMaskSettings,
     make_proxy_masks,
     mask_path,
-    otsu_threshold,
-    projections_path,
     proxy_label_map,
-    start_projections,
-    write_projections,
     write_proxy_json,
 )
 

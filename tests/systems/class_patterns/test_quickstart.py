@@ -5,7 +5,7 @@ import pytest
 
 from maskx.engine import quickstart
 from maskx.engine.options import QuickstartOptions
-from maskx.systems.class_patterns.quickstart import quickstart_class_patterns
+from maskx.systems.class_patterns.system import quickstart_class_patterns
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ from maskx.detectron2.stagewise import (
     stage_is_finished,
 )
 from maskx.detectron2.trainer import check_config, load_trained
-from maskx.systems.class_patterns.detectron2.model import MaskXDeepLab
+from maskx.systems.class_patterns.detectron2 import MaskXDeepLab
 from maskx.systems.class_patterns.projections import claim_folder
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
 from maskx.systems.class_patterns.steps import (
@@ -108,8 +108,7 @@ def _open_source(cfg: CfgNode, weights: Path) -> ClassifierSource:
     model = _load_trained(cfg, weights)
     settings = config_values(cfg, _FEATURE_KEYS)
     return ClassifierSource(
-        classifier=model.classifier,
-        preprocess=model.preprocess,
+        model=model,
         read_image=_read_image(cfg),
         name=f"the classifier '{weights}'",
         # Plain values: lists are written out.
