@@ -36,8 +36,8 @@ class QuickstartOptions:
             ``scenes_half``; on COCO files for ``maskx`` ``all``, for ``concept_mask``
             ``coco_voc``.
         skip_bad: leave bad annotations out, counted, instead of stopping at them.
-        backbone: ``small`` or the name of a torchvision ResNet; ``vgg16`` too for ``transfernet``,
-            ``larvseg`` and ``concept_mask``.
+        backbone: ``small`` or the name of a torchvision ResNet; ``vgg16`` too for all but
+            ``maskx``.
         pretrained: start from ImageNet weights, which torchvision downloads; not with ``small``.
         image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else. All but
             ``maskx`` warp images to squares of this side.
@@ -50,6 +50,10 @@ class QuickstartOptions:
             label, and predictions; of ``transfernet`` predictions.
         multi_scale: of ``class_patterns``, test the segmentation network at three sizes, as the
             paper does.
+        layer: of ``class_patterns``, the layer whose proxy masks are trained on; None is the first
+            of the last stage, such as ``C41`` of a ResNet or ``conv5_1`` of ``vgg16``.
+        max_images: of ``class_patterns``, images of a class that its pattern is found in; None is
+            800.
     """
 
     output: Path
@@ -72,6 +76,8 @@ class QuickstartOptions:
     resolve: str | None = None
     crf: bool = False
     multi_scale: bool = False
+    layer: str | None = None
+    max_images: int | None = None
 
 
 def check_options(system: str, options: QuickstartOptions) -> None:

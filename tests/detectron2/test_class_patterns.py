@@ -48,7 +48,7 @@ def opts(data):
     return (
         *("DATASETS.MASKX.REGISTER", [["tiny_scenes", *map(str, data)]]),
         *("DATASETS.TRAIN", ("tiny_scenes",), "DATASETS.TEST", ("tiny_scenes",)),
-        *("MODEL.MASKX.NUM_CLASSES", 4, "MODEL.MASKX.LARGE_FOV.CHANNELS", 8),
+        *("MODEL.MASKX.NUM_CLASSES", 4, "MODEL.MASKX.LARGE_FOV.HIDDEN_CHANNELS", 8),
         *("INPUT.MASKX.SIZE", 48, "TEST.MASKX.SIZES", (32, 48), "SEED", 1),
         *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()),
         *("SOLVER.CHECKPOINT_PERIOD", 1),

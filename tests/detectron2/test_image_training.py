@@ -135,7 +135,7 @@ def test_a_segmentation_network_learns_proxy_masks_and_is_scored_on_true_ones(
     cfg = make_deeplab_cfg(
         "DATASETS.MASKX.REGISTER",
         [["maskx_proxy_train", str(tmp_path / "proxy.json"), str(scenes[1])]],
-        *("DATASETS.TRAIN", ("maskx_proxy_train",), "MODEL.MASKX.LARGE_FOV.CHANNELS", 32),
+        *("DATASETS.TRAIN", ("maskx_proxy_train",), "MODEL.MASKX.LARGE_FOV.HIDDEN_CHANNELS", 32),
         *("SOLVER.MAX_ITER", 60, "SOLVER.BASE_LR", 0.005, "SOLVER.IMS_PER_BATCH", 6),
         *("SOLVER.STEPS", (50,), "INPUT.MASKX.SIZE", 64, "TEST.MASKX.SIZES", (64,)),
     )

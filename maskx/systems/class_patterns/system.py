@@ -41,6 +41,7 @@ def quickstart_class_patterns(
         "iterations": options.iterations,
         "segmenter_iterations": options.iterations,
         "batch_size": options.batch_size,
+        "max_images_per_class": options.max_images,
     }
     default = TagSettings().masks
     settings = TagSettings(
@@ -48,6 +49,7 @@ def quickstart_class_patterns(
         pretrained=options.pretrained,
         image_size=choose_image_size(options),
         seed=options.seed,
+        layer=options.layer,
         masks=ProxyMaskSettings(
             threshold=options.threshold or default.threshold,
             resolve=options.resolve or default.resolve,
@@ -84,5 +86,5 @@ SYSTEM = System(
     title="class patterns",
     pipeline=quickstart_class_patterns,
     open=open_model,
-    options=frozenset(["threshold", "resolve", "crf", "multi_scale"]),
+    options=frozenset(["threshold", "resolve", "crf", "multi_scale", "layer", "max_images"]),
 )

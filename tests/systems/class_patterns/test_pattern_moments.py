@@ -215,7 +215,7 @@ def state_equal(one, other):
 def test_a_restored_state_goes_on_bit_by_bit(with_maps):
     images = [(f, m if with_maps else None, labels) for f, m, labels in make_images(2, 9)]
     whole, first = stream(images), stream(images[:4])
-    restored = PatternMoments(K, D)
+    restored = PatternMoments(K, D, product_dtype=torch.float64)
     restored.load_state_dict(first.state_dict())
     before = {name: tensor.clone() for name, tensor in first.state_dict().items()}
     for index, (features, maps, labels) in enumerate(images[4:], 4):

@@ -82,10 +82,10 @@ def test_patterns_are_those_of_the_equations():
 
     np.testing.assert_allclose(patterns.mean[0], mean, rtol=1e-6)
     assert abs(patterns.direction[0].numpy() @ direction) == pytest.approx(1, abs=1e-6)
-    assert float(patterns.std[0]) == pytest.approx(eigenvalues[0] ** 0.5, rel=1e-6)
-    assert float(patterns.explained[0]) == pytest.approx(eigenvalues[0] / sigma.trace(), rel=1e-6)
+    assert float(patterns.std[0]) == pytest.approx(eigenvalues[0] ** 0.5, rel=1e-5)
+    assert float(patterns.explained[0]) == pytest.approx(eigenvalues[0] / sigma.trace(), rel=1e-5)
     assert float(patterns.explained_second[0]) == pytest.approx(
-        eigenvalues[1] / sigma.trace(), rel=1e-6
+        eigenvalues[1] / sigma.trace(), rel=1e-5
     )
     sign = np.sign(patterns.direction[0].numpy() @ direction)
     found = [project(f, patterns, [0])[0] for f, _, _ in images]
@@ -395,7 +395,10 @@ def test_the_pass_streams_every_layer_and_the_map_of_each_label(classifier):
                 counts = torch.stack([maps[0] >= maps[1], maps[1] >= maps[0]])
             for layer in LAYERS:
                 features_of_image = taps.features[layer][row]
-                expected[layer].update(features_of_image, maps, labels, map_counts=counts)
+                image_id = sample["image_id"]
+                expected[layer].update(
+                    features_of_image, maps, labels, map_counts=counts, image_id=image_id
+                )
     for layer in LAYERS:
         for name, tensor in expected[layer].state_dict().items():
             torch.testing.assert_close(

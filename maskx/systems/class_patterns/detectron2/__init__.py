@@ -42,8 +42,7 @@ class MaskXDeepLab(SampleSegmenter):
             in_feature=in_feature,
             in_channels=in_channels,
             num_classes=cfg.MODEL.MASKX.NUM_CLASSES,
-            hidden_channels=cfg.MODEL.MASKX.LARGE_FOV.CHANNELS,
-            dilation=cfg.MODEL.MASKX.LARGE_FOV.DILATION,
+            **{key.lower(): value for key, value in cfg.MODEL.MASKX.LARGE_FOV.items()},
         )
         return {
             "network": network,
