@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -87,7 +88,9 @@ def files_of(folder):
 
 def test_the_steps_leave_their_results(finished, data):
     output, results, lines = finished
-    assert {path.name for path in output.iterdir()} == FOLDERS | {"results.json"}
+    files = {"results.json", "predictions.png"}
+    assert {path.name for path in output.iterdir()} == FOLDERS | files
+    assert cv2.imread(str(output / "predictions.png")).shape[1] == 5 * 256
     assert json.loads((output / "results.json").read_text()) == results
     assert results["classifier"]["image_labels/mAP"] >= 0
     assert results["proxy"].keys() == {"mIoU", "mIoU_decided_only", "undecided"}

@@ -29,8 +29,8 @@ from maskx.evaluation.figures import (
     save_png,
 )
 from maskx.evaluation.mean_iou import MeanIoU
-from maskx.systems.class_patterns.projections import read_projections
-from maskx.systems.class_patterns.proxy_masks import mask_path
+from maskx.systems.class_patterns.projections import read_header, read_projections
+from maskx.systems.class_patterns.proxy_masks import MASKS_HEADER, mask_path
 
 __all__ = ["draw_steps", "evaluate_proxy_masks", "varied_records"]
 
@@ -93,7 +93,6 @@ def draw_steps(
     projections: Path,
     masks: Path,
     stds: Sequence[float],
-    thresholds: Sequence[float],
 ) -> None:
     """Draw images with labels, from the image over projection and proxy mask to the prediction.
 
@@ -106,9 +105,8 @@ def draw_steps(
         projections: their folder.
         masks: folder of the proxy masks.
         stds: (K,) standard deviations of the projections.
-        thresholds: (K,) of the projections, in standard deviations.
     """
-    num_classes = len(class_names)
+    num_classes, thresholds = len(class_names), read_header(masks / MASKS_HEADER)["thresholds"]
     names = {"num_classes": num_classes, "names": class_names, "side": _TILE_SIDE}
     tiles, titles = [], []
     for number, record in enumerate(records):

@@ -206,7 +206,6 @@ def learn_from_tags(
             projections=projections_folder(output / "proxy", run.layer),
             masks=chosen.folder,
             stds=patterns.layers[run.layer].std,
-            thresholds=chosen.summary.thresholds,
         )
     metrics["step_seconds"] = {name: round(value, 1) for name, value in run.seconds.items()}
     report("\n" + format_steps(metrics))

@@ -42,6 +42,7 @@ from maskx.systems.class_patterns.projections import (
 )
 
 __all__ = [
+    "MASKS_HEADER",
     "ProxyMaskSettings",
     "ProxyMaskSummary",
     "make_proxy_masks",
@@ -50,6 +51,8 @@ __all__ = [
     "write_proxy_json",
 ]
 
+MASKS_HEADER = "proxy_masks.json"
+"""File in a folder of masks that says what they were made with."""
 _THRESHOLDS = ("zero", "otsu")
 _RESOLVE = ("ignore", "standardised")
 
@@ -272,7 +275,7 @@ def make_proxy_masks(
         "thresholds": thresholds.tolist(),
         "projections": made_with,
     }
-    claim_folder(output_folder, "proxy_masks.json", header)
+    claim_folder(output_folder, MASKS_HEADER, header)
 
     jobs = []
     for record in records:

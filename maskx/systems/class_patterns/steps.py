@@ -61,6 +61,7 @@ __all__ = [
     "discover",
     "format_masks",
     "make_masks",
+    "masks_folder",
     "masks_to_json",
     "predict_masks",
     "project",
@@ -410,6 +411,11 @@ def projections_folder(folder: Path, layer: str) -> Path:
     return Path(folder) / "projections" / layer
 
 
+def masks_folder(folder: Path, layer: str, settings: ProxyMaskSettings) -> Path:
+    """Return the folder into which :func:`make_masks` writes those of a layer."""
+    return Path(folder) / "masks" / f"{layer}-{settings_name(settings)}"
+
+
 def _state_of_projections(folder: Path, record: Record) -> str:
     if not projections_path(folder, record["image_id"]).is_file():
         return "missing"
@@ -476,7 +482,7 @@ def make_masks(
     made = {}
     for layer in layers:
         stem = f"{layer}-{settings_name(settings)}"
-        masks = folder / "masks" / stem
+        masks = masks_folder(folder, layer, settings)
         summary = make_proxy_masks(
             records,
             projections_folder(folder, layer),

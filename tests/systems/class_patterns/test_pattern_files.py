@@ -224,7 +224,7 @@ def test_moments_are_read_as_they_were_written(tmp_path):
     damage("unexpected keyword", state, sizes | {"depth": 3})
     damage("", state, sizes | {"channels": "x"})
     damage("none of moments", state | {"scatter.1": torch.zeros(3, 3)})
-    damage("none of moments", state | {"scatter.2": state["scatter.1"]})
+    damage("none of moments", state | {"scatter.2": state["scatter.1"].clone()})
     damage("none of moments", state | {"cross": state["cross"].float()})
     damage("without the other", {n: t for n, t in state.items() if n != "sample.1"})
     write_tensors(path, {}, kind, content | {"sizes": None})

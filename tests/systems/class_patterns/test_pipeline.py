@@ -289,10 +289,14 @@ def test_backbones_out_of_the_list_are_named(scenes, tmp_path):
     assert not Path(tmp_path / "classifier" / "checkpoint.pth").exists()
 
 
-def test_a_resnet_goes_the_whole_way(scenes, tmp_path):
+@pytest.mark.parametrize(
+    ("backbone", "layers"),
+    [("resnet18", {"C41", "C42"}), ("vgg16", {"conv5_1", "conv5_2", "conv5_3"})],
+)
+def test_other_backbones_go_the_whole_way(scenes, tmp_path, backbone, layers):
     changes = {"iterations": 1, "segmenter_iterations": 1, "image_size": 32}
-    metrics = learn(scenes, tmp_path, backbone="resnet18", **changes)
-    assert set(metrics["mIoU"]["proxy"]) == {"C41", "C42"}
+    metrics = learn(scenes, tmp_path, backbone=backbone, **changes)
+    assert set(metrics["mIoU"]["proxy"]) == layers
 
 
 def test_the_sizes_of_the_multi_scale_test_are_those_of_the_paper():

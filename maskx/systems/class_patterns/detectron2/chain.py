@@ -29,11 +29,11 @@ from maskx.detectron2.config import read_config
 from maskx.detectron2.datasets import (
     class_names_of,
     records_of,
-    register_all,
     training_class_names,
 )
 from maskx.detectron2.image_classifier import MaskXImageClassifier
 from maskx.detectron2.image_mapper import MaskXImageMapper
+from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.stagewise import (
     MadeData,
     Stage,
@@ -44,15 +44,21 @@ from maskx.detectron2.stagewise import (
 )
 from maskx.detectron2.trainer import check_config, load_trained
 from maskx.systems.class_patterns.detectron2 import MaskXDeepLab
+from maskx.systems.class_patterns.evaluation import draw_steps, varied_records
+from maskx.systems.class_patterns.model import predict_label_maps
+from maskx.systems.class_patterns.patterns import load_patterns
 from maskx.systems.class_patterns.projections import claim_folder
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
 from maskx.systems.class_patterns.steps import (
+    PATTERNS_NAME,
     ClassifierSource,
     discover,
     make_masks,
+    masks_folder,
     masks_to_json,
     predict_masks,
     project,
+    projections_folder,
     settings_name,
 )
 
@@ -60,7 +66,7 @@ __all__ = ["TagChain", "format_results", "open_classifier"]
 
 logger = logging.getLogger(__name__)
 
-_MADE_WITH, _RESULT = "made_with.json", "result.json"
+_MADE_WITH, _RESULT, _PICTURE = "made_with.json", "result.json", "predictions.png"
 _DATA = ("maskx_tag_chain_proxy", "maskx_tag_chain_predicted")
 
 # What changes the features of a network beside its weights; a key stands for those below it.
@@ -267,6 +273,8 @@ class TagChain:
             results["segmenter"] = train(self.segmenter)
             self._predict_training_images(**shared)
             results["retrained"] = train(self.retrained)
+            if not (self.output / _PICTURE).is_file():
+                self._draw()
         write_json(self.output / "results.json", results)
         return results
 
@@ -338,6 +346,25 @@ class TagChain:
         made_with = {"segmenter": sha256_of(weights), "crf": cfg.TEST.MASKX.CRF}
         made_with |= {"sizes": list(cfg.TEST.MASKX.SIZES)}
         _run_step(folder, made_with, work, resume=resume, report=report)
+
+    def _draw(self) -> None:
+        cfg, patterns = self.retrained.cfg, self.output / "patterns" / PATTERNS_NAME
+        model, records = _load_trained(cfg, self.retrained.final_weights), self._records
+        records = varied_records(records)
+        predicted = predict_label_maps(
+            model, records, read_image=_read_image(cfg), description="picture"
+        )
+        found = load_patterns(patterns, network=None, class_names=self._class_names)
+        draw_steps(
+            self.output / _PICTURE,
+            records,
+            dict(predicted),
+            class_names=self._class_names,
+            layer=self._layer,
+            projections=projections_folder(self._proxy, self._layer),
+            masks=masks_folder(self._proxy, self._layer, self._masks),
+            stds=found.layers[self._layer].std,
+        )
 
     def _check(self) -> None:
         """Check all configurations before hours are spent, and read the training images."""
