@@ -209,8 +209,8 @@ HERE, PIPELINE = (
         (FIRST, "Trainer.before_step", 1, False, True),
         (FIRST, "Trainer.before_step", 2, True, False),
         (FIRST, "Trainer.test", 1, True, True),
-        (PREDICTIONS, f"{HERE}.write_label_map", 3, True, True),
-        (PREDICTIONS, f"{HERE}.masks_to_json", 1, True, True),
+        (PREDICTIONS, f"{PIPELINE}.write_label_map", 3, True, True),
+        (PREDICTIONS, f"{HERE}.write_proxy_json", 1, True, True),
         (SECOND, "Trainer.before_step", 2, True, False),
         (SECOND, "Trainer.test", 1, True, True),
         ((*SECOND, "retrained"), f"{HERE}.write_json", 1, False, True),
@@ -248,7 +248,7 @@ def test_images_that_are_predicted_are_kept_and_damaged_ones_made_again(
     output = tmp_path / "out"
     copy_steps(finished[0], output, PREDICTIONS)
     with monkeypatch.context() as patch:
-        stop_at(patch, f"{HERE}.masks_to_json", 1)
+        stop_at(patch, f"{HERE}.write_proxy_json", 1)
         with pytest.raises(KeyboardInterrupt):
             make_chain(output, opts).run(report=print)
     damaged, *kept = sorted((output / "retraining" / "label_maps").glob("*.png"))

@@ -50,8 +50,6 @@ def evaluate_proxy_masks(
         records: as `maskx.data.coco.load_coco` makes them, with true masks or label maps.
         masks_folder: of `maskx.systems.class_patterns.proxy_masks.make_proxy_masks`, with the
             masks of all records.
-        num_classes: number of classes K, without the background.
-        progress: show a progress bar.
 
     Returns:
         "undecided_missed" and "decided_only": what `MeanIoU.evaluate` returns, counted in the two
@@ -100,7 +98,6 @@ def draw_steps(
         path: PNG file to write.
         records: of the images, such as of :func:`varied_records`.
         predicted: label map by image id.
-        class_names: names of the K classes.
         layer: whose projections are drawn.
         projections: their folder.
         masks: folder of the proxy masks.

@@ -35,13 +35,12 @@ from maskx.systems.class_patterns.evaluation import draw_steps, varied_records
 from maskx.systems.class_patterns.model import SampleSegmenter, predict_label_maps
 from maskx.systems.class_patterns.patterns import ClassPatterns
 from maskx.systems.class_patterns.projections import claim_folder
-from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
+from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, write_proxy_json
 from maskx.systems.class_patterns.steps import (
     ClassifierSource,
     LayerMasks,
     discover,
     make_masks,
-    masks_to_json,
     predict_masks,
     project,
     projections_folder,
@@ -138,8 +137,6 @@ def learn_from_tags(
         image_root: folder of the training images.
         output: folder of the results.
         resume: go on with an interrupted run.
-        device: where to compute.
-        report: receives the lines for the reader.
 
     Returns:
         Measures in percent: ``mIoU`` with ``proxy`` by layer (on the training images, where an
@@ -221,8 +218,6 @@ class TagRun(TrainingChain):
         settings: what to do.
         image_root: folder of the training images.
         output: folder of the results; what lies there is of this run.
-        device: where to compute.
-        report: receives the lines for the reader.
     """
 
     def __init__(
@@ -349,8 +344,14 @@ class TagRun(TrainingChain):
         with self.timed("predictions"):
             predict_masks(model, data.records, masks)
         json_file = folder / "annotations.json"
-        names, ids = data.class_names, data.category_ids
-        masks_to_json(json_file, data.records, masks, self.image_root, class_names=names, ids=ids)
+        write_proxy_json(
+            json_file,
+            data.records,
+            masks,
+            image_root=self.image_root,
+            class_names=data.class_names,
+            category_ids=data.category_ids,
+        )
         return json_file
 
     def evaluate(self, model: SampleSegmenter, name: str) -> dict[str, Any]:
@@ -481,7 +482,6 @@ def open_tagged_images(
         folder: its folder, ``classifier`` in that of the run.
         json_file: COCO-format file; images need nothing but ``image_labels`` or annotations.
         image_root: folder of its images.
-        device: where to compute.
         strict: see :func:`maskx.data.coco.load_coco`.
 
     Returns:

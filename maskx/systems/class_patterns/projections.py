@@ -223,7 +223,6 @@ def start_projections(
 
     Args:
         folder: to create; its parents too.
-        class_names: names by class index.
         patterns: hash of the class patterns.
         details: all else that changes the projections, such as the layer and the image size.
     """

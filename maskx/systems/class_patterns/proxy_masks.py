@@ -83,9 +83,6 @@ def proxy_label_map(
     Args:
         projections: (L, h, w), q of Eq. 3; the row of a label without a pattern is all NaN.
         labels: the L class indices.
-        height: of the image in pixels.
-        width: of the image in pixels.
-        num_classes: number of classes K, without the background.
         thresholds: (L,), or one for all, in standard deviations: a class is positive where
             q / std is above.
         stds: (L,) standard deviations of q by label.
@@ -230,11 +227,8 @@ def make_proxy_masks(
         records: as `maskx.data.coco.load_coco` makes them.
         projections_folder: of `start_projections`, with the projections of all images with labels.
         output_folder: for the masks; it is created.
-        class_names: names of the K classes, by class index.
         stds: (K,) standard deviations of q by class; NaN for a class without a pattern.
         settings: how masks are made; None for the paper's.
-        workers: processes.
-        progress: show progress bars.
 
     Raises:
         FileNotFoundError: an image, its projections or `projections.json` is missing.
@@ -397,7 +391,7 @@ def write_proxy_json(
     *,
     image_root: str | os.PathLike[str],
     class_names: Sequence[str],
-    category_ids: Sequence[int],
+    category_ids: Sequence[int] | None = None,
 ) -> None:
     """Write a COCO-format file with proxy masks as label maps, to train a segmentation network.
 
@@ -406,14 +400,16 @@ def write_proxy_json(
         records: as `maskx.data.coco.load_coco` makes them.
         masks_folder: of `make_proxy_masks`.
         image_root: folder of the images, the same as for `load_coco`.
-        class_names: names by class index.
-        category_ids: rising ids by class index, as `maskx.data.coco.CocoData` has them.
+        category_ids: rising ids by class index, as `maskx.data.coco.CocoData` has them; None: 1
+            to K.
 
     Raises:
         FileNotFoundError: an image has no proxy mask.
         ValueError: the ids do not rise, so that classes would change their index.
     """
     output, masks_folder = Path(output), Path(masks_folder)
+    if category_ids is None:
+        category_ids = range(1, len(class_names) + 1)
     if any(b <= a for a, b in pairwise(category_ids)):
         raise ValueError(
             f"category_ids are {list(category_ids)!r:.200}. Allowed: rising ids, as class indices "

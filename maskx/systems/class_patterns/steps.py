@@ -62,7 +62,6 @@ __all__ = [
     "format_masks",
     "make_masks",
     "masks_folder",
-    "masks_to_json",
     "predict_masks",
     "project",
     "projections_folder",
@@ -165,7 +164,6 @@ def discover(
             the CPU for more than one.
         shard: index, from 0, and number of the share of the images to do; then nothing is merged.
         merge: merge finished shards, without a pass.
-        report: receives the lines for the reader.
 
     Returns:
         The patterns; None for a shard.
@@ -338,7 +336,6 @@ def project(
         layers: of the patterns.
         folder: gets one folder per layer, see :func:`projections_folder`.
         batch_size: images per forward pass.
-        report: receives the lines for the reader.
 
     Raises:
         FileNotFoundError: an image is missing.
@@ -464,8 +461,6 @@ def make_masks(
         image_root: folder of the images, the same as for ``load_coco``.
         category_ids: rising ids by class index, for the JSON files; None: 1 to K.
         settings: how masks are made; None for the paper's.
-        workers: processes.
-        report: receives the lines for the reader.
 
     Returns:
         What was made, by layer.
@@ -494,8 +489,13 @@ def make_masks(
             progress=True,
         )
         json_file = folder / f"{stem}.json"
-        masks_to_json(
-            json_file, records, masks, image_root, class_names=class_names, ids=category_ids
+        write_proxy_json(
+            json_file,
+            records,
+            masks,
+            image_root=image_root,
+            class_names=class_names,
+            category_ids=category_ids,
         )
         evaluation = None
         if known:
@@ -503,26 +503,6 @@ def make_masks(
         made[layer] = LayerMasks(json_file, summary, evaluation)
     report(format_masks(made))
     return made
-
-
-def masks_to_json(
-    json_file: Path,
-    records: Sequence[Record],
-    masks: Path,
-    image_root: Path,
-    *,
-    class_names: Sequence[str],
-    ids: Sequence[int] | None,
-) -> None:
-    """Write the annotation file of label maps; ``ids`` None: 1 to K."""
-    write_proxy_json(
-        json_file,
-        records,
-        masks,
-        image_root=image_root,
-        class_names=class_names,
-        category_ids=list(range(1, len(class_names) + 1)) if ids is None else ids,
-    )
 
 
 def settings_name(settings: ProxyMaskSettings) -> str:

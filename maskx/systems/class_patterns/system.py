@@ -25,7 +25,6 @@ def quickstart_class_patterns(
 
     Args:
         options: what to do.
-        report: receives the lines for the reader.
 
     Returns:
         The content of ``metrics.json``.

@@ -48,14 +48,13 @@ from maskx.systems.class_patterns.evaluation import draw_steps, varied_records
 from maskx.systems.class_patterns.model import predict_label_maps
 from maskx.systems.class_patterns.patterns import load_patterns
 from maskx.systems.class_patterns.projections import claim_folder
-from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
+from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, write_proxy_json
 from maskx.systems.class_patterns.steps import (
     PATTERNS_NAME,
     ClassifierSource,
     discover,
     make_masks,
     masks_folder,
-    masks_to_json,
     predict_masks,
     project,
     projections_folder,
@@ -336,10 +335,12 @@ class TagChain:
             masks = folder / "label_maps"
             model = _load_trained(cfg, weights)
             predict_masks(model, self._records, masks, read_image=_read_image(cfg))
-            masks_to_json(
-                *(self.retrained.data.json_file, self._records, masks, self._image_root),
+            write_proxy_json(
+                self.retrained.data.json_file,
+                self._records,
+                masks,
+                image_root=self._image_root,
                 class_names=self._class_names,
-                ids=None,
             )
             return {"images": len(self._records)}
 
