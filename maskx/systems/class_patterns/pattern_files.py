@@ -47,7 +47,7 @@ def load_moments(
     """
     content = read_content(path, _MOMENTS, _MOMENTS_CONTENT)
     moments = {}
-    tensors = read_tensors(path, content["checksums"])
+    tensors = read_tensors(path)
     for layer, sizes in content["sizes"].items():
         prefix = f"{layer}/"
         state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -493,8 +493,7 @@ def load_patterns(
             f"{', '.join(content['layers'])}. Choose one of them, or find the patterns anew."
         )
     chosen = content["layers"] if layers is None else layers
-    checksums = content["checksums"]
-    of_layers = {layer: _read_layer(path, layer, checksums, len(found)) for layer in chosen}
+    of_layers = {layer: _read_layer(path, layer, len(found)) for layer in chosen}
     return ClassPatterns(of_layers, found, content["network"], content["settings"])
 
 
@@ -540,11 +539,9 @@ def _first_difference(found: tuple[str, ...], expected: tuple[str, ...]) -> str:
     return f"{len(found)} classes in the file, but {len(expected)} are expected"
 
 
-def _read_layer(
-    path: Path, layer: str, checksums: Mapping[str, int], num_classes: int
-) -> LayerPatterns:
+def _read_layer(path: Path, layer: str, num_classes: int) -> LayerPatterns:
     names = [f.name for f in fields(LayerPatterns)]
-    tensors = read_tensors(path, checksums, [f"{layer}/{name}" for name in names])
+    tensors = read_tensors(path, [f"{layer}/{name}" for name in names])
     patterns = LayerPatterns(**{name: tensors[f"{layer}/{name}"] for name in names})
     sizes = {name: tuple(getattr(patterns, name).shape) for name in names}
     rows = [name for name in names if sizes[name][:1] != (num_classes,)]

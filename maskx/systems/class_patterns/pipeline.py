@@ -26,7 +26,7 @@ from maskx.data.dense_crf import check_crf
 from maskx.data.image_samples import ImageMapper
 from maskx.engine.batches import training_batches
 from maskx.engine.prediction import evaluate_label_maps, predict_image_labels
-from maskx.engine.runs import Run, link_run, origin_of, read_run, write_run
+from maskx.engine.runs import Run, link_run, origin_of, read_run
 from maskx.engine.training import load_weights
 from maskx.engine.training_chain import TrainingChain
 from maskx.evaluation.image_labels import evaluate_image_labels
@@ -231,11 +231,14 @@ class TagRun(TrainingChain):
         device: torch.device | str,
         report: Callable[[str], None],
     ) -> None:
-        chosen = ("backbone", "pretrained", "image_size")
-        identity = {"annotation file": train_data.json_file.name}
-        identity |= {"number of images": len(train_data.records)}
-        identity |= {key: getattr(settings, key) for key in chosen}
-        super().__init__(settings, output=output, resume=True, identity=identity, device=device)
+        run = Run(
+            system=NAME,
+            host="pip",
+            class_names=train_data.class_names,
+            settings={"pretrained": settings.pretrained},
+            started_from={"annotations": origin_of(train_data.json_file, output / "classifier")},
+        )
+        super().__init__(settings, output=output, resume=True, run=run, device=device)
         self.train_data, self.val_data = train_data, val_data
         self.image_root, self.report = image_root, report
         self.num_classes = len(train_data.class_names)
@@ -390,19 +393,10 @@ class TagRun(TrainingChain):
             name,
             functools.partial(training_batches, data.records, mapper),
             identity,
+            model_settings=content,
             iterations=settings.iterations if is_first else settings.segmenter_iterations,
             rate=rate,
             lr_multipliers={f"{part}.backbone.": factor},
-        )
-        write_run(
-            self.output / name,
-            Run(
-                system=NAME,
-                host="pip",
-                class_names=self.train_data.class_names,
-                settings=content,
-                started_from={"annotations": origin_of(data.json_file, self.output / name)},
-            ),
         )
 
 
@@ -456,13 +450,27 @@ def _last_layers(backbone: nn.Module) -> tuple[str, ...]:
     return tuple(alias for alias in aliases if alias.startswith(stage))
 
 
-def open_model(run: Run, device: torch.device | str) -> SampleClassifier | SampleSegmenter:
+def open_model(
+    run: Run, device: torch.device | str, part: str = "network"
+) -> SampleClassifier | SampleSegmenter:
     """Load what a step trained.
+
+    Args:
+        run: the step.
+        device: where to compute.
+        part: that it is to be, see :func:`build_model`.
 
     Raises:
         FileNotFoundError: the weights are missing.
-        ValueError: the run folder is damaged.
+        ValueError: the run folder is damaged, or of the other part.
     """
+    found = run.settings.get("part")
+    if (run.system, found) != (NAME, part):
+        what = "folder 'classifier' in that" if part == "classifier" else "folder"
+        raise ValueError(
+            f"'{run.folder}' holds a run of {run.system}, part {found!r}, not {part!r} of {NAME}. "
+            f"Give the {what} of a finished run: tools/quickstart.py --system {NAME}."
+        )
     model = build_model(run.settings, len(run.class_names)).to(device)
     load_weights(model, run.weights_file)
     return model
@@ -492,12 +500,7 @@ def open_tagged_images(
         ValueError: a file is bad, or of other classes than the classifier.
     """
     run = read_run(folder)
-    if run.system != NAME or run.settings.get("part") != "classifier":
-        raise ValueError(
-            f"'{folder}' holds a run of {run.system}, part {run.settings.get('part')!r}. Give the "
-            "folder 'classifier' of a finished run: tools/quickstart.py --system class_patterns."
-        )
-    source = _source(open_model(run, device), str(folder))
+    source = _source(open_model(run, device, "classifier"), str(folder))
     data = load_coco(json_file, image_root, strict=strict)
     if data.class_names != run.class_names:
         unknown = sorted(set(data.class_names) - set(run.class_names))

@@ -7,6 +7,7 @@ from typing import Any
 
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
+from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
 from maskx.engine.training import select_device
 from maskx.systems.class_patterns.pipeline import NAME, TagSettings, learn_from_tags, open_model
@@ -85,5 +86,6 @@ SYSTEM = System(
     title="class patterns",
     pipeline=quickstart_class_patterns,
     open=open_model,
+    prediction=label_map_prediction,
     options=frozenset(["threshold", "resolve", "crf", "multi_scale", "layer", "max_images"]),
 )

@@ -145,7 +145,7 @@ def test_a_flipped_bit_is_found(patterns, tmp_path):
     for position in range(start, len(content), 17):
         content[position] ^= 1
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"the tensor .* is not what was written"):
+        with pytest.raises(ValueError, match="not those that were written"):
             read(path)
         content[position] ^= 1
 
