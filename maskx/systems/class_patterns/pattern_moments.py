@@ -133,9 +133,9 @@ class PatternMoments:
         self._check(features, activation_maps, labels, image_id)
         if not labels:
             return
-        pixels = features.to(self.device, torch.float64, copy=True).flatten(1)
-        mean = pixels.mean(dim=1)
-        centred = pixels.sub_(mean[:, None])
+        pixels = features.to(self.device).flatten(1)
+        mean = pixels.mean(dim=1, dtype=torch.float64)
+        centred = pixels.to(self.product_dtype) - mean.to(self.product_dtype)[:, None]
         parts = None
         # One value that is not finite makes the mean so too, and the sum of float32 values in
         # float64 cannot overflow.
@@ -159,12 +159,12 @@ class PatternMoments:
         for row, label in enumerate(labels):
             if self.uses_maps:
                 self._merge_map(label, parts[row])
-            self._add_to_sample(label, keys, features.flatten(1).T)
+            self._add_to_sample(label, keys, pixels.T)
             scatter, shift = self._merge_mean(label, num_pixels, mean)
             scatters.append(scatter)
             shifts.append(shift)
             self.num_images[label] += 1
-        _add_products(scatters, centred.to(self.product_dtype), torch.stack(shifts))
+        _add_products(scatters, centred, torch.stack(shifts))
 
     @torch.no_grad()
     def merge(self, other: "PatternMoments") -> None:
@@ -335,10 +335,12 @@ class PatternMoments:
         totals = counts.sum(dim=1)
         shares = counts / totals.clamp(min=1)[:, None]
         map_means = (shares * maps).sum(dim=1)
-        shifts = shares @ centred.T  # means of the pixels that count, about the mean of all
         deviations = counts * (maps - map_means[:, None])
         scatters = deviations.square().sum(dim=1)
-        crosses = deviations @ centred.T  # as the deviations sum to 0, any centre will do
+        # Means of the pixels that count, about the mean of all; and products, for which any centre
+        # will do, as the deviations sum to 0.
+        both = torch.cat([shares, deviations]).to(centred.dtype) @ centred.T
+        shifts, crosses = both.double().chunk(2)
         numbers = totals.long().tolist()
         parts = zip(numbers, shifts + mean, map_means, scatters, crosses, strict=True)
         return [_MapPart(*part) for part in parts], maps.mean(dim=1)
@@ -400,7 +402,7 @@ def _add_products(scatters: Sequence[Tensor], centred: Tensor, shifts: Tensor) -
     """
     for start in range(0, len(centred), _BLOCK):
         stop = min(start + _BLOCK, len(centred))
-        products = torch.mm(centred[start:stop], centred[:stop].T)
+        products = torch.mm(centred[start:stop], centred[:stop].T).double()
         for scatter, shift in zip(scatters, shifts, strict=True):
             block = scatter[start:stop, :stop]
             block.add_(products).addr_(shift[start:stop], shift[:stop])

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ _MAX_DEVIATION = 8.0  # of histograms, in standard deviations; what lies beyond 
 # an array in place of several.
 _UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, SyntaxError)
 _UNREADABLE += (AttributeError, TypeError, MemoryError, OverflowError, NotImplementedError)
+_UNREADABLE += (tokenize.TokenError,)
 
 
 # --- values

@@ -392,6 +392,7 @@ def write_proxy_json(
     image_root: str | os.PathLike[str],
     class_names: Sequence[str],
     category_ids: Sequence[int] | None = None,
+    made_with: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a COCO-format file with proxy masks as label maps, to train a segmentation network.
 
@@ -402,6 +403,7 @@ def write_proxy_json(
         image_root: folder of the images, the same as for `load_coco`.
         category_ids: rising ids by class index, as `maskx.data.coco.CocoData` has them; None: 1
             to K.
+        made_with: plain values that say how the masks were made, for the ``info`` of the file.
 
     Raises:
         FileNotFoundError: an image has no proxy mask.
@@ -439,4 +441,5 @@ def write_proxy_json(
         {"id": number, "name": name} for number, name in zip(category_ids, class_names, strict=True)
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, {"images": images, "annotations": [], "categories": categories})
+    content = {"images": images, "annotations": [], "categories": categories}
+    write_json(output, {"info": dict(made_with or {}), **content})

@@ -444,6 +444,7 @@ def make_masks(
     image_root: Path,
     category_ids: Sequence[int] | None = None,
     settings: ProxyMaskSettings | None = None,
+    made_with: Mapping[str, Any] | None = None,
     workers: int = 1,
     report: Report = print,
 ) -> dict[str, LayerMasks]:
@@ -461,6 +462,7 @@ def make_masks(
         image_root: folder of the images, the same as for ``load_coco``.
         category_ids: rising ids by class index, for the JSON files; None: 1 to K.
         settings: how masks are made; None for the paper's.
+        made_with: see :func:`write_proxy_json`.
 
     Returns:
         What was made, by layer.
@@ -496,6 +498,7 @@ def make_masks(
             image_root=image_root,
             class_names=class_names,
             category_ids=category_ids,
+            made_with=made_with,
         )
         evaluation = None
         if known:

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
-from maskx.core.digests import sha256_of
 from maskx.core.files import write_json
 from maskx.core.image_classifier import LayerTaps
 from maskx.core.sample_models import take_classifier_backbone
@@ -43,11 +41,13 @@ from maskx.detectron2.stagewise import (
     stage_is_finished,
 )
 from maskx.detectron2.trainer import check_config, load_trained
+from maskx.engine.runs import Run, origin_of
+from maskx.engine.stages import run_stage as run_work
+from maskx.engine.stages import stage_state
 from maskx.systems.class_patterns.detectron2 import MaskXDeepLab
 from maskx.systems.class_patterns.evaluation import draw_steps, varied_records
 from maskx.systems.class_patterns.model import predict_label_maps
 from maskx.systems.class_patterns.patterns import load_patterns
-from maskx.systems.class_patterns.projections import claim_folder
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, write_proxy_json
 from maskx.systems.class_patterns.steps import (
     PATTERNS_NAME,
@@ -65,7 +65,7 @@ __all__ = ["TagChain", "format_results", "open_classifier"]
 
 logger = logging.getLogger(__name__)
 
-_MADE_WITH, _RESULT, _PICTURE = "made_with.json", "result.json", "predictions.png"
+_PICTURE = "predictions.png"
 _DATA = ("maskx_tag_chain_proxy", "maskx_tag_chain_predicted")
 
 # What changes the features of a network beside its weights; a key stands for those below it.
@@ -257,8 +257,8 @@ class TagChain:
         stages = (self.classifier, self.segmenter, self.retrained)
         with _forgotten_afterwards(_DATA):
             # All folders, before hours go into one.
-            if (self._proxy / _MADE_WITH).is_file() and self.classifier.final_weights.is_file():
-                claim_folder(self._proxy, _MADE_WITH, self._proxy_made_with())
+            if self.classifier.final_weights.is_file():
+                stage_state(self._proxy, self._proxy_run())
             finished = {stage.output: stage_is_finished(stage) for stage in stages}
 
             def train(stage: Stage) -> dict[str, float | None]:
@@ -278,17 +278,17 @@ class TagChain:
         return results
 
     def _segmenter_stage(self, folder: str, data_name: str, json_file: Path) -> Stage:
-        header = json_file.with_name(_MADE_WITH)
         return Stage(
             self._segmenter_config,
             self.output / folder,
             self._segmenter_opts,
             weights=self.classifier.final_weights if self._starts_from_classifier else None,
-            data=MadeData(data_name, json_file, self._image_root, header),
+            data=MadeData(data_name, json_file, self._image_root, json_file),
         )
 
     def _make_proxy_masks(self, *, resume: bool, report: Report) -> dict[str, float | None]:
         cfg, folder, layers = self.classifier.cfg, self._proxy, [self._layer]
+        run = self._proxy_run()
 
         def work() -> dict[str, float | None]:
             source = _open_source(cfg, self.classifier.final_weights)
@@ -304,6 +304,7 @@ class TagChain:
                 *(self._records, patterns, layers, folder),
                 image_root=self._image_root,
                 settings=self._masks,
+                made_with=_about(run),
                 workers=max(1, cfg.DATALOADER.NUM_WORKERS),
                 report=report,
             )
@@ -317,36 +318,46 @@ class TagChain:
             }
             return {key: None if math.isnan(value) else value for key, value in scores.items()}
 
-        return _run_step(folder, self._proxy_made_with(), work, resume=resume, report=report)
+        return dict(run_work(folder, run, work, resume=resume, report=report))
 
-    def _proxy_made_with(self) -> dict[str, Any]:
-        return {
-            "classifier": sha256_of(self.classifier.final_weights),
-            "layer": self._layer,
-            "masks": settings_name(self._masks),
-            "max_images_per_class": self._max_images_per_class,
-        }
+    def _proxy_run(self) -> Run:
+        json_file = self.segmenter.data.json_file.name
+        settings = {"layer": self._layer, "masks": settings_name(self._masks)}
+        settings["max_images_per_class"] = self._max_images_per_class
+        return self._made_run(json_file, settings, "classifier", self.classifier)
+
+    def _made_run(self, json_file: str, settings: dict[str, Any], name: str, stage: Stage) -> Run:
+        """Describe a step that makes label maps with the network of a stage."""
+        return Run(
+            system="class_patterns",
+            host="detectron2",
+            class_names=self._class_names,
+            settings=settings,
+            started_from={name: origin_of(stage.final_weights, stage.output)},
+            weights=json_file,
+        )
 
     def _predict_training_images(self, *, resume: bool, report: Report) -> None:
         cfg, folder = self.segmenter.cfg, self.output / "retraining"
-        weights = self.segmenter.final_weights
+        weights, json_file = self.segmenter.final_weights, self.retrained.data.json_file
 
         def work() -> dict[str, int]:
             masks = folder / "label_maps"
             model = _load_trained(cfg, weights)
             predict_masks(model, self._records, masks, read_image=_read_image(cfg))
             write_proxy_json(
-                self.retrained.data.json_file,
+                json_file,
                 self._records,
                 masks,
                 image_root=self._image_root,
                 class_names=self._class_names,
+                made_with=_about(run),
             )
             return {"images": len(self._records)}
 
-        made_with = {"segmenter": sha256_of(weights), "crf": cfg.TEST.MASKX.CRF}
-        made_with |= {"sizes": list(cfg.TEST.MASKX.SIZES)}
-        _run_step(folder, made_with, work, resume=resume, report=report)
+        settings = {"crf": cfg.TEST.MASKX.CRF, "sizes": list(cfg.TEST.MASKX.SIZES)}
+        run = self._made_run(json_file.name, settings, "segmenter", self.segmenter)
+        run_work(folder, run, work, resume=resume, report=report)
 
     def _draw(self) -> None:
         cfg, patterns = self.retrained.cfg, self.output / "patterns" / PATTERNS_NAME
@@ -424,37 +435,10 @@ def format_results(results: Mapping[str, Mapping[str, float | None]]) -> str:
     return "\n".join(lines)
 
 
-# --- steps that are no training
-
-
-def _run_step(
-    folder: Path,
-    made_with: dict[str, Any],
-    work: Callable[[], dict[str, Any]],
-    *,
-    resume: bool,
-    report: Report,
-) -> dict[str, Any]:
-    """Do a step unless it is finished, and return its results; ``work`` goes on where it stopped.
-
-    Raises:
-        ValueError: the folder was made with something else, or is unfinished without ``resume``.
-    """
-    is_started = (folder / _MADE_WITH).is_file()
-    claim_folder(folder, _MADE_WITH, made_with)
-    path = folder / _RESULT
-    if path.is_file():
-        report(f"{folder}: finished before, not run again")
-        return json.loads(path.read_text(encoding="utf-8"))["results"]
-    if is_started and not resume:
-        raise ValueError(
-            f"'{folder}' holds an interrupted step. Add --resume to go on with it, or choose "
-            "another --output."
-        )
-    started = time.perf_counter()
-    results = work()
-    write_json(path, {"results": results, "seconds": time.perf_counter() - started})
-    return results
+def _about(run: Run) -> dict[str, Any]:
+    """What label maps were made with: whoever trains on them compares the file that says it."""
+    origins = {name: origin.sha256 for name, origin in run.started_from.items()}
+    return {**run.settings, **origins}
 
 
 @contextmanager
