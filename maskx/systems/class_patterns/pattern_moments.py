@@ -15,8 +15,7 @@ from torch import Tensor
 
 # So many feature vectors of a class are kept, to fix the sign where class activation maps do not.
 _SAMPLE_SIZE = 1024
-# Only the blocks on and below the diagonal of a scatter matrix are computed, and each is added
-# while it is in the cache.
+# Of a scatter matrix only blocks on and below the diagonal are computed; those on it are so large.
 _BLOCK = 128
 
 _MAP_DENSE = ("map_pixels", "map_features", "map_mean", "map_scatter", "cross")
@@ -133,13 +132,14 @@ class PatternMoments:
         self._check(features, activation_maps, labels, image_id)
         if not labels:
             return
-        pixels = features.to(self.device).flatten(1)
-        mean = pixels.mean(dim=1, dtype=torch.float64)
-        centred = pixels.to(self.product_dtype) - mean.to(self.product_dtype)[:, None]
+        pixels = features.to(self.device, self.product_dtype).flatten(1)
+        share = pixels.new_full((pixels.shape[1],), 1 / pixels.shape[1])
+        rough = pixels @ share
+        centred = pixels - rough[:, None]
+        # What the rounding of the first mean left is in the second.
+        mean = rough.double() + (centred @ share).double()
         parts = None
-        # One value that is not finite makes the mean so too, and the sum of float32 values in
-        # float64 cannot overflow.
-        values = [mean]
+        values = [mean]  # one value that is not finite makes the mean so too
         if activation_maps is not None:
             parts, map_values = self._map_parts(
                 activation_maps, map_counts, mean, centred, features.shape[1:]
@@ -164,7 +164,7 @@ class PatternMoments:
             scatters.append(scatter)
             shifts.append(shift)
             self.num_images[label] += 1
-        _add_products(scatters, centred, torch.stack(shifts))
+        _add_products(scatters, centred, torch.stack(shifts), 0, self.channels)
 
     @torch.no_grad()
     def merge(self, other: "PatternMoments") -> None:
@@ -372,12 +372,23 @@ class PatternMoments:
         if label in self.sample:
             old_keys, old_vectors = self.sample[label]
             if len(old_keys) == _SAMPLE_SIZE:
-                chosen = keys < old_keys.max()
-                keys, vectors = keys[chosen], vectors[chosen.to(vectors.device)]
+                self._replace_in_sample(label, keys, vectors)
+                return
             vectors = vectors.to(old_vectors)
             keys, vectors = torch.cat([old_keys, keys]), torch.cat([old_vectors, vectors])
         order = keys.argsort()[:_SAMPLE_SIZE]
         self.sample[label] = keys[order], vectors[order].to(self.device, torch.float32)
+
+    def _replace_in_sample(self, label: int, keys: Tensor, vectors: Tensor) -> None:
+        """Let the few of smaller keys take the places of those of the largest."""
+        old_keys, old_vectors = self.sample[label]
+        order = torch.cat([old_keys, keys]).argsort()
+        new = order[:_SAMPLE_SIZE]
+        new = new[new >= _SAMPLE_SIZE] - _SAMPLE_SIZE
+        old = order[_SAMPLE_SIZE:]
+        old = old[old < _SAMPLE_SIZE]
+        old_keys[old] = keys[new]
+        old_vectors[old] = vectors[new.to(vectors.device)].to(old_vectors)
 
 
 def check_labels(labels: Sequence[int], num_classes: int, what: str) -> None:
@@ -395,14 +406,20 @@ def check_labels(labels: Sequence[int], num_classes: int, what: str) -> None:
         )
 
 
-def _add_products(scatters: Sequence[Tensor], centred: Tensor, shifts: Tensor) -> None:
+def _add_products(
+    scatters: Sequence[Tensor], centred: Tensor, shifts: Tensor, start: int, stop: int
+) -> None:
     """Add products of (d, n) features, and of each row of shifts (L, d), with themselves.
 
-    Right on and below the diagonal only.
+    Right on and below the diagonal only, from ``start`` to ``stop`` of it. Half by half, so that
+    most products are those of large squares.
     """
-    for start in range(0, len(centred), _BLOCK):
-        stop = min(start + _BLOCK, len(centred))
-        products = torch.mm(centred[start:stop], centred[:stop].T).double()
-        for scatter, shift in zip(scatters, shifts, strict=True):
-            block = scatter[start:stop, :stop]
-            block.add_(products).addr_(shift[start:stop], shift[:stop])
+    rows = columns = slice(start, stop)
+    if stop - start > _BLOCK:
+        middle = (start + stop) // 2
+        rows, columns = slice(middle, stop), slice(start, middle)
+        _add_products(scatters, centred, shifts, start, middle)
+        _add_products(scatters, centred, shifts, middle, stop)
+    products = torch.mm(centred[rows], centred[columns].T)
+    for scatter, shift in zip(scatters, shifts, strict=True):
+        scatter[rows, columns].add_(products).addcmul_(shift[rows, None], shift[None, columns])

@@ -105,7 +105,7 @@ class LayerMasks:
         json_file: COCO-format file with the masks as label maps, to train on.
         summary: what was made.
         evaluation: see
-            :func:`maskx.systems.class_patterns.proxy_mask_scores.evaluate_proxy_masks`; None if no
+            :func:`maskx.systems.class_patterns.evaluation.evaluate_proxy_masks`; None if no
             record has a true mask.
     """
 
