@@ -23,6 +23,7 @@ from maskx.core.files import write_json
 from maskx.core.image_classifier import LayerTaps
 from maskx.core.sample_models import take_classifier_backbone
 from maskx.data.dense_crf import check_crf
+from maskx.detectron2.adapters import in_format
 from maskx.detectron2.config import read_config
 from maskx.detectron2.datasets import (
     class_names_of,
@@ -30,7 +31,7 @@ from maskx.detectron2.datasets import (
     training_class_names,
 )
 from maskx.detectron2.image_classifier import MaskXImageClassifier
-from maskx.detectron2.image_mapper import MaskXImageMapper
+from maskx.detectron2.image_mapper import image_mapper
 from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.stagewise import (
     MadeData,
@@ -135,7 +136,7 @@ def _load_trained(cfg: CfgNode, weights: Path) -> nn.Module:
 
 def _read_image(cfg: CfgNode) -> Callable[[Record], dict[str, Any]]:
     """Function from a record of ``load_coco`` to a sample; processes can take it along."""
-    return MaskXImageMapper(cfg, is_train=False)
+    return in_format(image_mapper(cfg).read_image, cfg.INPUT.FORMAT)
 
 
 def _tagged_records(cfg: CfgNode) -> list[dict[str, Any]]:
