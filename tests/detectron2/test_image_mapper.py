@@ -74,7 +74,7 @@ def sample_of(cfg, record, seed=0):
 def test_the_configuration_decides_on_size_flip_and_label_maps(
     make_classifier_cfg, make_deeplab_cfg, write_images, label_map
 ):
-    (record,) = write_images([{"label_map": label_map}])
+    (record,) = write_images([{"label_map": label_map}], name="tiny_train")
     never = ("INPUT.RANDOM_FLIP", "none")
     for make_cfg, has_map in ((make_classifier_cfg, False), (make_deeplab_cfg, True)):
         sample = sample_of(make_cfg(*never), record)

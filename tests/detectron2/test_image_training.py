@@ -95,6 +95,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(kind, register_opt):
             if self.iter == 2:
                 raise KeyboardInterrupt
 
+    torch.manual_seed(7)  # of the initial weights
     trainer = Interrupted(cfg)
     trainer.resume_or_load(resume=False)
     with pytest.raises(KeyboardInterrupt):
