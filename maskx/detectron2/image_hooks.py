@@ -39,6 +39,11 @@ def image_hooks(
         return seeded_train_loader(cfg, training_records(cfg), mapper)
 
     def check_all(cfg: CfgNode) -> None:
+        if cfg.MODEL.MASKX.FREEZE_DETECTOR:
+            raise ValueError(
+                "MODEL.MASKX.FREEZE_DETECTOR is True, but MODEL.META_ARCHITECTURE "
+                f"{cfg.MODEL.META_ARCHITECTURE} has no detector. Set it to False."
+            )
         check_num_classes(cfg, "MODEL.MASKX.NUM_CLASSES")
         if check is not None:
             check(cfg)
