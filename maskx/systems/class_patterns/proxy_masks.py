@@ -442,4 +442,4 @@ def write_proxy_json(
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     content = {"images": images, "annotations": [], "categories": categories}
-    write_json(output, {"info": dict(made_with or {}), **content})
+    write_json(output, {"info": {"label_maps": "predicted", **(made_with or {})}, **content})
