@@ -69,8 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--backbone",
         default=default.backbone,
-        help="small (default), or a torchvision ResNet: resnet50; transfernet, larvseg, "
-        "concept_mask: or vgg16",
+        help="small (default), or a torchvision ResNet: resnet50; all but maskx: or vgg16",
     )
     add("--pretrained", action="store_true", help="download ImageNet weights, not for small")
     add(
@@ -92,6 +91,8 @@ def parse_arguments() -> argparse.Namespace:
         help="class_patterns, transfernet: dense CRF, needs the extra crf",
     )
     add("--multi-scale", action="store_true", help="class_patterns: test at three sizes")
+    add("--layer", help="class_patterns: whose masks are trained on (default: C41 of a ResNet)")
+    add("--max-images", type=int, help="class_patterns: images of a class for its pattern")
     return parser.parse_args()
 
 

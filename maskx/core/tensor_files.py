@@ -45,12 +45,19 @@ def write_tensors(
         save_file(tensors, str(scratch), {_METADATA_KEY: text})
 
 
-def read_content(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+def read_content(
+    path: str | os.PathLike[str], kind: str, types: Mapping[str, type] | None = None
+) -> dict[str, Any]:
     """Read what a file of :func:`write_tensors` says of its tensors.
+
+    Args:
+        path: the file.
+        kind: what it is to be.
+        types: of the values that it must have, by key.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or not of this kind.
+        ValueError: the file is damaged, not of this kind, or lacks a value.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file '{path}' with {kind}. Make it, or correct it.")
@@ -66,6 +73,12 @@ def read_content(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
             f"'{path}' is damaged: what it says of its tensors is not what was written. Make it "
             "again."
         )
+    for key, needed in (types or {}).items():
+        if not isinstance(content.get(key), needed):
+            raise ValueError(
+                f"'{path}' is damaged: its {key} is {content.get(key)!r:.100}. Allowed: a "
+                f"{needed.__name__}. Make it again."
+            )
     return {key: value for key, value in content.items() if key != _DIGESTS}
 
 

@@ -102,7 +102,8 @@ def load_coco(
     - `sem_seg_file_name`, only if the image has the key `stuff_file_name`, which is joined to the
       folder of the JSON file;
     - `label_map_file_name`, only if the image has this key, joined in the same way: a label map
-      of the classes of the file, see `maskx.data.label_maps`.
+      of the classes of the file, see `maskx.data.label_maps`. They are compared with the image
+      labels, unless `label_maps` of the file's `info` is "predicted".
 
     What tools are known to write is read as it is meant, and said: ids as text, `iscrowd` null,
     an `area` that is none, a group category of Roboflow, paths with backslashes and the like.
@@ -152,7 +153,9 @@ def load_coco(
         problems=report.problems,
         notes=report.notes,
     )
-    if check_images:
+    about = dataset.get("info")
+    is_guess = isinstance(about, Mapping) and about.get("label_maps") == "predicted"
+    if check_images and not is_guess:  # those of people claim what they show
         check_label_maps(data.records, data.class_names, json_file)
     return data
 

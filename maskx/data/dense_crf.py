@@ -128,7 +128,7 @@ def refine(image: np.ndarray, prob: np.ndarray, settings: CrfSettings = SEC_DSRG
         crf.addPairwiseBilateral(
             sxy=settings.bilateral_sxy,
             srgb=settings.bilateral_srgb,
-            rgbim=np.ascontiguousarray(image),
+            rgbim=np.require(image, requirements=["C", "W"]),  # the library asks for it
             compat=settings.bilateral_compat,
         )
     refined = np.array(crf.inference(settings.iterations), np.float32)

@@ -82,7 +82,7 @@ class ImageMapper:
             ValueError: the file is no readable image, its size is not the record's, or an image
                 label is no class index.
         """
-        image_labels = list(record["image_labels"])
+        image_labels = list(record.get("image_labels", ()))
         unknown = [label for label in image_labels if not 0 <= label < self.num_classes]
         if unknown:
             raise ValueError(

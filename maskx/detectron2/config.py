@@ -11,6 +11,8 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.utils.file_io import PathManager
 
 from maskx.core.checks import default_of
+from maskx.systems.class_patterns.deeplab import LargeFOVHead
+from maskx.systems.class_patterns.model import SampleSegmenter
 from maskx.systems.concept_mask.attention import AttentionRefinement
 from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel
@@ -121,9 +123,7 @@ def _defaults() -> CN:
     # Probability that a block is skipped in training (MaskXTimm, MaskXTimmFPN).
     keys.MODEL.MASKX.BACKBONE.DROP_PATH = 0.0
     # The head of MaskXDeepLab: channels of its hidden layers, and the dilation of the first.
-    keys.MODEL.MASKX.LARGE_FOV = CN()
-    keys.MODEL.MASKX.LARGE_FOV.CHANNELS = 1024
-    keys.MODEL.MASKX.LARGE_FOV.DILATION = 12
+    keys.MODEL.MASKX.LARGE_FOV = _arguments_of(LargeFOVHead)
 
     # What MaskXTransferNet reads: the arguments of maskx.systems.transfernet.model.build_network in
     # capitals, with their defaults. Its classes are those of source and target, NUM_CLASSES.
@@ -238,7 +238,7 @@ def _defaults() -> CN:
     keys.TEST.MASKX = CN()
     # Sides in pixels of the squares to which MaskXDeepLab warps an image to predict it. The scores
     # of all sizes are averaged.
-    keys.TEST.MASKX.SIZES = (328,)
+    keys.TEST.MASKX.SIZES = default_of(SampleSegmenter, "test_sizes")
     # True: a dense CRF refines what MaskXDeepLab and MaskXTransferNet predict. Needs the extra
     # "crf" of maskx.
     keys.TEST.MASKX.CRF = False

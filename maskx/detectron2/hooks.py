@@ -51,7 +51,7 @@ class Detectron2Hooks:
         for_inference: clears the keys of a configuration that only training reads, such as files
             to start from.
         learns_label_maps: whether it learns from pixels, not from image labels alone; see
-            :class:`maskx.detectron2.image_mapper.MaskXImageMapper`.
+            :func:`maskx.detectron2.image_mapper.image_mapper`.
         files: dotted keys of the files, beside ``MODEL.WEIGHTS``, that a run is made from.
         matches_class_names: whether its model finds the classes of a checkpoint by name, so that
             it may be evaluated with another class list than it was trained with.

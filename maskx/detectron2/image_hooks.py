@@ -4,16 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.evaluation import DatasetEvaluator
 
+from maskx.detectron2.adapters import in_format, seeded_train_loader, test_loader
 from maskx.detectron2.hooks import Detectron2Hooks, check_num_classes
 from maskx.detectron2.image_classifier import MaskXImageClassifier
 from maskx.detectron2.image_label_evaluation import (
     MaskXImageLabelEvaluator,
     check_all_classes_known,
 )
-from maskx.detectron2.image_mapper import MaskXImageMapper, training_records
+from maskx.detectron2.image_mapper import image_mapper, training_records
 
 __all__ = ["image_hooks"]
 
@@ -25,7 +25,7 @@ def image_hooks(
     learns_label_maps: bool,
     check: Callable[[CfgNode], None] | None = None,
 ) -> Detectron2Hooks:
-    """Make the hooks of a model that :class:`MaskXImageMapper` makes samples for.
+    """Make the hooks of a model that :func:`image_mapper` makes samples for.
 
     Args:
         system: its name.
@@ -35,14 +35,15 @@ def image_hooks(
     """
 
     def train_loader(cfg: CfgNode) -> Any:
-        mapper = MaskXImageMapper(cfg, is_train=True)
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=training_records(cfg))
-
-    def test_loader(cfg: CfgNode, dataset_name: str) -> Any:
-        mapper = MaskXImageMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        mapper = in_format(image_mapper(cfg), cfg.INPUT.FORMAT)
+        return seeded_train_loader(cfg, training_records(cfg), mapper)
 
     def check_all(cfg: CfgNode) -> None:
+        if cfg.MODEL.MASKX.FREEZE_DETECTOR:
+            raise ValueError(
+                "MODEL.MASKX.FREEZE_DETECTOR is True, but MODEL.META_ARCHITECTURE "
+                f"{cfg.MODEL.META_ARCHITECTURE} has no detector. Set it to False."
+            )
         check_num_classes(cfg, "MODEL.MASKX.NUM_CLASSES")
         if check is not None:
             check(cfg)
@@ -50,7 +51,7 @@ def image_hooks(
     return Detectron2Hooks(
         system=system,
         train_loader=train_loader,
-        test_loader=test_loader,
+        test_loader=lambda cfg, name: test_loader(cfg, name, image_mapper(cfg).read_image),
         evaluator=lambda cfg, name: evaluator(name, split=cfg.DATASETS.MASKX.SPLIT),
         check=check_all,
         learns_label_maps=learns_label_maps,

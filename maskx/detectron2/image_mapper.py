@@ -1,119 +1,69 @@
-"""Mapper for image classifiers and semantic segmentation, and which records they can learn from."""
+"""Samples of image classifiers and semantic segmentation, and which records they learn from."""
 
+import functools
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
-import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.data import transforms as T
+from detectron2.config import CfgNode
 
-from maskx.data.images import read_record_image
+from maskx.data.image_samples import ImageMapper
 from maskx.data.label_maps import ignore_label, semantic_label_map
-from maskx.detectron2.datasets import (
-    class_names_of,
-    record_from_detectron2,
-    records_of,
-    split_from_config,
-)
+from maskx.detectron2.datasets import class_names_of, records_of, split_from_config
 from maskx.detectron2.hooks import hooks_of
 
-__all__ = ["MaskXImageMapper", "training_records", "transform_label_map"]
+__all__ = ["allowed_label_map", "image_mapper", "training_records"]
 
 logger = logging.getLogger(__name__)
 
 
-class MaskXImageMapper:
-    """Map records to images with their labels and, for semantic segmentation, their label maps.
+def image_mapper(cfg: CfgNode) -> ImageMapper:
+    """Make what makes samples of records; see :func:`maskx.detectron2.adapters.in_format`.
 
-    A sample is the record, without its annotations and the names of other files, and
+    Where the split withholds masks, label maps are those of :func:`allowed_label_map`.
 
-    - ``image``: (3, H, W) uint8, in training augmented, else as it is in the file;
-    - ``image_labels``: class indices known to be in the image, given or of its annotations;
-    - ``sem_seg``: (H, W) int64, only in training with ``label_maps``: the label map of the record
-      or, where it has none, drawn from its objects; see
-      :func:`maskx.data.label_maps.semantic_label_map`. Otherwise no mask is read.
+    Raises:
+        ValueError: a key has no meaning for it.
+    """
+    flip = cfg.INPUT.RANDOM_FLIP
+    if flip not in ("none", "horizontal"):
+        raise ValueError(
+            f"INPUT.RANDOM_FLIP is {flip!r}, but {cfg.MODEL.META_ARCHITECTURE} mirrors images "
+            "horizontally or not at all. Allowed: horizontal, none."
+        )
+    num_classes, allowed = cfg.MODEL.MASKX.NUM_CLASSES, _classes_with_masks(cfg)
+    read = functools.partial(allowed_label_map, num_classes=num_classes, allowed=allowed)
+    return ImageMapper(
+        num_classes,
+        size=cfg.INPUT.MASKX.SIZE,
+        flip=flip == "horizontal",
+        label_maps=hooks_of(cfg).learns_label_maps,
+        read_label_map=None if allowed is None else read,
+    )
 
-    ``height`` and ``width`` stay those of the file.
+
+def allowed_label_map(
+    record: Mapping[str, Any], *, num_classes: int, allowed: Collection[int]
+) -> np.ndarray:
+    """Make the label map of a record without the masks of other classes.
+
+    Of objects they are removed before it is drawn; in a label map of a file their pixels become
+    unknown, and with them the background, which would show their outlines.
 
     Args:
-        is_train: whether it is used in training.
-        augmentations: what is done to training images.
-        image_format: "BGR" or "RGB".
-        num_classes: K, without the background.
-        label_maps: whether label maps are made.
-        classes_with_masks: class indices (A) whose masks are used; None for all. The masks of all
-            other classes are removed before a label map is drawn; in a label map of a file their
-            pixels become unknown, and with them the background, which would show their outlines.
+        record: as of :func:`maskx.data.coco.load_coco`; it stays as it is.
+        num_classes: K.
+        allowed: class indices whose masks are used.
     """
-
-    @configurable
-    def __init__(
-        self,
-        is_train: bool,
-        *,
-        augmentations: Sequence[T.Augmentation | T.Transform],
-        image_format: str,
-        num_classes: int,
-        label_maps: bool,
-        classes_with_masks: Collection[int] | None = None,
-    ) -> None:
-        self.is_train = is_train
-        self.augmentations = T.AugmentationList(augmentations if is_train else [])
-        self.image_format = image_format
-        self.num_classes = num_classes
-        self.label_maps = label_maps
-        self.classes_with_masks = (
-            None if classes_with_masks is None else frozenset(classes_with_masks)
-        )
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """Read the arguments from a configuration."""
-        size = cfg.INPUT.MASKX.SIZE
-        if size < 1:
-            raise ValueError(f"INPUT.MASKX.SIZE is {size}. Allowed: a side in pixels, above 0.")
-        augmentations = [T.Resize((size, size))]
-        if cfg.INPUT.RANDOM_FLIP != "none":
-            vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
-            augmentations.append(T.RandomFlip(horizontal=not vertical, vertical=vertical))
-        return {
-            "is_train": is_train,
-            "augmentations": augmentations,
-            "image_format": cfg.INPUT.FORMAT,
-            "num_classes": cfg.MODEL.MASKX.NUM_CLASSES,
-            "label_maps": hooks_of(cfg).learns_label_maps,
-            "classes_with_masks": _classes_with_masks(cfg) if is_train else None,
-        }
-
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Map a record to a sample; the record stays as it is."""
-        record = record_from_detectron2(record)
-        image = read_record_image(record, image_format=self.image_format)
-        left_out = ("annotations", "sem_seg_file_name", "label_map_file_name")
-        sample = {key: value for key, value in record.items() if key not in left_out}
-        sample["image_labels"] = list(record.get("image_labels", ()))
-        augmented = T.AugInput(image)
-        transforms = self.augmentations(augmented)
-        sample["image"] = _to_tensor(augmented.image.transpose(2, 0, 1))
-        if self.is_train and self.label_maps:
-            label_map = transform_label_map(self._label_map(record), transforms)
-            sample["sem_seg"] = _to_tensor(label_map.astype(np.int64))
-        return sample
-
-    def _label_map(self, record: dict[str, Any]) -> np.ndarray:
-        allowed = self.classes_with_masks
-        if allowed is None:
-            return semantic_label_map(record, self.num_classes)
-        withheld = [
-            annotation
-            if annotation["class_index"] in allowed
-            else {key: value for key, value in annotation.items() if key != "segmentation"}
-            for annotation in record["annotations"]
-        ]
-        label_map = semantic_label_map({**record, "annotations": withheld}, self.num_classes)
-        return _withhold(label_map, allowed, self.num_classes)
+    withheld = [
+        annotation
+        if annotation["class_index"] in allowed
+        else {key: value for key, value in annotation.items() if key != "segmentation"}
+        for annotation in record["annotations"]
+    ]
+    label_map = semantic_label_map({**record, "annotations": withheld}, num_classes)
+    return _withhold(label_map, allowed, num_classes)
 
 
 def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
@@ -196,18 +146,3 @@ def _withhold(label_map: np.ndarray, allowed: Collection[int], num_classes: int)
         withheld |= label_map == 0
         return np.where(withheld, label_map.dtype.type(ignore), label_map)
     return label_map
-
-
-def transform_label_map(label_map: np.ndarray, transforms: T.TransformList) -> np.ndarray:
-    """Apply transforms to an (H, W) label map; of integers of more than 8 bits come int32."""
-    if label_map.dtype == np.uint8:
-        return transforms.apply_segmentation(label_map)
-    # As an image of four channels of bytes: other integers are resized by another rule, which
-    # takes the neighbour to the upper left instead of the nearest.
-    pixels = np.ascontiguousarray(label_map, dtype="<i4").view(np.uint8)
-    pixels = transforms.apply_segmentation(pixels.reshape(*label_map.shape, 4))
-    return np.ascontiguousarray(pixels).view("<i4")[:, :, 0]
-
-
-def _to_tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.as_tensor(np.ascontiguousarray(array))

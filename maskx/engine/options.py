@@ -41,8 +41,8 @@ class QuickstartOptions:
         tags: of the same, a tag list and the folder of its images, for more concepts than the COCO
             files have; see :func:`maskx.data.tag_lists.read_tag_list`.
         skip_bad: leave bad annotations out, counted, instead of stopping at them.
-        backbone: ``small`` or the name of a torchvision ResNet; ``vgg16`` too for ``transfernet``,
-            ``larvseg`` and ``concept_mask``.
+        backbone: ``small`` or the name of a torchvision ResNet; ``vgg16`` too for all but
+            ``maskx``.
         pretrained: start from ImageNet weights, which torchvision downloads; not with ``small``.
         image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else. All but
             ``maskx`` warp images to squares of this side.
@@ -55,6 +55,10 @@ class QuickstartOptions:
             label, and predictions; of ``transfernet`` predictions.
         multi_scale: of ``class_patterns``, test the segmentation network at three sizes, as the
             paper does.
+        layer: of ``class_patterns``, the layer whose proxy masks are trained on; None is the first
+            of the last stage, such as ``C41`` of a ResNet or ``conv5_1`` of ``vgg16``.
+        max_images: of ``class_patterns``, images of a class that its pattern is found in; None is
+            800.
     """
 
     output: Path
@@ -79,6 +83,8 @@ class QuickstartOptions:
     resolve: str | None = None
     crf: bool = False
     multi_scale: bool = False
+    layer: str | None = None
+    max_images: int | None = None
 
 
 def check_options(system: str, options: QuickstartOptions) -> None:

@@ -135,6 +135,16 @@ def test_the_order_of_colours_and_of_bytes_makes_no_difference(pydensecrf):
     np.testing.assert_array_equal(refine(np.asfortranarray(image), strided, WIDE), expected)
 
 
+def test_arrays_may_be_read_only(pydensecrf):
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (9, 11, 3), np.uint8)
+    prob = random.random((2, 9, 11), np.float32)
+    expected = refine(image, prob)
+    for array in (image, prob):
+        array.flags.writeable = False
+    np.testing.assert_array_equal(refine(image, prob), expected)
+
+
 @pytest.mark.parametrize(
     ("image", "prob", "message"),
     [

@@ -502,7 +502,7 @@ def test_every_file_of_class_patterns_builds_trains_and_predicts(name, make_imag
     with torch.no_grad():
         (result,) = model.eval()(sample)
     if isinstance(model, MaskXDeepLab):
-        assert result["sem_seg"].shape == (5, 64, 64)
+        assert result["sem_seg"].shape == (64, 64)
     else:
         assert result["image_labels_prob"].shape == (4,)
 
@@ -533,7 +533,11 @@ def test_experiments_of_class_patterns_have_the_papers_settings(name):
     if method == "deeplab":
         assert cfg.MODEL.META_ARCHITECTURE == "MaskXDeepLab"
         assert (cfg.TEST.MASKX.SIZES, cfg.TEST.MASKX.CRF) == ((241, 328, 401), True)
-        assert cfg.MODEL.MASKX.LARGE_FOV == {"CHANNELS": 1024, "DILATION": 12}
+        assert cfg.MODEL.MASKX.LARGE_FOV == {
+            "HIDDEN_CHANNELS": 1024,
+            "DILATION": 12,
+            "DROPOUT": 0.5,
+        }
         assert train == "maskx_proxy_train"
     else:
         assert cfg.MODEL.META_ARCHITECTURE == "MaskXImageClassifier"

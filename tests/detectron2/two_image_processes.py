@@ -16,12 +16,14 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
+from maskx.core.image_classifier import ImageClassifier
 from maskx.detectron2 import (
     MaskXDeepLab,
     MaskXImageClassifier,
     MaskXImageLabelEvaluator,
     MaskXSmallResNet,
 )
+from maskx.systems.class_patterns.deeplab import DeepLab
 
 NAMES = ["cat", "dog", "owl", "yak"]
 
@@ -30,8 +32,8 @@ def run(rank, port):
     address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=180)
     dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
     try:
-        for cls, in_feature in ((MaskXImageClassifier, "layer3"), (MaskXDeepLab, "")):
-            take_steps(cls, in_feature, rank)
+        for make in (make_classifier, make_segmenter):
+            take_steps(make, rank)
         evaluate(rank)
     finally:
         # Detectron2 keeps the group of its gathering; one that is left may abort at exit.
@@ -47,11 +49,22 @@ def make_batch(rank):
     ]
 
 
-def take_steps(cls, in_feature, rank):
-    torch.manual_seed(0)
+def make_classifier():
     backbone = MaskXSmallResNet(widths=(4, 4, 4, 8))
-    form = {"num_classes": 4, "pixel_mean": [128.0] * 3, "pixel_std": [58.0] * 3}
-    model = cls(backbone=backbone, in_feature=in_feature, **form)
+    backbone.drop_layers_after("layer3")
+    network = ImageClassifier(backbone, in_feature="layer3", in_channels=4, num_classes=4)
+    return MaskXImageClassifier(classifier=network, size=32)
+
+
+def make_segmenter():
+    backbone = MaskXSmallResNet(widths=(4, 4, 4, 8))
+    network = DeepLab(backbone, in_feature="layer4", in_channels=8, num_classes=4)
+    return MaskXDeepLab(network=network)
+
+
+def take_steps(make, rank):
+    torch.manual_seed(0)
+    model = make()
     # As Detectron2 wraps it: without find_unused_parameters a missing gradient is a hang.
     parallel = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -59,7 +72,7 @@ def take_steps(cls, in_feature, rank):
     with EventStorage():
         for _ in range(2):
             (loss,) = parallel(make_batch(rank)).values()
-            assert (loss > 0) == (rank == 0 or cls is MaskXImageClassifier)
+            assert (loss > 0) == (rank == 0 or make is make_classifier)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

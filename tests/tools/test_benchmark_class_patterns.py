@@ -18,15 +18,15 @@ def test_steps_share_one_classifier_and_say_what_is_held():
     assert reference.name == "forward pass alone"
     assert reference.step().shape == (2, 20)
     assert reference.settings["layers"] == ["C41", "C42"]
-    # Two layers of d = 512 in float64.
-    per_class = 2 * 512 * 512 * 8
+    # Two layers of d = 512: products in float64, and all 72 pixels in float32 with their keys.
+    per_class = 2 * (512 * 512 * 8 + 72 * (512 * 4 + 8))
     for case, labels in ((one, 1), (three, 3)):
         assert case.settings["labels"] == labels
         assert case.settings["bytes_per_class"] == per_class
         case.step()
         assert case.parameters == reference.parameters == 11_186_772
-    assert one.name == "with moments, 1 label, 4.2 MB per class"
-    assert three.name == "with moments, 3 labels, 4.2 MB per class"
+    assert one.name == "with moments, 1 label, 4.5 MB per class"
+    assert three.name == "with moments, 3 labels, 4.5 MB per class"
     assert three.settings["bytes_held"] - one.settings["bytes_held"] == 2 * per_class
 
 

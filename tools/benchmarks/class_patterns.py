@@ -1,5 +1,6 @@
 """What tools/benchmark.py measures of class patterns: the pass over the images."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -52,8 +53,7 @@ def discovery_cases(
     for count in labels:
         moments: dict[str, PatternMoments] = {}
         chosen = {"image_labels": range(count), "labels_used": range(count)}
-        samples = [{"image_id": i, **chosen} for i in range(num_images)]
-        step = _discovery_step(model, images, samples, layers, moments)
+        step = _discovery_step(model, images, chosen, layers, moments)
         step()  # takes the memory of the classes, so that what is held is known
         held = sum(m.num_bytes for m in moments.values())
         empty = sum(PatternMoments(_NUM_CLASSES, m.channels).num_bytes for m in moments.values())
@@ -66,8 +66,14 @@ def discovery_cases(
 def _discovery_step(
     model: ImageClassifier,
     images: torch.Tensor,
-    samples: list[dict],
+    labels: dict[str, range],
     layers: list[str],
     moments: dict[str, PatternMoments],
 ) -> Callable[[], None]:
-    return lambda: accumulate_moments(model, images, samples, layers, moments)
+    image_ids = itertools.count()
+
+    def step() -> None:  # of new images each time, as the sample that is kept goes by their ids
+        samples = [{"image_id": next(image_ids), **labels} for _ in images]
+        accumulate_moments(model, images, samples, layers, moments)
+
+    return step

@@ -24,7 +24,7 @@ from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import load_data
 from maskx.engine.training import select_device
 from maskx.systems.class_patterns.patterns import ClassPatterns
-from maskx.systems.class_patterns.pipeline import TagRun, TagSettings, open_classifier
+from maskx.systems.class_patterns.pipeline import TagRun, TagSettings, open_tagged_images
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
 from maskx.systems.class_patterns.steps import (
     ClassifierSource,
@@ -124,7 +124,8 @@ class _SeedRuns:
     @functools.cached_property
     def _source(self) -> ClassifierSource:
         _ = self._classifier  # trained and on disk
-        return open_classifier(self.shared / "classifier", self.device)[0]
+        data = self.train_data.json_file, self.image_root
+        return open_tagged_images(self.shared / "classifier", *data, device=self.device)[0]
 
     @functools.cached_property
     def _patterns(self) -> ClassPatterns:
@@ -170,8 +171,8 @@ class _SeedRuns:
         identity |= {"predicted by": network_hash(trained.network)}
         retrained = run.train_segmenter("retrained", self._classifier, predicted, identity)
         return {
-            "trained": run.evaluate(trained, "trained"),
-            "retrained": run.evaluate(retrained, "retrained"),
+            "trained": run.evaluate(trained, "trained")["mIoU"]["all"],
+            "retrained": run.evaluate(retrained, "retrained")["mIoU"]["all"],
         }
 
     def _compare_patterns(self) -> dict[str, float]:
@@ -224,11 +225,10 @@ class _SeedRuns:
             self.train_data,
             self.val_data,
             settings,
-            self.image_root,
-            self.folder / name,
-            self.device,
-            {},
-            self.report,
+            image_root=self.image_root,
+            output=self.folder / name,
+            device=self.device,
+            report=self.report,
         )
 
 

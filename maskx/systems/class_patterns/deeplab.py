@@ -10,6 +10,7 @@ Shape legend:
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,7 @@ class DeepLab(nn.Module):
         in_feature: name of the feature map that the head reads.
         in_channels: its channels.
         num_classes: K.
-        hidden_channels: see :class:`LargeFOVHead`.
-        dilation: see :class:`LargeFOVHead`.
+        **head: options of :class:`LargeFOVHead`.
 
     Raises:
         ValueError: in forward, the backbone has no feature map `in_feature`.
@@ -77,16 +77,13 @@ class DeepLab(nn.Module):
         in_feature: str,
         in_channels: int,
         num_classes: int,
-        hidden_channels: int = 1024,
-        dilation: int = 12,
+        **head: Any,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.in_feature = in_feature
         self.num_classes = num_classes
-        self.head = LargeFOVHead(
-            in_channels, num_classes + 1, hidden_channels=hidden_channels, dilation=dilation
-        )
+        self.head = LargeFOVHead(in_channels, num_classes + 1, **head)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (N, 3, H, W) normalised images to (N, L, h, w) logits at the feature's stride."""

@@ -10,6 +10,7 @@ from maskx.core.tensor_files import read_content, read_tensors, write_tensors
 from maskx.systems.class_patterns.pattern_moments import PatternMoments
 
 _MOMENTS = "moments of class patterns"
+_MOMENTS_CONTENT = {"identity": dict, "done": int, "total": int, "images": str, "sizes": dict}
 
 
 def save_moments(
@@ -44,16 +45,16 @@ def load_moments(
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or not one with moments.
     """
-    content = read_content(path, _MOMENTS)
+    content = read_content(path, _MOMENTS, _MOMENTS_CONTENT)
     moments = {}
     tensors = read_tensors(path)
     for layer, sizes in content["sizes"].items():
-        moments[layer] = PatternMoments(**sizes, device=device)
         prefix = f"{layer}/"
         state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         try:
+            moments[layer] = PatternMoments(**sizes, device=device)
             moments[layer].load_state_dict(state)
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"'{path}' is damaged: layer '{layer}': {error}") from error
     return moments, content
 
@@ -86,7 +87,7 @@ def merge_moments(paths: Sequence[Path]) -> dict[str, PatternMoments]:
                 "every shard once."
             )
         seen[content["images"]] = path
-        shared = {key: content["identity"][key] for key in ("network", "layers", "num_classes")}
+        shared = {k: content["identity"].get(k) for k in ("network", "layers", "num_classes")}
         if identity is None:
             merged, identity = moments, shared
             continue

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from maskx.core.digests import network_hash
 from maskx.core.image_classifier import ImageClassifier, LayerTaps
 from maskx.core.tensor_files import read_content, read_tensors, write_tensors
+from maskx.core.text import listed
 from maskx.systems.class_patterns.pattern_files import (
     check_identity,
     load_moments,
@@ -112,6 +113,19 @@ class ClassPatterns:
                     f"{len(self.class_names)} names are given. Give the classifier's class list."
                 )
 
+    def uncertain(self, min_margin: float = 0.1) -> dict[str, list[str]]:
+        """Name the classes by layer whose sign has a smaller margin, or none."""
+        return {
+            layer: [
+                name
+                for name, valid, margin in zip(
+                    self.class_names, of_layer.valid, of_layer.sign_margin, strict=True
+                )
+                if valid and not margin >= min_margin  # also NaN
+            ]
+            for layer, of_layer in self.layers.items()
+        }
+
 
 def find_patterns(moments: PatternMoments) -> LayerPatterns:
     """Find the signed first principal component of each class (Eq. 2).
@@ -119,8 +133,9 @@ def find_patterns(moments: PatternMoments) -> LayerPatterns:
     The sign is that of the covariance of the projection and the class activation map, at the pixels
     at which that counts. Its margin is the magnitude of that covariance over the standard
     deviations of the map, at the same pixels, and of the projection, over all pixels; at most 1.
-    Where there were no maps, the larger extreme of the projections of the kept sample is positive,
-    for the pixels of an object are fewer and farther out than those around it.
+    Where there were no maps, or they say nothing of a class (margin 0), the larger extreme of the
+    projections of the kept sample is positive, for the pixels of an object are fewer and farther
+    out than those around it.
 
     Args:
         moments: of one layer. The eigenvectors are computed where they lie.
@@ -191,14 +206,14 @@ def project(features: Tensor, patterns: LayerPatterns, labels: Sequence[int]) ->
 
 
 def report_patterns(patterns: ClassPatterns, *, min_margin: float = 0.1) -> list[str]:
-    """Say in a Markdown table what the patterns are worth; a remark names what to look at.
+    """Say in a Markdown table what the patterns are worth, and below whose sign is uncertain.
 
     Args:
         patterns: of any number of layers.
-        min_margin: a smaller margin of the sign gets a remark.
+        min_margin: a smaller margin of the sign is named.
 
     Returns:
-        The lines of the table, one per layer and class.
+        The lines, of the table one per layer and class; a remark names what to look at.
     """
     rows = [
         "| class | layer | images | pixels | explained 1 | explained 2 | margin | remark |",
@@ -218,6 +233,12 @@ def report_patterns(patterns: ClassPatterns, *, min_margin: float = 0.1) -> list
                 _remark(row, min_margin),
             ]
             rows.append(f"| {' | '.join(map(str, cells))} |")
+    for layer, names in patterns.uncertain(min_margin).items():
+        if names:
+            rows.append(
+                f"{layer}: the patterns of {listed(names)} may point away from the class, as no "
+                "class activation map says where it is. Look at their projections."
+            )
     return rows
 
 
@@ -451,8 +472,9 @@ def load_patterns(
         ValueError: the file is damaged or of another kind, the patterns are of another network
             or other classes, or a layer is not in it.
     """
-    content = read_content(path, _PATTERNS)
-    found = tuple(content["class_names"])
+    types = {"class_names": list, "network": str, "settings": dict, "layers": list}
+    content = read_content(path, _PATTERNS, types)
+    found = tuple(map(str, content["class_names"]))
     if network is not None and network != content["network"]:
         raise ValueError(
             f"The class patterns in '{path}' were found with the network {content['network']}, "
@@ -481,14 +503,15 @@ def _fix_sign(
     """Return the signed direction and the margin of its sign, NaN without maps."""
     # Where nothing decides below, the result still does not depend on the eigensolver.
     direction = direction * direction[direction.abs().argmax()].sign()
-    if moments.uses_maps:
-        squares = variance * int(moments.map_pixels[label]) * float(moments.map_scatter[label])
+    squares = variance * int(moments.map_pixels[label]) * float(moments.map_scatter[label])
+    if squares > 0:
         evidence = float(direction @ moments.cross[label])
-        margin = min(abs(evidence) / squares**0.5, 1.0) if squares > 0 else 0.0
+        margin = min(abs(evidence) / squares**0.5, 1.0)
     else:
         vectors = moments.sample[label][1].double()
         projections = (vectors - moments.mean[label]) @ direction
-        evidence, margin = float(projections.max() + projections.min()), float("nan")
+        evidence = float(projections.max() + projections.min())
+        margin = 0.0 if moments.uses_maps else float("nan")
     return (-direction if evidence < 0 else direction), margin
 
 
@@ -502,6 +525,8 @@ def _remark(row: Mapping[str, Tensor], min_margin: float) -> str:
         remarks.append("two equal components, the direction is not unique")
     if row["sign_margin"].isnan():
         remarks.append("sign from the extremes, no class activation maps")
+    elif row["sign_margin"] == 0:
+        remarks.append("sign from the extremes, the class activation maps say nothing")
     elif row["sign_margin"] < min_margin:
         remarks.append(f"sign uncertain, margin below {min_margin:g}")
     return "; ".join(remarks)
@@ -520,9 +545,18 @@ def _read_layer(path: Path, layer: str, num_classes: int) -> LayerPatterns:
     patterns = LayerPatterns(**{name: tensors[f"{layer}/{name}"] for name in names})
     sizes = {name: tuple(getattr(patterns, name).shape) for name in names}
     rows = [name for name in names if sizes[name][:1] != (num_classes,)]
+    rows += [n for n in names if len(sizes[n]) != (2 if n in ("mean", "direction") else 1)]
     if rows or sizes["mean"] != sizes["direction"]:
         raise ValueError(
             f"'{path}' is damaged: the tensors of layer '{layer}' are not of {num_classes} "
             f"classes and one number of channels, but {sizes}. Make it again."
         )
+    types = {"num_images": torch.int64, "num_pixels": torch.int64, "valid": torch.bool}
+    for name in names:
+        found, allowed = getattr(patterns, name).dtype, types.get(name, torch.float32)
+        if found != allowed:
+            raise ValueError(
+                f"'{path}' is damaged: {name} of layer '{layer}' is {found}, not {allowed}. Make "
+                "it again."
+            )
     return patterns

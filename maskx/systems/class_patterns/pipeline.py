@@ -1,4 +1,4 @@
-"""Class patterns on the embedded host: from tagged images to a segmentation network.
+"""Class patterns on pip alone: from tagged images to a segmentation network.
 
 Luo and Yang, "Learning Saliency-Free Model with Generic Features for Weakly-Supervised Semantic
 Segmentation" (AAAI 2020), in the steps of :func:`learn_from_tags`. What a training image shows is
@@ -6,70 +6,59 @@ known by its tags alone: its true masks, where a file has them, are read by the 
 """
 
 import functools
-import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from maskx.core.backbone_choice import build_backbone
+from maskx.core.backbone_choice import build_backbone, choose_feature
+from maskx.core.checks import check_choice
 from maskx.core.digests import network_hash
-from maskx.core.files import write_json
 from maskx.core.image_classifier import ImageClassifier, multi_hot
 from maskx.core.sample_models import SampleClassifier
+from maskx.core.text import listed
 from maskx.data.coco import CocoData, load_coco
 from maskx.data.dense_crf import check_crf
 from maskx.data.image_samples import ImageMapper
-from maskx.data.label_maps import read_label_map, semantic_label_map
 from maskx.engine.batches import training_batches
 from maskx.engine.prediction import evaluate_label_maps, predict_image_labels
-from maskx.engine.training import CHECKPOINT_NAME, TrainingSettings, load_weights, train
-from maskx.evaluation.figures import (
-    contact_sheet,
-    draw_heat_map,
-    draw_label_map,
-    plain_tile,
-    save_png,
-)
+from maskx.engine.runs import Run, link_run, origin_of, read_run
+from maskx.engine.training import load_weights
+from maskx.engine.training_chain import TrainingChain
 from maskx.evaluation.image_labels import evaluate_image_labels
 from maskx.systems.class_patterns.deeplab import DeepLab
+from maskx.systems.class_patterns.evaluation import draw_steps, varied_records
 from maskx.systems.class_patterns.model import SampleSegmenter, predict_label_maps
 from maskx.systems.class_patterns.patterns import ClassPatterns
-from maskx.systems.class_patterns.projections import claim_folder, read_projections
-from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, mask_path
+from maskx.systems.class_patterns.projections import claim_folder
+from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, write_proxy_json
 from maskx.systems.class_patterns.steps import (
     ClassifierSource,
     LayerMasks,
     discover,
     make_masks,
-    masks_to_json,
     predict_masks,
     project,
     projections_folder,
     settings_name,
 )
 
-__all__ = ["TagRun", "TagSettings", "learn_from_tags", "open_classifier", "open_tagged_images"]
+__all__ = ["TagRun", "TagSettings", "learn_from_tags", "open_model", "open_tagged_images"]
 
-_MODEL_NAME = "model.json"
+NAME = "class_patterns"
 _STEPS = ("classifier", "patterns", "proxy", "segmenter", "retraining", "retrained")
-_IN_FEATURE = "layer4"
 _PAPER = ProxyMaskSettings(threshold="zero", resolve="ignore", crf=False)
-_FIGURE_ROWS, _TILE_SIDE = 6, 256
 
 # Peak of Adam, and the factor for the backbone, for classifier and segmentation network. With
 # ImageNet weights as in the paper, which says nothing of random ones. The segmentation
 # network goes on from the classifier's backbone; a small factor keeps what that has learned.
 _RATES = {
     "classifier": {"random": (2e-3, 1.0), "imagenet": (1e-4, 0.05)},
-    "segmenter": {"random": (2e-3, 0.1), "imagenet": (1e-4, 0.05)},
+    "network": {"random": (2e-3, 0.1), "imagenet": (1e-4, 0.05)},
 }
 
 
@@ -78,14 +67,15 @@ class TagSettings:
     """What a run is defined by.
 
     Attributes:
-        backbone: ``small`` or the name of a torchvision ResNet.
-        pretrained: start a ResNet from ImageNet weights; its norms are then fixed.
+        backbone: see :func:`maskx.core.backbone_choice.build_backbone`.
+        pretrained: start from ImageNet weights; norms are then fixed.
         image_size: side of the squares that images are warped to.
         iterations: steps of the classifier.
         segmenter_iterations: steps of the segmentation network, in each of its two trainings.
         batch_size: images per step.
         seed: of weights, data order and the choice of images.
-        layer: whose proxy masks are trained on; those of all blocks of the last stage are made.
+        layer: whose proxy masks are trained on; those of all layers of the last stage are made.
+            None for its first, which is the paper's best.
         masks: how proxy masks are made. With ``crf`` the predictions are refined too, as in the
             paper; the masks of images with several labels are not.
         max_images_per_class: see :func:`maskx.systems.class_patterns.steps.discover`.
@@ -101,7 +91,7 @@ class TagSettings:
     segmenter_iterations: int = 300
     batch_size: int = 16
     seed: int = 0
-    layer: str = "C41"
+    layer: str | None = None
     masks: ProxyMaskSettings = field(
         default=ProxyMaskSettings(threshold="otsu", resolve="standardised", crf=False)
     )
@@ -147,15 +137,15 @@ def learn_from_tags(
         image_root: folder of the training images.
         output: folder of the results.
         resume: go on with an interrupted run.
-        device: where to compute.
-        report: receives the lines for the reader.
 
     Returns:
         Measures in percent: ``mIoU`` with ``proxy`` by layer (on the training images, where an
         undecided pixel is missed), ``trained`` and ``retrained`` (on the validation images);
         ``proxy_decided_only`` and ``proxy_undecided`` by layer; ``proxy_paper``, mIoU by layer
-        with threshold 0 and conflicts ignored; ``tag_mAP``; and ``step_seconds``. Keys of proxy
-        masks are there only if training images have true masks.
+        with threshold 0 and conflicts ignored; ``IoU`` of the retrained network by class, NaN
+        where there is no such pixel; ``tag_mAP``; ``uncertain_patterns`` by layer, names of the
+        classes whose pattern has no sure sign; and ``step_seconds``. Keys of proxy masks are there
+        only if training images have true masks.
 
     Raises:
         FileNotFoundError: an image is missing.
@@ -166,131 +156,136 @@ def learn_from_tags(
         check_crf()
     if not resume:
         _set_aside(output)
-    seconds: dict[str, float] = {}
-    run = TagRun(train_data, val_data, settings, image_root, output, device, seconds, report)
-
+    run = TagRun(
+        train_data,
+        val_data,
+        settings,
+        image_root=image_root,
+        output=output,
+        device=device,
+        report=report,
+    )
     classifier = run.train_classifier()
     patterns, masks = run.make_proxy_masks(classifier)
-    chosen = masks[settings.layer].json_file
-    identity = {"patterns": patterns.network, "proxy masks": chosen.stem}
-    trained = run.train_segmenter("segmenter", classifier, chosen, identity)
+    chosen = masks[run.layer]
+    identity = {"patterns": patterns.network, "proxy masks": chosen.json_file.stem}
+    trained = run.train_segmenter("segmenter", classifier, chosen.json_file, identity)
     predicted = run.predict_training_images(trained)
     identity |= {"predicted by": network_hash(trained.network), "at": list(trained.test_sizes)}
     retrained = run.train_segmenter("retrained", classifier, predicted, identity)
+    link_run(output, "retrained")
 
     mean_iou: dict[str, Any] = {}
     metrics: dict[str, Any] = {"mIoU": mean_iou}
-    evaluations = {layer: of_layer.evaluation for layer, of_layer in masks.items()}
-    if all(evaluations.values()):
-        mean_iou["proxy"] = {
-            layer: found["undecided_missed"]["mIoU"]["all"] for layer, found in evaluations.items()
-        }
-        metrics["proxy_decided_only"] = {
-            layer: found["decided_only"]["mIoU"]["all"] for layer, found in evaluations.items()
-        }
-        metrics["proxy_undecided"] = {
-            layer: found["undecided"] for layer, found in evaluations.items()
-        }
+    if all(of_layer.evaluation for of_layer in masks.values()):
+        mean_iou["proxy"] = {layer: of_layer.mean_iou for layer, of_layer in masks.items()}
+        for key in ("decided_only", "undecided"):
+            found = {layer: of_layer.evaluation[key] for layer, of_layer in masks.items()}
+            if key == "decided_only":
+                found = {layer: values["mIoU"]["all"] for layer, values in found.items()}
+            metrics[f"proxy_{key}"] = found
         metrics["proxy_paper"] = run.evaluate_paper_masks(patterns, mean_iou["proxy"])
-    mean_iou["trained"] = run.evaluate(trained, "trained")
-    mean_iou["retrained"] = run.evaluate(retrained, "retrained")
+    mean_iou["trained"] = run.evaluate(trained, "trained")["mIoU"]["all"]
+    results = run.evaluate(retrained, "retrained")
+    mean_iou["retrained"] = results["mIoU"]["all"]
+    per_class = zip(train_data.class_names, results["per_class"], strict=True)
+    metrics["IoU"] = {"background": results["background"], **dict(per_class)}
     metrics["tag_mAP"] = run.evaluate_tags(classifier)
+    metrics["uncertain_patterns"] = patterns.uncertain()
     with run.timed("picture"):
-        draw_steps(run, patterns, masks[settings.layer], retrained)
-    metrics["step_seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+        records = varied_records(train_data.records)
+        draw_steps(
+            output / "predictions.png",
+            records,
+            dict(predict_label_maps(retrained, records, description="picture")),
+            class_names=train_data.class_names,
+            layer=run.layer,
+            projections=projections_folder(output / "proxy", run.layer),
+            masks=chosen.folder,
+            stds=patterns.layers[run.layer].std,
+        )
+    metrics["step_seconds"] = {name: round(value, 1) for name, value in run.seconds.items()}
     report("\n" + format_steps(metrics))
     return metrics
 
 
-@dataclass
-class TagRun:
-    """What the steps of :func:`learn_from_tags` share, and the steps themselves.
+class TagRun(TrainingChain):
+    """The steps of :func:`learn_from_tags`, and what they share.
 
-    Attributes:
+    Args:
         train_data: see :func:`learn_from_tags`, as for the others.
         val_data: images to evaluate on.
         settings: what to do.
         image_root: folder of the training images.
-        output: folder of the results.
-        device: where to compute.
-        seconds: taken so far, by step.
-        report: receives the lines for the reader.
+        output: folder of the results; what lies there is of this run.
     """
 
-    train_data: CocoData
-    val_data: CocoData
-    settings: TagSettings
-    image_root: Path
-    output: Path
-    device: torch.device
-    seconds: dict[str, float]
-    report: Callable[[str], None]
+    def __init__(
+        self,
+        train_data: CocoData,
+        val_data: CocoData,
+        settings: TagSettings,
+        *,
+        image_root: Path,
+        output: Path,
+        device: torch.device | str,
+        report: Callable[[str], None],
+    ) -> None:
+        run = Run(
+            system=NAME,
+            host="pip",
+            class_names=train_data.class_names,
+            settings={"pretrained": settings.pretrained},
+            started_from={"annotations": origin_of(train_data.json_file, output / "classifier")},
+        )
+        super().__init__(settings, output=output, resume=True, run=run, device=device)
+        self.train_data, self.val_data = train_data, val_data
+        self.image_root, self.report = image_root, report
+        self.num_classes = len(train_data.class_names)
 
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Add the seconds of what runs inside to those of a step."""
-        started = time.perf_counter()
-        yield
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
+    @functools.cached_property
+    def layers(self) -> tuple[str, ...]:
+        """All layers of the last stage, by the papers' names where they have one."""
+        with torch.device("meta"):
+            backbone = build_backbone(self.settings.backbone)
+        return _last_layers(backbone)
 
     @property
-    def num_classes(self) -> int:
-        """K."""
-        return len(self.train_data.class_names)
-
-    def identity(self) -> dict[str, Any]:
-        """Say what all trainings of the run are defined by, as plain values."""
-        shared = ("backbone", "pretrained", "image_size")
-        chosen = {key: getattr(self.settings, key) for key in shared}
-        data = {"annotation file": self.train_data.json_file.name}
-        return data | {"number of images": len(self.train_data.records)} | chosen
+    def layer(self) -> str:
+        """The layer whose masks are trained on."""
+        return self.settings.layer or self.layers[0]
 
     def train_classifier(self) -> SampleClassifier:
         """Train the classifier of the image labels, or read it if it is there."""
         settings = self.settings
-        folder = self.output / "classifier"
-        content = {
-            "backbone": settings.backbone,
-            "frozen_norm": settings.pretrained,
-            "image_size": settings.image_size,
-            "class_names": list(self.train_data.class_names),
-        }
-        torch.manual_seed(settings.seed)
-        model = _build_classifier(content, pretrained=settings.pretrained)
-        layers = tuple(model.classifier.backbone.layer_aliases)
-        if settings.layer not in layers:
-            raise ValueError(
-                f"layer must be a block of the last stage of {settings.backbone}, one of "
-                f"{', '.join(layers)}; got {settings.layer!r}."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
+        check_choice(f"layer of {settings.backbone}", self.layer, self.layers)
+        content = {"part": "classifier", "backbone": settings.backbone}
+        content |= {"frozen_norm": settings.pretrained, "image_size": settings.image_size}
+        model = self._build(content, pretrained=settings.pretrained)
         mapper = ImageMapper(self.num_classes, size=settings.image_size, label_maps=False)
-        with self.timed("classifier"):
-            self._train(model, "classifier", settings.iterations, self.train_data, mapper, {})
-        write_json(folder / _MODEL_NAME, content)
+        self._learn(model, "classifier", content, self.train_data, mapper, {})
         return model
 
     def make_proxy_masks(
         self, model: SampleClassifier
     ) -> tuple[ClassPatterns, dict[str, LayerMasks]]:
-        """Find the class patterns of all blocks of the last stage; make masks of each."""
+        """Find the class patterns of all layers of the last stage; make masks of each."""
         records, folder = self.train_data.records, self.output / "proxy"
         source = _source(model, str(self.output / "classifier"))
-        layers = tuple(model.classifier.backbone.layer_aliases)
         shared = {"batch_size": self.settings.batch_size, "report": self.report}
         with self.timed("patterns"):
             patterns = discover(
                 source,
                 records,
                 self.train_data.class_names,
-                layers,
+                self.layers,
                 output=self.output / "patterns",
                 max_images_per_class=self.settings.max_images_per_class,
                 seed=self.settings.seed,
                 **shared,
             )
         with self.timed("projections"):
-            project(source, records, patterns, layers, folder, **shared)
+            project(source, records, patterns, self.layers, folder, **shared)
         self.report(f"\nProxy masks: {settings_name(self.settings.masks)}")
         return patterns, self._make_masks(patterns, self.settings.masks, "proxy masks")
 
@@ -302,8 +297,7 @@ class TagRun:
             return dict(found)
         self.report(f"\nFor comparison: {settings_name(_PAPER)}")
         masks = self._make_masks(patterns, _PAPER, "proxy masks for comparison")
-        key = "undecided_missed"
-        return {layer: made.evaluation[key]["mIoU"]["all"] for layer, made in masks.items()}
+        return {layer: made.mean_iou for layer, made in masks.items()}
 
     def _make_masks(
         self, patterns: ClassPatterns, settings: ProxyMaskSettings, step: str
@@ -330,44 +324,45 @@ class TagRun:
             name: of the step and its folder.
             start: the classifier.
             json_file: training images and their label maps.
-            identity: what this training is defined by beside :meth:`identity`.
+            identity: what this training is defined by beside what all trainings are.
         """
         settings = self.settings
         # Records of the masks' own file: the true masks are not within reach.
         data = load_coco(json_file, self.image_root)
-        torch.manual_seed(settings.seed)
-        network = _build_segmenter(settings.backbone, settings.pretrained, self.num_classes)
-        network.backbone.load_state_dict(start.classifier.backbone.state_dict())
-        model = SampleSegmenter(network, test_sizes=settings.test_sizes, crf=settings.masks.crf)
+        content = {"part": "network", "backbone": settings.backbone}
+        content |= {"frozen_norm": settings.pretrained, "image_size": settings.image_size}
+        content |= {"test_sizes": settings.test_sizes, "crf": settings.masks.crf}
+        model = self._build(content)
+        model.network.backbone.load_state_dict(start.classifier.backbone.state_dict())
         mapper = ImageMapper(self.num_classes, size=settings.image_size, label_maps=True)
-        with self.timed(name):
-            self._train(model, name, settings.segmenter_iterations, data, mapper, identity)
+        self._learn(model, name, content, data, mapper, identity)
         return model
 
     def predict_training_images(self, model: SampleSegmenter) -> Path:
         """Predict label maps of nothing but the labels of each image, to train on."""
         data, folder = self.train_data, self.output / "retraining"
         masks = folder / "label_maps"
-        made_with = {
-            "network": network_hash(model.network),
-            "sizes": list(model.test_sizes),
-            "crf": self.settings.masks.crf,
-        }
-        claim_folder(masks, "predictions.json", made_with)
+        made_with = {"network": network_hash(model.network), "sizes": list(model.test_sizes)}
+        claim_folder(masks, "predictions.json", made_with | {"crf": model.crf})
         with self.timed("predictions"):
             predict_masks(model, data.records, masks)
         json_file = folder / "annotations.json"
-        names, ids = data.class_names, data.category_ids
-        masks_to_json(json_file, data.records, masks, self.image_root, class_names=names, ids=ids)
+        write_proxy_json(
+            json_file,
+            data.records,
+            masks,
+            image_root=self.image_root,
+            class_names=data.class_names,
+            category_ids=data.category_ids,
+        )
         return json_file
 
-    def evaluate(self, model: SampleSegmenter, name: str) -> float:
-        """Mean IoU on the validation images, in percent."""
+    def evaluate(self, model: SampleSegmenter, name: str) -> dict[str, Any]:
+        """Compare label maps of the validation images to the truth, in percent."""
         records = self.val_data.records
         predictions = predict_label_maps(model, records, description=f"{name}: evaluation")
         with self.timed("evaluation"):
-            results = evaluate_label_maps(predictions, records, self.num_classes)
-        return results["mIoU"]["all"]
+            return evaluate_label_maps(predictions, records, self.num_classes)
 
     def evaluate_tags(self, model: SampleClassifier) -> float:
         """Mean average precision of the image labels of the validation images, in percent."""
@@ -377,86 +372,108 @@ class TagRun:
         labels = multi_hot([record["image_labels"] for record in records], self.num_classes)
         return evaluate_image_labels(prob, labels.numpy())["mAP"]
 
-    def _train(
+    def _build(self, content: Mapping[str, Any], **options: bool) -> nn.Module:
+        torch.manual_seed(self.settings.seed)
+        return build_model(content, self.num_classes, **options)
+
+    def _learn(
         self,
         model: nn.Module,
         name: str,
-        iterations: int,
+        content: Mapping[str, Any],
         data: CocoData,
         mapper: ImageMapper,
         identity: Mapping[str, Any],
     ) -> None:
-        settings = self.settings
-        kind = "classifier" if name == "classifier" else "segmenter"
-        rate, factor = _RATES[kind]["imagenet" if settings.pretrained else "random"]
-        prefix = {"classifier": "classifier.backbone.", "segmenter": "network.backbone."}[kind]
-        training = TrainingSettings(
-            iterations=iterations,
-            batch_size=settings.batch_size,
-            learning_rate=rate,
-            weight_decay=0.0,
-            seed=settings.seed,
-            checkpoint_every=max(50, iterations // 20),
-            optimizer="adam",
-            lr_multipliers={prefix: factor},
-        )
-        batches = functools.partial(
-            training_batches,
-            data.records,
-            mapper,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            num_workers=settings.workers,
-        )
-        # What is not to go on was set aside before: a checkpoint here is of this run.
-        train(
+        settings, part = self.settings, content["part"]
+        rate, factor = _RATES[part]["imagenet" if settings.pretrained else "random"]
+        is_first = part == "classifier"
+        self._train(
             model,
-            batches,
-            training,
-            output_dir=self.output / name,
-            resume=True,
-            identity=self.identity() | dict(identity),
-            device=self.device,
-            description=f"{name}: training",
+            name,
+            functools.partial(training_batches, data.records, mapper),
+            identity,
+            model_settings=content,
+            iterations=settings.iterations if is_first else settings.segmenter_iterations,
+            rate=rate,
+            lr_multipliers={f"{part}.backbone.": factor},
         )
-        model.eval()
 
 
-# --- networks
+# --- models
 
 
-def open_classifier(
-    folder: str | Path, device: torch.device | str = "cpu"
-) -> tuple[ClassifierSource, tuple[str, ...]]:
-    """Open a classifier that :func:`learn_from_tags` trained.
+def build_model(
+    content: Mapping[str, Any], num_classes: int, *, pretrained: bool = False
+) -> SampleClassifier | SampleSegmenter:
+    """Build a model from the settings in the ``run.json`` of a step.
 
     Args:
-        folder: its folder, ``classifier`` in that of the run.
-        device: where to compute.
-
-    Returns:
-        The classifier and the names of its classes.
+        content: ``part``, "classifier" or "network"; ``backbone``, ``frozen_norm``,
+            ``image_size``; of a network ``test_sizes`` and ``crf`` as well.
+        num_classes: K.
+        pretrained: start from ImageNet weights.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or of another kind.
+        ValueError: a setting is missing or has no meaning.
     """
-    folder = Path(folder)
-    path = folder / _MODEL_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no file '{path}', which says what network the classifier is. Give the "
-            "folder 'classifier' of a finished run: tools/quickstart.py --system class_patterns."
-        )
     try:
-        content = json.loads(path.read_bytes())
-        model = _build_classifier(content, pretrained=False)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        backbone = build_backbone(
+            content["backbone"], frozen_norm=content["frozen_norm"], pretrained=pretrained
+        )
+        in_feature, shape = choose_feature(backbone)
+        form = {"in_feature": in_feature, "in_channels": shape.channels}
+        form["num_classes"] = num_classes
+        pixels = {"pixel_mean": backbone.pixel_mean, "pixel_std": backbone.pixel_std}
+        if content["part"] == "classifier":
+            classifier = ImageClassifier(backbone, **form)
+            return SampleClassifier(classifier, size=content["image_size"], **pixels)
+        # The features of a small image are 16 x 16, where dilation 12 would mostly see the border.
+        if content["backbone"] == "small":
+            form |= {"hidden_channels": 128, "dilation": 4}
+        network = DeepLab(backbone, **form)
+        sizes = tuple(content["test_sizes"])
+        return SampleSegmenter(network, test_sizes=sizes, crf=content["crf"], **pixels)
+    except (KeyError, TypeError) as error:
         raise ValueError(
-            f"'{path}' is damaged ({type(error).__name__}: {error}). Train the classifier again."
+            f"The settings {dict(content)} are none of a step of class patterns "
+            f"({type(error).__name__}: {error}). Restore run.json, or train again."
         ) from error
-    load_weights(model, folder / CHECKPOINT_NAME)
-    return _source(model.to(device), str(folder)), tuple(content["class_names"])
+
+
+def _last_layers(backbone: nn.Module) -> tuple[str, ...]:
+    """Names of the layers of the last stage, or where they have none of the last feature map."""
+    aliases = list(backbone.layer_aliases)
+    if not aliases:
+        return (f"outputs.{choose_feature(backbone)[0]}",)
+    stage = aliases[-1][:-1]
+    return tuple(alias for alias in aliases if alias.startswith(stage))
+
+
+def open_model(
+    run: Run, device: torch.device | str, part: str = "network"
+) -> SampleClassifier | SampleSegmenter:
+    """Load what a step trained.
+
+    Args:
+        run: the step.
+        device: where to compute.
+        part: that it is to be, see :func:`build_model`.
+
+    Raises:
+        FileNotFoundError: the weights are missing.
+        ValueError: the run folder is damaged, or of the other part.
+    """
+    found = run.settings.get("part")
+    if (run.system, found) != (NAME, part):
+        what = "folder 'classifier' in that" if part == "classifier" else "folder"
+        raise ValueError(
+            f"'{run.folder}' holds a run of {run.system}, part {found!r}, not {part!r} of {NAME}. "
+            f"Give the {what} of a finished run: tools/quickstart.py --system {NAME}."
+        )
+    model = build_model(run.settings, len(run.class_names)).to(device)
+    load_weights(model, run.weights_file)
+    return model
 
 
 def open_tagged_images(
@@ -467,13 +484,12 @@ def open_tagged_images(
     device: torch.device | str = "cpu",
     strict: bool = True,
 ) -> tuple[ClassifierSource, list[dict[str, Any]], tuple[str, ...]]:
-    """Open a classifier and images of its classes.
+    """Open a classifier that :func:`learn_from_tags` trained, and images of its classes.
 
     Args:
-        folder: see :func:`open_classifier`.
+        folder: its folder, ``classifier`` in that of the run.
         json_file: COCO-format file; images need nothing but ``image_labels`` or annotations.
         image_root: folder of its images.
-        device: where to compute.
         strict: see :func:`maskx.data.coco.load_coco`.
 
     Returns:
@@ -483,54 +499,27 @@ def open_tagged_images(
         FileNotFoundError: a file is missing.
         ValueError: a file is bad, or of other classes than the classifier.
     """
-    source, class_names = open_classifier(folder, device)
+    run = read_run(folder)
+    source = _source(open_model(run, device, "classifier"), str(folder))
     data = load_coco(json_file, image_root, strict=strict)
-    if data.class_names != class_names:
-        unknown = sorted(set(data.class_names) - set(class_names))
-        missing = sorted(set(class_names) - set(data.class_names))
+    if data.class_names != run.class_names:
+        unknown = sorted(set(data.class_names) - set(run.class_names))
+        missing = sorted(set(run.class_names) - set(data.class_names))
         raise ValueError(
-            f"'{json_file}' must have the {len(class_names)} classes of {source.name}, in their "
-            f"order. Not among them: {unknown[:8] or 'none'}; missing: {missing[:8] or 'none'}. "
-            "Give an annotation file with the class list that the classifier was trained with."
+            f"'{json_file}' must have the {len(run.class_names)} classes of {source.name}, in "
+            f"their order. Not among them: {unknown[:8] or 'none'}; missing: "
+            f"{missing[:8] or 'none'}. Give an annotation file with the class list that the "
+            "classifier was trained with."
         )
-    return source, data.records, class_names
+    return source, data.records, run.class_names
 
 
 def _source(model: SampleClassifier, name: str) -> ClassifierSource:
     return ClassifierSource(
-        classifier=model.classifier,
-        preprocess=model.preprocess,
+        model=model,
         read_image=ImageMapper(model.num_classes, size=None, label_maps=False).read_image,
         name=f"the classifier in '{name}'",
         settings={"image_size": model.size},
-    )
-
-
-def _build_classifier(content: Mapping[str, Any], *, pretrained: bool) -> SampleClassifier:
-    backbone = build_backbone(
-        content["backbone"],
-        frozen_norm=content["frozen_norm"],
-        pretrained=pretrained,
-    )
-    classifier = ImageClassifier(
-        backbone,
-        in_feature=_IN_FEATURE,
-        in_channels=backbone.feature_shapes[_IN_FEATURE].channels,
-        num_classes=len(content["class_names"]),
-    )
-    return SampleClassifier(classifier, size=content["image_size"])
-
-
-def _build_segmenter(name: str, frozen_norm: bool, num_classes: int) -> DeepLab:
-    backbone = build_backbone(name, frozen_norm=frozen_norm, pretrained=False)
-    # The features of a small image are 16 x 16, where dilation 12 would mostly see the border.
-    head = {"hidden_channels": 128, "dilation": 4} if name == "small" else {}
-    return DeepLab(
-        backbone,
-        in_feature=_IN_FEATURE,
-        in_channels=backbone.feature_shapes[_IN_FEATURE].channels,
-        num_classes=num_classes,
-        **head,
     )
 
 
@@ -549,68 +538,14 @@ def format_steps(metrics: Mapping[str, Any]) -> str:
         )
     for name in ("trained", "retrained"):
         lines.append(f"| network, {name} | {mean_iou[name]:.1f} | validation images |")
+    for layer, names in metrics["uncertain_patterns"].items():
+        if names:
+            lines.append(
+                f"{layer}: the sign of {len(names)} patterns is uncertain: {listed(names)}"
+            )
     lines.append(f"Image labels: mAP {metrics['tag_mAP']:.1f} percent on the validation images")
     times = ", ".join(f"{name} {value:.0f}" for name, value in metrics["step_seconds"].items())
     return "\n".join([*lines, f"Seconds: {times}"])
-
-
-def draw_steps(
-    run: TagRun, patterns: ClassPatterns, masks: LayerMasks, model: SampleSegmenter
-) -> None:
-    """Draw training images from the image to the prediction into ``predictions.png``."""
-    layer, data = run.settings.layer, run.train_data
-    records = _varied(data.records)
-    predicted = dict(predict_label_maps(model, records, description="picture"))
-    read_image = ImageMapper(run.num_classes, size=None, label_maps=False).read_image
-    names = {"num_classes": run.num_classes, "names": data.class_names, "side": _TILE_SIDE}
-    tiles, titles = [], []
-    for number, record in enumerate(records):
-        image_id = record["image_id"]
-        image = np.ascontiguousarray(read_image(record)["image"].permute(1, 2, 0).numpy())
-        labels, projections = read_projections(
-            projections_folder(run.output / "proxy", layer), image_id
-        )
-        row = number % len(labels)
-        scores = projections[row] / float(patterns.layers[layer].std[labels[row]])
-        scores = scores - masks.summary.thresholds[labels[row]]
-        masks_folder = masks.json_file.parent / "masks" / masks.json_file.stem
-        proxy = read_label_map(
-            *(mask_path(masks_folder, image_id), *image.shape[:2]),
-            num_classes=run.num_classes,
-            image_id=image_id,
-        )
-        truth = semantic_label_map(record, run.num_classes)
-        tiles += [
-            plain_tile(image, _TILE_SIDE),
-            draw_heat_map(image, scores, symmetric=True, side=_TILE_SIDE),
-            *(draw_label_map(image, m, **names) for m in (proxy, predicted[image_id], truth)),
-        ]
-        tags = ", ".join(data.class_names[label] for label in labels)
-        titles.append(f"tags: {tags}; projection: {data.class_names[labels[row]]}")
-    columns = ("image", f"projection ({layer})", "proxy mask", "prediction", "truth")
-    legend = (
-        ((220, 30, 30), "projection above the threshold"),
-        ((30, 60, 220), "below"),
-        ((150, 150, 150), "hatched: undecided or unknown"),
-    )
-    sheet = contact_sheet(
-        tiles, columns=len(columns), row_titles=titles, column_titles=columns, legend=legend
-    )
-    save_png(run.output / "predictions.png", sheet)
-
-
-def _varied(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Choose images with labels that are not shown yet, those with two or three labels first."""
-    chosen, shown = [], set()
-    order = sorted(records, key=lambda r: abs(2.5 - len(r["image_labels"])))
-    while len(chosen) < min(_FIGURE_ROWS, len(order)):
-        rest = [r for r in order if r not in chosen and r["image_labels"]]
-        if not rest:
-            break
-        best = max(rest, key=lambda r: len(set(r["image_labels"][:3]) - shown))
-        chosen.append(best)
-        shown |= set(best["image_labels"])
-    return chosen
 
 
 def _set_aside(output: Path) -> None:

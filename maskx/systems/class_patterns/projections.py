@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import re
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,11 @@ __all__ = [
 ]
 
 _MAX_DEVIATION = 8.0  # of histograms, in standard deviations; what lies beyond counts at the ends
-# What numpy raises for files broken in some way; the last two for an array in place of several.
-_UNREADABLE = (
-    *(OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile),
-    *(AttributeError, TypeError),
-)
+# What numpy raises for files broken in some way, for headers that claim more than there is, and for
+# an array in place of several.
+_UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, SyntaxError)
+_UNREADABLE += (AttributeError, TypeError, MemoryError, OverflowError, NotImplementedError)
+_UNREADABLE += (tokenize.TokenError,)
 
 
 # --- values
@@ -55,8 +57,8 @@ def standardise(
     Args:
         projections: (L, h, w), as `check_projections` returns them.
         labels: the L class indices, for errors.
-        height: to resize to, in pixels.
-        width: to resize to, in pixels.
+        height: to resize to.
+        width: likewise.
         stds: (L,) standard deviations by label, or one for all.
 
     Returns:
@@ -130,8 +132,8 @@ class ProjectionHistograms:
     Counts of several processes are added with `merge`.
 
     Args:
-        num_classes: number of classes K.
-        num_bins: bins over [-8, 8] standard deviations; what lies beyond is counted at the ends.
+        num_classes: K.
+        num_bins: over [-8, 8] standard deviations; what lies beyond is counted at the ends.
 
     Attributes:
         edges: (num_bins + 1,) of the bins, in standard deviations.
@@ -145,13 +147,7 @@ class ProjectionHistograms:
     def update(self, projections: ArrayLike, labels: Sequence[int], stds: ArrayLike) -> None:
         """Count the pixels of one image; labels without a pattern are left out.
 
-        Args:
-            projections: (L, h, w), as of `proxy_label_map`.
-            labels: the L class indices.
-            stds: (L,) standard deviations of q by label.
-
-        Raises:
-            ValueError: as of `proxy_label_map`.
+        Arguments are as of :func:`standardise`.
         """
         projections = check_projections(projections, labels, "The projections")
         if len(labels) == 0:
@@ -229,12 +225,8 @@ def start_projections(
 
     Args:
         folder: to create; its parents too.
-        class_names: names by class index.
         patterns: hash of the class patterns.
         details: all else that changes the projections, such as the layer and the image size.
-
-    Raises:
-        ValueError: the folder is for other projections.
     """
     header = {"class_names": list(class_names), "patterns": patterns, **details}
     claim_folder(Path(folder), "projections.json", header)
@@ -257,10 +249,7 @@ def write_projections(
         folder: of `start_projections`.
         image_id: as in the annotation file.
         labels: its L class indices, all that the image has.
-        projections: (L, h, w), as of `proxy_label_map`; stored as float32.
-
-    Raises:
-        ValueError: the projections do not fit the labels, or are not finite.
+        projections: (L, h, w), see `check_projections`; stored as float32.
     """
     projections = check_projections(projections, labels, f"The projections of image {image_id!r}")
     path = projections_path(folder, image_id)
@@ -284,7 +273,9 @@ def read_projections(
     where = f"{path} (image {image_id!r})"
     try:
         with np.load(path, allow_pickle=False) as content:
-            labels, projections = content["labels"].tolist(), content["projections"]
+            labels, projections = content["labels"], content["projections"]
+            if (labels.ndim, labels.dtype.kind, projections.dtype.kind) != (1, "i", "f"):
+                raise ValueError(f"labels {labels.dtype} {labels.shape}, {projections.dtype}")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{where}: there is no such file. Let the network write the projections of all images "
@@ -295,6 +286,7 @@ def read_projections(
             f"{where} cannot be read as projections ({error}). Delete it and let the network write "
             "it again."
         ) from error
+    labels = labels.tolist()
     return labels, check_projections(projections, labels, f"{where}: the projections")
 
 

@@ -7,14 +7,13 @@ positive is background, one where a single class is positive has that class, any
 undecided, that is ignored in training (their Algorithm 1). Masks of images with one class are
 then refined by a dense CRF.
 
-The network is asked once: it writes the projections of each image at the resolution of its
-features, and masks are made from these files, as often as settings are to be compared. Shapes:
-L labels of the image, (h, w) of the features, (H, W) of the image, K classes.
+Shapes: L labels of the image, (h, w) of the features, (H, W) of the image, K classes.
 """
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,36 +28,31 @@ from maskx.core.text import listed
 from maskx.data.dense_crf import SEC_DSRG, CrfSettings, check_crf, refine
 from maskx.data.images import read_image
 from maskx.data.label_maps import ignore_label, read_label_map, write_label_map
+from maskx.systems.class_patterns.pattern_moments import check_labels
 from maskx.systems.class_patterns.projections import (
     ProjectionHistograms,
     check_projections,
     claim_folder,
     file_stem,
     has_pattern,
-    otsu_threshold,
     projections_path,
     read_header,
     read_projections,
     standardise,
-    start_projections,
-    write_projections,
 )
 
 __all__ = [
-    "ProjectionHistograms",
+    "MASKS_HEADER",
     "ProxyMaskSettings",
     "ProxyMaskSummary",
     "make_proxy_masks",
     "mask_path",
-    "otsu_threshold",
-    "projections_path",
     "proxy_label_map",
-    "read_projections",
-    "start_projections",
-    "write_projections",
     "write_proxy_json",
 ]
 
+MASKS_HEADER = "proxy_masks.json"
+"""File in a folder of masks that says what they were made with."""
 _THRESHOLDS = ("zero", "otsu")
 _RESOLVE = ("ignore", "standardised")
 
@@ -89,9 +83,6 @@ def proxy_label_map(
     Args:
         projections: (L, h, w), q of Eq. 3; the row of a label without a pattern is all NaN.
         labels: the L class indices.
-        height: of the image in pixels.
-        width: of the image in pixels.
-        num_classes: number of classes K, without the background.
         thresholds: (L,), or one for all, in standard deviations: a class is positive where
             q / std is above.
         stds: (L,) standard deviations of q by label.
@@ -107,11 +98,7 @@ def proxy_label_map(
     if resolve not in _RESOLVE:
         raise ValueError(f"resolve is {resolve!r}. Allowed: {listed(_RESOLVE)}.")
     projections = check_projections(projections, labels, "The projections")
-    wrong = [label for label in labels if not 0 <= label < num_classes]
-    if wrong:
-        raise ValueError(
-            f"The labels hold class index {wrong[0]}. Allowed: 0 to {num_classes - 1}."
-        )
+    check_labels(labels, num_classes, "an image")
     ignore = ignore_label(num_classes)
     label_map = np.zeros((height, width), np.uint8 if ignore < 256 else np.int32)
     if len(labels) == 0:
@@ -190,11 +177,7 @@ class ProxyMaskSummary:
 class _Job:
     """An image and what its mask takes; thresholds and standard deviations are those of labels."""
 
-    file_name: str
-    image_id: int | str
-    height: int
-    width: int
-    labels: tuple[int, ...]
+    record: Mapping[str, Any]
     thresholds: tuple[float, ...]
     stds: tuple[float, ...]
     num_classes: int
@@ -202,17 +185,15 @@ class _Job:
     mask: Path
     settings: ProxyMaskSettings
 
+    @property
+    def labels(self) -> list[int]:
+        """Class indices of the image."""
+        return list(self.record["image_labels"])
 
-@dataclass(frozen=True)
-class _Made:
-    """What became of a job."""
-
-    is_kept: bool
-    is_redone: bool
-    is_refined: bool
-    lacks_pattern: bool
-    background_pixels: int
-    undecided_pixels: int
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        return self.record["height"], self.record["width"]
 
 
 def mask_path(folder: str | os.PathLike[str], image_id: int | str) -> Path:
@@ -246,11 +227,8 @@ def make_proxy_masks(
         records: as `maskx.data.coco.load_coco` makes them.
         projections_folder: of `start_projections`, with the projections of all images with labels.
         output_folder: for the masks; it is created.
-        class_names: names of the K classes, by class index.
         stds: (K,) standard deviations of q by class; NaN for a class without a pattern.
         settings: how masks are made; None for the paper's.
-        workers: processes.
-        progress: show progress bars.
 
     Raises:
         FileNotFoundError: an image, its projections or `projections.json` is missing.
@@ -278,18 +256,10 @@ def make_proxy_masks(
             "annotation file that they were made of."
         )
     for record in records:
-        wrong = [label for label in record["image_labels"] if not 0 <= label < num_classes]
-        if wrong:
-            raise ValueError(
-                f"Image {record['image_id']!r} has class index {wrong[0]} among its labels. "
-                f"Allowed: 0 to {num_classes - 1}."
-            )
-        path = projections_path(projections_folder, record["image_id"])
-        if record["image_labels"] and not path.is_file():
-            raise FileNotFoundError(
-                f"{path} (image {record['image_id']!r}): there is no such file. Let the network "
-                "write the projections of all images with labels first."
-            )
+        image_id, labels = record["image_id"], record["image_labels"]
+        check_labels(labels, num_classes, f"image {image_id!r}")
+        if labels and not projections_path(projections_folder, image_id).is_file():
+            read_projections(projections_folder, image_id)  # says what to do
 
     thresholds = np.zeros(num_classes)
     if settings.threshold == "otsu":
@@ -299,44 +269,31 @@ def make_proxy_masks(
         "thresholds": thresholds.tolist(),
         "projections": made_with,
     }
-    claim_folder(output_folder, "proxy_masks.json", header)
+    claim_folder(output_folder, MASKS_HEADER, header)
 
-    jobs = [
-        _Job(
-            file_name=record["file_name"],
-            image_id=record["image_id"],
-            height=record["height"],
-            width=record["width"],
-            labels=tuple(record["image_labels"]),
-            thresholds=tuple(thresholds[list(record["image_labels"])].tolist()),
-            stds=tuple(stds[list(record["image_labels"])].tolist()),
-            num_classes=num_classes,
-            projections_folder=projections_folder,
-            mask=mask_path(output_folder, record["image_id"]),
-            settings=settings,
+    jobs = []
+    for record in records:
+        labels = list(record["image_labels"])
+        jobs.append(
+            _Job(
+                record={k: v for k, v in record.items() if k != "annotations"},
+                thresholds=tuple(thresholds[labels].tolist()),
+                stds=tuple(stds[labels].tolist()),
+                num_classes=num_classes,
+                projections_folder=projections_folder,
+                mask=mask_path(output_folder, record["image_id"]),
+                settings=settings,
+            )
         )
-        for record in records
-    ]
-    made = list(
-        tqdm(
-            run_jobs(_make_mask, jobs, workers),
-            total=len(jobs),
-            desc="proxy masks",
-            unit="img",
-            disable=not progress,
-        )
-    )
+    made: Counter[str] = Counter()
+    masks = run_jobs(_make_mask, jobs, workers)
+    for counts in tqdm(
+        masks, total=len(jobs), desc="proxy masks", unit="img", disable=not progress
+    ):
+        made.update(counts)
+    counted = [field.name for field in fields(ProxyMaskSummary) if field.name != "thresholds"]
     return ProxyMaskSummary(
-        num_images=len(jobs),
-        num_kept=sum(m.is_kept for m in made),
-        num_redone=sum(m.is_redone for m in made),
-        num_refined=sum(m.is_refined for m in made),
-        num_without_labels=sum(not job.labels for job in jobs),
-        num_without_pattern=sum(m.lacks_pattern for m in made),
-        pixels=sum(job.height * job.width for job in jobs),
-        background_pixels=sum(m.background_pixels for m in made),
-        undecided_pixels=sum(m.undecided_pixels for m in made),
-        thresholds=tuple(thresholds.tolist()),
+        **{name: made[name] for name in counted}, thresholds=tuple(thresholds.tolist())
     )
 
 
@@ -365,24 +322,38 @@ def _read_for(
     return list(image_labels), projections[[labels.index(label) for label in image_labels]]
 
 
-def _make_mask(job: _Job) -> _Made:
+def _make_mask(job: _Job) -> Counter[str]:
+    """Make the mask of an image unless it is there; return its share in the summary."""
+    labels, image_id = job.labels, job.record["image_id"]
     projections = np.zeros((0, 1, 1), np.float32)
-    if job.labels:
-        _, projections = _read_for(job.image_id, job.labels, job.projections_folder)
+    if labels:
+        _, projections = _read_for(image_id, labels, job.projections_folder)
     lacks_pattern = not has_pattern(projections).all()
-    is_refined = job.settings.crf and len(job.labels) == 1 and not lacks_pattern
+    is_refined = job.settings.crf and len(labels) == 1 and not lacks_pattern
 
     existing = _read_existing(job)
-    is_redone = existing is None and job.mask.exists()
+    was_there = job.mask.exists()
     label_map = existing
     if label_map is None:
-        label_map = _refined_map(job, projections) if is_refined else _plain_map(job, projections)
+        if is_refined:
+            label_map = _refined_map(job, projections)
+        else:
+            label_map = proxy_label_map(
+                *(projections, labels, *job.size),
+                num_classes=job.num_classes,
+                thresholds=job.thresholds,
+                stds=job.stds,
+                resolve=job.settings.resolve,
+            )
         write_label_map(job.mask, label_map, num_classes=job.num_classes)
-    return _Made(
-        is_kept=existing is not None,
-        is_redone=is_redone,
-        is_refined=is_refined,
-        lacks_pattern=lacks_pattern,
+    return Counter(
+        num_images=1,
+        num_kept=existing is not None,
+        num_redone=existing is None and was_there,
+        num_refined=is_refined,
+        num_without_labels=not labels,
+        num_without_pattern=lacks_pattern,
+        pixels=label_map.size,
         background_pixels=int(np.count_nonzero(label_map == 0)),
         undecided_pixels=int(np.count_nonzero(label_map == ignore_label(job.num_classes))),
     )
@@ -390,34 +361,25 @@ def _make_mask(job: _Job) -> _Made:
 
 def _read_existing(job: _Job) -> np.ndarray | None:
     """Read the mask of an earlier run; None if there is none of these image labels."""
+    image_id = job.record["image_id"]
     try:
         label_map = read_label_map(
-            *(job.mask, job.height, job.width), num_classes=job.num_classes, image_id=job.image_id
+            job.mask, *job.size, num_classes=job.num_classes, image_id=image_id
         )
     except (FileNotFoundError, ValueError):
         return None
     if not job.labels:
         return None if label_map.any() else label_map
     # Projections are written again when the labels of their image have changed.
-    projections = projections_path(job.projections_folder, job.image_id)
+    projections = projections_path(job.projections_folder, image_id)
     is_outdated = job.mask.stat().st_mtime_ns < projections.stat().st_mtime_ns
     return None if is_outdated else label_map
 
 
-def _plain_map(job: _Job, projections: np.ndarray) -> np.ndarray:
-    return proxy_label_map(
-        *(projections, job.labels, job.height, job.width),
-        num_classes=job.num_classes,
-        thresholds=job.thresholds,
-        stds=job.stds,
-        resolve=job.settings.resolve,
-    )
-
-
 def _refined_map(job: _Job, projections: np.ndarray) -> np.ndarray:
-    (score,) = standardise(projections, job.labels, job.height, job.width, job.stds)
+    (score,) = standardise(projections, job.labels, *job.size, job.stds)
     prob = 0.5 + 0.5 * np.tanh((score - job.thresholds[0]) / 2)  # sigmoid, without overflow
-    image = read_image(job.file_name, job.height, job.width, job.image_id)
+    image = read_image(job.record["file_name"], *job.size, job.record["image_id"])
     background, foreground = refine(image, np.stack([1 - prob, prob]), job.settings.crf_settings)
     return (foreground > background) * np.int32(job.labels[0] + 1)
 
@@ -429,7 +391,8 @@ def write_proxy_json(
     *,
     image_root: str | os.PathLike[str],
     class_names: Sequence[str],
-    category_ids: Sequence[int],
+    category_ids: Sequence[int] | None = None,
+    made_with: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a COCO-format file with proxy masks as label maps, to train a segmentation network.
 
@@ -438,14 +401,17 @@ def write_proxy_json(
         records: as `maskx.data.coco.load_coco` makes them.
         masks_folder: of `make_proxy_masks`.
         image_root: folder of the images, the same as for `load_coco`.
-        class_names: names by class index.
-        category_ids: rising ids by class index, as `maskx.data.coco.CocoData` has them.
+        category_ids: rising ids by class index, as `maskx.data.coco.CocoData` has them; None: 1
+            to K.
+        made_with: plain values that say how the masks were made, for the ``info`` of the file.
 
     Raises:
         FileNotFoundError: an image has no proxy mask.
         ValueError: the ids do not rise, so that classes would change their index.
     """
     output, masks_folder = Path(output), Path(masks_folder)
+    if category_ids is None:
+        category_ids = range(1, len(class_names) + 1)
     if any(b <= a for a, b in pairwise(category_ids)):
         raise ValueError(
             f"category_ids are {list(category_ids)!r:.200}. Allowed: rising ids, as class indices "
@@ -475,4 +441,5 @@ def write_proxy_json(
         {"id": number, "name": name} for number, name in zip(category_ids, class_names, strict=True)
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, {"images": images, "annotations": [], "categories": categories})
+    content = {"images": images, "annotations": [], "categories": categories}
+    write_json(output, {"info": {"label_maps": "predicted", **(made_with or {})}, **content})

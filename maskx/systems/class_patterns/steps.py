@@ -23,7 +23,9 @@ from tqdm import tqdm
 from maskx.core.digests import digest_of, network_hash
 from maskx.core.image_classifier import ImageClassifier, LayerTaps
 from maskx.core.processes import run_jobs
+from maskx.core.sample_models import SampleClassifier
 from maskx.data.label_maps import read_label_map, write_label_map
+from maskx.systems.class_patterns.evaluation import evaluate_proxy_masks
 from maskx.systems.class_patterns.model import SampleSegmenter, predict_label_maps
 from maskx.systems.class_patterns.pattern_files import check_identity, merge_moments
 from maskx.systems.class_patterns.pattern_moments import check_labels
@@ -39,17 +41,16 @@ from maskx.systems.class_patterns.patterns import (
 )
 from maskx.systems.class_patterns.patterns import project as project_features
 from maskx.systems.class_patterns.projections import (
+    projections_path,
     read_projections,
     start_projections,
     write_projections,
 )
-from maskx.systems.class_patterns.proxy_mask_scores import evaluate_proxy_masks
 from maskx.systems.class_patterns.proxy_masks import (
     ProxyMaskSettings,
     ProxyMaskSummary,
     make_proxy_masks,
     mask_path,
-    projections_path,
     write_proxy_json,
 )
 
@@ -60,7 +61,7 @@ __all__ = [
     "discover",
     "format_masks",
     "make_masks",
-    "masks_to_json",
+    "masks_folder",
     "predict_masks",
     "project",
     "projections_folder",
@@ -78,20 +79,22 @@ class ClassifierSource:
     """A trained image classifier and how its host feeds it.
 
     Attributes:
-        classifier: on any device.
-        preprocess: makes the (N, 3, S, S) images that the classifier takes, on its device, from a
-            list of samples; all samples become one size, so that every image counts alike.
+        model: on any device.
         read_image: makes a sample from a record of :func:`maskx.data.coco.load_coco`.
         name: what messages call it, such as its folder.
         settings: plain values that change the features beside the weights, such as the size of
             the images; patterns and projections are only used with the same.
     """
 
-    classifier: ImageClassifier
-    preprocess: Callable[[list[dict[str, Any]]], Tensor]
+    model: SampleClassifier
     read_image: Callable[[Record], dict[str, Any]]
     name: str
     settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    @property
+    def classifier(self) -> ImageClassifier:
+        """The plain network, whose features are read."""
+        return self.model.classifier
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,23 @@ class LayerMasks:
         json_file: COCO-format file with the masks as label maps, to train on.
         summary: what was made.
         evaluation: see
-            :func:`maskx.systems.class_patterns.proxy_mask_scores.evaluate_proxy_masks`; None if no
+            :func:`maskx.systems.class_patterns.evaluation.evaluate_proxy_masks`; None if no
             record has a true mask.
     """
 
     json_file: Path
     summary: ProxyMaskSummary
     evaluation: dict[str, Any] | None
+
+    @property
+    def folder(self) -> Path:
+        """Where the masks are."""
+        return self.json_file.parent / "masks" / self.json_file.stem
+
+    @property
+    def mean_iou(self) -> float:
+        """In percent, where an undecided pixel is missed."""
+        return self.evaluation["undecided_missed"]["mIoU"]["all"]
 
 
 # --- patterns
@@ -151,7 +164,6 @@ def discover(
             the CPU for more than one.
         shard: index, from 0, and number of the share of the images to do; then nothing is merged.
         merge: merge finished shards, without a pass.
-        report: receives the lines for the reader.
 
     Returns:
         The patterns; None for a shard.
@@ -171,10 +183,10 @@ def discover(
             f"Shard {index} of {count} does not exist. Allowed: workers of at least 1, and shards "
             "0/N to N-1/N."
         )
-    if workers > 1 and _device(source).type != "cpu":
+    if workers > 1 and source.model.device.type != "cpu":
         raise ValueError(
-            f"workers is {workers}, but the classifier is on {_device(source)}, which one process "
-            "keeps busy. Use one worker, or shards on several machines."
+            f"workers is {workers}, but the classifier is on {source.model.device}, which one "
+            "process keeps busy. Use one worker, or shards on several machines."
         )
     chosen = choose_images(
         [r["image_labels"] for r in records], len(class_names), max_images_per_class, seed
@@ -267,7 +279,7 @@ def _run_pass(job: _Pass) -> None:
         job.source.classifier,
         batches,
         job.layers,
-        preprocess=job.source.preprocess,
+        preprocess=job.source.model.preprocess,
         total=len(job.used),
         checkpoint=job.checkpoint,
         save_every=job.save_every,
@@ -324,7 +336,6 @@ def project(
         layers: of the patterns.
         folder: gets one folder per layer, see :func:`projections_folder`.
         batch_size: images per forward pass.
-        report: receives the lines for the reader.
 
     Raises:
         FileNotFoundError: an image is missing.
@@ -374,9 +385,9 @@ def project(
     ) as progress:
         for first in range(0, len(todo), batch_size):
             batch = todo[first : first + batch_size]
-            images = source.preprocess([source.read_image(record) for record in batch])
+            images = source.model.preprocess([source.read_image(record) for record in batch])
             with LayerTaps(classifier.backbone, layers) as taps:
-                classifier.backbone(images.to(_device(source)))
+                classifier.backbone(images)
             for index, record in enumerate(batch):
                 labels = list(record["image_labels"])
                 for layer, of_layer in folders.items():
@@ -395,6 +406,11 @@ def project(
 def projections_folder(folder: Path, layer: str) -> Path:
     """Return the folder into which :func:`project` writes those of a layer."""
     return Path(folder) / "projections" / layer
+
+
+def masks_folder(folder: Path, layer: str, settings: ProxyMaskSettings) -> Path:
+    """Return the folder into which :func:`make_masks` writes those of a layer."""
+    return Path(folder) / "masks" / f"{layer}-{settings_name(settings)}"
 
 
 def _state_of_projections(folder: Path, record: Record) -> str:
@@ -428,6 +444,7 @@ def make_masks(
     image_root: Path,
     category_ids: Sequence[int] | None = None,
     settings: ProxyMaskSettings | None = None,
+    made_with: Mapping[str, Any] | None = None,
     workers: int = 1,
     report: Report = print,
 ) -> dict[str, LayerMasks]:
@@ -445,8 +462,7 @@ def make_masks(
         image_root: folder of the images, the same as for ``load_coco``.
         category_ids: rising ids by class index, for the JSON files; None: 1 to K.
         settings: how masks are made; None for the paper's.
-        workers: processes.
-        report: receives the lines for the reader.
+        made_with: see :func:`write_proxy_json`.
 
     Returns:
         What was made, by layer.
@@ -463,7 +479,7 @@ def make_masks(
     made = {}
     for layer in layers:
         stem = f"{layer}-{settings_name(settings)}"
-        masks = folder / "masks" / stem
+        masks = masks_folder(folder, layer, settings)
         summary = make_proxy_masks(
             records,
             projections_folder(folder, layer),
@@ -475,8 +491,14 @@ def make_masks(
             progress=True,
         )
         json_file = folder / f"{stem}.json"
-        masks_to_json(
-            json_file, records, masks, image_root, class_names=class_names, ids=category_ids
+        write_proxy_json(
+            json_file,
+            records,
+            masks,
+            image_root=image_root,
+            class_names=class_names,
+            category_ids=category_ids,
+            made_with=made_with,
         )
         evaluation = None
         if known:
@@ -484,26 +506,6 @@ def make_masks(
         made[layer] = LayerMasks(json_file, summary, evaluation)
     report(format_masks(made))
     return made
-
-
-def masks_to_json(
-    json_file: Path,
-    records: Sequence[Record],
-    masks: Path,
-    image_root: Path,
-    *,
-    class_names: Sequence[str],
-    ids: Sequence[int] | None,
-) -> None:
-    """Write the annotation file of label maps; ``ids`` None: 1 to K."""
-    write_proxy_json(
-        json_file,
-        records,
-        masks,
-        image_root=image_root,
-        class_names=class_names,
-        category_ids=list(range(1, len(class_names) + 1)) if ids is None else ids,
-    )
 
 
 def settings_name(settings: ProxyMaskSettings) -> str:
@@ -602,10 +604,6 @@ def _check_classes(
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1 image, got {batch_size}.")
-
-
-def _device(source: ClassifierSource) -> torch.device:
-    return next(source.classifier.parameters()).device
 
 
 def _patterns_hash(patterns: LayerPatterns) -> str:

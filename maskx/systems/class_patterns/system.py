@@ -1,11 +1,91 @@
-"""What class patterns is to the tools."""
+"""What class patterns is to the tools, and its quick start."""
 
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from maskx.engine.options import QuickstartOptions, check_options
+from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
+from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
-from maskx.systems.class_patterns.quickstart import quickstart_class_patterns
+from maskx.engine.training import select_device
+from maskx.systems.class_patterns.pipeline import NAME, TagSettings, learn_from_tags, open_model
+from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
+
+__all__ = ["SYSTEM", "quickstart_class_patterns"]
+
+
+def quickstart_class_patterns(
+    options: QuickstartOptions, report: Callable[[str], None]
+) -> dict[str, Any]:
+    """Learn from image labels alone, from data to ``metrics.json`` and ``predictions.png``.
+
+    The true masks of the training images are read to say how good proxy masks are and for the
+    picture, for nothing else. See :func:`maskx.systems.class_patterns.pipeline.learn_from_tags`.
+
+    Args:
+        options: what to do.
+
+    Returns:
+        The content of ``metrics.json``.
+
+    Raises:
+        ImportError: the CRF is asked for, but not installed.
+        ValueError: an option, an annotation or a result of another run cannot be used.
+    """
+    started = time.perf_counter()
+    check_options(NAME, options)
+    device = select_device(options.device)
+    chosen = {
+        "iterations": options.iterations,
+        "segmenter_iterations": options.iterations,
+        "batch_size": options.batch_size,
+        "max_images_per_class": options.max_images,
+    }
+    default = TagSettings().masks
+    settings = TagSettings(
+        backbone=options.backbone,
+        pretrained=options.pretrained,
+        image_size=choose_image_size(options),
+        seed=options.seed,
+        layer=options.layer,
+        masks=ProxyMaskSettings(
+            threshold=options.threshold or default.threshold,
+            resolve=options.resolve or default.resolve,
+            crf=options.crf,
+        ),
+        multi_scale=options.multi_scale,
+        workers=options.workers,
+        **{key: value for key, value in chosen.items() if value is not None},
+    )
+    options.output.mkdir(parents=True, exist_ok=True)
+    train_data, val_data = load_data(options, sparse=True)
+    report(
+        f"{len(train_data.records)} training images with nothing but image labels, "
+        f"{len(val_data.records)} validation images, {len(train_data.class_names)} classes, on "
+        f"{device}. True masks of training images, where there are any, are only measured with."
+    )
+    root = options.coco_train[1] if options.coco_train else train_data.json_file.parent
+    metrics = {"system": NAME}
+    metrics |= learn_from_tags(
+        train_data,
+        val_data,
+        settings,
+        image_root=Path(root),
+        output=options.output,
+        resume=options.resume,
+        device=device,
+        report=report,
+    )
+    return write_metrics(options, metrics, started=started, report=report)
+
 
 SYSTEM = System(
-    name="class_patterns",
+    name=NAME,
     title="class patterns",
     pipeline=quickstart_class_patterns,
-    options=frozenset(["threshold", "resolve", "crf", "multi_scale"]),
+    open=open_model,
+    prediction=label_map_prediction,
+    options=frozenset(["threshold", "resolve", "crf", "multi_scale", "layer", "max_images"]),
 )

@@ -103,21 +103,51 @@ def test_damaged_and_foreign_files_are_refused(patterns, tmp_path):
             read(path)
 
 
+STATE = {"class_names": NAMES, "network": "", "settings": {}, "layers": ["C41"]}
+
+
 def test_files_with_missing_or_misshaped_tensors_are_refused(patterns, tmp_path):
     path = tmp_path / "patterns.safetensors"
-    state = {"class_names": NAMES, "network": "", "settings": {}, "layers": ["C41"]}
-    kind = "class patterns"
     tensors = {f"C41/{name}": value for name, value in vars(patterns.layers["C41"]).items()}
-    write_tensors(path, tensors, kind, state)
+    write_tensors(path, tensors, "class patterns", STATE)
     assert equal(read(path).layers["C41"], patterns.layers["C41"])
 
-    write_tensors(path, {n: t for n, t in tensors.items() if n != "C41/std"}, kind, state)
+    lacking = {n: t for n, t in tensors.items() if n != "C41/std"}
+    write_tensors(path, lacking, "class patterns", STATE)
     with pytest.raises(ValueError, match=r"is damaged: it lacks the tensors \['C41/std'\]"):
         read(path)
-    for name, shape in (("std", (2,)), ("mean", (3, 9))):
-        write_tensors(path, tensors | {f"C41/{name}": torch.zeros(shape)}, kind, state)
+    for name, shape in (("std", (2,)), ("mean", (3, 9)), ("std", (3, 1)), ("std", ())):
+        write_tensors(path, tensors | {f"C41/{name}": torch.zeros(shape)}, "class patterns", STATE)
         with pytest.raises(ValueError, match="layer 'C41' are not of 3 classes and one number"):
             read(path)
+    for name, dtype in (("valid", torch.float32), ("std", torch.float64)):
+        other = tensors[f"C41/{name}"].to(dtype)
+        write_tensors(path, tensors | {f"C41/{name}": other}, "class patterns", STATE)
+        with pytest.raises(ValueError, match=f"damaged: {name} of layer 'C41' is torch"):
+            read(path)
+
+
+@pytest.mark.parametrize("key", ["class_names", "network", "settings", "layers"])
+@pytest.mark.parametrize("value", [None, 3.5])
+def test_files_that_lack_a_key_or_have_another_type_are_refused(patterns, tmp_path, key, value):
+    path = tmp_path / "patterns.safetensors"
+    tensors = {f"C41/{name}": tensor for name, tensor in vars(patterns.layers["C41"]).items()}
+    write_tensors(path, tensors, "class patterns", STATE | {key: value})
+    with pytest.raises(ValueError, match=rf"is damaged: its {key} is {value}\. Allowed: a "):
+        read(path)
+
+
+def test_a_flipped_bit_is_found(patterns, tmp_path):
+    path = tmp_path / "patterns.safetensors"
+    save_patterns(path, patterns)
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    for position in range(start, len(content), 17):
+        content[position] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not those that were written"):
+            read(path)
+        content[position] ^= 1
 
 
 def make_network():
@@ -169,7 +199,8 @@ def test_moments_are_read_as_they_were_written(tmp_path):
     moments["a.b"].update(torch.rand(3, 2, 2), torch.rand(1, 2, 2), [1])
     moments["c"].update(torch.rand(4, 2, 2), None, [0, 1])
     path = tmp_path / "moments"
-    save_moments(path, moments, {"done": 3})
+    content = {"identity": {}, "done": 3, "total": 3, "images": ""}
+    save_moments(path, moments, content)
     found, content = load_moments(path)
     assert content["done"] == 3
     assert found["c"].seed == 5
@@ -180,8 +211,22 @@ def test_moments_are_read_as_they_were_written(tmp_path):
 
     with pytest.raises(ValueError, match="but not one with class patterns"):
         read(path)
-    sizes = {"c": {"num_classes": 2, "channels": 4, "seed": 0}}
-    kind = "moments of class patterns"
-    write_tensors(path, {"c/mean": torch.zeros(2, 4)}, kind, {"sizes": sizes})
-    with pytest.raises(ValueError, match=r"moments' is damaged: layer 'c': .* lacks"):
+    kind, state = "moments of class patterns", moments["c"].state_dict()
+    sizes = {"num_classes": 2, "channels": 4, "seed": 0}
+
+    def damage(words, tensors, sizes=sizes):
+        tensors = {f"c/{name}": tensor for name, tensor in tensors.items()}
+        write_tensors(path, tensors, kind, content | {"sizes": {"c": sizes}})
+        with pytest.raises(ValueError, match=rf"moments' is damaged: layer 'c': .*{words}"):
+            load_moments(path)
+
+    damage("lacks", {"mean": torch.zeros(2, 4)})
+    damage("unexpected keyword", state, sizes | {"depth": 3})
+    damage("", state, sizes | {"channels": "x"})
+    damage("none of moments", state | {"scatter.1": torch.zeros(3, 3)})
+    damage("none of moments", state | {"scatter.2": state["scatter.1"].clone()})
+    damage("none of moments", state | {"cross": state["cross"].float()})
+    damage("without the other", {n: t for n, t in state.items() if n != "sample.1"})
+    write_tensors(path, {}, kind, content | {"sizes": None})
+    with pytest.raises(ValueError, match="is damaged: its sizes is None"):
         load_moments(path)

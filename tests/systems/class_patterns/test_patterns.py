@@ -82,10 +82,10 @@ def test_patterns_are_those_of_the_equations():
 
     np.testing.assert_allclose(patterns.mean[0], mean, rtol=1e-6)
     assert abs(patterns.direction[0].numpy() @ direction) == pytest.approx(1, abs=1e-6)
-    assert float(patterns.std[0]) == pytest.approx(eigenvalues[0] ** 0.5, rel=1e-6)
-    assert float(patterns.explained[0]) == pytest.approx(eigenvalues[0] / sigma.trace(), rel=1e-6)
+    assert float(patterns.std[0]) == pytest.approx(eigenvalues[0] ** 0.5, rel=1e-5)
+    assert float(patterns.explained[0]) == pytest.approx(eigenvalues[0] / sigma.trace(), rel=1e-5)
     assert float(patterns.explained_second[0]) == pytest.approx(
-        eigenvalues[1] / sigma.trace(), rel=1e-6
+        eigenvalues[1] / sigma.trace(), rel=1e-5
     )
     sign = np.sign(patterns.direction[0].numpy() @ direction)
     found = [project(f, patterns, [0])[0] for f, _, _ in images]
@@ -146,25 +146,23 @@ def test_the_margin_is_of_the_pixels_that_count():
     assert float(patterns.sign_margin[0]) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_class_whose_map_counts_nowhere_has_no_margin():
+@pytest.mark.parametrize("negate", [False, True])
+@pytest.mark.parametrize("maps", ["count nowhere", "are constant"])
+def test_maps_that_say_nothing_leave_the_sign_to_the_extremes(maps, negate):
+    images = two_clusters(negate=negate)
     moments = PatternMoments(1, D)
-    for features, maps, _ in two_clusters():
-        moments.update(features, maps, [0], map_counts=torch.zeros_like(maps, dtype=torch.bool))
+    for features, of_image, _ in images:
+        counts = torch.full(of_image.shape, maps == "are constant")
+        moments.update(features, torch.ones_like(of_image), [0], map_counts=counts)
     patterns = find_patterns(moments)
     assert patterns.valid.tolist() == [True]
     assert patterns.sign_margin.tolist() == [0]
-    lines = report_patterns(ClassPatterns({"C41": patterns}, ("dog",), ""))
-    assert lines[2].endswith("sign uncertain, margin below 0.1 |")
-
-
-def test_a_map_without_information_leaves_no_margin_but_a_fixed_sign(monkeypatch):
-    images = [(f, torch.ones_like(m), mask) for f, m, mask in two_clusters()]
-    moments = stream(images)
-    patterns = find_patterns(moments)
-    assert patterns.sign_margin.tolist() == [0]
-    solve = torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda m: (solve(m)[0], -solve(m)[1]))
-    assert torch.equal(find_patterns(moments).direction, patterns.direction)
+    assert on_objects(patterns, images) == 1
+    both = ClassPatterns({"C41": patterns}, ("dog",), "")
+    assert both.uncertain() == {"C41": ["dog"]}
+    lines = report_patterns(both)
+    assert lines[2].endswith("sign from the extremes, the class activation maps say nothing |")
+    assert lines[3].startswith("C41: the patterns of 'dog' may point away from the class")
 
 
 def hard_patterns():
@@ -222,8 +220,8 @@ def test_one_channel_has_no_second_component():
 def test_the_report_names_what_to_look_at():
     layer = hard_patterns()
     names = ("dog", "cat", "bird", "sky", "train")
-    lines = report_patterns(ClassPatterns({"C41": layer}, names, "hash"), min_margin=0.05)
-    assert len(lines) == 2 + 5
+    patterns = ClassPatterns({"C41": layer}, names, "hash")
+    lines = report_patterns(patterns, min_margin=0.05)[: 2 + 5]
     assert lines[0].startswith("| class | layer | images | pixels | explained 1 | explained 2 |")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert all(len(row) == 8 for row in cells)
@@ -240,9 +238,12 @@ def test_the_report_names_what_to_look_at():
     margin = float(layer.sign_margin[0])
     lines = report_patterns(ClassPatterns({"C41": layer}, names, ""), min_margin=margin + 0.01)
     assert f"sign uncertain, margin below {margin + 0.01:g}" in lines[2]
+    assert "dog" in patterns.uncertain(margin + 0.01)["C41"]
+    assert "dog" not in patterns.uncertain(margin - 0.01)["C41"]
     without = find_patterns(stream(two_clusters(), with_maps=False))
     lines = report_patterns(ClassPatterns({"C42": without}, ("dog",), ""))
     assert lines[2].endswith("| - | sign from the extremes, no class activation maps |")
+    assert "C42: the patterns of 'dog'" in lines[3]
 
 
 def test_every_class_needs_a_name():
@@ -394,7 +395,10 @@ def test_the_pass_streams_every_layer_and_the_map_of_each_label(classifier):
                 counts = torch.stack([maps[0] >= maps[1], maps[1] >= maps[0]])
             for layer in LAYERS:
                 features_of_image = taps.features[layer][row]
-                expected[layer].update(features_of_image, maps, labels, map_counts=counts)
+                image_id = sample["image_id"]
+                expected[layer].update(
+                    features_of_image, maps, labels, map_counts=counts, image_id=image_id
+                )
     for layer in LAYERS:
         for name, tensor in expected[layer].state_dict().items():
             torch.testing.assert_close(

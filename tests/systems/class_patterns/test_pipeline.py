@@ -2,19 +2,21 @@ import json
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
+import maskx.systems  # noqa: F401  registers them
 from maskx.data.coco import load_coco
 from maskx.data.image_samples import ImageMapper
 from maskx.data.scenes.generator import generate_scenes
 from maskx.engine.prediction import predict_image_labels
+from maskx.engine.predictor import open_run
 from maskx.systems.class_patterns import pipeline as class_patterns
 from maskx.systems.class_patterns import steps
 from maskx.systems.class_patterns.pipeline import (
     TagSettings,
     learn_from_tags,
-    open_classifier,
     open_tagged_images,
 )
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
@@ -193,9 +195,10 @@ def test_tags_without_any_annotation_are_enough(scenes, finished, tmp_path):
 
 def test_resuming_with_other_settings_is_refused(scenes, finished):
     output, _, _ = finished
-    with pytest.raises(ValueError, match="made with batch_size 2, but this run has batch_size 3"):
+    with pytest.raises(ValueError, match=r"training\.batch_size is 3, but the run .* with 2"):
         learn(scenes, output, resume=True, batch_size=3)
-    with pytest.raises(ValueError, match="made with proxy masks C41-otsu-standardised, but"):
+    words = r"chain\.proxy masks is 'C41-zero-ignore', but the run .* with 'C41-otsu-standardised'"
+    with pytest.raises(ValueError, match=words):
         learn(scenes, output, resume=True, masks=ProxyMaskSettings(crf=False))
 
 
@@ -227,28 +230,43 @@ def test_a_classifier_is_opened_as_it_was_trained(scenes, finished):
     state = weights_of(output, "classifier")
     for name, value in source.classifier.state_dict().items():
         assert torch.equal(value, state[f"classifier.{name}"])
-    model = class_patterns._build_classifier(
-        json.loads((output / "classifier/model.json").read_text()), pretrained=False
-    )
-    model.load_state_dict(state)
-    expected = predict_image_labels(model, records)
+    expected = predict_image_labels(source.model, records)
     samples = [source.read_image(record) for record in records]
     with torch.no_grad():
-        prob = source.classifier(source.preprocess(samples)).sigmoid()
+        prob = source.classifier(source.model.preprocess(samples)).sigmoid()
     torch.testing.assert_close(prob, torch.from_numpy(expected))
+
+
+def test_the_run_folder_opens_as_the_network_that_was_trained_last(finished):
+    output, metrics, _ = finished
+    predictor = open_run(output, "cpu")
+    assert predictor.run.folder.name == "retrained"
+    for name, value in weights_of(output, "retrained").items():
+        assert torch.equal(predictor.model.state_dict()[name], value)
+    assert predictor(np.zeros((20, 30, 3), np.uint8)).label_map.shape == (20, 30)
+    assert len(metrics["IoU"]) == len(predictor.class_names) + 1
+    with pytest.raises(ValueError, match=r"part 'classifier', not 'network' of class_patterns"):
+        open_run(output / "classifier", "cpu")
 
 
 def test_classifiers_that_cannot_be_opened_are_named(scenes, finished, tmp_path):
     output, _, _ = finished
-    with pytest.raises(FileNotFoundError, match=r"no file '.*model.json', which says what network"):
-        open_classifier(tmp_path)
-    (tmp_path / "model.json").write_text('{"backbone": "small"}')
-    with pytest.raises(ValueError, match=r"model.json' is damaged \(KeyError"):
-        open_classifier(tmp_path)
-    content = json.loads((output / "classifier" / "model.json").read_text())
-    (tmp_path / "model.json").write_text(json.dumps(content))
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        open_classifier(tmp_path)
+    images = scenes[1] / "annotations.json", scenes[1]
+    with pytest.raises(FileNotFoundError, match=r"has no run\.json"):
+        open_tagged_images(tmp_path, *images)
+    with pytest.raises(
+        ValueError,
+        match=r"'network', not 'classifier' of .*Give the folder 'cl",
+    ):
+        open_tagged_images(output, *images)
+    content = json.loads((output / "classifier" / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(FileNotFoundError, match="there are no weights of the run"):
+        open_tagged_images(tmp_path, *images)
+    del content["settings"]["image_size"]
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"none of a step of class patterns \(KeyError"):
+        open_tagged_images(tmp_path, *images)
     write_changed(
         tmp_path / "other.json",
         scenes,
@@ -259,19 +277,25 @@ def test_classifiers_that_cannot_be_opened_are_named(scenes, finished, tmp_path)
 
 
 def test_backbones_out_of_the_list_are_named(scenes, tmp_path):
-    with pytest.raises(ValueError, match=r"one of small, resnet18, .*; got 'vgg'"):
+    with pytest.raises(ValueError, match=r"'vgg'"):
         learn(scenes, tmp_path, backbone="vgg")
     with pytest.raises(ValueError, match="no pretrained weights of the backbone 'small'"):
         learn(scenes, tmp_path, pretrained=True)
-    with pytest.raises(ValueError, match="of small, one of C41, C42, C43; got 'C44'"):
+    with pytest.raises(
+        ValueError, match="layer of small must be one of 'C41', 'C42', 'C43', got 'C44'"
+    ):
         learn(scenes, tmp_path, layer="C44")
     assert not Path(tmp_path / "classifier" / "checkpoint.pth").exists()
 
 
-def test_a_resnet_goes_the_whole_way(scenes, tmp_path):
-    changes = {"backbone": "resnet18", "iterations": 1, "segmenter_iterations": 1}
-    metrics = learn(scenes, tmp_path, **changes)
-    assert set(metrics["mIoU"]["proxy"]) == {"C41", "C42"}
+@pytest.mark.parametrize(
+    ("backbone", "layers"),
+    [("resnet18", {"C41", "C42"}), ("vgg16", {"conv5_1", "conv5_2", "conv5_3"})],
+)
+def test_other_backbones_go_the_whole_way(scenes, tmp_path, backbone, layers):
+    changes = {"iterations": 1, "segmenter_iterations": 1, "image_size": 32}
+    metrics = learn(scenes, tmp_path, backbone=backbone, **changes)
+    assert set(metrics["mIoU"]["proxy"]) == layers
 
 
 def test_the_sizes_of_the_multi_scale_test_are_those_of_the_paper():

@@ -1,4 +1,7 @@
+import io
 import math
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -191,8 +194,34 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     path.write_bytes(content[:middle] + b"\xff" * 8 + content[middle + 8 :])
     with pytest.raises(ValueError, match=r"cannot be read as projections \(Bad CRC"):
         read_projections(tmp_path, 3)
-    np.savez(path, projections=np.zeros(3))
-    with pytest.raises(ValueError, match=r"3\.npz \(image 3\) cannot be read as projections"):
+    maps = np.zeros((1, 2, 2), np.float32)
+    for labels, projections in (
+        (None, maps),
+        ([[1]], maps),
+        ([1.0], maps),
+        (["1"], maps),
+        (1, maps),
+        ([1], maps.astype(np.int64)),
+        ([1], np.array([[["a"]]])),
+    ):
+        arrays = {"projections": projections} | ({} if labels is None else {"labels": labels})
+        np.savez(path, **arrays)
+        with pytest.raises(ValueError, match=r"3\.npz \(image 3\) cannot be read as projections"):
+            read_projections(tmp_path, 3)
+
+
+@pytest.mark.parametrize(
+    "shape", ["(1000000000, 1000000000, 1)", "(1, 2)", "(-1,)", "(10,", "None"]
+)
+def test_headers_that_claim_what_is_not_there_are_refused(tmp_path, shape):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    lie = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(16)
+    labels = io.BytesIO()
+    np.save(labels, np.array([1]))
+    with zipfile.ZipFile(projections_path(tmp_path, 3), "w") as archive:
+        archive.writestr("labels.npy", labels.getvalue())
+        archive.writestr("projections.npy", lie)
+    with pytest.raises(ValueError, match=r"3\.npz \(image 3\)"):
         read_projections(tmp_path, 3)
 
 

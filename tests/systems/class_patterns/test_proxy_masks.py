@@ -13,15 +13,17 @@ from maskx.data.coco import load_coco
 from maskx.data.dense_crf import SEC_DSRG, TRANSFERNET, refine
 from maskx.data.label_maps import read_label_map, semantic_label_map
 from maskx.systems.class_patterns import proxy_masks
+from maskx.systems.class_patterns.projections import (
+    otsu_threshold,
+    projections_path,
+    start_projections,
+    write_projections,
+)
 from maskx.systems.class_patterns.proxy_masks import (
     ProxyMaskSettings,
     make_proxy_masks,
     mask_path,
-    otsu_threshold,
-    projections_path,
     proxy_label_map,
-    start_projections,
-    write_projections,
     write_proxy_json,
 )
 
@@ -137,7 +139,7 @@ def test_it_agrees_with_algorithm_1_pixel_by_pixel(num_labels, seed, resolve):
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"resolve is 'max'\. Allowed: 'ignore', 'standardised'"):
         label_two(resolve="max")
-    with pytest.raises(ValueError, match=r"labels hold class index 6\. Allowed: 0 to 5"):
+    with pytest.raises(ValueError, match=r"Label 6 of an image .* indices 0 to 5"):
         label_two(labels=(4, 6))
     with pytest.raises(ValueError, match=r"The projections have shape \(2, 1, 4\), for 1 labels"):
         label_two(labels=(4,))
@@ -331,15 +333,15 @@ def test_processes_write_the_same_bytes(make, tmp_path):
 
 
 def test_complete_masks_are_kept_and_broken_ones_are_made_again(make, tmp_path, monkeypatch):
-    plain_map, left = proxy_masks._plain_map, iter(range(4))
+    plain_map, left = proxy_masks.proxy_label_map, iter(range(4))
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return plain_map(*arguments)
+        return plain_map(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(proxy_masks, "_plain_map", interrupted)
+        patch.setattr(proxy_masks, "proxy_label_map", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make()
     masks = sorted((tmp_path / "masks").glob("*.png"))

@@ -5,7 +5,7 @@ import pytest
 
 from maskx.engine import quickstart
 from maskx.engine.options import QuickstartOptions
-from maskx.systems.class_patterns.quickstart import quickstart_class_patterns
+from maskx.systems.class_patterns.system import quickstart_class_patterns
 
 
 @pytest.fixture
@@ -41,11 +41,11 @@ def test_the_papers_settings_of_proxy_masks(tiny):
 def test_tagged_photographs_of_ones_own(shared_data, tmp_path, tiny):
     coco = shared_data / "coco_mini"
     content = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
-    content["images"] = content["images"][:5]
+    content["images"] = content["images"][:3]
     kept = {image["id"] for image in content["images"]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
-    (tmp_path / "five.json").write_text(json.dumps(content))
-    source = (str(tmp_path / "five.json"), str(coco / "val2017"))
+    (tmp_path / "three.json").write_text(json.dumps(content))
+    source = (str(tmp_path / "three.json"), str(coco / "val2017"))
     options = QuickstartOptions(**tiny, coco_train=source, coco_val=source, image_size=32)
     metrics = quickstart_class_patterns(options, print)
     assert metrics["mIoU"]["proxy"]["C41"] > 0

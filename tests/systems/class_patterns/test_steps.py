@@ -13,13 +13,8 @@ from maskx.data.image_samples import ImageMapper
 from maskx.data.label_maps import read_label_map
 from maskx.data.scenes.generator import generate_scenes
 from maskx.systems.class_patterns.patterns import accumulate_moments, find_patterns
-from maskx.systems.class_patterns.proxy_masks import (
-    ProxyMaskSettings,
-    mask_path,
-    projections_path,
-    proxy_label_map,
-    read_projections,
-)
+from maskx.systems.class_patterns.projections import projections_path, read_projections
+from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, mask_path, proxy_label_map
 from maskx.systems.class_patterns.steps import (
     PATTERNS_NAME,
     ClassifierSource,
@@ -41,10 +36,8 @@ def make_source(num_classes=4, seed=0):
     )
     model = SampleClassifier(classifier, size=64)
     mapper = ImageMapper(num_classes, size=None, label_maps=False)
-    source = ClassifierSource(
-        classifier, model.preprocess, mapper.read_image, "the test", {"image_size": 64}
-    )
-    classifier.eval()
+    source = ClassifierSource(model, mapper.read_image, "the test", {"image_size": 64})
+    model.eval()
     return source
 
 
@@ -79,7 +72,7 @@ def assert_same_patterns(first, second):
 
 def features_of(source, record, layer):
     with LayerTaps(source.classifier.backbone, (layer,)) as taps, torch.no_grad():
-        source.classifier(source.preprocess([source.read_image(record)]))
+        source.classifier(source.model.preprocess([source.read_image(record)]))
     return taps.features[layer][0]
 
 
@@ -89,7 +82,7 @@ def test_patterns_are_the_principal_components_of_the_tagged_images(data, tmp_pa
     patterns = run_discovery(source, data, tmp_path, report=lines.append)
     moments = {}  # for the sign, of one image at a time
     for record in data.records:
-        images = source.preprocess([source.read_image(record)])
+        images = source.model.preprocess([source.read_image(record)])
         labels = record["image_labels"]
         sample = {"image_id": record["image_id"], "image_labels": labels, "labels_used": labels}
         accumulate_moments(source.classifier, images, [sample], LAYERS, moments)
@@ -184,7 +177,7 @@ def test_bad_layers_and_labels_are_named(data, tmp_path):
 
 
 def break_image(source, image_id):
-    preprocess = source.preprocess
+    preprocess = source.model.preprocess
 
     def broken(samples):
         images = preprocess(samples)
@@ -193,7 +186,7 @@ def break_image(source, image_id):
                 images[index] = float("nan")
         return images
 
-    source.preprocess = broken
+    source.model.preprocess = broken
 
 
 def test_the_image_with_features_that_are_not_finite_is_named(data, found, tmp_path):

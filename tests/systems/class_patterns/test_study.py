@@ -1,13 +1,13 @@
 import sys
 
 import pytest
-import torch
 from studies import class_patterns as study_class_patterns
 from studies.class_patterns import STUDY
 from studies.options import StudyOptions
 from studies.run import run_study
 
-from maskx.engine import quickstart
+from maskx.engine import quickstart, training_chain
+from maskx.engine.runs import read_run
 
 LAYERS = ("C41", "C42", "C43")
 
@@ -39,13 +39,13 @@ def test_every_kind_of_setting_is_measured_and_a_seed_shares_its_classifier(tiny
         *("train/C41_otsu_standardised", "cosine"),
     )
     trained = []
-    original = study_class_patterns.TagRun._train
+    original = training_chain.train
 
-    def train(self, model, name, *args):
-        trained.append(name)
-        return original(self, model, name, *args)
+    def train(*args, output_dir, **options):
+        trained.append(output_dir.name)
+        return original(*args, output_dir=output_dir, **options)
 
-    monkeypatch.setattr(study_class_patterns.TagRun, "_train", train)
+    monkeypatch.setattr(training_chain, "train", train)
     lines = []
     rows = run_study(StudyOptions(**tiny, settings=settings), lines.append)
     by_setting = {row["setting"]: row for row in rows}
@@ -79,9 +79,9 @@ def test_networks_learn_from_the_masks_that_the_setting_names(tiny):
     for setting in settings:
         folder = tiny["output"] / "seed_0" / setting
         for name in ("segmenter", "retrained"):
-            run = torch.load(folder / name / "checkpoint.pth", weights_only=True)["run"]
-            assert run["iterations"] == 1
-            assert run["proxy masks"] == f"{setting[6:9]}-zero-ignore"
+            settings_of_run = read_run(folder / name).settings
+            assert settings_of_run["training"]["iterations"] == 1
+            assert settings_of_run["chain"]["proxy masks"] == f"{setting[6:9]}-zero-ignore"
     with pytest.raises(ValueError, match=r"was made with .*'segmenter_iterations': 1\}"):
         run_study(StudyOptions(**tiny | {"stage2_iterations": 2}, settings=settings), print)
 

@@ -1,1 +1,52 @@
-"""Detectron2."""
+"""DeepLab-LargeFOV as a meta-architecture of Detectron2."""
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+
+from maskx.detectron2.image_hooks import image_hooks
+from maskx.detectron2.image_model import choose_feature, pixel_arguments
+from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
+from maskx.systems.class_patterns.deeplab import DeepLab
+from maskx.systems.class_patterns.model import SampleSegmenter
+
+__all__ = ["MaskXDeepLab"]
+
+
+@META_ARCH_REGISTRY.register()
+class MaskXDeepLab(SampleSegmenter):
+    """:class:`maskx.systems.class_patterns.model.SampleSegmenter` with any backbone of Detectron2.
+
+    Best is a backbone of output stride 8. A checkpoint of
+    :class:`maskx.detectron2.MaskXImageClassifier` as ``MODEL.WEIGHTS`` gives the backbone to start
+    from.
+
+    Args:
+        **kwargs: arguments of ``SampleSegmenter``.
+    """
+
+    maskx_hooks = image_hooks("class_patterns", MaskXSemSegEvaluator, learns_label_maps=True)
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read the arguments from a configuration."""
+        backbone = build_backbone(cfg)
+        in_feature, in_channels = choose_feature(backbone, cfg.MODEL.MASKX.IN_FEATURE)
+        network = DeepLab(
+            backbone,
+            in_feature=in_feature,
+            in_channels=in_channels,
+            num_classes=cfg.MODEL.MASKX.NUM_CLASSES,
+            **{key.lower(): value for key, value in cfg.MODEL.MASKX.LARGE_FOV.items()},
+        )
+        return {
+            "network": network,
+            "test_sizes": cfg.TEST.MASKX.SIZES,
+            "crf": cfg.TEST.MASKX.CRF,
+            **pixel_arguments(cfg),
+        }

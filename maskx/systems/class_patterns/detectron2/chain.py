@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,20 +19,20 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
-from maskx.core.digests import sha256_of
 from maskx.core.files import write_json
 from maskx.core.image_classifier import LayerTaps
 from maskx.core.sample_models import take_classifier_backbone
 from maskx.data.dense_crf import check_crf
+from maskx.detectron2.adapters import in_format
 from maskx.detectron2.config import read_config
 from maskx.detectron2.datasets import (
     class_names_of,
     records_of,
-    register_all,
     training_class_names,
 )
 from maskx.detectron2.image_classifier import MaskXImageClassifier
-from maskx.detectron2.image_mapper import MaskXImageMapper
+from maskx.detectron2.image_mapper import image_mapper
+from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.stagewise import (
     MadeData,
     Stage,
@@ -43,16 +42,23 @@ from maskx.detectron2.stagewise import (
     stage_is_finished,
 )
 from maskx.detectron2.trainer import check_config, load_trained
-from maskx.systems.class_patterns.detectron2.model import MaskXDeepLab
-from maskx.systems.class_patterns.projections import claim_folder
-from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
+from maskx.engine.runs import Run, origin_of
+from maskx.engine.stages import run_stage as run_work
+from maskx.engine.stages import stage_state
+from maskx.systems.class_patterns.detectron2 import MaskXDeepLab
+from maskx.systems.class_patterns.evaluation import draw_steps, varied_records
+from maskx.systems.class_patterns.model import predict_label_maps
+from maskx.systems.class_patterns.patterns import load_patterns
+from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, write_proxy_json
 from maskx.systems.class_patterns.steps import (
+    PATTERNS_NAME,
     ClassifierSource,
     discover,
     make_masks,
-    masks_to_json,
+    masks_folder,
     predict_masks,
     project,
+    projections_folder,
     settings_name,
 )
 
@@ -60,7 +66,7 @@ __all__ = ["TagChain", "format_results", "open_classifier"]
 
 logger = logging.getLogger(__name__)
 
-_MADE_WITH, _RESULT = "made_with.json", "result.json"
+_PICTURE = "predictions.png"
 _DATA = ("maskx_tag_chain_proxy", "maskx_tag_chain_predicted")
 
 # What changes the features of a network beside its weights; a key stands for those below it.
@@ -108,8 +114,7 @@ def _open_source(cfg: CfgNode, weights: Path) -> ClassifierSource:
     model = _load_trained(cfg, weights)
     settings = config_values(cfg, _FEATURE_KEYS)
     return ClassifierSource(
-        classifier=model.classifier,
-        preprocess=model.preprocess,
+        model=model,
         read_image=_read_image(cfg),
         name=f"the classifier '{weights}'",
         # Plain values: lists are written out.
@@ -131,7 +136,7 @@ def _load_trained(cfg: CfgNode, weights: Path) -> nn.Module:
 
 def _read_image(cfg: CfgNode) -> Callable[[Record], dict[str, Any]]:
     """Function from a record of ``load_coco`` to a sample; processes can take it along."""
-    return MaskXImageMapper(cfg, is_train=False)
+    return in_format(image_mapper(cfg).read_image, cfg.INPUT.FORMAT)
 
 
 def _tagged_records(cfg: CfgNode) -> list[dict[str, Any]]:
@@ -253,8 +258,8 @@ class TagChain:
         stages = (self.classifier, self.segmenter, self.retrained)
         with _forgotten_afterwards(_DATA):
             # All folders, before hours go into one.
-            if (self._proxy / _MADE_WITH).is_file() and self.classifier.final_weights.is_file():
-                claim_folder(self._proxy, _MADE_WITH, self._proxy_made_with())
+            if self.classifier.final_weights.is_file():
+                stage_state(self._proxy, self._proxy_run())
             finished = {stage.output: stage_is_finished(stage) for stage in stages}
 
             def train(stage: Stage) -> dict[str, float | None]:
@@ -268,21 +273,23 @@ class TagChain:
             results["segmenter"] = train(self.segmenter)
             self._predict_training_images(**shared)
             results["retrained"] = train(self.retrained)
+            if not (self.output / _PICTURE).is_file():
+                self._draw()
         write_json(self.output / "results.json", results)
         return results
 
     def _segmenter_stage(self, folder: str, data_name: str, json_file: Path) -> Stage:
-        header = json_file.with_name(_MADE_WITH)
         return Stage(
             self._segmenter_config,
             self.output / folder,
             self._segmenter_opts,
             weights=self.classifier.final_weights if self._starts_from_classifier else None,
-            data=MadeData(data_name, json_file, self._image_root, header),
+            data=MadeData(data_name, json_file, self._image_root, json_file),
         )
 
     def _make_proxy_masks(self, *, resume: bool, report: Report) -> dict[str, float | None]:
         cfg, folder, layers = self.classifier.cfg, self._proxy, [self._layer]
+        run = self._proxy_run()
 
         def work() -> dict[str, float | None]:
             source = _open_source(cfg, self.classifier.final_weights)
@@ -298,6 +305,7 @@ class TagChain:
                 *(self._records, patterns, layers, folder),
                 image_root=self._image_root,
                 settings=self._masks,
+                made_with=_about(run),
                 workers=max(1, cfg.DATALOADER.NUM_WORKERS),
                 report=report,
             )
@@ -311,34 +319,65 @@ class TagChain:
             }
             return {key: None if math.isnan(value) else value for key, value in scores.items()}
 
-        return _run_step(folder, self._proxy_made_with(), work, resume=resume, report=report)
+        return dict(run_work(folder, run, work, resume=resume, report=report))
 
-    def _proxy_made_with(self) -> dict[str, Any]:
-        return {
-            "classifier": sha256_of(self.classifier.final_weights),
-            "layer": self._layer,
-            "masks": settings_name(self._masks),
-            "max_images_per_class": self._max_images_per_class,
-        }
+    def _proxy_run(self) -> Run:
+        json_file = self.segmenter.data.json_file.name
+        settings = {"layer": self._layer, "masks": settings_name(self._masks)}
+        settings["max_images_per_class"] = self._max_images_per_class
+        return self._made_run(json_file, settings, "classifier", self.classifier)
+
+    def _made_run(self, json_file: str, settings: dict[str, Any], name: str, stage: Stage) -> Run:
+        """Describe a step that makes label maps with the network of a stage."""
+        return Run(
+            system="class_patterns",
+            host="detectron2",
+            class_names=self._class_names,
+            settings=settings,
+            started_from={name: origin_of(stage.final_weights, stage.output)},
+            weights=json_file,
+        )
 
     def _predict_training_images(self, *, resume: bool, report: Report) -> None:
         cfg, folder = self.segmenter.cfg, self.output / "retraining"
-        weights = self.segmenter.final_weights
+        weights, json_file = self.segmenter.final_weights, self.retrained.data.json_file
 
         def work() -> dict[str, int]:
             masks = folder / "label_maps"
             model = _load_trained(cfg, weights)
             predict_masks(model, self._records, masks, read_image=_read_image(cfg))
-            masks_to_json(
-                *(self.retrained.data.json_file, self._records, masks, self._image_root),
+            write_proxy_json(
+                json_file,
+                self._records,
+                masks,
+                image_root=self._image_root,
                 class_names=self._class_names,
-                ids=None,
+                made_with=_about(run),
             )
             return {"images": len(self._records)}
 
-        made_with = {"segmenter": sha256_of(weights), "crf": cfg.TEST.MASKX.CRF}
-        made_with |= {"sizes": list(cfg.TEST.MASKX.SIZES)}
-        _run_step(folder, made_with, work, resume=resume, report=report)
+        settings = {"crf": cfg.TEST.MASKX.CRF, "sizes": list(cfg.TEST.MASKX.SIZES)}
+        run = self._made_run(json_file.name, settings, "segmenter", self.segmenter)
+        run_work(folder, run, work, resume=resume, report=report)
+
+    def _draw(self) -> None:
+        cfg, patterns = self.retrained.cfg, self.output / "patterns" / PATTERNS_NAME
+        model, records = _load_trained(cfg, self.retrained.final_weights), self._records
+        records = varied_records(records)
+        predicted = predict_label_maps(
+            model, records, read_image=_read_image(cfg), description="picture"
+        )
+        found = load_patterns(patterns, network=None, class_names=self._class_names)
+        draw_steps(
+            self.output / _PICTURE,
+            records,
+            dict(predicted),
+            class_names=self._class_names,
+            layer=self._layer,
+            projections=projections_folder(self._proxy, self._layer),
+            masks=masks_folder(self._proxy, self._layer, self._masks),
+            stds=found.layers[self._layer].std,
+        )
 
     def _check(self) -> None:
         """Check all configurations before hours are spent, and read the training images."""
@@ -397,37 +436,10 @@ def format_results(results: Mapping[str, Mapping[str, float | None]]) -> str:
     return "\n".join(lines)
 
 
-# --- steps that are no training
-
-
-def _run_step(
-    folder: Path,
-    made_with: dict[str, Any],
-    work: Callable[[], dict[str, Any]],
-    *,
-    resume: bool,
-    report: Report,
-) -> dict[str, Any]:
-    """Do a step unless it is finished, and return its results; ``work`` goes on where it stopped.
-
-    Raises:
-        ValueError: the folder was made with something else, or is unfinished without ``resume``.
-    """
-    is_started = (folder / _MADE_WITH).is_file()
-    claim_folder(folder, _MADE_WITH, made_with)
-    path = folder / _RESULT
-    if path.is_file():
-        report(f"{folder}: finished before, not run again")
-        return json.loads(path.read_text(encoding="utf-8"))["results"]
-    if is_started and not resume:
-        raise ValueError(
-            f"'{folder}' holds an interrupted step. Add --resume to go on with it, or choose "
-            "another --output."
-        )
-    started = time.perf_counter()
-    results = work()
-    write_json(path, {"results": results, "seconds": time.perf_counter() - started})
-    return results
+def _about(run: Run) -> dict[str, Any]:
+    """What label maps were made with: whoever trains on them compares the file that says it."""
+    origins = {name: origin.sha256 for name, origin in run.started_from.items()}
+    return {**run.settings, **origins}
 
 
 @contextmanager

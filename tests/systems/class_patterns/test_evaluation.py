@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from maskx.data.label_maps import write_label_map
 from maskx.evaluation.mean_iou import MeanIoU
-from maskx.systems.class_patterns.proxy_mask_scores import evaluate_proxy_masks
+from maskx.systems.class_patterns.evaluation import evaluate_proxy_masks
 from maskx.systems.class_patterns.proxy_masks import mask_path
 
 TRUTH = np.array([[0, 0, 1, 1], [0, 2, 2, 255]])
