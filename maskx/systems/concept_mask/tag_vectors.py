@@ -58,9 +58,9 @@ _DENSE_WORDS = 1500
 # Share of the matrix that the entries of its upper triangle are, from which products with it as
 # dense float32 are made, which take 1.3 GB with 18,000 words.
 _FILLED = 0.05
-# Products with the matrix, per component and at least. Where 512 components of 18,000 words reach
-# into a cloud of eigenvalues that are all alike, the last of which no neighbour depends on, 98% of
-# the ten nearest words are those of the exact components; with 4 per component 97%.
+# Products with the matrix, per component and at least. Of 18,000 words, 512 components reach into
+# a cloud of eigenvalues that are nearly alike and slow to tell apart; 98% of the ten nearest words
+# are those of the exact components, with 4 products per component 97%.
 _PRODUCTS, _LEAST_PRODUCTS = 5, 1024
 # Relative to the largest, what may be the rounding of products in float32.
 _ZERO = 1e-6
