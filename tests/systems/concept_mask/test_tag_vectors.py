@@ -126,30 +126,36 @@ def test_fewer_components_are_the_first_ones():
     np.testing.assert_array_equal(few.eigenvalues, every.eigenvalues[:5])
 
 
-@pytest.mark.parametrize(("filled", "precision"), [(9, 1e-9), (0, 1e-6)])
-def test_large_vocabularies_are_decomposed_alike(monkeypatch, filled, precision):
+def large_tags(images, per_image):
+    """Tags of 1600 words in 40 topics, more than are decomposed as a whole."""
+    rng = np.random.default_rng(0)
+    rows = [rng.choice(40, per_image, replace=False) * 40 + rng.integers(40) for _ in range(images)]
+    rows += [[word, (word + 40) % 1600] for word in range(1600)]
+    return tag_list([row.tolist() if hasattr(row, "tolist") else row for row in rows], words(1600))
+
+
+@pytest.mark.parametrize(("images", "per_image", "filled"), [(6000, 12, True), (1500, 5, False)])
+def test_large_vocabularies_are_decomposed_alike(images, per_image, filled):
     """Whether products are sparse or, for matrices with many entries, dense in float32."""
-    tags = tag_list(topic_tags(num_words=60, images=900), words(60))
-    dense = learn_word_vectors(tags, dim=12)
-    monkeypatch.setattr(tag_vectors, "_DENSE_WORDS", 10)
-    monkeypatch.setattr(tag_vectors, "_FILLED", filled)
-    large = learn_word_vectors(tags, dim=12)
-    np.testing.assert_allclose(large.eigenvalues, dense.eigenvalues, rtol=precision)
-    np.testing.assert_allclose(large.vectors, dense.vectors, atol=1e-5)
-    np.testing.assert_array_equal(large.vectors, learn_word_vectors(tags, dim=12).vectors)
+    tags = large_tags(images, per_image)
+    matrix = pmi_matrix(co_counts(tags))
+    assert (matrix.nnz > 0.05 * 1600**2) == filled
+    values, vectors = np.linalg.eigh(matrix.toarray(), UPLO="U")
+    table = learn_word_vectors(tags, dim=12)
+    np.testing.assert_allclose(table.eigenvalues, values[:-13:-1], rtol=1e-5)
+    best = (vectors[:, -12:] * values[-12:]) @ vectors[:, -12:].T
+    np.testing.assert_allclose(table.vectors @ table.vectors.T, best, atol=2e-3)
+    np.testing.assert_array_equal(table.vectors, learn_word_vectors(tags, dim=12).vectors)
 
 
-@pytest.mark.parametrize("filled", [9, 0])
-def test_rounding_is_no_component(monkeypatch, filled):
-    """Of 60 words in 20 groups that are always together, 40 eigenvalues are 0."""
+def test_rounding_is_no_component():
+    """Of 1800 words in 600 groups that are always together, 1200 eigenvalues are 0."""
     rng = np.random.default_rng(0)
     rows = [
-        [3 * group + word for group in rng.choice(20, 3, replace=False) for word in range(3)]
-        for _ in range(300)
+        [3 * group + word for group in rng.choice(600, 3, replace=False) for word in range(3)]
+        for _ in range(3000)
     ]
-    monkeypatch.setattr(tag_vectors, "_DENSE_WORDS", 10)
-    monkeypatch.setattr(tag_vectors, "_FILLED", filled)
-    assert learn_word_vectors(tag_list(rows, words(60)), dim=25).dim == 20
+    assert learn_word_vectors(tag_list(rows, words(1800)), dim=700).dim <= 600
 
 
 def test_words_of_one_topic_are_nearest():

@@ -442,7 +442,7 @@ def test_stages_that_do_not_fit_together_are_refused(write_config, tmp_path):
         ((), {"stage1": tmp_path / "gone.pth"}, FileNotFoundError, r"--stage1-weights '.*gone"),
         (
             (),
-            {"stage1": ROOT / "configs" / "TransferNet" / "baseline_VGG_16.yaml"},
+            {"stage1": ROOT / "configs" / "TransferNet" / "stage2_baseline_VGG_16.yaml"},
             ValueError,
             r"META_ARCHITECTURE is MaskXTransferNet .*must be MaskXConceptEmbedding",
         ),
