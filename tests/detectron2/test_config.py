@@ -161,7 +161,8 @@ def tiny_opts(tmp_path, scenes):
             lines = [f"{name.replace(' ', '_')} {i} 1.5 -2" for i, name in enumerate(names)]
             vectors.write_text("\n".join(lines))
             opts += [f"MODEL.MASKX.{key}.VECTORS", str(vectors)]
-        if "maskx_plus" in name or "deepmac" in name:  # its convolutions come in pairs, its RoIs are halved twice
+        if "maskx_plus" in name or "deepmac" in name:
+            # Their convolutions come in pairs, their RoIs are halved twice.
             opts += ["MODEL.ROI_MASK_HEAD.NUM_CONV", 2, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 8]
         return opts
 
