@@ -161,7 +161,8 @@ def tiny_opts(tmp_path, scenes):
             lines = [f"{name.replace(' ', '_')} {i} 1.5 -2" for i, name in enumerate(names)]
             vectors.write_text("\n".join(lines))
             opts += [f"MODEL.MASKX.{key}.VECTORS", str(vectors)]
-        if "maskx_plus" in name or "deepmac" in name:  # its convolutions come in pairs, its RoIs are halved twice
+        if "maskx_plus" in name or "deepmac" in name:
+            # Their convolutions come in pairs, their RoIs are halved twice.
             opts += ["MODEL.ROI_MASK_HEAD.NUM_CONV", 2, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 8]
         return opts
 
@@ -303,7 +304,9 @@ def test_every_config_that_the_texts_name_exists():
 def commands_of_page():
     """The commands in the code blocks of the page, split into words; with $S once for each side."""
     page = (CONFIGS / "README.md").read_text(encoding="utf-8")
-    blocks = "".join(re.findall(r"^```\n(.*?)^```$", page, re.M | re.S)).replace("\\\n", "")
+    # Blocks with a language, and what tools print (text), are no commands of experiments.
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.M | re.S)
+    blocks = "".join(text for language, text in blocks if not language).replace("\\\n", "")
     for line in blocks.splitlines():
         for side in ("voc2nonvoc", "nonvoc2voc") if "$S" in line else ("",):
             yield shlex.split(line.replace("$S", side))
