@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from maskx.detectron2.datasets import register_from_config, training_class_names
 from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.runs import as_dict, free_keys, run_of
 from maskx.detectron2.trainer import Trainer, check_config, setup
-from maskx.engine.runs import Run, flat_settings, is_below, origin_of, read_run
+from maskx.engine.runs import Run, flat_settings, is_below, read_run
 from maskx.engine.stages import StageState, begin_stage, stage_state
 
 __all__ = [
@@ -62,13 +62,11 @@ class MadeData(NamedTuple):
         name: what it is registered as.
         json_file: annotation file.
         image_root: folder of the images.
-        header: JSON file that says what it was made with.
     """
 
     name: str
     json_file: Path
     image_root: Path
-    header: Path
 
 
 @dataclass(frozen=True)
@@ -115,11 +113,7 @@ class Stage:
         """
         register_all()
         register_from_config(self.cfg)
-        run = run_of(self.cfg)
-        if self.data is None:
-            return run
-        header = origin_of(self.data.header, self.output)
-        return replace(run, started_from={**run.started_from, "made data": header})
+        return run_of(self.cfg)
 
     @functools.cached_property
     def cfg(self) -> CfgNode:
@@ -222,14 +216,12 @@ def stage_is_finished(stage: Stage) -> bool:
         FileNotFoundError: the data that an earlier run made for it are gone.
         ValueError: its folder holds another run, which must not be mixed with it or lost.
     """
-    made = () if stage.data is None else (stage.data.json_file, stage.data.header)
-    gone = [file for file in made if not file.is_file()]
-    if gone:
+    if stage.data is not None and not stage.data.json_file.is_file():
         if not stage.final_weights.is_file():
             return False  # an earlier stage has to make them yet
         raise FileNotFoundError(
-            f"The run in '{stage.output}' trained on '{gone[0]}', which is gone. Restore it, or "
-            "remove that folder to train on data that are made again."
+            f"The run in '{stage.output}' trained on '{stage.data.json_file}', which is gone. "
+            "Restore it, or remove that folder to train on data that are made again."
         )
     state = stage_state(stage.output, stage.describe(), free=free_keys(stage.cfg))
     return state is StageState.FINISHED

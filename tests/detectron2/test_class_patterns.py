@@ -310,7 +310,7 @@ def test_steps_of_another_classifier_are_refused(finished, opts, tmp_path):
     # So are those that would be left when this one is removed.
     for gone, error, words in (
         ("proxy", FileNotFoundError, r"segmenter' trained on '.*json', which is gone\. Restore it"),
-        ("segmenter", ValueError, r"MODEL\.WEIGHTS .* does not stand for .*retrained' was started"),
+        ("segmenter", ValueError, r"MODEL\.WEIGHTS .* is not what .*retrained' was started from"),
         ("retrained", ValueError, r"patterns\.safetensors.*network"),
         ("patterns", ValueError, r"segmenter '.*' is not what the run in '.*retraining' was"),
     ):
@@ -325,7 +325,7 @@ def test_other_masks_behind_the_same_names_are_refused(finished, opts, tmp_path)
     shutil.copytree(finished[0], tmp_path / "out")
     path = tmp_path / "out" / "retraining" / "masks.json"
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(ValueError, match=r"'\('maskx_.*',\)' does not stand for .*retrained' was"):
+    with pytest.raises(ValueError, match=r"json_file '.*masks\.json' is not what .*retrained' was"):
         make_chain(tmp_path / "out", opts).run()
 
 

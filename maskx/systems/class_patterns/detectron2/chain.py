@@ -284,7 +284,7 @@ class TagChain:
             self.output / folder,
             self._segmenter_opts,
             weights=self.classifier.final_weights if self._starts_from_classifier else None,
-            data=MadeData(data_name, json_file, self._image_root, json_file),
+            data=MadeData(data_name, json_file, self._image_root),
         )
 
     def _make_proxy_masks(self, *, resume: bool, report: Report) -> dict[str, float | None]:
