@@ -535,26 +535,25 @@ def _pack_rows(column: list[Any], length: int) -> bytes:
     return b"".join(packed)
 
 
-_PACKERS: dict[int, Any] = {}
+class _Packers(dict):
+    """Functions that pack a polygon, by its number of coordinates; no such key below 3 points."""
+
+    def __missing__(self, length: int) -> Any:
+        if length < 6 or length % 2:
+            raise KeyError(length)
+        self[length] = pack = struct.Struct(f"{length}d").pack
+        return pack
+
+
+_PACKERS = _Packers()
 
 
 def _pack_polygons(parts: Any) -> list[bytes] | None:
     """Pack polygons of at least 3 points; None if one is something else."""
-    if type(parts) is not list:
+    try:
+        return [_PACKERS[len(part)](*part) for part in parts]
+    except (struct.error, OverflowError, KeyError, TypeError):
         return None
-    packed = []
-    for part in parts:
-        length = len(part) if type(part) is list else 0
-        if length < 6 or length % 2:
-            return None
-        pack = _PACKERS.get(length)
-        if pack is None:
-            pack = _PACKERS[length] = struct.Struct(f"{length}d").pack
-        try:
-            packed.append(pack(*part))
-        except (struct.error, OverflowError):
-            return None
-    return packed
 
 
 def _check_something_is_left(

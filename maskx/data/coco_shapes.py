@@ -240,8 +240,12 @@ def _read_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
             f"RLE has size {size!r:.200}",
             f"the size [height, width] of the image, {[height, width]}",
         )
-    runs = _run_lengths(counts)
     num_pixels = height * width
+    if num_pixels >= 2**32:
+        raise AnnotationProblem(
+            "rle_size", f"RLE of {num_pixels} pixels", "below 2^32, as runs are stored in 32 bits"
+        )
+    runs = _run_lengths(counts)
     # Each run alone first: a sum of large ones wraps around.
     if runs is None or runs.min() < 0 or runs.max() > num_pixels or runs.sum() != num_pixels:
         total = "cannot be decoded"

@@ -125,7 +125,8 @@ def write_grabcut_json(
         if str(position) not in left_out
     ]
     info = {"split": None if split is None else os.fspath(split), "num_masks": len(masks)} | header
-    dataset["info"] = (dataset.get("info") or {}) | {"grabcut": info}
+    given = dataset.get("info")  # of any form, as nothing reads it
+    dataset["info"] = (given if isinstance(given, dict) else {}) | {"grabcut": info}
     dataset["annotations"] = annotations
     for image in dataset["images"]:
         if "stuff_file_name" in image:  # relative to the JSON file

@@ -7,6 +7,7 @@ plain for it (NaN, a key that stands twice), is read again by Python's own parse
 import contextlib
 import gc
 import json
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = ["MISSING", "Rows", "paused_collector", "read_json", "read_json_rows"]
 MISSING: Any = object() if msgspec is None else msgspec.UNSET
 """Stands for a value that is not there."""
 
+_MANY_OBJECTS = 1_000_000
 _MAX_DIGITS = 4300  # of an integer, as Python's own limit is
 
 
@@ -39,6 +41,9 @@ def paused_collector() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
+            if gc.get_count()[0] > _MANY_OBJECTS:
+                # Else the first collection visits all of them, and each full one again.
+                gc.freeze()
             gc.enable()
 
 
@@ -77,7 +82,7 @@ class Rows:
         """Return the values of a key; `MISSING` where a row lacks it or is no object."""
         if self._raw_key is None:
             return [r.get(key, MISSING) if isinstance(r, dict) else MISSING for r in self._rows]
-        return [getattr(row, key) for row in self._rows]
+        return list(map(operator.attrgetter(key), self._rows))
 
     def decoded(self, key: str, kind: Any) -> list[Any]:
         """Return the values of the raw key, of one type; False where they are of another."""
@@ -178,13 +183,11 @@ def _read_plain(
     in_rest = _num_colons(content, 0, span[0]) + _num_colons(content, span[1])
     if in_rest != 1 + len(rest) + sum(map(_num_keys, rest.values())):
         return None
-    found = {
-        key: sum(value is not MISSING for value in Rows(rows, raw_key).column(key))
-        for key in (*keys, raw_key)
-    }
+    table = Rows(rows, raw_key)
+    found = {key: len(rows) - table.column(key).count(MISSING) for key in (*keys, raw_key)}
     num_keys = sum(found.values())
     # Objects in the rows are mostly run-length masks, of two keys each.
-    if in_rows not in (num_keys, num_keys + 2 * content.count(b'"counts"', *span)):
+    if in_rows != num_keys and in_rows != num_keys + 2 * content.count(b'"counts"', *span):
         for key, number in found.items():
             if content.count(b'"%b"' % key.encode(), *span) != number:
                 return None
@@ -196,13 +199,17 @@ def _address(buffer: Any) -> int:
 
 
 def _num_colons(text: bytes, *span: int) -> int:
-    return text.count(b'":', *span) + text.count(b'" :', *span)
+    return text.count(b'":', *span) or text.count(b'" :', *span)
 
 
 def _num_keys(value: Any) -> int:
     if isinstance(value, dict):
         return len(value) + sum(map(_num_keys, value.values()))
     if isinstance(value, list):
+        if all(type(item) is dict for item in value):  # as the images: at once
+            number = sum(map(len, value))
+            inner = [v for item in value for v in item.values() if type(v) in (dict, list)]
+            return number + sum(map(_num_keys, inner))
         return sum(map(_num_keys, value))
     return 0
 

@@ -346,7 +346,10 @@ def _coco_entries(path: Path) -> Iterator[tuple[Callable[[], str], str | int, li
                 f"ids of the file's {len(name_of)} categories."
             ) from None
         where = f"'{path}', image {image['id']!r}"
-        yield lambda w=where: w, image.get("file_name", image["id"]), names
+        name = image.get("file_name", image["id"])
+        if not isinstance(name, str | int):
+            raise ValueError(f"{where} has file_name {name!r:.80}. Allowed: a path.")
+        yield lambda w=where: w, name, names
 
 
 def _checked_vocabulary(names: Sequence[str], what: str) -> tuple[str, ...]:

@@ -518,6 +518,7 @@ def outcome(folder, content, **kwargs):
         ("annotations", {"bbox": [10**400, -(10**400), 5, 5]}),
         ("annotations", {"segmentation": [[10**400, -(10**400), 1, 1, 10**400, 2]]}),
         ("annotations", {"segmentation": {"size": [96, 96], "counts": [2**62] * 4 + [0, 9216]}}),
+        ("annotations", {"segmentation": {"size": [96, 96], "counts": [0, 2**32 + 9216]}}),
         ("annotations", {"id": 10**30}),
         ("annotations", {"category_id": 10**30}),
         ("annotations", {"image_id": [1]}),
