@@ -69,9 +69,19 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--backbone",
         default=default.backbone,
-        help="small (default), or a torchvision ResNet: resnet50; all but maskx: or vgg16",
+        help="small (default), vgg16, or a model of timm: resnet50, efficientnet_lite0",
     )
-    add("--pretrained", action="store_true", help="download ImageNet weights, not for small")
+    add(
+        "--pretrained",
+        action="store_true",
+        help="start from ImageNet weights, of an installed package or by download; not for small",
+    )
+    add(
+        "--weights",
+        dest="pretrained",
+        metavar="FILE",
+        help="start from this file, safetensors or a state dict with timm's names",
+    )
     add(
         "--image-size",
         type=int,

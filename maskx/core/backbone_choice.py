@@ -1,7 +1,5 @@
 """Backbones by name: those of maskx, and every model of timm that returns feature maps."""
 
-from pathlib import Path
-
 from torch import nn
 
 from maskx.core.backbones import (
@@ -13,6 +11,7 @@ from maskx.core.backbones import (
     SmallResNet,
 )
 from maskx.core.checks import check_choice
+from maskx.core.pretrained import Pretrained
 from maskx.core.timm_backbones import TimmBackbone, can_dilate
 
 __all__ = ["build_backbone", "build_pyramid", "choose_feature"]
@@ -24,8 +23,7 @@ def build_backbone(
     output_stride: int | None = None,
     frozen_norm: bool = False,
     frozen_stages: int = 0,
-    pretrained: bool = False,
-    weights: str | Path | None = None,
+    pretrained: Pretrained = False,
 ) -> Backbone:
     """Make a backbone whose last feature map is fine enough to segment with.
 
@@ -36,17 +34,17 @@ def build_backbone(
             has no dilation its own.
         frozen_norm: fix the batch norms of a network of timm; the others have no use for it.
         frozen_stages: how many stages stay as they are; see :class:`TimmBackbone`.
-        pretrained: start from ImageNet weights, of an installed package or by download.
-        weights: a file to start from instead.
+        pretrained: True: start from ImageNet weights, of an installed package or by download. Or a
+            file to start from.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: there is no such backbone, or it does not have what is asked for.
     """
     if name == "small":
-        _check_without_weights(pretrained or weights is not None)
+        _check_without_weights(pretrained)
         return SmallResNet(output_stride=output_stride or 8, frozen_stages=frozen_stages)
-    shared = {"frozen_stages": frozen_stages, "pretrained": pretrained, "weights": weights}
+    shared = {"frozen_stages": frozen_stages, "pretrained": pretrained}
     if name == "vgg16":
         return VGG16(output_stride=output_stride or 16, **shared)
     if output_stride is None and can_dilate(name, 8):
@@ -60,8 +58,7 @@ def build_pyramid(
     out_channels: int | None = None,
     frozen_norm: bool = False,
     frozen_stages: int = 0,
-    pretrained: bool = False,
-    weights: str | Path | None = None,
+    pretrained: Pretrained = False,
 ) -> SmallFPN | PyramidBackbone:
     """Make a backbone with a feature pyramid, for detectors.
 
@@ -71,16 +68,15 @@ def build_pyramid(
         frozen_norm: as for :func:`build_backbone`.
         frozen_stages: likewise.
         pretrained: likewise.
-        weights: likewise.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: there is no such backbone, or it does not have what is asked for.
     """
     if name == "small":
-        _check_without_weights(pretrained or weights is not None)
+        _check_without_weights(pretrained)
         return SmallFPN(out_channels=out_channels or 64)
-    shared = {"frozen_stages": frozen_stages, "pretrained": pretrained, "weights": weights}
+    shared = {"frozen_stages": frozen_stages, "pretrained": pretrained}
     if name == "vgg16":
         backbone = VGG16(**shared)
     else:
@@ -99,8 +95,8 @@ def choose_feature(backbone: nn.Module, name: str | None = None) -> tuple[str, F
     return name, backbone.feature_shapes[name]
 
 
-def _check_without_weights(asked: bool) -> None:
-    if asked:
+def _check_without_weights(pretrained: Pretrained) -> None:
+    if pretrained is not False:
         raise ValueError(
             "There are no pretrained weights of the backbone 'small'. Name one of timm, such as "
             "resnet50 or efficientnet_lite0, or train from random weights."

@@ -8,7 +8,6 @@ says where its pools found their maxima; and :class:`PyramidBackbone`, a feature
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from maskx.core.checks import check_choice
 from maskx.core.layers import msra_fill
-from maskx.core.pretrained import load_part
+from maskx.core.pretrained import Pretrained, load_part
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -244,8 +243,8 @@ class VGG16(Backbone):
         output_stride: stride of ``conv5_3`` in image pixels. 16: four 2x2 pools. 8: the form of
             DeepLab-LargeFOV, the fourth pool is 3x3 with stride 1 and conv5 has dilation 2.
         frozen_stages: 0: none; 1: what comes before ``conv1_2``; 2: that, too; 6: all.
-        pretrained: start from ImageNet weights of timm's hub, those of torchvision.
-        weights: a file to start from instead, safetensors or a state dict.
+        pretrained: True: start from ImageNet weights of timm's hub, those of torchvision. Or a
+            file to start from, safetensors or a state dict.
     """
 
     def __init__(
@@ -253,8 +252,7 @@ class VGG16(Backbone):
         *,
         output_stride: int = 16,
         frozen_stages: int = 0,
-        pretrained: bool = False,
-        weights: str | Path | None = None,
+        pretrained: Pretrained = False,
     ) -> None:
         super().__init__()
         check_choice("output_stride of VGG16", output_stride, (8, 16))
@@ -277,7 +275,7 @@ class VGG16(Backbone):
                 self.layer_aliases[f"conv{stage}_{number}"] = f"features.{len(self.features) - 1}"
                 in_channels = channels
             self.feature_shapes[f"conv{stage}_{len(widths)}"] = FeatureShape(in_channels, stride)
-        state = load_part("vgg16", "features.", weights=weights, pretrained=pretrained)
+        state = load_part("vgg16", "features.", pretrained)
         if state is not None:
             self.load_state_dict(state)
         self._freeze(frozen_stages, [self.layer_aliases[name] for name in self.feature_shapes])

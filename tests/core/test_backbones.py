@@ -165,7 +165,7 @@ def test_vgg16_starts_from_weights(monkeypatch, tmp_path, torchvision_vgg16, way
     state = {**vgg_state(torchvision_vgg16), "classifier.0.weight": torch.zeros(1)}
     if way == "file":
         torch.save(state, tmp_path / "vgg.pth")
-        options = {"weights": tmp_path / "vgg.pth"}
+        options = {"pretrained": tmp_path / "vgg.pth"}
     else:
         options = {"pretrained": True}
         served = nn.Module()
@@ -320,7 +320,7 @@ def test_a_name_makes_a_pyramid_of_undilated_maps():
 def test_what_a_name_cannot_make_is_refused():
     with pytest.raises(ValueError, match=r"no backbone 'vgg'\. Allowed: 'small', 'vgg16', and"):
         build_backbone("vgg")
-    for options in ({"pretrained": True}, {"weights": "weights.pth"}):
+    for options in ({"pretrained": True}, {"pretrained": "weights.pth"}):
         with pytest.raises(ValueError, match=r"no pretrained weights of the backbone 'small'"):
             build_backbone("small", **options)
     backbone = SmallResNet()

@@ -126,7 +126,7 @@ def train_detector(
         split=split,
         settings={
             "backbone": options.backbone,
-            "frozen_norm": options.pretrained,
+            "frozen_norm": options.pretrained is not False,
             "image_size": choose_image_size(options),
             "mask_branch": MASK_BRANCHES[name],
         },
