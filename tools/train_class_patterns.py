@@ -22,11 +22,11 @@ Examples:
 import argparse
 from pathlib import Path
 
+from maskx.core.command_line import ended_in_one_line
 from maskx.detectron2 import check_num_gpus  # says what is missing
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
 
 # isort: split
-from maskx.detectron2.stagewise import exit_with_message
 from maskx.systems.class_patterns.detectron2.chain import TagChain, format_results
 
 
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run all steps; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    with exit_with_message("the same command with --resume goes on where it stopped"):
+    with ended_in_one_line("the same command with --resume goes on where it stopped"):
         run(arguments)
 
 

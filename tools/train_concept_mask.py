@@ -25,10 +25,11 @@ Examples:
 import argparse
 from pathlib import Path
 
+from maskx.core.command_line import ended_in_one_line
 from maskx.detectron2 import check_num_gpus  # says what is missing
 
 # isort: split
-from maskx.detectron2.stagewise import exit_with_message, run_stages
+from maskx.detectron2.stagewise import run_stages
 from maskx.systems.concept_mask.detectron2.model import check_concept_stages, concept_stages
 
 
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Run the stages; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    with exit_with_message("the same command with --resume goes on from the last checkpoint"):
+    with ended_in_one_line("the same command with --resume goes on from the last checkpoint"):
         run(arguments)
 
 

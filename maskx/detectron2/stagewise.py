@@ -8,7 +8,6 @@ import argparse
 import functools
 import itertools
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ __all__ = [
     "check_chain",
     "check_stages",
     "config_values",
-    "exit_with_message",
     "run_stage",
     "run_stages",
     "stage_is_finished",
@@ -273,21 +271,6 @@ def run_stages(
             report(f"{stage.output}: finished before, not run again")
         else:
             run_stage(stage, num_gpus=num_gpus, resume=resume)
-
-
-@contextmanager
-def exit_with_message(goes_on: str) -> Iterator[None]:
-    """Let user errors inside end a command-line tool with their message, without a traceback.
-
-    Args:
-        goes_on: what to say of an interrupted run, such as "the same command goes on".
-    """
-    try:
-        yield
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted; {goes_on}")
 
 
 def _train(stage: Stage) -> None:

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-import maskx.systems  # noqa: F401 - registers them
+import maskx.systems
 from maskx.data.prepare.ccp import prepare_ccp
 from maskx.data.scenes.generator import STUFF_CATEGORIES, generate_scenes, scene_categories
 from maskx.engine import quickstart
@@ -46,6 +46,11 @@ def test_generated_data_to_metrics_and_picture(tiny):
     assert written["num_images"] == {"masks": 12, "image labels": 12}
     steps = {"start", "baseline", "larvseg", "evaluation", "picture"}
     assert set(written["step_seconds"]) == steps
+    predictor = maskx.open_run(tiny["output"], device="cpu")
+    found = predictor(next((tiny["output"] / "scenes" / "val").rglob("*.png")))
+    assert found.label_map.shape == (64, 64)
+    assert set(found.names) <= set(names + stuff)
+    assert (found.label_map > 0).all()
     picture = cv2.imread(str(tiny["output"] / "predictions.png"))
     assert picture.shape[1] == 5 * 256
     text = "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import Any
 from maskx.data.splits import resolve_split
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import load_data
+from maskx.engine.runs import origin_of
 from maskx.engine.training import select_device
 from maskx.systems.larvseg.evaluation import evaluate_larvseg
 from maskx.systems.larvseg.pipeline import LarvSegChain, LarvSegMethod, LarvSegSettings
@@ -78,7 +79,8 @@ class _SeedRuns:
             self.settings,
             output=self.folder / name,
             resume=True,
-            identity={"annotation file": self.train_data.json_file.name},
+            split=split,
+            started_from={"annotations": origin_of(self.train_data.json_file, self.folder / name)},
             device=self.device,
         )
 

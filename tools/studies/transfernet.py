@@ -13,6 +13,7 @@ from typing import Any
 from maskx.data.splits import resolve_split
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import load_data
+from maskx.engine.runs import origin_of
 from maskx.engine.training import select_device
 from maskx.systems.transfernet.evaluation import evaluate_transfer
 from maskx.systems.transfernet.pipeline import TransferChain, TransferMethod, TransferSettings
@@ -76,7 +77,7 @@ class _SeedRuns:
             _transfer_settings(options, seed),
             output=self.folder,
             resume=True,
-            identity={"annotation file": train_data.json_file.name},
+            started_from={"annotations": origin_of(train_data.json_file, self.folder / "run")},
             device=select_device(options.device),
         )
 

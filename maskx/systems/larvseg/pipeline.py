@@ -25,6 +25,7 @@ from maskx.core.sample_models import Sample
 from maskx.data.coco import CocoData
 from maskx.data.image_samples import read_image_sample
 from maskx.data.things_and_stuff import has_pixels
+from maskx.engine.runs import Origin, Run, link_run, origin_of
 from maskx.engine.training import CHECKPOINT_NAME, load_weights, read_checkpoint
 from maskx.engine.training_chain import TrainingChain
 from maskx.evaluation.figures import (
@@ -175,7 +176,8 @@ class LarvSegChain(TrainingChain):
         settings: what to do.
         output: folder of the checkpoints.
         resume: go on from the checkpoints that are there.
-        identity: what else the run is defined by, see :func:`maskx.engine.training.train`.
+        split: base classes have masks.
+        started_from: see :class:`maskx.engine.runs.Run`.
         device: where to compute.
 
     Attributes:
@@ -189,12 +191,12 @@ class LarvSegChain(TrainingChain):
         *,
         output: Path,
         resume: bool = False,
-        identity: Mapping[str, Any] | None = None,
+        split: CategorySplit | None = None,
+        started_from: Mapping[str, Origin] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.sets = sets
-        identity = dict(identity or {}) | {
-            "classes": list(sets.class_names),
+        made_with = {
             "data sets": [
                 [each.name, each.supervision, each.ratio, each.image_size, len(each.records)]
                 for each in sets.data_sets
@@ -202,7 +204,15 @@ class LarvSegChain(TrainingChain):
             "scored": {name: list(indices) for name, indices in sets.scored.items()},
             **{name.replace("_", " "): getattr(settings, name) for name in _IDENTITY},
         }
-        super().__init__(settings, output=output, resume=resume, identity=identity, device=device)
+        run = Run(
+            system="larvseg",
+            host="pip",
+            class_names=sets.class_names,
+            split=split,
+            settings=made_with,
+            started_from=started_from or {},
+        )
+        super().__init__(settings, output=output, resume=resume, run=run, device=device)
 
     @functools.cached_property
     def backbone(self) -> nn.Module:
@@ -256,9 +266,16 @@ class LarvSegChain(TrainingChain):
     def train_method(self, method: LarvSegMethod) -> LarvSegModel:
         """Train a method from the shared backbone."""
         model = self.new_model(method)
-        identity = {"method": method.name, "start": network_hash(self.backbone)}
-        batches, iterations = self._batches(self.sets), self.settings.iterations
-        self._train(model, method.name, batches, identity, iterations=iterations, rate=_RATE)
+        self._train(
+            model,
+            method.name,
+            self._batches(self.sets),
+            {},
+            model_settings={"model": self._architecture(method)},
+            started_from={"start": network_hash(self.backbone)},
+            iterations=self.settings.iterations,
+            rate=_RATE,
+        )
         return model
 
     def _batches(self, sets: JointSets) -> functools.partial:
@@ -405,12 +422,14 @@ def learn_larvseg(
         f"classes, {num_images['image labels']} with image labels of "
         f"{len(sets.scored['image labels'])} classes, {len(novel)} of them novel"
     )
+    link_run(output, methods[-1].name)
     chain = LarvSegChain(
         sets,
         settings,
         output=output,
         resume=resume,
-        identity={"annotation file": train_data.json_file.name, "split": list(split.with_masks)},
+        split=split,
+        started_from={"annotations": origin_of(train_data.json_file, output / "run")},
         device=device,
     )
     metrics: dict[str, Any] = {"mIoU": {}, "IoU": {}}

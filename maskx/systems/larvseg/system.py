@@ -7,9 +7,10 @@ from typing import Any
 from maskx.data.splits import resolve_split
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
+from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
 from maskx.engine.training import select_device
-from maskx.systems.larvseg.pipeline import LarvSegSettings, learn_larvseg
+from maskx.systems.larvseg.pipeline import LarvSegSettings, learn_larvseg, open_larvseg
 
 SCENES = {"attentive_weight": 10.0}
 """Settings for generated scenes: the paper's weight is for 320,000 steps, not a few hundred."""
@@ -75,5 +76,7 @@ SYSTEM = System(
     name="larvseg",
     title="LarvSeg",
     pipeline=quickstart_larvseg,
+    open=lambda run, device: open_larvseg(run.folder, device),
+    prediction=label_map_prediction,
     options=frozenset(["masks_for"]),
 )

@@ -7,7 +7,7 @@ target images tags; see :mod:`maskx.systems.transfernet.transfer_sets`.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from maskx.core.sample_models import SampleClassifier
 from maskx.data.coco import CocoData
 from maskx.data.dense_crf import check_crf
 from maskx.engine.batches import RecordMapper, training_batches
+from maskx.engine.runs import Origin, Run, link_run, origin_of
+from maskx.engine.training import load_weights
 from maskx.engine.training_chain import TrainingChain
 from maskx.supervision import CategorySplit, Supervision
 from maskx.systems.transfernet.evaluation import draw_transfer, evaluate_transfer, format_transfer
@@ -50,8 +52,8 @@ __all__ = [
 ]
 
 # What a checkpoint belongs to, beside what the training loop keeps itself.
-_IDENTITY = ("backbone", "pretrained", "image_size", "in_feature", "attention", "num_factors")
-_IDENTITY += ("hidden_channels", "use_target_masks")
+_MODEL_SETTINGS = ("backbone", "pretrained", "image_size", "in_feature", "attention", "num_factors")
+_MODEL_SETTINGS += ("hidden_channels", "use_target_masks")
 
 # Feature map that masks are learned from; of others the last.
 _MASK_FEATURES = {"small": "layer3"}
@@ -168,7 +170,7 @@ class TransferChain(TrainingChain):
         settings: what to do.
         output: folder of the checkpoints.
         resume: go on from the checkpoints that are there.
-        identity: what else the run is defined by, see :func:`maskx.engine.training.train`.
+        started_from: see :class:`maskx.engine.runs.Run`.
         device: where to compute.
 
     Attributes:
@@ -186,17 +188,23 @@ class TransferChain(TrainingChain):
         *,
         output: Path,
         resume: bool = False,
-        identity: Mapping[str, Any] | None = None,
+        started_from: Mapping[str, Origin] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.sets, self.split = sets, split
-        identity = dict(identity or {}) | {
-            "source categories": list(split.with_masks),
-            "source images": len(sets.source),
-            "target images": len(sets.target),
-            **{name.replace("_", " "): getattr(settings, name) for name in _IDENTITY},
-        }
-        super().__init__(settings, output=output, resume=resume, identity=identity, device=device)
+        run = Run(
+            system="transfernet",
+            host="pip",
+            class_names=split.class_names,
+            split=split,
+            settings={
+                "source images": len(sets.source),
+                "target images": len(sets.target),
+                "model": {name: getattr(settings, name) for name in _MODEL_SETTINGS},
+            },
+            started_from=started_from or {},
+        )
+        super().__init__(settings, output=output, resume=resume, run=run, device=device)
         with torch.device("meta"):  # what does not fit is refused before anything is trained
             build_transfer_model(replace(settings, pretrained=False), split, TransferMethod())
 
@@ -238,7 +246,9 @@ class TransferChain(TrainingChain):
             model,
             "attention",
             self._batches(self.sets.source, self._mapper(masks=False)),
-            {"encoder": self._encoder_hash},
+            {},
+            model_settings={"method": asdict(TransferMethod()), "stage": "attention"},
+            started_from={"encoder": self._encoder_hash},
             iterations=self.settings.attention_iterations,
             rate=_RATE,
         )
@@ -252,20 +262,28 @@ class TransferChain(TrainingChain):
         """
         settings = self.settings
         source = source_subset(self.sets.source, method.source_fraction, settings.seed)
-        identity = {"encoder": self._encoder_hash, "method": method.name}
         if method.method == "transfernet":
             model = self.build(method)
             model.load_state_dict(self.attention.state_dict())
-            identity |= {"first stage": network_hash(self.attention.network)}
-            batches = self._batches(source, self._mapper())
-            iterations = settings.joint_iterations
-            self._train(model, method.name, batches, identity, iterations=iterations, rate=_RATE)
+            self._train(
+                model,
+                method.name,
+                self._batches(source, self._mapper()),
+                {},
+                model_settings={"method": asdict(method), "stage": "joint"},
+                started_from={
+                    "encoder": self._encoder_hash,
+                    "first stage": network_hash(self.attention.network),
+                },
+                iterations=settings.joint_iterations,
+                rate=_RATE,
+            )
             return model
         return self._train_baseline(method, source)
 
     def _train_baseline(self, method: TransferMethod, source: Sequence[Record]) -> TransferNetModel:
         settings = self.settings
-        identity = {"classifier": self._encoder_hash, "method": method.name}
+        start = {"classifier": self._encoder_hash}
         # All of the network is new but for an encoder with weights of ImageNet.
         encoder_factor = _CLASSIFIER_RATES["imagenet"] / _RATE if settings.pretrained else 1.0
         steps_of_source = settings.attention_iterations + settings.joint_iterations
@@ -277,12 +295,14 @@ class TransferChain(TrainingChain):
             model = self.build(method, stage)
             if first is not None:
                 model.load_state_dict(first.state_dict())
-                identity |= {"first stage": network_hash(first.network)}
+                start |= {"first stage": network_hash(first.network)}
             self._train(
                 model,
                 f"{method.name}_source" if stage == "source" else method.name,
                 functools.partial(training_batches, records, mapper=self._mapper()),
-                identity,
+                {},
+                model_settings={"method": asdict(method), "stage": stage},
+                started_from=start,
                 iterations=iterations,
                 rate=_RATE,
                 lr_multipliers={"network.encoder.": encoder_factor},
@@ -313,6 +333,8 @@ def build_transfer_model(
     split: CategorySplit,
     method: TransferMethod,
     stage: str = "joint",
+    *,
+    initial: bool = True,
 ) -> TransferNetModel:
     """Make a model before any training.
 
@@ -322,12 +344,13 @@ def build_transfer_model(
         split: A the source, B the target categories.
         method: how masks are learned.
         stage: see :func:`maskx.systems.transfernet.model.build_network`.
+        initial: with ImageNet weights, where it is to have them; not where others are loaded.
 
     Raises:
         ValueError: backbone, feature map, attention and image size do not fit each other.
     """
     is_baseline = method.method != "transfernet"
-    encoder = _backbone(settings, pretrained=settings.pretrained and is_baseline)
+    encoder = _backbone(settings, pretrained=settings.pretrained and is_baseline and initial)
     wanted = settings.in_feature or _MASK_FEATURES.get(settings.backbone)
     in_feature, shape = choose_feature(encoder, wanted)
     # What comes after it is not computed.
@@ -358,6 +381,26 @@ def build_transfer_model(
         size=settings.image_size,
         class_names=split.class_names,
     )
+
+
+def open_transfer_model(run: Run, device: torch.device | str) -> TransferNetModel:
+    """Open a model that :class:`TransferChain` trained, with its classifier.
+
+    Raises:
+        FileNotFoundError: its weights are not there.
+        ValueError: the run is that of the classifier alone, or the weights are damaged.
+    """
+    if "method" not in run.settings:
+        raise ValueError(
+            f"The run in '{run.folder}' is the classifier of TransferNet, which predicts no masks. "
+            "Give the folder of the quick start, or that of a method in it."
+        )
+    method = TransferMethod(**run.settings["method"])
+    settings = TransferSettings(**run.settings["model"])
+    stage = run.settings["stage"]
+    model = build_transfer_model(settings, run.split, method, stage, initial=False)
+    load_weights(model, run.weights_file)
+    return model.to(device)
 
 
 def _build_classifier(
@@ -433,13 +476,14 @@ def learn_to_transfer(
         f"{len(sets.source)} source images, {with_masks} with masks, {len(sets.target)} target "
         f"images with tags, {sets.num_unlabelled} without a label left out"
     )
+    link_run(output, TransferMethod().name)
     chain = TransferChain(
         sets,
         split,
         settings,
         output=output,
         resume=resume,
-        identity={"annotation file": train_data.json_file.name},
+        started_from={"annotations": origin_of(train_data.json_file, output / "run")},
         device=device,
     )
     records, names = val_data.records, split.class_names

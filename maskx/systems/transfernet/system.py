@@ -9,10 +9,15 @@ from maskx.data.coco import CocoData, load_coco
 from maskx.data.splits import resolve_split
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
+from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
 from maskx.engine.training import select_device
 from maskx.supervision import CategorySplit
-from maskx.systems.transfernet.pipeline import TransferSettings, learn_to_transfer
+from maskx.systems.transfernet.pipeline import (
+    TransferSettings,
+    learn_to_transfer,
+    open_transfer_model,
+)
 from maskx.systems.transfernet.transfer_sets import (
     labelled_records,
     labels_in_union,
@@ -99,5 +104,7 @@ SYSTEM = System(
     name="transfernet",
     title="TransferNet",
     pipeline=_pipeline,
+    open=open_transfer_model,
+    prediction=label_map_prediction,
     options=frozenset(["compare", "masks_for", "crf", "target_train"]),
 )

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-import maskx.systems  # noqa: F401 - registers them
+import maskx.systems
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import label_map_of_instances, write_label_map
 from maskx.data.scenes.generator import generate_scenes, scene_categories
@@ -51,6 +51,10 @@ def test_generated_data_to_metrics_and_picture(tiny):
     assert "6 source categories with masks, 6 target categories with tags" in text
     assert "| TransferNet, true labels |" in text
     assert "| BaselineNet, predicted labels |" in text
+    predictor = maskx.open_run(tiny["output"], device="cpu")
+    found = predictor(next((tiny["output"] / "scenes" / "val").rglob("*.png")))
+    assert found.label_map.shape == (64, 64)
+    assert set(found.names) <= set(names)
 
 
 def test_a_resumed_run_ends_with_the_same_numbers(tiny):
