@@ -19,18 +19,13 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import torch
-from benchmarks import concept_mask as concept_benchmark
-from benchmarks.class_patterns import discovery_cases
-from benchmarks.large_vocabulary import inference_cases, training_cases
-from benchmarks.mask_head import head_cases, mlp_cases, predictor_cases, trunk_cases
-from benchmarks.measure import Case, describe_machine, format_table, measure
-from benchmarks.photographs import photograph_rows
-from benchmarks.tag_vectors import measure_learning, write_generated_tags
+from typing import TYPE_CHECKING
 
 from maskx.core.command_line import ended_in_one_line
-from maskx.core.files import write_json
+
+if TYPE_CHECKING:  # a help text waits for none of these
+    import torch
+    from benchmarks.measure import Case
 
 CONFIG = Path(__file__).parents[1] / "configs" / "MaskX" / "Base-MaskX-RCNN-FPN.yaml"
 MASK_HEAD_SECTIONS = ("predictor", "head", "mlp", "trunk", "model")
@@ -39,9 +34,11 @@ CONCEPT_MASK_SECTIONS = ("training", "attention", "prediction")
 
 
 def mask_head_tables(
-    arguments: argparse.Namespace, device: torch.device
-) -> Iterator[tuple[str, Callable[[], list[Case]]]]:
+    arguments: argparse.Namespace, device: "torch.device"
+) -> "Iterator[tuple[str, Callable[[], list[Case]]]]":
     """Yield the title of each table and what makes its cases, which take memory."""
+    from benchmarks.mask_head import head_cases, mlp_cases, predictor_cases, trunk_cases
+
     sections = arguments.section or MASK_HEAD_SECTIONS
     rois, classes = {"num_rois": arguments.rois, "device": device}, arguments.classes
     if "predictor" in sections:
@@ -70,9 +67,11 @@ def mask_head_tables(
 
 
 def class_patterns_tables(
-    arguments: argparse.Namespace, device: torch.device
-) -> Iterator[tuple[str, Callable[[], Iterator[Case]]]]:
+    arguments: argparse.Namespace, device: "torch.device"
+) -> "Iterator[tuple[str, Callable[[], Iterator[Case]]]]":
     """Yield the title of the table and what makes its cases."""
+    from benchmarks.class_patterns import discovery_cases
+
     depth, size, images = arguments.depth, arguments.image_size, arguments.images
     sizes = {"depth": depth, "image_size": size, "num_images": images}
     title = f"moments of all blocks of C4, ResNet-{depth}, {images} images of {size} pixels"
@@ -80,9 +79,11 @@ def class_patterns_tables(
 
 
 def large_vocabulary_tables(
-    arguments: argparse.Namespace, device: torch.device
-) -> Iterator[tuple[str, Callable[[], Iterator[Case]]]]:
+    arguments: argparse.Namespace, device: "torch.device"
+) -> "Iterator[tuple[str, Callable[[], Iterator[Case]]]]":
     """Yield the title of each table and what makes its cases, which take memory."""
+    from benchmarks.large_vocabulary import inference_cases, training_cases
+
     sections = arguments.section or LARGE_VOCABULARY_SECTIONS
     classes, size, images = arguments.classes, arguments.image_size, arguments.images
     sizes = {"num_classes": classes, "channels": arguments.channels, "image_size": size}
@@ -95,9 +96,11 @@ def large_vocabulary_tables(
 
 
 def concept_mask_tables(
-    arguments: argparse.Namespace, device: torch.device
-) -> Iterator[tuple[str, Callable[[], Iterator[Case]]]]:
+    arguments: argparse.Namespace, device: "torch.device"
+) -> "Iterator[tuple[str, Callable[[], Iterator[Case]]]]":
     """Yield the title of each table and what makes its cases, which take memory."""
+    from benchmarks import concept_mask as concept_benchmark
+
     sections = arguments.section or CONCEPT_MASK_SECTIONS
     size, concepts = arguments.image_size, arguments.concepts
     options = {"vocabularies": arguments.vocabularies, "image_size": size, "device": device}
@@ -188,6 +191,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def run_photograph(arguments: argparse.Namespace) -> None:
     """Measure processes of their own, on every host that is installed."""
+    import torch
+    from benchmarks.measure import describe_machine, format_table
+    from benchmarks.photographs import photograph_rows
+
+    from maskx.core.files import write_json
+
     hosts = ("pip", "detectron2") if importlib.util.find_spec("detectron2") else ("pip",)
     machine = describe_machine(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
@@ -209,6 +218,12 @@ def run_photograph(arguments: argparse.Namespace) -> None:
 
 def run_word_vectors(arguments: argparse.Namespace) -> None:
     """Learn word vectors once: minutes, so nothing is repeated."""
+    import torch
+    from benchmarks.measure import describe_machine
+    from benchmarks.tag_vectors import measure_learning, write_generated_tags
+
+    from maskx.core.files import write_json
+
     machine = describe_machine(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
     sizes = {"num_images": arguments.images, "num_words": arguments.words}
@@ -229,6 +244,9 @@ def run_word_vectors(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print and write the tables of a system."""
+    import torch
+    from benchmarks.measure import describe_machine, format_table, measure
+
     name, has_gpu = arguments.device, torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
         raise ValueError("--device cuda: PyTorch finds no GPU here. Allowed: auto, cpu.")

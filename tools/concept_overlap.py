@@ -9,20 +9,9 @@ Examples:
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
-import numpy as np
-
-from maskx.core.word_table import load_word_table
-from maskx.data.coco import load_coco
-from maskx.systems.concept_mask.concept_sets import concept_sets, read_concept_split
-from maskx.systems.concept_mask.overlap import (
-    concept_overlap,
-    merge_overlaps,
-    negative_weights,
-    save_overlap,
-)
+from maskx.core.command_line import ended_in_one_line
 
 _NUM_EXAMPLES = 5
 
@@ -48,7 +37,19 @@ def main() -> None:
     """Write the file; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with ended_in_one_line():
+        import numpy as np
+
+        from maskx.core.word_table import load_word_table
+        from maskx.data.coco import load_coco
+        from maskx.systems.concept_mask.concept_sets import concept_sets, read_concept_split
+        from maskx.systems.concept_mask.overlap import (
+            concept_overlap,
+            merge_overlaps,
+            negative_weights,
+            save_overlap,
+        )
+
         names = (
             None if arguments.word_table is None else load_word_table(arguments.word_table).names
         )
@@ -60,8 +61,6 @@ def main() -> None:
             overlaps.append(concept_overlap(records, len(split.vocabulary), progress=True))
         overlap = merge_overlaps(overlaps)
         save_overlap(arguments.output, overlap, split.vocabulary)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
     ratios = overlap.ratios()
     print(
         f"Wrote {arguments.output}: {len(ratios)} ordered pairs of concepts in one image, "

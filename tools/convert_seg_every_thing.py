@@ -22,15 +22,12 @@ convolutions of the ResNet. The last two are Detectron2's defaults.
 import argparse
 import shlex
 from pathlib import Path
-
-from converters.caffe2_weights import (
-    Caffe2Architecture,
-    ConvertedWeights,
-    convert_caffe2_file,
-    save_detectron2_checkpoint,
-)
+from typing import TYPE_CHECKING
 
 from maskx.core.command_line import ended_in_one_line
+
+if TYPE_CHECKING:  # a help text waits for none of these
+    from converters.caffe2_weights import Caffe2Architecture, ConvertedWeights
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def config_options(found: Caffe2Architecture) -> list[str]:
+def config_options(found: "Caffe2Architecture") -> list[str]:
     """Options that make configs/MaskX/Base-MaskX-RCNN-FPN.yaml the model of the weights."""
     options = {
         "MODEL.PIXEL_MEAN": "[102.9801,115.9465,122.7717]",  # Detectron's; Detectron2's differs
@@ -72,7 +69,7 @@ def config_options(found: Caffe2Architecture) -> list[str]:
     return [str(part) for option in options.items() for part in option]
 
 
-def report(converted: ConvertedWeights, target: Path) -> str:
+def report(converted: "ConvertedWeights", target: Path) -> str:
     """Say what was found, what became of every blob, and which options belong to it."""
     found = converted.architecture
     lines = [
@@ -102,6 +99,8 @@ def main() -> None:
     """Convert; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
     with ended_in_one_line():
+        from converters.caffe2_weights import convert_caffe2_file, save_detectron2_checkpoint
+
         converted = convert_caffe2_file(arguments.source, allow_unknown=arguments.allow_unknown)
         save_detectron2_checkpoint(converted, arguments.target)
     print(report(converted, arguments.target))

@@ -14,12 +14,9 @@ Examples:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from maskx.engine.training import select_device
-from maskx.systems.class_patterns.pipeline import open_tagged_images
-from maskx.systems.class_patterns.steps import PATTERNS_NAME, discover
+from maskx.core.command_line import ended_in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--coco", nargs=2, metavar=("JSON", "IMAGES"), help="images for --model")
     add("--weights", help="for --config-file")
     add("--opts", nargs="*", default=[], help="for --config-file: KEY VALUE ... of the config")
-    add("--output", type=Path, required=True, help=f"folder for {PATTERNS_NAME}")
+    add("--output", type=Path, required=True, help="folder for the file of patterns")
     add("--layers", nargs="+", default=["C41", "C42", "C43"], help="default: %(default)s")
     add("--max-images-per-class", type=int, default=800, help="default: %(default)s")
     add("--seed", type=int, default=0, help="of the choice of images")
@@ -67,7 +64,11 @@ def _read_shard(text: str) -> tuple[int, int]:
 def main() -> None:
     """Write the patterns; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with ended_in_one_line("the same command goes on from the last checkpoint"):
+        from maskx.engine.training import select_device
+        from maskx.systems.class_patterns.pipeline import open_tagged_images
+        from maskx.systems.class_patterns.steps import discover
+
         if arguments.model:
             device = select_device(arguments.device)
             source, records, class_names = open_tagged_images(
@@ -83,10 +84,6 @@ def main() -> None:
         names += ("workers", "shard", "merge")
         chosen = {name: getattr(arguments, name) for name in names}
         discover(source, records, class_names, arguments.layers, **chosen)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ Examples:
 """
 
 import argparse
-import sys
 from typing import Any
 
-from maskx.engine.training import select_device
-from maskx.systems.concept_mask.pipeline import fit_run
+from maskx.core.command_line import ended_in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,6 +41,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def fit(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fit the model of either host."""
+    from maskx.engine.training import select_device
+    from maskx.systems.concept_mask.pipeline import fit_run
+
     data, strict = (arguments.json, arguments.images), not arguments.skip_bad
     device = select_device(arguments.device)
     if arguments.run is not None:
@@ -57,10 +58,8 @@ def fit(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Fit and say what was found; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with ended_in_one_line():
         fitted = fit(arguments)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"error: {error}")
     for name, value in fitted.items():
         shown = f"{value:.4g}" if isinstance(value, float) else value
         print(f"{name.replace('_', ' ')}: {'not fitted' if value is None else shown}")

@@ -7,15 +7,9 @@ Examples:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from maskx.core.word_table import load_word_table
-from maskx.systems.concept_mask.tag_vectors import (
-    format_neighbours,
-    format_spectrum,
-    plot_spectrum,
-)
+from maskx.core.command_line import ended_in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,7 +28,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Print what is known; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with ended_in_one_line():
+        from maskx.core.word_table import load_word_table
+        from maskx.systems.concept_mask.tag_vectors import (
+            format_neighbours,
+            format_spectrum,
+            plot_spectrum,
+        )
+
         table = load_word_table(arguments.table)
         print(f"{len(table)} words, vectors of length {table.dim}, from: {table.source}\n")
         print(format_spectrum(table))
@@ -43,8 +44,6 @@ def main() -> None:
         if arguments.plot:
             arguments.plot.parent.mkdir(parents=True, exist_ok=True)
             plot_spectrum(arguments.plot, table)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -15,19 +15,14 @@ Examples:
 
 import argparse
 import logging
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+from maskx.core.command_line import ended_in_one_line
 
-from maskx.core.files import written_text, written_whole
-from maskx.core.word_table import WordTable, load_word_table, save_word_table, word_table_from_file
-from maskx.data.tag_lists import TagList, read_tag_list, read_vocabulary
-from maskx.systems.concept_mask.tag_vectors import (
-    fold_in_words,
-    format_spectrum,
-    learn_word_vectors,
-)
+if TYPE_CHECKING:  # a help text waits for none of these
+    from maskx.core.word_table import WordTable
+    from maskx.data.tag_lists import TagList
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,8 +63,12 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def make_table(arguments: argparse.Namespace) -> WordTable:
+def make_table(arguments: argparse.Namespace) -> "WordTable":
     """Learn or convert."""
+    from maskx.core.word_table import word_table_from_file
+    from maskx.data.tag_lists import read_vocabulary
+    from maskx.systems.concept_mask.tag_vectors import learn_word_vectors
+
     words = read_vocabulary(arguments.vocabulary) if arguments.vocabulary else None
     tags = read_tags(arguments, words) if arguments.tags else None
     if arguments.vectors:
@@ -83,8 +82,10 @@ def make_table(arguments: argparse.Namespace) -> WordTable:
     )
 
 
-def read_tags(arguments: argparse.Namespace, words: tuple[str, ...] | None) -> TagList:
+def read_tags(arguments: argparse.Namespace, words: tuple[str, ...] | None) -> "TagList":
     """Read the tag list as the options say."""
+    from maskx.data.tag_lists import read_tag_list
+
     return read_tag_list(
         arguments.tags,
         vocabulary=words,
@@ -95,6 +96,12 @@ def read_tags(arguments: argparse.Namespace, words: tuple[str, ...] | None) -> T
 
 def fold_in(arguments: argparse.Namespace) -> None:
     """Write the vectors of new words, and the words beside them."""
+    import numpy as np
+
+    from maskx.core.files import written_text, written_whole
+    from maskx.core.word_table import load_word_table
+    from maskx.systems.concept_mask.tag_vectors import fold_in_words
+
     tags = read_tags(arguments, None)
     folded = fold_in_words(load_word_table(arguments.table), tags, arguments.fold_in)
     with written_whole(arguments.output) as scratch:
@@ -112,14 +119,15 @@ def main() -> None:
     """Write the table; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with ended_in_one_line():
+        from maskx.core.word_table import save_word_table
+        from maskx.systems.concept_mask.tag_vectors import format_spectrum
+
         if arguments.fold_in:
             fold_in(arguments)
             return
         table = make_table(arguments)
         save_word_table(arguments.output, table)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
     print(format_spectrum(table))
     print(f"Wrote {arguments.output}: {len(table)} words, vectors of length {table.dim}")
 

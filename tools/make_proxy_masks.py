@@ -14,16 +14,9 @@ Examples:
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-from maskx.core.digests import network_hash
-from maskx.data.dense_crf import check_crf
-from maskx.engine.training import select_device
-from maskx.systems.class_patterns.patterns import load_patterns
-from maskx.systems.class_patterns.pipeline import open_tagged_images
-from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
-from maskx.systems.class_patterns.steps import make_masks, project
+from maskx.core.command_line import ended_in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,7 +52,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Write the masks; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with ended_in_one_line("the same command goes on with the images that are left"):
+        from maskx.core.digests import network_hash
+        from maskx.data.dense_crf import check_crf
+        from maskx.engine.training import select_device
+        from maskx.systems.class_patterns.patterns import load_patterns
+        from maskx.systems.class_patterns.pipeline import open_tagged_images
+        from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
+        from maskx.systems.class_patterns.steps import make_masks, project
+
         settings = ProxyMaskSettings(
             threshold=arguments.threshold, resolve=arguments.resolve, crf=arguments.crf
         )
@@ -95,10 +96,6 @@ def main() -> None:
             workers=arguments.workers,
         )
         print(f"Wrote {', '.join(str(of_layer.json_file) for of_layer in made.values())}")
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on with the images that are left")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,11 @@ Examples:
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from maskx.engine.training import select_device
-from maskx.systems.concept_mask.predictor import segment_files
-from maskx.systems.concept_mask.query import read_unseen_words
-from maskx.systems.concept_mask.system import open_predictor
+from maskx.core.command_line import ended_in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,6 +39,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_predictor(arguments: argparse.Namespace) -> Callable[..., dict[str, Any]]:
     """Open the model of either host, to be called with an RGB image and names."""
+    from maskx.engine.training import select_device
+    from maskx.systems.concept_mask.query import read_unseen_words
+    from maskx.systems.concept_mask.system import open_predictor
+
     device = select_device(arguments.device)
     words = arguments.unseen_words
     if arguments.run is not None:
@@ -64,11 +64,11 @@ def make_predictor(arguments: argparse.Namespace) -> Callable[..., dict[str, Any
 def main() -> None:
     """Find concepts and list them; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
-    try:
+    with ended_in_one_line():
+        from maskx.systems.concept_mask.predictor import segment_files
+
         predictor = make_predictor(arguments)
         results = segment_files(predictor, arguments.images, arguments.output, arguments.concepts)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"error: {error}")
     print("| image | concept | existence | exists | share of the image | borrowed |")
     print("|---|---|---|---|---|---|")
     for image, found in results.items():

@@ -23,11 +23,6 @@ import argparse
 from pathlib import Path
 
 from maskx.core.command_line import ended_in_one_line
-from maskx.detectron2 import check_num_gpus  # says what is missing
-from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
-
-# isort: split
-from maskx.systems.class_patterns.detectron2.chain import TagChain, format_results
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,6 +55,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check everything, then run what is not finished."""
+    from maskx.detectron2 import check_num_gpus  # says what is missing
+    from maskx.systems.class_patterns.detectron2.chain import TagChain, format_results
+    from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
+
     check_num_gpus(arguments.num_gpus)
     masks = ProxyMaskSettings(
         threshold=arguments.threshold, resolve=arguments.resolve, crf=arguments.crf

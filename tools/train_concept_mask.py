@@ -26,11 +26,6 @@ import argparse
 from pathlib import Path
 
 from maskx.core.command_line import ended_in_one_line
-from maskx.detectron2 import check_num_gpus  # says what is missing
-
-# isort: split
-from maskx.detectron2.stagewise import run_stages
-from maskx.systems.concept_mask.detectron2.model import check_concept_stages, concept_stages
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,6 +57,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> None:
     """Check everything, then run what is not finished."""
+    from maskx.detectron2 import check_num_gpus  # says what is missing
+    from maskx.detectron2.stagewise import run_stages
+    from maskx.systems.concept_mask.detectron2.model import check_concept_stages, concept_stages
+
     check_num_gpus(arguments.num_gpus)
     stages = concept_stages(
         arguments.stage1 or arguments.stage1_weights,
