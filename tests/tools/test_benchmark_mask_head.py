@@ -67,6 +67,7 @@ def test_counted_operations_are_those_that_pytorch_counts(form):
         channels=C,
         mask_size=M,
         input_channels=5 * D,
+        num_distinct=len(predictor_inputs()[1].unique()),
     )
     assert count_operations(lambda: predictor(*predictor_inputs())) == counted["operations"]
 
@@ -148,7 +149,9 @@ def test_every_trunk_is_measured_against_that_of_mask_rcnn():
 
 def test_a_step_leaves_no_gradients_behind(monkeypatch):
     made = []
-    monkeypatch.setattr("benchmarks.measure.num_parameters", lambda model: made.append(model) or 0)
+    monkeypatch.setattr(
+        "benchmarks.mask_head.num_parameters", lambda model: made.append(model) or 0
+    )
     cases = predictor_cases(num_rois=2, classes=[3], device=CPU, backward=True)
     next(cases).step()
     assert all(parameter.grad is None for parameter in made[0].parameters())

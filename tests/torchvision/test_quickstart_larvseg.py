@@ -139,7 +139,7 @@ def test_validation_images_without_masks_are_refused(tmp_path, tiny):
     ("options", "words"),
     [
         ({"device": "gpu"}, "Device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
-        ({"backbone": "resnet5"}, r"backbone must be one of small, .*got 'resnet5'"),
+        ({"backbone": "resnet5"}, "no backbone 'resnet5'.*resnet50"),
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
         ({"masks_for": "coco_voc"}, "names 'person', which is not among the 12"),
         ({"threshold": "zero"}, "threshold has no meaning for the system larvseg"),

@@ -58,6 +58,7 @@ def count_predictor(
     channels: int = _CHANNELS,
     mask_size: int = _MASK_SIZE,
     input_channels: int = 5 * _DETECTOR_CHANNELS,
+    num_distinct: int | None = None,
 ) -> dict[str, int]:
     """Count what a forward pass of the mask predictor costs.
 
@@ -65,7 +66,7 @@ def count_predictor(
 
         logits, K-channel   2 * R * K * M^2 * C operations    4 * R * K * M^2 bytes
         logits, gathered    2 * R * M^2 * C                   4 * R * M^2
-        T of N classes      2 * N * (E * C + C^2)             N = K, gathered N = R
+        T of N classes      2 * N * (E * C + C^2)             N = K, gathered N <= R
 
     K-channel weights that are learned, as in Mask R-CNN, need no T. Both forms read the features
     once, 4 * R * C * M^2 bytes: beside those, the gathered form adds 1 / C to the bytes, the
@@ -84,12 +85,15 @@ def count_predictor(
         channels: C.
         mask_size: M.
         input_channels: E.
+        num_distinct: different classes of the RoIs, for which alone the gathered form needs T;
+            None for as many as there are RoIs, which is the most.
 
     Returns:
         ``operations`` and ``logit_bytes``.
     """
     logits = num_rois * mask_size**2 * (1 if gathered else num_classes)
-    transferred = (num_rois if gathered else num_classes) if transfer else 0
+    num_distinct = num_rois if num_distinct is None else num_distinct
+    transferred = (num_distinct if gathered else num_classes) if transfer else 0
     products = logits * channels + transferred * (input_channels + channels) * channels
     return {"operations": 2 * products, "logit_bytes": 4 * logits}
 

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import maskx.systems  # noqa: F401 - registers them
 from maskx.engine.system import find_system
 from maskx.evaluation.plots import check_matplotlib
 from studies.options import StudyOptions

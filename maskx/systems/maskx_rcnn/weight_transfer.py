@@ -150,6 +150,8 @@ class WeightTransfer(nn.Module):
             class_indices: (R,) foreground class indices in [0, K).
             detector: live weights of the box predictor; not used by fixed vectors.
         """
+        if class_indices.is_meta:  # shapes alone, without values that could be alike
+            return self.layers(self.class_inputs(class_indices, detector))
         classes, row_of_roi = torch.unique(class_indices, return_inverse=True)
         return self.layers(self.class_inputs(classes, detector))[row_of_roi]
 

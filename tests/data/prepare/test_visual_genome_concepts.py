@@ -115,7 +115,8 @@ def test_the_sense_with_most_boxes_takes_the_word():
 def test_files_that_do_not_fit_are_named(tmp_path):
     def write(split, categories):
         path = tmp_path / f"instances_vg3k_{split}.json"
-        content = {"images": [], "annotations": [], "categories": categories}
+        image = {"id": 1, "file_name": "1.jpg", "height": 4, "width": 4}
+        content = {"images": [image], "annotations": [], "categories": categories}
         path.write_text(json.dumps(content))
 
     with pytest.raises(FileNotFoundError, match=r"train\.json: .*prepare.py visual_genome first"):

@@ -94,7 +94,7 @@ def test_own_data_with_masks_for_named_categories(tmp_path, tiny, caplog):
     with pytest.raises(ValueError, match="'all' leaves no target category: all 8 have masks"):
         run(tiny, **files, masks_for="all")
     (tmp_path / "source.txt").write_text("\n".join(names[1::2]))
-    with pytest.raises(ValueError, match="source categories"):
+    with pytest.raises(ValueError, match="has other categories with masks"):
         run(tiny, **files, masks_for=str(tmp_path / "source.txt"), resume=True)
 
 

@@ -52,7 +52,9 @@ def test_all_methods_share_encoder_and_first_stage_of_a_seed(tiny, trained):
     lines = []
     rows = run_study(StudyOptions(**tiny), lines.append)
     assert [row["setting"] for row in rows] == list(METHODS)
-    assert trained == ["classifier", "attention", *METHODS]
+    with_source = {"baseline", "decoupled"}  # which train on the source first
+    expected = [n for m in METHODS for n in (f"{m}_source", m) if n == m or m in with_source]
+    assert trained == ["classifier", "attention", *expected]
     groups = {f"{group}{suffix}" for group in ("target", "source", "all") for suffix in ("", "_gt")}
     for row in rows:
         assert row.keys() - {"setting", "attention_entropy"} == groups
@@ -63,7 +65,7 @@ def test_all_methods_share_encoder_and_first_stage_of_a_seed(tiny, trained):
 
     (tiny["output"] / "seed_0" / "baseline" / "result.json").unlink()
     assert run_study(StudyOptions(**tiny), lines.append) == rows
-    assert trained[-2:] == ["classifier", "baseline"]
+    assert trained[len(expected) + 2 :] == ["classifier", "baseline_source", "baseline"]
 
 
 def test_the_settings_are_what_their_names_say(tiny, monkeypatch):
@@ -93,7 +95,7 @@ def test_the_settings_are_what_their_names_say(tiny, monkeypatch):
 
     assert moved("transfernet")
     assert not moved("transfernet_frozen_attention")
-    assert [weights[n]["run"]["iterations"] for n in ("attention", "transfernet")] == [1, 2]
+    assert [weights[n]["iteration"] for n in ("attention", "transfernet")] == [1, 2]
 
 
 def test_measures_with_true_labels_are_told_apart(tiny, monkeypatch):

@@ -1,1 +1,3 @@
-"""Detectron2."""
+"""The part of the system that plugs into Detectron2."""
+
+import maskx.detectron2  # noqa: F401 - the host first: it imports the parts of all systems
