@@ -201,7 +201,7 @@ HERE, PIPELINE = (
         ((), "Trainer.before_step", 1, False),  # nothing to lose
         ((), "Trainer.before_step", 2, True),
         ((), "Trainer.test", 1, True),
-        (MASKS, "ImageMapper.read_image", 3, True),
+        (MASKS, "ImageMapper.read_image", 3, False),  # images are read before any is written
         (MASKS, f"{PIPELINE}.write_projections", 3, True),
         (MASKS, "maskx.systems.class_patterns.proxy_masks.write_label_map", 3, True),
         (MASKS, f"{PIPELINE}.write_proxy_json", 1, True),
