@@ -57,6 +57,9 @@ def mask_head_tables(
         if not arguments.section and importlib.util.find_spec("detectron2") is None:
             print("The section 'model' is left out: it needs Detectron2.\n")
             return
+        import maskx.detectron2  # noqa: F401 - says what is missing
+
+        # isort: split
         from benchmarks.whole_model import benchmark_cfg, model_cases
 
         size = arguments.image_size
