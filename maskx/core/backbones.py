@@ -7,7 +7,7 @@ says where its pools found their maxima; and :class:`PyramidBackbone`, a feature
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ __all__ = [
     "PyramidBackbone",
     "SmallFPN",
     "SmallResNet",
+    "check_feature",
+    "named_feature",
 ]
 
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -420,3 +422,47 @@ def _end_of(order: list[str], path: str) -> int:
     """Position after the last module inside that of this path."""
     inside = [i for i, each in enumerate(order) if not path or f"{each}.".startswith(f"{path}.")]
     return inside[-1] + 1
+
+
+def named_feature(features: Mapping[str, Tensor], name: str, backbone: nn.Module) -> Tensor:
+    """Return the feature map of that name.
+
+    Args:
+        features: what the backbone returned.
+        name: of the feature map.
+        backbone: named in the error.
+
+    Raises:
+        ValueError: the backbone returned no such feature map.
+    """
+    if name not in features:
+        raise ValueError(
+            f"{type(backbone).__name__} has no feature {name!r}. Allowed: {', '.join(features)}."
+        )
+    return features[name]
+
+
+def check_feature(backbone: nn.Module, name: str, channels: int) -> None:
+    """Check that a backbone has a feature map of so many channels, as far as it says.
+
+    Args:
+        backbone: with ``feature_shapes``, as those of maskx have; any other is not checked.
+        name: of the feature map.
+        channels: of it.
+
+    Raises:
+        ValueError: it has no such feature map, or one of other channels.
+    """
+    shapes = getattr(backbone, "feature_shapes", None)
+    if shapes is None:
+        return
+    if name not in shapes:
+        raise ValueError(
+            f"in_feature must be a feature of {type(backbone).__name__}, one of "
+            f"{', '.join(shapes)}; got {name!r}."
+        )
+    if shapes[name].channels != channels:
+        raise ValueError(
+            f"in_channels must be the channels of {name!r}, {shapes[name].channels}; got "
+            f"{channels}."
+        )

@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from maskx.core.feature_maps import check_feature
+from maskx.core.backbones import check_feature
 
 
 class ImageClassifier(nn.Module):

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from maskx.data.images import is_broken
+
 if TYPE_CHECKING:
     from maskx.data.coco_structure import Report
 
-__all__ = ["find_images", "is_broken", "problem_of"]
+__all__ = ["find_images"]
 
 _NUM_THREADS = 16  # they wait for the disk
-_TAIL = 4096  # bytes in which the end of an image must be
 
 
 def find_images(
@@ -86,27 +87,6 @@ def find_images(
                 f"{records[0]['file_name']}, {is_broken(records[0]['file_name'])}. Restore them."
             )
     return [record for record in records if id(record) not in gone]
-
-
-def is_broken(path: str | os.PathLike[str]) -> str:
-    """Say what is wrong with an image file, by its first and last bytes; nothing if it is whole."""
-    with open(path, "rb") as file:
-        head = file.read(16)
-        file.seek(max(0, os.path.getsize(path) - _TAIL))
-        return problem_of(head, file.read())
-
-
-def problem_of(head: bytes, tail: bytes) -> str:
-    """As `is_broken`, of the first 16 and the last 4096 bytes."""
-    if not head:
-        return "is empty"
-    if head.startswith(b"\xff\xd8"):
-        return "" if b"\xff\xd9" in tail else "is a JPEG file that is cut off"
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "" if b"IEND" in tail else "is a PNG file that is cut off"
-    if re.match(rb"\s*(<!doctype|<html|<\?xml|\{)", head, re.IGNORECASE):
-        return "is a page of text, as from a failed download, and no image"
-    return ""
 
 
 def _refuse_missing(

@@ -1,21 +1,33 @@
-"""The one reader of image files, on both hosts."""
+"""The one reader of image files, on both hosts, and the samples of whole-image models."""
 
 import io
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from maskx.data.image_files import problem_of
+from maskx.core.images import warp_image, warp_label_map
+from maskx.data.label_maps import semantic_label_map
 
-__all__ = ["MAX_PIXELS", "read_image", "read_record_image", "read_rgb"]
+__all__ = [
+    "MAX_PIXELS",
+    "ImageMapper",
+    "read_image",
+    "read_image_sample",
+    "read_record_image",
+    "read_rgb",
+]
 
 MAX_PIXELS = 2**28
 """Pixels of an image at most, 268 million: a small file may hold billions, all alike."""
 
+_TAIL = 4096  # bytes in which the end of an image must be
 _MAX_RATIO = 200  # of the sides; a thinner image has no pixel left at the size of a network
 
 
@@ -95,6 +107,27 @@ def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
     return np.ascontiguousarray(read_image(path, None, None, None)[:, :, ::-1])
 
 
+def is_broken(path: str | os.PathLike[str]) -> str:
+    """Say what is wrong with an image file, by its first and last bytes; nothing if it is whole."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+        file.seek(max(0, os.path.getsize(path) - _TAIL))
+        return problem_of(head, file.read())
+
+
+def problem_of(head: bytes, tail: bytes) -> str:
+    """As `is_broken`, of the first 16 and the last 4096 bytes."""
+    if not head:
+        return "is empty"
+    if head.startswith(b"\xff\xd8"):
+        return "" if b"\xff\xd9" in tail else "is a JPEG file that is cut off"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "" if b"IEND" in tail else "is a PNG file that is cut off"
+    if re.match(rb"\s*(<!doctype|<html|<\?xml|\{)", head, re.IGNORECASE):
+        return "is a page of text, as from a failed download, and no image"
+    return ""
+
+
 def _check_before_decoding(
     content: np.ndarray, height: int | None, width: int | None, where: str
 ) -> None:
@@ -132,3 +165,122 @@ def _other_size(
         f"{said_height}. Correct width and height in the annotation file, or restore the original "
         "image."
     )
+
+
+ReadLabelMap = Callable[[Mapping[str, Any]], np.ndarray]
+
+
+def read_image_sample(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the image of a record for inference.
+
+    Returns:
+        ``image``: (3, H, W) uint8 RGB; ``height``, ``width`` in pixels; ``image_id``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no readable image, or its size is not the record's.
+    """
+    height, width = record["height"], record["width"]
+    image = read_image(record["file_name"], height, width, record["image_id"])
+    pixels = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))
+    return {
+        "image": torch.from_numpy(pixels),
+        "height": height,
+        "width": width,
+        "image_id": record["image_id"],
+    }
+
+
+class ImageMapper:
+    """Reads the image of a record, its image labels and, if asked for, its label map.
+
+    Args:
+        num_classes: number of classes K, without the background.
+        size: training images and their label maps are warped to squares of this side in pixels, so
+            that they make a batch; None leaves them as they are.
+        flip: mirror half of the training samples.
+        label_maps: give training samples ``sem_seg``, their label map. Without it no mask and no
+            label map is opened or decoded, so nothing of them can reach a loss: that is learning
+            from tags.
+        read_label_map: maps a record to its (H, W) label map, in place of
+            :func:`maskx.data.label_maps.semantic_label_map`.
+
+    Raises:
+        ValueError: the size is below 1.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        size: int | None,
+        flip: bool = True,
+        label_maps: bool,
+        read_label_map: ReadLabelMap | None = None,
+    ) -> None:
+        if size is not None and size < 1:
+            raise ValueError(f"size must be at least 1 pixel, or None, got {size}.")
+        self.num_classes = num_classes
+        self.size = size
+        self.flip = flip
+        self.label_maps = label_maps
+        self.read_label_map = read_label_map
+
+    def read_image(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Read the image of a record for inference; it is never warped.
+
+        Returns:
+            ``image``: (3, H, W) uint8 RGB; ``height``, ``width`` of the file in pixels;
+            ``image_id``; ``image_labels``: the class indices known to be present, perhaps none.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no readable image, its size is not the record's, or an image
+                label is no class index.
+        """
+        image_labels = list(record.get("image_labels", ()))
+        unknown = [label for label in image_labels if not 0 <= label < self.num_classes]
+        if unknown:
+            raise ValueError(
+                f"Image {record['image_id']!r} has the image labels {unknown}. Allowed: class "
+                f"indices 0 to {self.num_classes - 1}. Is it a record of another class list?"
+            )
+        return read_image_sample(record) | {"image_labels": image_labels}
+
+    def __call__(
+        self, record: Mapping[str, Any], random_state: np.random.RandomState
+    ) -> dict[str, Any]:
+        """Make a training sample.
+
+        Returns:
+            What :meth:`read_image` returns, with ``image`` warped to (3, ``size``, ``size``), and
+            with ``sem_seg``, the label map, of the same size, int64, if label maps are asked for.
+
+        Raises:
+            FileNotFoundError: the image or its label map is missing.
+            ValueError: one of them does not fit the record.
+        """
+        sample = self.read_image(record)
+        if self.label_maps:
+            sample["sem_seg"] = self._label_map(record)
+        if self.size is not None:
+            sample["image"] = warp_image(sample["image"], self.size)
+            if self.label_maps:
+                sample["sem_seg"] = warp_label_map(sample["sem_seg"], self.size)
+        if self.flip and random_state.randint(2):
+            for key in sample.keys() & {"image", "sem_seg"}:
+                sample[key] = sample[key].flip(-1)
+        return sample
+
+    def _label_map(self, record: Mapping[str, Any]) -> Tensor:
+        if self.read_label_map is None:
+            label_map = semantic_label_map(record, self.num_classes)
+        else:
+            label_map = self.read_label_map(record)
+        if label_map.shape != (record["height"], record["width"]):
+            raise ValueError(
+                f"The label map of image {record['image_id']!r} has shape {label_map.shape}, its "
+                f"image has height {record['height']} and width {record['width']}. They must be "
+                "equal."
+            )
+        return torch.from_numpy(label_map.astype(np.int64))

@@ -23,15 +23,22 @@ from PIL import Image
 
 from maskx.core.files import written_whole
 from maskx.data.masks import decode_segmentation
+from maskx.supervision import Supervision
 
 __all__ = [
+    "NUM_THINGS",
     "aligned_labels",
+    "has_pixels",
     "ignore_label",
     "label_map_of_instances",
     "read_label_map",
     "semantic_label_map",
+    "things_and_stuff_label_map",
     "write_label_map",
 ]
+
+NUM_THINGS = "num_things"
+"""Key of a record whose classes are things, then stuff: how many are things."""
 
 _IGNORE_8_BIT, _IGNORE_16_BIT = 255, 65535
 _GREY, _PALETTE = 0, 3  # colour types of PNG
@@ -266,6 +273,39 @@ def semantic_label_map(record: Mapping[str, Any], num_classes: int) -> np.ndarra
         num_classes=num_classes,
         image_id=record["image_id"],
     )
+
+
+def has_pixels(record: Mapping[str, Any]) -> bool:
+    """Whether a record has masks, a label map or stuff."""
+    return record.get("supervision") == Supervision.MASK.value or NUM_THINGS in record
+
+
+def things_and_stuff_label_map(record: Mapping[str, Any], num_classes: int) -> np.ndarray:
+    """Read or draw the label map of a record, with its stuff where the record says that it has any.
+
+    Args:
+        record: of :func:`maskx.data.things_and_stuff.things_and_stuff` or
+            :func:`maskx.data.coco.load_coco`.
+        num_classes: of the record's class list.
+
+    Returns:
+        (H, W), as of :func:`semantic_label_map`. A pixel of neither a thing
+        whose mask is known nor stuff is unknown.
+    """
+    if NUM_THINGS not in record:
+        return semantic_label_map(record, num_classes)
+    num_things = record[NUM_THINGS]
+    stuff = read_label_map(
+        *(record["sem_seg_file_name"], record["height"], record["width"]),
+        num_classes=num_classes - num_things,
+        image_id=record["image_id"],
+    )
+    label_map = label_map_of_instances(record, num_classes)
+    is_stuff = (stuff > 0) & (stuff != ignore_label(num_classes - num_things))
+    label_map[is_stuff] = stuff[is_stuff].astype(label_map.dtype) + num_things
+    # Nothing is background here, also where an image has no stuff.
+    label_map[label_map == 0] = ignore_label(num_classes)
+    return label_map
 
 
 class _OtherSizeError(ValueError):

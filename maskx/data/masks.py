@@ -1,7 +1,18 @@
-"""Instance masks between their forms: COCO polygons, run lengths, arrays."""
+"""Instance masks: COCO polygons, run lengths, arrays; decoded small, pasted one at a time.
 
+Shape legend:
+    R: number of masks; M: resolution of a mask in its box; (H, W): size of the image.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
 import numpy as np
+import torch
 from pycocotools import mask as mask_api
+from torch import Tensor
 
 
 def decode_segmentation(segmentation: list | dict, height: int, width: int) -> np.ndarray:
@@ -34,3 +45,142 @@ def encode_masks(masks: np.ndarray) -> list[dict]:
         return []
     encoded = mask_api.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
     return [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in encoded]
+
+
+# Pixels of a box that are computed at a time.
+_CHUNK = 2**20
+
+
+def decode_at_size(
+    segmentation: list | dict, height: int, width: int, size: tuple[int, int]
+) -> np.ndarray:
+    """Rasterise a COCO segmentation of an image that is used at another size.
+
+    Polygons are drawn at that size. Run lengths are decoded and resized; a pixel is on where at
+    least half of its area is.
+
+    Args:
+        segmentation: polygons, or a compressed run-length encoding, in pixels of the image.
+        height: of the image.
+        width: of the image.
+        size: (H, W) of the result.
+
+    Returns:
+        (H, W) bool.
+    """
+    if size == (height, width):
+        return decode_segmentation(segmentation, height, width)
+    if isinstance(segmentation, list):
+        scale = np.array([size[1] / width, size[0] / height])
+        scaled = [
+            (np.reshape(polygon, (-1, 2)) * scale).ravel().tolist() for polygon in segmentation
+        ]
+        return decode_segmentation(scaled, *size)
+    mask = decode_segmentation(segmentation, height, width).astype(np.uint8) * np.uint8(255)
+    return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_AREA) >= 128
+
+
+class PastedMasks:
+    """The masks of detections in an image, each of which is pasted when it is asked for.
+
+    A sequence of (H, W) bool tensors, which takes the memory of R small masks. Indexed by a slice
+    or a tensor it gives another sequence. ``tensor``, ``numpy()`` and ``np.asarray`` make all of
+    them, as (R, H, W). It can be a field of Detectron2's ``Instances``.
+
+    Args:
+        mask_prob: (R, M, M) probabilities.
+        boxes: (R, 4) XYXY pixels of the image.
+        size: (H, W) of the image.
+        threshold: a pixel is on from this probability.
+    """
+
+    dtype = torch.bool
+
+    def __init__(
+        self, mask_prob: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5
+    ) -> None:
+        self.mask_prob = mask_prob
+        self.boxes = boxes
+        self.size = size
+        self.threshold = threshold
+
+    def __len__(self) -> int:
+        return len(self.mask_prob)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self._paste(index) for index in range(len(self)))
+
+    def __getitem__(self, item: Any) -> "Tensor | PastedMasks":
+        if isinstance(item, int):
+            return self._paste(item)
+        return PastedMasks(self.mask_prob[item], self.boxes[item], self.size, self.threshold)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.numpy() if dtype is None else self.numpy().astype(dtype)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(R, H, W)."""
+        return (len(self), *self.size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the masks are made."""
+        return self.mask_prob.device
+
+    @property
+    def tensor(self) -> Tensor:
+        """All masks, (R, H, W) bool."""
+        masks = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
+        for index, mask in enumerate(masks):
+            self._paste(index, mask)
+        return masks
+
+    def to(self, device: torch.device | str) -> "PastedMasks":
+        """Move to a device."""
+        return PastedMasks(
+            self.mask_prob.to(device), self.boxes.to(device), self.size, self.threshold
+        )
+
+    def cpu(self) -> "PastedMasks":
+        """Move to main memory."""
+        return self.to("cpu")
+
+    def numpy(self) -> np.ndarray:
+        """All masks, (R, H, W) bool."""
+        return self.tensor.cpu().numpy()
+
+    def encode(self) -> list[dict]:
+        """Encode the masks as compressed run lengths; see `encode_masks`."""
+        return [encode_masks(mask[None].cpu().numpy())[0] for mask in self]
+
+    def _paste(self, index: int, mask: Tensor | None = None) -> Tensor:
+        """Resample one mask in its box. Bilinear, so it is a product along either axis."""
+        if mask is None:
+            mask = torch.zeros(self.size, dtype=torch.bool, device=self.device)
+        prob, box = self.mask_prob[index].float(), self.boxes[index].tolist()
+        x0, columns = _resampling(box[0], box[2], self.size[1], prob)
+        y0, rows = _resampling(box[1], box[3], self.size[0], prob)
+        x1, step = x0 + len(columns), max(1, _CHUNK // max(1, len(columns)))
+        of_columns = prob @ columns.T
+        for start in range(0, len(rows), step):
+            pasted = rows[start : start + step] @ of_columns
+            top = y0 + start
+            mask[top : top + len(pasted), x0:x1] = pasted >= self.threshold
+        return mask
+
+
+def _resampling(low: float, high: float, size: int, prob: Tensor) -> tuple[int, Tensor]:
+    """Weights of the M values of a mask for each pixel near its box, along one axis.
+
+    The centre of a pixel is at half its index more, and beyond its outer centres a mask fades to
+    zero, as in Detectron2.
+
+    Returns:
+        The first of the pixels, and (pixels, M).
+    """
+    start, stop = max(0, math.floor(low) - 1), min(size, math.ceil(high) + 1)
+    centres = torch.arange(start, max(start, stop), device=prob.device) + 0.5
+    position = (centres - low) / (high - low) * len(prob) - 0.5
+    values = torch.arange(len(prob), device=prob.device)
+    return start, (1 - (position[:, None] - values).abs()).clamp(min=0)

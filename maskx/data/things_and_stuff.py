@@ -1,30 +1,13 @@
 """Label maps of files whose categories are things and whose ground is of classes too, stuff."""
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from maskx.data.coco import CocoData, read_coco_json
-from maskx.data.label_maps import (
-    ignore_label,
-    label_map_of_instances,
-    read_label_map,
-    semantic_label_map,
-)
-from maskx.supervision import Supervision
-
-__all__ = ["has_pixels", "things_and_stuff", "things_and_stuff_label_map"]
+from maskx.data.label_maps import NUM_THINGS
 
 Record = dict[str, Any]
 
-_NUM_THINGS = "num_things"  # of a record whose classes are things, then stuff
 _SHOWN = 8  # ids quoted in a message
-
-
-def has_pixels(record: Mapping[str, Any]) -> bool:
-    """Whether a record has masks, a label map or stuff."""
-    return record.get("supervision") == Supervision.MASK.value or _NUM_THINGS in record
 
 
 def things_and_stuff(data: CocoData) -> tuple[list[Record], tuple[str, ...]]:
@@ -36,7 +19,7 @@ def things_and_stuff(data: CocoData) -> tuple[list[Record], tuple[str, ...]]:
 
     Returns:
         Records with the classes of both in ``image_labels``, for
-        :func:`things_and_stuff_label_map`; and the names of things, then stuff.
+        :func:`maskx.data.label_maps.things_and_stuff_label_map`; the names of things, then stuff.
 
     Raises:
         ValueError: one of these is missing or does not fit.
@@ -61,32 +44,5 @@ def things_and_stuff(data: CocoData) -> tuple[list[Record], tuple[str, ...]]:
                 f"needs both, labels from 1 to {len(ids)}."
             )
         labels = [*record["image_labels"], *(num_things - 1 + label for label in sorted(found))]
-        records.append({**record, "image_labels": labels, _NUM_THINGS: num_things})
+        records.append({**record, "image_labels": labels, NUM_THINGS: num_things})
     return records, (*data.class_names, *(category["name"] for category in categories))
-
-
-def things_and_stuff_label_map(record: Mapping[str, Any], num_classes: int) -> np.ndarray:
-    """Read or draw the label map of a record, with its stuff if it is of :func:`things_and_stuff`.
-
-    Args:
-        record: of :func:`things_and_stuff`, or of :func:`maskx.data.coco.load_coco`.
-        num_classes: of the record's class list.
-
-    Returns:
-        (H, W), as of :func:`maskx.data.label_maps.semantic_label_map`. A pixel of neither a thing
-        whose mask is known nor stuff is unknown.
-    """
-    if _NUM_THINGS not in record:
-        return semantic_label_map(record, num_classes)
-    num_things = record[_NUM_THINGS]
-    stuff = read_label_map(
-        *(record["sem_seg_file_name"], record["height"], record["width"]),
-        num_classes=num_classes - num_things,
-        image_id=record["image_id"],
-    )
-    label_map = label_map_of_instances(record, num_classes)
-    is_stuff = (stuff > 0) & (stuff != ignore_label(num_classes - num_things))
-    label_map[is_stuff] = stuff[is_stuff].astype(label_map.dtype) + num_things
-    # Nothing is background here, also where an image has no stuff.
-    label_map[label_map == 0] = ignore_label(num_classes)
-    return label_map

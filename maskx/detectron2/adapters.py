@@ -13,7 +13,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
-from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_image_sample
 from maskx.detectron2.datasets import class_names_of, records_of, split_from_config
 from maskx.detectron2.hooks import Detectron2Hooks
 from maskx.engine.batches import (

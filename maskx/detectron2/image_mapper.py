@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.data.label_maps import ignore_label, semantic_label_map
 from maskx.detectron2.datasets import class_names_of, records_of, split_from_config
 from maskx.detectron2.hooks import hooks_of

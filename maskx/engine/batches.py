@@ -31,7 +31,7 @@ def training_batches(
 
     Args:
         records: images to learn from, at least one.
-        mapper: such as :class:`InstanceMapper` or :class:`maskx.data.image_samples.ImageMapper`.
+        mapper: such as :class:`InstanceMapper` or :class:`maskx.data.images.ImageMapper`.
         batch_size: images per iteration.
         seed: of the order and of what is random in a sample.
         start: first iteration.

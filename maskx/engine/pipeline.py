@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_image_sample
 from maskx.data.splits import resolve_split
 from maskx.engine.batches import training_batches
 from maskx.engine.options import QuickstartOptions, check_options

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from maskx.core.sample_models import SampleClassifier
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.data.label_maps import semantic_label_map
 from maskx.evaluation.mean_iou import MeanIoU
 

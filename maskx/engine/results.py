@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from maskx.data.label_maps import ignore_label
-from maskx.data.masks import decode_segmentation, encode_masks
-from maskx.data.sized_masks import PastedMasks
+from maskx.data.masks import PastedMasks, decode_segmentation, encode_masks
 from maskx.evaluation.figures import draw_instances, draw_label_map, save_png
 
 __all__ = ["Prediction", "instances_prediction", "label_map_prediction"]

@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as mask_api
 
 from maskx.data.coco import CocoData
-from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_image_sample
 from maskx.data.masks import decode_segmentation
 from maskx.evaluation.figures import contact_sheet, draw_instances, save_png
 from maskx.supervision import CategorySplit

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from maskx.data.coco import load_coco
-from maskx.data.label_maps import ignore_label, write_label_map
+from maskx.data.label_maps import ignore_label, things_and_stuff_label_map, write_label_map
 from maskx.data.scenes.generator import STUFF_CATEGORIES, generate_scenes
-from maskx.data.things_and_stuff import things_and_stuff, things_and_stuff_label_map
+from maskx.data.things_and_stuff import things_and_stuff
 
 
 @pytest.fixture(scope="module")

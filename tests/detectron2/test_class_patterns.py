@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 import maskx.systems.class_patterns.detectron2.chain
 from maskx.core.digests import network_hash, sha256_of
 from maskx.data.coco import load_coco
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.data.label_maps import read_label_map
 from maskx.data.scenes.generator import generate_scenes
 from maskx.detectron2 import Trainer, register_coco

@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from maskx.core.images import warp_image
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.data.label_maps import label_map_of_instances, write_label_map
 from maskx.detectron2 import Trainer, register_coco
 from maskx.detectron2.image_mapper import allowed_label_map, image_mapper, training_records

@@ -10,7 +10,7 @@ pytest.importorskip("detectron2")
 from detectron2.modeling import build_model
 
 from maskx.data.coco import load_coco
-from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_image_sample
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
 from maskx.detectron2 import MaskXLarvSeg, Trainer, get_cfg, register_coco

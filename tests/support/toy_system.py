@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from maskx.core.sample_models import SampleModel
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.data.label_maps import ignore_label, semantic_label_map
 from maskx.engine.pipeline import one_stage_system
 from maskx.engine.results import Prediction

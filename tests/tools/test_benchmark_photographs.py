@@ -4,7 +4,7 @@ from benchmarks.measure import peak_bytes
 from benchmarks.photographs import write_photograph
 
 from maskx.data.coco import load_coco
-from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_image_sample
 from maskx.systems.maskx_rcnn.samples import InstanceMapper, masks_of_boxes
 from maskx.torchvision import SampleDetector, maskx_rcnn
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-import maskx.data.image_samples
+import maskx.data.images
 import maskx.data.label_maps
 from maskx.core.images import warp_image
-from maskx.data.image_samples import ImageMapper, read_image_sample
+from maskx.data.images import ImageMapper, read_image_sample
 from maskx.data.label_maps import semantic_label_map, write_label_map
 from maskx.engine.batches import training_batches
 
@@ -46,7 +46,7 @@ def test_learning_from_tags_never_touches_a_mask(scenes, voc_like, monkeypatch):
     for module in (maskx.data.label_maps,):
         monkeypatch.setattr(module, "decode_segmentation", refuse)
     monkeypatch.setattr(maskx.data.label_maps, "read_label_map", refuse)
-    monkeypatch.setattr(maskx.data.image_samples, "semantic_label_map", refuse)
+    monkeypatch.setattr(maskx.data.images, "semantic_label_map", refuse)
     mapper = ImageMapper(K, size=32, label_maps=False, read_label_map=refuse)
     scene = copy.deepcopy(scenes.records[0])
     for annotation in scene["annotations"]:

@@ -107,7 +107,7 @@ def _run_pip(task: str, json_file: Path, size: int) -> None:
     import torch
 
     from maskx.data.coco import load_coco
-    from maskx.data.image_samples import read_image_sample
+    from maskx.data.images import read_image_sample
     from maskx.systems.maskx_rcnn.samples import InstanceMapper, masks_of_boxes
     from maskx.torchvision import SampleDetector, maskx_rcnn
 

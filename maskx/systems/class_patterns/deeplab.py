@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskx.core.feature_maps import named_feature
+from maskx.core.backbones import named_feature
 from maskx.core.layers import msra_fill
 
 

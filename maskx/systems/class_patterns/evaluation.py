@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_image_sample
 from maskx.data.label_maps import ignore_label, read_label_map, semantic_label_map
 from maskx.evaluation.figures import (
     contact_sheet,

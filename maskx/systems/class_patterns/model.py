@@ -19,7 +19,7 @@ from maskx.core.sample_models import (
     take_classifier_backbone,
 )
 from maskx.data import dense_crf
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.data.label_maps import ignore_label
 from maskx.systems.class_patterns.deeplab import DeepLab, multi_scale_scores, restrict_to_labels
 

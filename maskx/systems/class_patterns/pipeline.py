@@ -23,7 +23,7 @@ from maskx.core.sample_models import SampleClassifier
 from maskx.core.text import listed
 from maskx.data.coco import CocoData, load_coco
 from maskx.data.dense_crf import check_crf
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.engine.batches import training_batches
 from maskx.engine.prediction import evaluate_label_maps, predict_image_labels
 from maskx.engine.runs import Run, link_run, origin_of, read_run

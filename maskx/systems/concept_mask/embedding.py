@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskx.core.feature_maps import check_feature, named_feature
-from maskx.core.label_pairs import label_pairs
+from maskx.core.backbones import check_feature, named_feature
 from maskx.core.layers import msra_fill
+from maskx.core.losses import label_pairs
 
 
 class ConceptEmbedding(nn.Module):

@@ -14,8 +14,7 @@ import torch
 
 from maskx.core.images import warp_image
 from maskx.core.sample_models import Sample
-from maskx.data.image_samples import read_image_sample
-from maskx.data.images import read_rgb
+from maskx.data.images import read_image_sample, read_rgb
 from maskx.data.masks import decode_segmentation
 from maskx.systems.concept_mask.concept_sets import fully_masked
 

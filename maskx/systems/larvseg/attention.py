@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskx.core.label_pairs import LabelPairs
+from maskx.core.losses import LabelPairs
 
 # A class is in the background of a single-label image when the mean cosine of its 5 best tokens is
 # above this.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from maskx.core.extra_state import EXTRA_STATE
 from maskx.core.text import listed
-from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_image_sample
 from maskx.data.splits import resolve_split
 from maskx.detectron2.adapters import in_format, seed_of, test_loader
 from maskx.detectron2.datasets import class_names_of, records_of

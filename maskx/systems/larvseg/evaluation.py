@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from maskx.core.backbones import named_feature
 from maskx.core.checks import check_choice
-from maskx.core.feature_maps import named_feature
 from maskx.core.seeds import step_seed
-from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_image_sample
 from maskx.data.label_maps import ignore_label
 from maskx.evaluation.mean_iou import MeanIoU
 from maskx.systems.larvseg.model import LarvSegModel

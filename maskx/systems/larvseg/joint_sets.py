@@ -19,8 +19,7 @@ import numpy as np
 
 from maskx.core.seeds import step_seed
 from maskx.core.text import listed
-from maskx.data.label_maps import ignore_label
-from maskx.data.things_and_stuff import has_pixels, things_and_stuff_label_map
+from maskx.data.label_maps import has_pixels, ignore_label, things_and_stuff_label_map
 from maskx.supervision import Supervision
 from maskx.systems.larvseg.class_table import class_table, tied_classes
 

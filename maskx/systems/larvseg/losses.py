@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskx.core.checks import check_choice
-from maskx.core.label_pairs import LabelPairs
-from maskx.core.losses import pixel_loss
+from maskx.core.losses import LabelPairs, pixel_loss
 from maskx.systems.larvseg.classifier import LogitFactors
 
 POOLINGS = ("weighted", "normalised")

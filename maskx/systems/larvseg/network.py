@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from maskx.core.backbones import named_feature
 from maskx.core.checks import check_choice
-from maskx.core.feature_maps import named_feature
-from maskx.core.label_pairs import LabelPairs, label_pairs
+from maskx.core.losses import LabelPairs, label_pairs
 from maskx.systems.larvseg.attention import (
     MemoryBank,
     attention_maps,

@@ -20,11 +20,11 @@ from maskx.core.backbone_choice import build_backbone, choose_feature
 from maskx.core.checks import check_choice
 from maskx.core.digests import network_hash
 from maskx.core.image_classifier import ImageClassifier
-from maskx.core.label_pairs import label_pairs
+from maskx.core.losses import label_pairs
 from maskx.core.sample_models import Sample
 from maskx.data.coco import CocoData
-from maskx.data.image_samples import read_image_sample
-from maskx.data.things_and_stuff import has_pixels
+from maskx.data.images import read_image_sample
+from maskx.data.label_maps import has_pixels
 from maskx.engine.runs import Origin, Run, link_run, origin_of
 from maskx.engine.training import CHECKPOINT_NAME, load_weights, read_checkpoint
 from maskx.engine.training_chain import TrainingChain

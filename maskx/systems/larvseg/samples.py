@@ -12,9 +12,9 @@ from maskx.core.images import warp_image, warp_label_map
 from maskx.core.sample_models import Sample
 from maskx.core.text import listed
 from maskx.data.coco import CocoData
-from maskx.data.image_samples import read_image_sample
-from maskx.data.label_maps import ignore_label
-from maskx.data.things_and_stuff import things_and_stuff, things_and_stuff_label_map
+from maskx.data.images import read_image_sample
+from maskx.data.label_maps import ignore_label, things_and_stuff_label_map
+from maskx.data.things_and_stuff import things_and_stuff
 from maskx.engine.batches import RecordMapper
 from maskx.supervision import CategorySplit, Supervision
 from maskx.systems.larvseg.joint_sets import JointBatches, JointDataSet, JointSets, joint_sets

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from maskx.data.coco import CocoData
 from maskx.data.grabcut import grabcut_masks
-from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_image_sample
 from maskx.data.mask_claims import check_masks
 from maskx.data.masks import encode_masks
 from maskx.data.splits import resolve_split

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from maskx.core.images import scale_boxes, shrink_image
-from maskx.data.image_samples import read_image_sample
-from maskx.data.sized_masks import PastedMasks, decode_at_size
+from maskx.data.images import read_image_sample
+from maskx.data.masks import PastedMasks, decode_at_size
 
 
 class InstanceMapper:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from maskx.core.backbone_choice import build_pyramid
 from maskx.core.backbones import PyramidBackbone, SmallFPN
 from maskx.core.images import scale_boxes, shrink_image
-from maskx.data.image_samples import read_image_sample
-from maskx.data.sized_masks import PastedMasks
+from maskx.data.images import read_image_sample
+from maskx.data.masks import PastedMasks
 from maskx.engine.results import instances_prediction
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead, crop_mask_targets, mask_loss
 from maskx.systems.maskx_rcnn.samples import given_boxes
@@ -58,7 +58,7 @@ class SampleDetector(nn.Module):
             A dictionary of scalar losses, or per sample ``{"instances": {...}}`` with
             ``pred_boxes`` (R, 4) XYXY pixels, ``scores`` (R,), ``pred_classes`` (R,) class
             indices and ``pred_masks``, R masks of (height, width) in a
-            :class:`maskx.data.sized_masks.PastedMasks`. Given boxes have the score 1.
+            :class:`maskx.data.masks.PastedMasks`. Given boxes have the score 1.
         """
         device = next(self.parameters()).device
         # An image is shrunk before it becomes float: a photograph would take gigabytes.

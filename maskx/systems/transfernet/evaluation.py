@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from maskx.core.image_classifier import multi_hot
 from maskx.core.sample_models import Sample
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.evaluation.figures import (
     contact_sheet,
     draw_heat_map,

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskx.core.backbones import named_feature
 from maskx.core.checks import check_choice
-from maskx.core.feature_maps import named_feature
 from maskx.systems.transfernet.attention import (
     attended_features,
     attention_weights,

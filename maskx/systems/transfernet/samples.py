@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from maskx.core.sample_models import Sample
 from maskx.core.seeds import step_seed
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.engine.batches import MappedRecords, RecordMapper, SeededBatches
 from maskx.supervision import Supervision
 from maskx.systems.transfernet.transfer_sets import transfer_label_map, visible_labels
@@ -41,7 +41,7 @@ class TransferMapper:
         self.masks = masks
 
     def __call__(self, record: Record, random_state: np.random.RandomState) -> Sample:
-        """Make a training sample, as :class:`maskx.data.image_samples.ImageMapper` does.
+        """Make a training sample, as :class:`maskx.data.images.ImageMapper` does.
 
         Returns:
             With ``sem_seg`` where the record has masks; ``image_labels`` are then the labels of at

@@ -11,7 +11,7 @@ from maskx.core.backbones import SmallResNet
 from maskx.core.image_classifier import ImageClassifier
 from maskx.core.sample_models import SampleClassifier
 from maskx.data import dense_crf
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.data.label_maps import semantic_label_map
 from maskx.engine.batches import training_batches
 from maskx.engine.prediction import evaluate_label_maps, predict_image_labels

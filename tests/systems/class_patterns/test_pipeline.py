@@ -8,7 +8,7 @@ import torch
 
 import maskx.systems  # noqa: F401  registers them
 from maskx.data.coco import load_coco
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.data.scenes.generator import generate_scenes
 from maskx.engine.prediction import predict_image_labels
 from maskx.engine.predictor import open_run

@@ -9,7 +9,7 @@ from maskx.core.backbones import SmallResNet
 from maskx.core.image_classifier import ImageClassifier, LayerTaps
 from maskx.core.sample_models import SampleClassifier
 from maskx.data.coco import load_coco
-from maskx.data.image_samples import ImageMapper
+from maskx.data.images import ImageMapper
 from maskx.data.label_maps import read_label_map
 from maskx.data.scenes.generator import generate_scenes
 from maskx.systems.class_patterns.patterns import accumulate_moments, find_patterns

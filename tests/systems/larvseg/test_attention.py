@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskx.core.label_pairs import label_pairs
+from maskx.core.losses import label_pairs
 from maskx.systems.larvseg.attention import (
     MemoryBank,
     attention_maps,

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskx.data.coco import load_coco
-from maskx.data.label_maps import write_label_map
+from maskx.data.label_maps import things_and_stuff_label_map, write_label_map
 from maskx.data.scenes.generator import generate_scenes
-from maskx.data.things_and_stuff import things_and_stuff, things_and_stuff_label_map
+from maskx.data.things_and_stuff import things_and_stuff
 from maskx.systems.larvseg.joint_sets import JointBatches, JointDataSet, JointSchedule, joint_sets
 
 NAMES = ("cat", "dog", "wall", "tree")

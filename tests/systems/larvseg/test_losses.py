@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskx.core.label_pairs import label_pairs
+from maskx.core.losses import label_pairs
 from maskx.systems.larvseg.classifier import LogitFactors
 from maskx.systems.larvseg.losses import attentive_loss, image_level_loss, segmentation_loss
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from maskx.core.backbones import PyramidBackbone, SmallFPN, SmallResNet
-from maskx.core.label_pairs import label_pairs
+from maskx.core.losses import label_pairs
 from maskx.core.timm_backbones import TimmBackbone
 from maskx.systems.larvseg import network as larvseg
 from maskx.systems.larvseg.attention import attention_maps, pseudo_background, top_token_means

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from maskx.data.coco import load_coco
-from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_image_sample
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
 from maskx.engine.runs import read_run

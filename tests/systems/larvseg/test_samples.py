@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskx.data.coco import load_coco
-from maskx.data.label_maps import ignore_label, write_label_map
+from maskx.data.label_maps import ignore_label, things_and_stuff_label_map, write_label_map
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
-from maskx.data.things_and_stuff import things_and_stuff_label_map
 from maskx.systems.larvseg.joint_sets import JointDataSet, joint_sets
 from maskx.systems.larvseg.samples import (
     JointMapper,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maskx.core.seeds import step_seed
-from maskx.data.image_samples import read_image_sample
+from maskx.data.images import read_image_sample
 from maskx.data.mask_claims import check_masks
 from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.engine.batches import training_batches

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from maskx.core.images import resized_image, scale_boxes
 from maskx.data.grabcut import grabcut_masks
-from maskx.data.sized_masks import PastedMasks
+from maskx.data.masks import PastedMasks
 from maskx.systems.maskx_rcnn.samples import given_boxes
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
 class MaskXRCNN(GeneralizedRCNN):
     """Detectron2's ``GeneralizedRCNN``, whose masks are pasted one at a time, when asked for.
 
-    ``pred_masks`` of its results are :class:`maskx.data.sized_masks.PastedMasks`, so a photograph
+    ``pred_masks`` of its results are :class:`maskx.data.masks.PastedMasks`, so a photograph
     costs what its detections do, not its pixels times their number. Samples may have
     ``given_boxes``, see :func:`maskx.systems.maskx_rcnn.samples.given_boxes`.
 

@@ -3,7 +3,7 @@ import torch
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage
 
-from maskx.data.sized_masks import PastedMasks
+from maskx.data.masks import PastedMasks
 from maskx.detectron2 import MaskXRCNN, Trainer, register_coco
 from maskx.systems.maskx_rcnn.samples import masks_of_boxes
 

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskx.data.masks import decode_segmentation, encode_masks
-from maskx.data.sized_masks import PastedMasks, decode_at_size
+from maskx.data.masks import PastedMasks, decode_at_size, decode_segmentation, encode_masks
 
 SIZE = (50, 70)
 
