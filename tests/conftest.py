@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
+
+# The networks of the tests are tiny, and sums by several threads depend on their number.
+torch.set_num_threads(1)
 
 HAS_DETECTRON2 = importlib.util.find_spec("detectron2") is not None
 

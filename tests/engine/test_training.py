@@ -48,17 +48,18 @@ class Model(nn.Module):
         return {"loss_x": loss}
 
 
-def batches(start, stop, wrong=None):
+def batches(start, stop, wrong=None, pause=0.0):
     for step in range(start, stop):
+        time.sleep(pause)
         draw = torch.Generator().manual_seed(step)
         samples = [{"image": torch.randn(300, generator=draw)} for _ in range(2)]
         samples[1] |= {"file_name": f"{step}.jpg", "wrong": (wrong or {}).get(step, ())}
         yield samples
 
 
-def run_of(folder, resume=True, wrong=None, run=RUN, settings=SETTINGS):
+def run_of(folder, resume=True, wrong=None, run=RUN, settings=SETTINGS, pause=0.0):
     def make(start, stop):
-        return batches(start, stop, wrong)
+        return batches(start, stop, wrong, pause)
 
     model = Model()
     history = train(model, make, settings, output_dir=folder, run=run, resume=resume)
@@ -66,12 +67,15 @@ def run_of(folder, resume=True, wrong=None, run=RUN, settings=SETTINGS):
 
 
 def start_run(folder):
-    """Train in a process of its own, which shares what this one has imported."""
+    """Train in a process of its own, which shares what this one has imported.
+
+    Slowly, for 1.2 seconds or more, so that no machine is too fast to be stopped on the way.
+    """
     process = os.fork()
     if process == 0:
         try:
             torch.set_num_threads(1)
-            run_of(folder)
+            run_of(folder, pause=0.03)
         finally:
             os._exit(0)
     return process

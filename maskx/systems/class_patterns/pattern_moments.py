@@ -136,8 +136,10 @@ class PatternMoments:
         share = pixels.new_full((pixels.shape[1],), 1 / pixels.shape[1])
         rough = pixels @ share
         centred = pixels - rough[:, None]
-        # What the rounding of the first mean left is in the second.
-        mean = rough.double() + (centred @ share).double()
+        # What the rounding of the first mean left, some 1e-7 of it, differs between processors.
+        left = centred @ share
+        centred -= left[:, None]
+        mean = rough.double() + left.double()
         parts = None
         values = [mean]  # one value that is not finite makes the mean so too
         if activation_maps is not None:
