@@ -41,6 +41,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["maskx", "maskx.*"]),
     package_data={"maskx": ["py.typed", "data/vocabulary_files/*"]},
+    entry_points={"console_scripts": ["maskx = maskx.cli.main:main"]},
     python_requires=">=3.10",
     install_requires=REQUIRES,
     extras_require={

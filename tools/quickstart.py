@@ -13,106 +13,17 @@ Examples:
 """
 
 import argparse
-from pathlib import Path
 
-import maskx.systems  # noqa: F401 - registers them
-from maskx.core.command_line import ended_in_one_line
-from maskx.engine.options import QuickstartOptions
-from maskx.engine.system import find_system, system_names
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line; defaults are those of QuickstartOptions."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, default = parser.add_argument, QuickstartOptions
-    add("--system", choices=system_names(), default="maskx", help="default: maskx")
-    add("--output", type=Path, help="folder for results (default: output/quickstart-SYSTEM)")
-    add("--seed", type=int, default=default.seed, help="of scenes, initial weights, data order")
-    add("--iterations", type=int, help="training steps per model (default: see its page)")
-    add("--batch-size", type=int, help="images per step (default: see its page)")
-    add(
-        "--compare",
-        action="store_true",
-        help="maskx: class-agnostic masks and GrabCut as well; transfernet: DecoupledNet",
-    )
-    add("--resume", action="store_true", help="go on with an interrupted run")
-    add("--device", default=default.device, help="auto, cpu or cuda")
-    pair = {"nargs": 2, "metavar": ("JSON", "IMAGES")}
-    add("--coco-train", **pair, help="train on a COCO file instead of generated scenes")
-    add("--coco-val", **pair, help="evaluate on a COCO file")
-    add(
-        "--target-train",
-        **pair,
-        help="transfernet: file of the target, with tags; --coco-train is then the source",
-    )
-    add(
-        "--masks-for",
-        metavar="SPLIT",
-        help="categories with masks, a named split or a file (default: scenes_half; for COCO maskx "
-        "all, concept_mask coco_voc); not for class_patterns, nor for scenes of concept_mask",
-    )
-    add(
-        "--concept-split",
-        metavar="JSON",
-        help="concept_mask, for COCO: which concepts have boxes and which masks; all others, of "
-        "--tags too, have tags only",
-    )
-    add(
-        "--tags",
-        nargs=2,
-        metavar=("LIST", "IMAGES"),
-        help="concept_mask: tag list for --concept-split (default: the labels of --coco-train)",
-    )
-    add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
-    add(
-        "--backbone",
-        default=default.backbone,
-        help="small (default), vgg16, or a model of timm: resnet50, efficientnet_lite0",
-    )
-    add(
-        "--pretrained",
-        action="store_true",
-        help="start from ImageNet weights, of an installed package or by download; not for small",
-    )
-    add(
-        "--weights",
-        dest="pretrained",
-        metavar="FILE",
-        help="start from this file, safetensors or a state dict with timm's names",
-    )
-    add(
-        "--image-size",
-        type=int,
-        help="in pixels (default: 128, or 256 for COCO); maskx: of the shorter side, others: of "
-        "squares that images are warped to",
-    )
-    add("--workers", type=int, default=default.workers, help="processes that read images")
-    add("--threshold", help="class_patterns: of proxy masks, zero (the paper) or otsu (default)")
-    add(
-        "--resolve",
-        help="class_patterns: pixels of several classes, ignore (the paper) or standardised "
-        "(default)",
-    )
-    add(
-        "--crf",
-        action="store_true",
-        help="class_patterns, transfernet: dense CRF, needs the extra crf",
-    )
-    add("--multi-scale", action="store_true", help="class_patterns: test at three sizes")
-    add("--layer", help="class_patterns: whose masks are trained on (default: C41 of a ResNet)")
-    add("--max-images", type=int, help="class_patterns: images of a class for its pattern")
-    return parser.parse_args()
+from maskx.cli.train import add_arguments, run
 
 
 def main() -> None:
-    """Run the chosen system; user errors end with their message instead of a traceback."""
-    arguments = vars(parse_arguments())
-    system = arguments.pop("system")
-    arguments["output"] = arguments["output"] or Path("output") / f"quickstart-{system}"
-    with ended_in_one_line("the same command with --resume goes on from the last checkpoint"):
-        find_system(system).pipeline(QuickstartOptions(**arguments), print)
+    """Run the chosen system; it is `maskx train` for those who have the checkout alone."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

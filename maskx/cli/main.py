@@ -1,0 +1,57 @@
+"""The console command: it finds the verb, and ends in one line where something is wrong."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from maskx import __version__
+from maskx.core.command_line import ended_in_one_line
+
+__all__ = ["VERBS", "main"]
+
+# In the order of the work. A help text names all, so what they do stands here.
+VERBS = {
+    "train": "train one of the five systems on own data, or on generated scenes",
+}
+
+_DESCRIPTION = """\
+Segmentation from uneven labels: masks for some categories, boxes or tags for the others.
+
+Each verb explains itself: maskx VERB --help."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: words behind `maskx`; None for those of this process.
+
+    Returns:
+        The exit status.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    with ended_in_one_line():
+        parser = argparse.ArgumentParser(
+            prog="maskx",
+            description=_DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("--version", action="version", version=f"maskx {__version__}")
+        verbs = parser.add_subparsers(metavar="VERB", required=True)
+        for verb, summary in VERBS.items():
+            if words[:1] != [verb]:
+                verbs.add_parser(verb, help=summary)
+                continue
+            module = importlib.import_module(f"maskx.cli.{verb.replace('-', '_')}")
+            own = verbs.add_parser(
+                verb,
+                help=summary,
+                description=module.__doc__,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+            )
+            module.add_arguments(own)
+            own.set_defaults(run=module.run)
+        given = parser.parse_args(words)
+        run = vars(given).pop("run")
+        return run(given) or 0
