@@ -1,0 +1,177 @@
+"""Mask losses of objects of which only the box is known (BoxInst, Tian et al., CVPR 2021).
+
+A box says where a mask begins and ends along each axis, and neighbours of like colour mostly
+belong to the same object. Both are asked of the logits of a RoI, on its own grid, so that the
+losses work with sampled proposals as well as with ground-truth boxes.
+
+Shape legend:
+    R: number of RoIs; M: resolution of the masks.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import roi_align
+
+# The right, lower left, lower and lower right neighbour: with their mirror images, all eight.
+_NEIGHBOURS = ((0, 1), (1, -1), (1, 0), (1, 1))
+
+
+def box_mask_losses(
+    mask_logits: Tensor,
+    rois: Tensor,
+    boxes: Tensor,
+    colours: Tensor,
+    *,
+    dilation: int = 2,
+    min_similarity: float = 0.3,
+) -> dict[str, Tensor]:
+    """Compare masks with the boxes of their objects and with the colours of the image.
+
+    Args:
+        mask_logits: (R, M, M) logits of the class of each RoI.
+        rois: (R, 4) XYXY, the boxes that the logits cover.
+        boxes: (R, 4) XYXY, the ground-truth boxes of their objects.
+        colours: (R, 3, M, M) CIE Lab, see :func:`roi_colours`.
+        dilation: distance of the neighbours that are compared, in cells of the grid.
+        min_similarity: neighbours are alike where exp(-distance of their colours / 2) is at least
+            this.
+
+    Returns:
+        The scalars ``projection``, in [0, 2], and ``pairwise``. Zero, with a graph through
+        ``mask_logits``, where there is nothing to compare.
+    """
+    if mask_logits.dtype != torch.float64:  # half precision has no room for these logarithms
+        mask_logits = mask_logits.float()
+    across, down = box_projections(rois, boxes, mask_logits.shape[-1])
+    return {
+        "projection": projection_loss(mask_logits, across, down),
+        "pairwise": pairwise_loss(
+            mask_logits,
+            across[:, None, :] & down[:, :, None],
+            colours,
+            dilation=dilation,
+            min_similarity=min_similarity,
+        ),
+    }
+
+
+def box_projections(rois: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Project boxes onto the axes of the grids of RoIs.
+
+    Returns:
+        For the columns and for the rows, (R, M) bool: whether the centre of the cell is in the box.
+    """
+    centres = (torch.arange(size, device=rois.device, dtype=rois.dtype) + 0.5) / size
+    sides = []
+    for axis in (0, 1):
+        low, high = rois[:, axis, None], rois[:, axis + 2, None]
+        at = low + (high - low) * centres
+        sides.append((at >= boxes[:, axis, None]) & (at <= boxes[:, axis + 2, None]))
+    return sides[0], sides[1]
+
+
+def projection_loss(mask_logits: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    """Dice loss between the projections of masks and of boxes, summed over the two axes.
+
+    L = Dice(max over rows of p, box across) + Dice(max over columns of p, box down).
+
+    Args:
+        mask_logits: (R, M, M).
+        across: (R, M) bool, columns that the box covers.
+        down: (R, M) bool, rows.
+
+    Returns:
+        Mean over RoIs, in [0, 2].
+    """
+    # The sigmoid rises, so the maximum may be taken before it.
+    losses = _dice(mask_logits.amax(1).sigmoid(), across) + _dice(
+        mask_logits.amax(2).sigmoid(), down
+    )
+    return losses.sum() / max(len(losses), 1)
+
+
+def _dice(prob: Tensor, target: Tensor) -> Tensor:
+    target = target.to(prob.dtype)
+    overlap = (prob * target).sum(1)
+    return 1 - 2 * overlap / (prob.square().sum(1) + target.square().sum(1) + 1e-5)
+
+
+def pairwise_loss(
+    mask_logits: Tensor,
+    inside: Tensor,
+    colours: Tensor,
+    *,
+    dilation: int = 2,
+    min_similarity: float = 0.3,
+) -> Tensor:
+    """Ask neighbours of like colour for the same label.
+
+    L = -log(p_i p_j + (1 - p_i)(1 - p_j)), mean over the pairs of alike neighbours in the box.
+
+    Args:
+        mask_logits: (R, M, M).
+        inside: (R, M, M) bool, cells in the box; both of a pair must be.
+        colours: (R, 3, M, M) CIE Lab.
+        dilation: see :func:`box_mask_losses`, like the next.
+        min_similarity: likewise.
+    """
+    same, different = F.logsigmoid(mask_logits), F.logsigmoid(-mask_logits)
+    total, pairs = mask_logits.sum() * 0, mask_logits.new_zeros(())
+    for row, column in _NEIGHBOURS:
+        row, column = row * dilation, column * dilation
+        distance = (_near(colours, row, column) - _far(colours, row, column)).norm(dim=1)
+        alike = torch.exp(-distance / 2) >= min_similarity
+        used = alike & _near(inside, row, column) & _far(inside, row, column)
+        log_prob = torch.logaddexp(
+            _near(same, row, column) + _far(same, row, column),
+            _near(different, row, column) + _far(different, row, column),
+        )
+        total = total - (log_prob * used).sum()
+        pairs = pairs + used.sum()
+    return total / pairs.clamp(min=1)
+
+
+def _near(grid: Tensor, row: int, column: int) -> Tensor:
+    """Cut (..., M, M) to the cells whose neighbour at (row >= 0, column) is in the grid."""
+    size = grid.shape[-1]
+    return grid[..., : max(size - row, 0), max(-column, 0) : max(size - max(column, 0), 0)]
+
+
+def _far(grid: Tensor, row: int, column: int) -> Tensor:
+    """Cut (..., M, M) to these neighbours."""
+    size = grid.shape[-1]
+    return grid[..., row:, max(column, 0) : max(size + min(column, 0), 0)]
+
+
+def roi_colours(images: Tensor, boxes: list[Tensor], size: int) -> Tensor:
+    """Cut the colours of RoIs out of a batch of images.
+
+    Args:
+        images: (N, 3, H, W) RGB in [0, 1].
+        boxes: per image (R_i, 4) XYXY pixels.
+        size: M.
+
+    Returns:
+        (R, 3, M, M) CIE Lab: lightness in [0, 100], a and b about in [-128, 127].
+    """
+    return rgb_to_lab(roi_align(images, boxes, (size, size), 1.0, 1, aligned=True).clamp(0, 1))
+
+
+def rgb_to_lab(colours: Tensor) -> Tensor:
+    """Turn sRGB colours (N, 3, ...) in [0, 1] into CIE Lab, under the white of D65."""
+    linear = torch.where(
+        colours <= 0.04045, colours / 12.92, ((colours.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4
+    )
+    to_xyz = colours.new_tensor(
+        [
+            [0.412453, 0.357580, 0.180423],
+            [0.212671, 0.715160, 0.072169],
+            [0.019334, 0.119193, 0.950227],
+        ]
+    )
+    to_xyz = to_xyz / to_xyz.sum(1, keepdim=True)  # white is (1, 1, 1)
+    xyz = torch.einsum("ij,nj...->ni...", to_xyz, linear)
+    root = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    x, y, z = root.unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
