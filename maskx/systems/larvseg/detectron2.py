@@ -33,9 +33,14 @@ from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
 from maskx.engine.batches import SeededLoader
 from maskx.evaluation.mean_iou import format_table
 from maskx.supervision import CategorySplit, Supervision
-from maskx.systems.larvseg.class_table import class_table
 from maskx.systems.larvseg.evaluation import LarvSegScores
-from maskx.systems.larvseg.joint_sets import JointDataSet, JointSets, joint_sets, scored_classes
+from maskx.systems.larvseg.joint_sets import (
+    JointDataSet,
+    JointSets,
+    class_table,
+    joint_sets,
+    scored_classes,
+)
 from maskx.systems.larvseg.model import LarvSegModel, read_extra_state
 from maskx.systems.larvseg.network import LarvSeg
 from maskx.systems.larvseg.samples import (

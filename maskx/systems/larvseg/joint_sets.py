@@ -11,25 +11,32 @@ class table. There is no background: a pixel of label 0 is of no class, so nothi
 
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from maskx.core.seeds import step_seed
 from maskx.core.text import listed
 from maskx.data.label_maps import has_pixels, ignore_label, things_and_stuff_label_map
 from maskx.supervision import Supervision
-from maskx.systems.larvseg.class_table import class_table, tied_classes
 
 __all__ = [
     "JointBatches",
     "JointDataSet",
     "JointSchedule",
     "JointSets",
+    "RowMatch",
+    "class_table",
     "joint_sets",
+    "match_rows",
     "scored_classes",
+    "take_rows",
+    "tied_classes",
 ]
 
 logger = logging.getLogger(__name__)
@@ -38,6 +45,107 @@ Record = dict[str, Any]
 
 _MASK = Supervision.MASK.value
 _LEVELS = (_MASK, Supervision.IMAGE.value)
+
+
+# --- class lists and their table
+
+
+def class_table(class_lists: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Unite class lists by name: those of the first in its order, then what the next adds.
+
+    A name that a list has several times, as COCO-Stuff's renamed list has "wall", is one class.
+
+    Args:
+        class_lists: by data set its names by class index.
+
+    Raises:
+        ValueError: there is no list, a list is empty, or a name is not usable.
+    """
+    if not class_lists:
+        raise ValueError("A class table needs at least one class list, got none.")
+    for data_set, names in class_lists.items():
+        _check_names(names, f"class list {data_set!r}")
+    return tuple(dict.fromkeys(name for names in class_lists.values() for name in names))
+
+
+def tied_classes(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the names that stand in a class list several times, and their class indices."""
+    found = defaultdict(list)
+    for index, name in enumerate(names):
+        found[name].append(index)
+    return {name: tuple(places) for name, places in found.items() if len(places) > 1}
+
+
+class RowMatch(NamedTuple):
+    """Rows of one class list that another has under the same name.
+
+    Attributes:
+        new_rows: rows to fill, ascending.
+        old_rows: for each of them the row to take: ``new[new_rows] = old[old_rows]``.
+        only_new: names without an old row, in their order.
+        only_old: names whose row nothing takes, in their order.
+    """
+
+    new_rows: tuple[int, ...]
+    old_rows: tuple[int, ...]
+    only_new: tuple[str, ...]
+    only_old: tuple[str, ...]
+
+
+def match_rows(old_names: Sequence[str], new_names: Sequence[str]) -> RowMatch:
+    """Match the rows of two class lists by name, such as those of a checkpoint and of a model.
+
+    Raises:
+        ValueError: a list is empty, a name is not usable, or is in a list twice.
+    """
+    for names, what in ((old_names, "old"), (new_names, "new")):
+        _check_names(names, f"{what} class list")
+        tied = tied_classes(names)
+        if tied:
+            name, rows = next(iter(tied.items()))
+            raise ValueError(
+                f"The {what} class list has {len(tied)} names several times, such as {name!r} in "
+                f"the rows {', '.join(map(str, rows))}. Give a list of unique names, as "
+                "class_table makes it."
+            )
+    old_row = {name: row for row, name in enumerate(old_names)}
+    wanted = set(new_names)
+    return RowMatch(
+        new_rows=tuple(row for row, name in enumerate(new_names) if name in old_row),
+        old_rows=tuple(old_row[name] for name in new_names if name in old_row),
+        only_new=tuple(name for name in new_names if name not in old_row),
+        only_old=tuple(name for name in old_names if name not in wanted),
+    )
+
+
+def take_rows(own: Tensor, found: Tensor, match: RowMatch, *, what: str) -> Tensor:
+    """Return a copy of (K, ...) ``own`` with rows of (K', ...) ``found``, of another class list.
+
+    Raises:
+        ValueError: rows of ``what`` have another shape.
+    """
+    if found.shape[1:] != own.shape[1:]:
+        raise ValueError(
+            f"A row of {what} has shape {tuple(found.shape[1:])} in the checkpoint, but "
+            f"{tuple(own.shape[1:])} in this model. Give both the same channels and bank size."
+        )
+    rows = own.detach().clone()
+    rows[torch.tensor(match.new_rows)] = found[torch.tensor(match.old_rows)].to(rows)
+    return rows
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    if not names:
+        raise ValueError(f"The {where} is empty. Give at least one name.")
+    for index, name in enumerate(names):
+        if not isinstance(name, str) or not name or name != name.strip():
+            raise ValueError(
+                f"The {where} has the name {name!r} at index {index}. Allowed: text without "
+                "white space around it."
+            )
+
+
+# --- data sets
 
 
 @dataclass(frozen=True)
@@ -120,13 +228,17 @@ class JointSets:
     class_names: tuple[str, ...]
     scored: Mapping[str, tuple[int, ...]]
     trained: tuple[int, ...]
-    _by_name: Mapping[str, JointDataSet] = field(init=False, repr=False)
     _labels: Mapping[str, np.ndarray] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_by_name", {each.name: each for each in self.data_sets})
-        labels = {each.name: self._label_table(each) for each in self.data_sets}
-        object.__setattr__(self, "_labels", labels)
+        """Make the labels in the class table by label of the label maps of each data set."""
+        ignore, tables = ignore_label(self.num_classes), {}
+        for each in self.data_sets:
+            label_of = {self.class_names[index]: index + 1 for index in self.scored[each.name]}
+            tables[each.name] = np.full(ignore_label(len(each.class_names)) + 1, ignore, np.int64)
+            known = [label_of.get(name, ignore) for name in each.class_names]
+            tables[each.name][1 : len(known) + 1] = known
+        object.__setattr__(self, "_labels", tables)
 
     @property
     def num_classes(self) -> int:
@@ -135,7 +247,7 @@ class JointSets:
 
     def of_record(self, record: Mapping[str, Any]) -> JointDataSet:
         """Return the data set of a record."""
-        return self._by_name[record["data_set"]]
+        return next(each for each in self.data_sets if each.name == record["data_set"])
 
     def without_records(self) -> "JointSets":
         """Return the same without the records, for a mapper in a process of its own."""
@@ -148,10 +260,6 @@ class JointSets:
         Returns:
             (H, W) int64: class index + 1, and ``ignore_label`` where nothing is known. No pixel is
             0.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file or a label does not fit.
         """
         data_set = self.of_record(record)
         label_map = things_and_stuff_label_map(record, len(data_set.class_names))
@@ -162,17 +270,6 @@ class JointSets:
         labels = self._labels[record["data_set"]][[label + 1 for label in record["image_labels"]]]
         return sorted(label - 1 for label in {*labels.tolist()} - {ignore_label(self.num_classes)})
 
-    def _label_table(self, data_set: JointDataSet) -> np.ndarray:
-        """Labels in the class table by label of the data set's own label maps."""
-        index_of = {self.class_names[index]: index for index in self.scored[data_set.name]}
-        ignore = ignore_label(self.num_classes)
-        names = data_set.class_names
-        labels = np.full(ignore_label(len(names)) + 1, ignore, np.int64)
-        labels[1 : len(names) + 1] = [
-            index_of[name] + 1 if name in index_of else ignore for name in names
-        ]
-        return labels
-
 
 def joint_sets(
     data_sets: Sequence[JointDataSet], *, class_names: Sequence[str] | None = None
@@ -181,17 +278,15 @@ def joint_sets(
 
     Args:
         data_sets: at least one.
-        class_names: the class table; None unites the class lists, see
-            :func:`maskx.systems.larvseg.class_table.class_table`.
+        class_names: the class table; None unites the class lists, see :func:`class_table`.
 
     Raises:
         ValueError: two data sets have one name, the class table lacks a class, a label is outside a
             class list, or a data set has no image that anything can be learned from.
     """
-    names = [each.name for each in data_sets]
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = tied_classes([each.name for each in data_sets])
     if repeated:
-        raise ValueError(f"Several data sets are called {repeated[0]!r}. Give each its own name.")
+        raise ValueError(f"Several data sets are called {min(repeated)!r}. Give each its own name.")
     if not data_sets:
         raise ValueError("There is no data set to train on. Give at least one.")
     class_names = tuple(
@@ -241,27 +336,83 @@ def scored_classes(
     return scored
 
 
-class JointSchedule:
-    """Whose turn it is: each data set as often as its ratio within a period.
+def _shown_classes(data_set: JointDataSet) -> set[str]:
+    """Names of the classes that images show; all of them where label maps alone would say."""
+    if any("label_map_file_name" in r and not r["image_labels"] for r in data_set.records):
+        return set(data_set.class_names)
+    return {data_set.class_names[i] for record in data_set.records for i in record["image_labels"]}
 
-    Turns of a data set are spread evenly over the period, their sum.
+
+def _usable(data_set: JointDataSet) -> JointDataSet:
+    """Return the data set with the records that teach something, without what they may not."""
+    num_classes, reads_pixels = len(data_set.class_names), data_set.reads_pixels
+    scored = data_set.scored_names
+    withheld = {i for i, name in enumerate(data_set.class_names) if name not in scored}
+    kept = []
+    for record in data_set.records:
+        annotations = record.get("annotations", [])
+        labels = {*record["image_labels"], *(a["class_index"] for a in annotations)}
+        outside = sorted(label for label in labels if not 0 <= label < num_classes)
+        if outside:
+            raise ValueError(
+                f"Data set {data_set.name!r}: image {record['image_id']!r} "
+                f"({os.fspath(record['file_name'])}) has the labels {outside}. Allowed: class "
+                f"indices 0 to {num_classes - 1}. Is it a record of another class list?"
+            )
+        if has_pixels(record) if reads_pixels else record["image_labels"]:
+            taught = _without_masks(record, withheld) if reads_pixels else _with_labels_only(record)
+            kept.append(taught | {"data_set": data_set.name})
+    what = "pixel labels" if reads_pixels else "image labels"
+    if not kept:
+        raise ValueError(
+            f"Data set {data_set.name!r} with supervision {data_set.supervision!r}: none of its "
+            f"{len(data_set.records)} images has {what}. Give some, or another supervision."
+        )
+    if len(kept) < len(data_set.records):
+        logger.warning(
+            "Data set %r: %d of %d images have no %s, so there is nothing to learn from them: "
+            "left out.",
+            *(data_set.name, len(data_set.records) - len(kept), len(data_set.records), what),
+        )
+    return replace(data_set, records=kept)
+
+
+def _without_masks(record: Mapping[str, Any], withheld: Collection[int]) -> Record:
+    """Take the masks of some classes out; the boxes that are left keep their pixels unknown."""
+    annotations = [
+        {key: value for key, value in a.items() if key != "segmentation"}
+        if a["class_index"] in withheld
+        else a
+        for a in record.get("annotations", [])
+    ]
+    return {**record, "annotations": annotations}
+
+
+def _with_labels_only(record: Mapping[str, Any]) -> Record:
+    kept = ("file_name", "height", "width", "image_id", "image_labels")
+    nothing_else = {"annotations": [], "supervision": Supervision.IMAGE.value}
+    return {key: record[key] for key in kept} | nothing_else
+
+
+# --- the order in which they are seen
+
+
+class JointSchedule:
+    """Whose turn it is: each data set as often as its ratio within a period, spread evenly.
 
     Args:
-        ratios: by data set, such as (3, 3, 2).
+        ratios: by data set, such as (3, 3, 2); their sum is the period.
     """
 
     def __init__(self, ratios: Sequence[int]) -> None:
         if not ratios or min(ratios) < 1:
             raise ValueError(f"Ratios of data sets must be at least 1, got {list(ratios)}.")
         self.ratios = tuple(ratios)
-        period = sum(ratios)
-        given = [0] * len(ratios)
-        turns = []
+        period, turns = sum(ratios), []
         for turn in range(1, period + 1):
             # The one that is farthest behind its share; of several the first.
-            due = [ratio * turn - period * n for ratio, n in zip(ratios, given, strict=True)]
+            due = [ratio * turn - period * turns.count(i) for i, ratio in enumerate(ratios)]
             turns.append(due.index(max(due)))
-            given[turns[-1]] += 1
         self.turns = tuple(turns)
 
     def turn(self, number: int) -> tuple[int, int]:
@@ -326,64 +477,3 @@ class JointBatches:
                 index = int(orders[which][1][place])
                 batch.append((which, index, step_seed(self.seed, which, position, 1)))
             yield batch
-
-
-def _shown_classes(data_set: JointDataSet) -> set[str]:
-    """Names of the classes that images show; all of them where label maps alone would say."""
-    if any("label_map_file_name" in r and not r["image_labels"] for r in data_set.records):
-        return set(data_set.class_names)
-    return {data_set.class_names[i] for record in data_set.records for i in record["image_labels"]}
-
-
-def _usable(data_set: JointDataSet) -> JointDataSet:
-    """Return the data set with the records that teach something, without what they may not."""
-    num_classes = len(data_set.class_names)
-    scored = data_set.scored_names
-    withheld = {i for i, name in enumerate(data_set.class_names) if name not in scored}
-    kept = []
-    for record in data_set.records:
-        annotations = record.get("annotations", [])
-        labels = {*record["image_labels"], *(a["class_index"] for a in annotations)}
-        outside = sorted(label for label in labels if not 0 <= label < num_classes)
-        if outside:
-            raise ValueError(
-                f"Data set {data_set.name!r}: image {record['image_id']!r} "
-                f"({os.fspath(record['file_name'])}) has the labels {outside}. Allowed: class "
-                f"indices 0 to {num_classes - 1}. Is it a record of another class list?"
-            )
-        if data_set.reads_pixels and has_pixels(record):
-            kept.append(_without_masks(record, withheld) | {"data_set": data_set.name})
-        elif not data_set.reads_pixels and record["image_labels"]:
-            kept.append(_with_labels_only(record) | {"data_set": data_set.name})
-    what = "pixel labels" if data_set.reads_pixels else "image labels"
-    if not kept:
-        raise ValueError(
-            f"Data set {data_set.name!r} with supervision {data_set.supervision!r}: none of its "
-            f"{len(data_set.records)} images has {what}. Give some, or another supervision."
-        )
-    if len(kept) < len(data_set.records):
-        logger.warning(
-            "Data set %r: %d of %d images have no %s, so there is nothing to learn from them: "
-            "left out.",
-            *(data_set.name, len(data_set.records) - len(kept), len(data_set.records), what),
-        )
-    return replace(data_set, records=kept)
-
-
-def _without_masks(record: Mapping[str, Any], withheld: Collection[int]) -> Record:
-    """Take the masks of some classes out; the boxes that are left keep their pixels unknown."""
-    annotations = [
-        {key: value for key, value in a.items() if key != "segmentation"}
-        if a["class_index"] in withheld
-        else a
-        for a in record.get("annotations", [])
-    ]
-    return {**record, "annotations": annotations}
-
-
-def _with_labels_only(record: Mapping[str, Any]) -> Record:
-    kept = ("file_name", "height", "width", "image_id", "image_labels")
-    return {key: record[key] for key in kept} | {
-        "annotations": [],
-        "supervision": Supervision.IMAGE.value,
-    }

@@ -21,10 +21,9 @@ from maskx.core.sample_models import (
 )
 from maskx.core.text import listed
 from maskx.data.label_maps import ignore_label
-from maskx.systems.larvseg.class_table import match_rows, take_rows
-from maskx.systems.larvseg.classifier import LogitFactors, check_class_indices
+from maskx.systems.larvseg.joint_sets import match_rows, take_rows
 from maskx.systems.larvseg.large_vocabulary import predict_label_map
-from maskx.systems.larvseg.network import LarvSeg
+from maskx.systems.larvseg.network import LarvSeg, LogitFactors, check_class_indices
 
 __all__ = ["JointClassifier", "LarvSegModel", "check_windows", "read_extra_state"]
 

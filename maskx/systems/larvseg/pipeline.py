@@ -39,9 +39,8 @@ from maskx.supervision import CategorySplit, Supervision
 from maskx.systems.larvseg.attention import attention_maps
 from maskx.systems.larvseg.evaluation import evaluate_larvseg, predict_larvseg
 from maskx.systems.larvseg.joint_sets import JointSets
-from maskx.systems.larvseg.losses import POOLINGS
 from maskx.systems.larvseg.model import JointClassifier, LarvSegModel, read_extra_state
-from maskx.systems.larvseg.network import LarvSeg
+from maskx.systems.larvseg.network import POOLINGS, LarvSeg
 from maskx.systems.larvseg.samples import (
     JointMapper,
     LabelledImages,
@@ -96,7 +95,7 @@ class LarvSegSettings:
         iterations: steps of each method.
         batch_size: images per step.
         seed: of weights and data order.
-        logit_form: see :class:`maskx.systems.larvseg.classifier.CosineClassifier`.
+        logit_form: see :class:`maskx.systems.larvseg.network.CosineClassifier`.
         bank_size: images per class of the memory bank.
         top_tokens: tokens of an image that represent its class.
         image_weight: of the loss of image labels.
@@ -130,7 +129,7 @@ class LarvSegMethod:
         bank: of LarvSeg, what attention maps are made with: ``cross``, the images seen last, or
             ``single``, the image itself.
         pooling: of LarvSeg, ``weighted`` as in the paper, or ``normalised``, see
-            :func:`maskx.systems.larvseg.losses.attentive_loss`.
+            :func:`maskx.systems.larvseg.network.attentive_loss`.
 
     Raises:
         ValueError: a value is not allowed, or has no meaning for the baseline.

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskx.systems.larvseg.classifier import CosineClassifier, check_class_indices
+from maskx.systems.larvseg.network import CosineClassifier, check_class_indices
 
 
 def make_classifier(logit_form="temperature", *, num_classes=7, channels=5, **options):

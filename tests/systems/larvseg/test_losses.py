@@ -5,8 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from maskx.core.losses import label_pairs
-from maskx.systems.larvseg.classifier import LogitFactors
-from maskx.systems.larvseg.losses import attentive_loss, image_level_loss, segmentation_loss
+from maskx.systems.larvseg.network import (
+    LogitFactors,
+    attentive_loss,
+    image_level_loss,
+    segmentation_loss,
+)
 
 LABELS = [[3, 0, 5], [], [1]]
 

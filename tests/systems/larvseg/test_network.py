@@ -8,8 +8,12 @@ from maskx.core.losses import label_pairs
 from maskx.core.timm_backbones import TimmBackbone
 from maskx.systems.larvseg import network as larvseg
 from maskx.systems.larvseg.attention import attention_maps, pseudo_background, top_token_means
-from maskx.systems.larvseg.losses import attentive_loss, image_level_loss, segmentation_loss
-from maskx.systems.larvseg.network import LarvSeg
+from maskx.systems.larvseg.network import (
+    LarvSeg,
+    attentive_loss,
+    image_level_loss,
+    segmentation_loss,
+)
 
 
 class Patches(nn.Module):
