@@ -39,8 +39,13 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["maskx", "maskx.*"]),
-    package_data={"maskx": ["py.typed", "data/vocabulary_files/*"]},
+    packages=[*find_packages(include=["maskx", "maskx.*"]), "maskx.configs"],
+    # So that maskx.detectron2.get_config_file finds them without a checkout.
+    package_dir={"maskx.configs": "configs"},
+    package_data={
+        "maskx": ["py.typed", "data/vocabulary_files/*"],
+        "maskx.configs": ["**/*.yaml", "**/*.txt"],
+    },
     entry_points={"console_scripts": ["maskx = maskx.cli.main:main"]},
     python_requires=">=3.10",
     install_requires=REQUIRES,

@@ -25,6 +25,7 @@ from maskx.detectron2.hooks import Detectron2Hooks
 from maskx.detectron2.image_classifier import MaskXImageClassifier
 from maskx.detectron2.image_label_evaluation import MaskXImageLabelEvaluator
 from maskx.detectron2.known_datasets import register_all
+from maskx.detectron2.model_zoo import get_config_file
 from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
@@ -98,6 +99,7 @@ __all__ = [
     "check_num_gpus",
     "evaluate",
     "get_cfg",
+    "get_config_file",
     "register_all",
     "register_coco",
     "register_from_config",
