@@ -45,7 +45,6 @@ def main() -> None:
         from maskx.systems.concept_mask.concept_sets import concept_sets, read_concept_split
         from maskx.systems.concept_mask.overlap import (
             concept_overlap,
-            merge_overlaps,
             negative_weights,
             save_overlap,
         )
@@ -54,12 +53,15 @@ def main() -> None:
             None if arguments.word_table is None else load_word_table(arguments.word_table).names
         )
         split = read_concept_split(arguments.split, names)
-        overlaps = []
-        for json_file in arguments.json:
-            boxes = load_coco(json_file, "", strict=not arguments.skip_bad, check_images=False)
-            records = concept_sets(split, boxes=boxes).boxed
-            overlaps.append(concept_overlap(records, len(split.vocabulary), progress=True))
-        overlap = merge_overlaps(overlaps)
+        records = (
+            record
+            for json_file in arguments.json
+            for record in concept_sets(
+                split,
+                boxes=load_coco(json_file, "", strict=not arguments.skip_bad, check_images=False),
+            ).boxed
+        )
+        overlap = concept_overlap(records, len(split.vocabulary), progress=True)
         save_overlap(arguments.output, overlap, split.vocabulary)
     ratios = overlap.ratios()
     print(

@@ -13,11 +13,14 @@ from detectron2.utils.file_io import PathManager
 from maskx.core.checks import default_of
 from maskx.systems.class_patterns.deeplab import LargeFOVHead
 from maskx.systems.class_patterns.model import SampleSegmenter
-from maskx.systems.concept_mask.attention import AttentionRefinement
-from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel
+from maskx.systems.concept_mask.network import (
+    AttentionRefinement,
+    ConceptEmbedding,
+    ConceptSegmenter,
+    build_encoder,
+)
 from maskx.systems.concept_mask.samples import ConceptMapper
-from maskx.systems.concept_mask.segmenter import ConceptSegmenter, build_encoder
 from maskx.systems.larvseg.network import LarvSeg
 from maskx.systems.maskx_rcnn.detectron2.heads import MaskXMaskHead, TextClassifier
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead
@@ -169,7 +172,7 @@ def _defaults() -> CN:
     # tools/concept_overlap.py that it needs.
     concept.DISCRIMINATION_WEIGHT = default_of(RefinementModel, "discrimination_weight")
     concept.OVERLAP = ""
-    # Encoder of the segmentation network, see maskx.systems.concept_mask.segmenter.build_encoder:
+    # Encoder of the segmentation network, see maskx.systems.concept_mask.network.build_encoder:
     # a ResNet or "small", with the widths of the latter; whether stage 3 starts it from ImageNet
     # weights, which are downloaded.
     concept.ENCODER = default_of(build_encoder, "name")

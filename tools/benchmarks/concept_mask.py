@@ -11,10 +11,9 @@ from benchmarks.measure import Case, num_parameters
 from maskx.core.timm_backbones import TimmBackbone
 from maskx.core.word_table import WordTable
 from maskx.systems.concept_mask.concept_sets import ConceptSplit
-from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel, SegmentationModel
+from maskx.systems.concept_mask.network import ConceptEmbedding, ConceptSegmenter
 from maskx.systems.concept_mask.query import ConceptQuery, concept_query
-from maskx.systems.concept_mask.segmenter import ConceptSegmenter
 
 # Length of the word vectors; channels of the refinement; boxed concepts, of the paper.
 _DIM, _HIDDEN, _NUM_BOXED = 512, 1024, 750

@@ -44,7 +44,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_REQUIRED_LISTS, _OTHER_LISTS = ("boxed", "masked"), ("vocabulary", "unseen")
 _BOX_KEYS = ("id", "bbox", "iscrowd")
 _MASK_KEYS = (*_BOX_KEYS, "segmentation")
 _IMAGE_KEYS = ("file_name", "height", "width", "image_id")
@@ -64,10 +63,6 @@ class ConceptSplit:
         masked: those with masks; they have boxes too.
         unseen: concepts of the data sets that training is to know nothing of, not in the
             vocabulary; what is labelled as one is withheld.
-
-    Raises:
-        ValueError: a name stands twice in a list, a list is not part of the one above it, or an
-            unseen concept is in the vocabulary.
     """
 
     vocabulary: tuple[str, ...]
@@ -78,14 +73,26 @@ class ConceptSplit:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             names = tuple(map(spelled, getattr(self, field.name)))
-            _check_unique(field.name, names)
             object.__setattr__(self, field.name, names)
+            repeated = [name for name, times in Counter(names).items() if times > 1]
+            if repeated:
+                raise ValueError(
+                    f"The list '{field.name}' has {listed(repeated)} more than once ('_' and ' ' "
+                    "are the same). Every concept stands in it once."
+                )
         if not self.vocabulary:
             raise ValueError(
                 "The vocabulary is empty. List the concepts that images are tagged with."
             )
-        _check_part_of("boxed", self.boxed, "vocabulary", self.vocabulary)
-        _check_part_of("masked", self.masked, "boxed", self.boxed)
+        for inner, outer in (("boxed", "vocabulary"), ("masked", "boxed")):
+            known = frozenset(getattr(self, outer))
+            missing = [name for name in getattr(self, inner) if name not in known]
+            if missing:
+                raise ValueError(
+                    f"{len(missing)} concepts of the list '{inner}' are not in '{outer}': "
+                    f"{listed(missing)}.{_closest(missing[0], getattr(self, outer))} Add them to "
+                    f"'{outer}' or take them out of '{inner}'."
+                )
         known = sorted(set(self.unseen) & set(self.vocabulary))
         if known:
             raise ValueError(
@@ -104,23 +111,16 @@ class ConceptSplit:
         return self._indices(self.masked)
 
     @functools.cached_property
-    def _levels(self) -> tuple[str, ...]:
+    def levels(self) -> tuple[str, ...]:
+        """Level of each concept of the vocabulary."""
         boxed, masked = frozenset(self.boxed_indices), frozenset(self.masked_indices)
         return tuple(
             "mask" if index in masked else "box" if index in boxed else "image"
             for index in range(len(self.vocabulary))
         )
 
-    def levels(self) -> tuple[str, ...]:
-        """Return the level of each concept of the vocabulary."""
-        return self._levels
-
     def level_of(self, index: int) -> str:
-        """Return the level of a concept index; -1, a concept outside the vocabulary, is "unseen".
-
-        Raises:
-            ValueError: there is no such index.
-        """
+        """Return the level of a concept index; -1, outside the vocabulary, is "unseen"."""
         if index == -1:
             return "unseen"
         if not 0 <= index < len(self.vocabulary):
@@ -128,7 +128,7 @@ class ConceptSplit:
                 f"Concept index {index} is outside the vocabulary. Allowed: 0 to "
                 f"{len(self.vocabulary) - 1}, or -1 for an unseen concept."
             )
-        return self._levels[index]
+        return self.levels[index]
 
     def _indices(self, names: Sequence[str]) -> tuple[int, ...]:
         position = {name: index for index, name in enumerate(self.vocabulary)}
@@ -154,10 +154,6 @@ def read_concept_split(
         vocabulary: what the concept indices count, such as the names of a word table. A file that
             lists a vocabulary must list the same; one that does not, needs it.
         default: vocabulary of a file that lists none.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file or the names in it cannot be used; the message says why.
     """
     path = Path(path)
     if not path.is_file():
@@ -169,7 +165,19 @@ def read_concept_split(
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"Concept split {path} is not valid JSON: {error}.") from error
-    lists = _checked_lists(path, content)
+    required, others = {"boxed", "masked"}, {"vocabulary", "unseen"}
+    if not isinstance(content, dict) or not required <= set(content) <= required | others:
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(
+            f"Concept split {path} holds {found}. Allowed is a JSON object with the lists 'boxed' "
+            "and 'masked' and, if there are any, 'vocabulary' and 'unseen'."
+        )
+    for key, names in content.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"Concept split {path}: {key} must be a list of names, got {names!r:.80}."
+            )
+    lists = {key: tuple(names) for key, names in content.items()}
     if default is not None:
         lists.setdefault("vocabulary", tuple(default))
     if vocabulary is not None:
@@ -243,10 +251,6 @@ def concept_sets(
         boxes: for stage 2.
         masks: for stage 3.
         tag_images: folder of the images of a tag list, joined to its image ids.
-
-    Raises:
-        ValueError: something is labelled as a concept that is neither in the vocabulary nor
-            unseen, an image of a tag list has no file name, or nothing usable is left of a file.
     """
     withheld: Counter[str] = Counter()
     tagged = [] if tags is None else _tagged(split, tags, tag_images, withheld)
@@ -288,17 +292,14 @@ def _tagged(
     else:
         concept_of = _ConceptOf(split, tags.names, tags.source)
         images = _images_of_list(tags, folder)
-    level = Supervision.IMAGE.value
+    others = {"annotations": [], "supervision": Supervision.IMAGE.value}
     records = []
     for image, labels in images:
         concepts = concept_of.seen(labels, image["image_id"])
         withheld["tags of unseen concepts"] += len(labels) - len(concepts)
+        withheld["images without tags"] += not concepts
         if concepts:
-            records.append(
-                {**image, "image_labels": concepts, "annotations": [], "supervision": level}
-            )
-        else:
-            withheld["images without tags"] += 1
+            records.append({**image, "image_labels": concepts, **others})
     if not records:
         raise ValueError(
             f"{concept_of.source}: no image has a tag of the vocabulary. Give a list with tags; in "
@@ -420,45 +421,6 @@ def _warn_of_missing(
         )
 
 
-def _checked_lists(path: Path, content: Any) -> dict[str, tuple[str, ...]]:
-    required = set(_REQUIRED_LISTS)
-    allowed = required | set(_OTHER_LISTS)
-    if not isinstance(content, dict) or not required <= set(content) <= allowed:
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(
-            f"Concept split {path} holds {found}. Allowed is a JSON object with the lists 'boxed' "
-            "and 'masked' and, if there are any, 'vocabulary' and 'unseen'."
-        )
-    for key, names in content.items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(
-                f"Concept split {path}: {key} must be a list of names, got {names!r:.80}."
-            )
-    return {key: tuple(names) for key, names in content.items()}
-
-
-def _check_unique(list_name: str, names: Sequence[str]) -> None:
-    repeated = [name for name, times in Counter(names).items() if times > 1]
-    if repeated:
-        raise ValueError(
-            f"The list '{list_name}' has {listed(repeated)} more than once ('_' and ' ' are the "
-            "same). Every concept stands in it once."
-        )
-
-
-def _check_part_of(
-    list_name: str, names: Sequence[str], outer_name: str, outer: Sequence[str]
-) -> None:
-    known = frozenset(outer)
-    missing = [name for name in names if name not in known]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} concepts of the list '{list_name}' are not in '{outer_name}': "
-            f"{listed(missing)}.{_closest(missing[0], outer)} Add them to '{outer_name}' or "
-            f"take them out of '{list_name}'."
-        )
-
-
 def _closest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     return f" Closest to '{name}': {listed(close)}." if close else ""
@@ -469,9 +431,9 @@ class ConceptListSummary:
     """What `choose_concepts` found.
 
     Attributes:
-        box_images: Images with boxes by concept of the vocabulary, over all files.
-        rare: Those of fewer images than asked for; their boxes are withheld.
-        unknown: Images with boxes by name that is not in the vocabulary; they are listed as unseen.
+        box_images: images with boxes by concept of the vocabulary, over all files.
+        rare: those of fewer images than asked for; their boxes are withheld.
+        unknown: images with boxes by name that is not in the vocabulary; it is listed as unseen.
     """
 
     box_images: Counter[str]
@@ -496,16 +458,11 @@ def choose_concepts(
     so that what is labelled as one is withheld.
 
     Args:
-        vocabulary: Names of a word table.
+        vocabulary: names of a word table.
         boxes: COCO files with boxes; that of masks counts too.
         masks: COCO file with masks.
-        min_images: Images with a box that a category needs, over all files. 8 is the least in the
+        min_images: images with a box that a category needs, over all files. 8 is the least in the
             paper, which does not say where it drew the line.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is no COCO file, `min_images` is below 1, or a category with masks is not
-            in the vocabulary.
     """
     if min_images < 1:
         raise ValueError(f"min_images is {min_images}. Allowed: at least 1.")
@@ -531,27 +488,23 @@ def choose_concepts(
         unseen=tuple(sorted(name for name, n in found.items() if n and name not in known)),
     )
     boxed = frozenset(split.boxed)
-    return split, ConceptListSummary(
-        box_images=in_vocabulary,
-        rare=Counter({name: n for name, n in in_vocabulary.items() if name not in boxed}),
-        unknown=Counter({name: found[name] for name in split.unseen}),
-    )
+    rare = Counter({name: n for name, n in in_vocabulary.items() if name not in boxed})
+    unknown = Counter({name: found[name] for name in split.unseen})
+    return split, ConceptListSummary(in_vocabulary, rare, unknown)
 
 
 def format_concept_lists(split: ConceptSplit, summary: ConceptListSummary) -> str:
     """Lay out the lists and what was left out for people."""
     without = [name for name in split.boxed if not summary.box_images[name]]
+    rare, unknown = ([*dict(each.most_common())] for each in (summary.rare, summary.unknown))
     lines = [
         f"{len(split.vocabulary)} concepts: {len(split.masked)} with masks, "
         f"{len(split.boxed)} with boxes."
     ]
     for what, names in (
         ("Of these without a box in the files", without),
-        ("Too rare for the list of boxes", [name for name, _ in summary.rare.most_common()]),
-        (
-            "Not in the vocabulary, listed as unseen",
-            [name for name, _ in summary.unknown.most_common()],
-        ),
+        ("Too rare for the list of boxes", rare),
+        ("Not in the vocabulary, listed as unseen", unknown),
     ):
         lines.append(f"{what}: {f'{len(names)}, {listed(names)}' if names else 'none'}.")
     return "\n".join(lines)
@@ -562,8 +515,6 @@ def _images_by_category(path: str | os.PathLike[str]) -> Counter[str]:
     content = read_coco_json(Path(path))
     categories = sorted(content["categories"], key=lambda category: category["id"])
     name_of = {category["id"]: spelled(category["name"]) for category in categories}
-    images = Counter(
-        name
-        for name, _ in {(name_of[a["category_id"]], a["image_id"]) for a in content["annotations"]}
-    )
+    pairs = {(name_of[a["category_id"]], a["image_id"]) for a in content["annotations"]}
+    images = Counter(name for name, _ in pairs)
     return Counter({name: images[name] for name in name_of.values()})

@@ -19,13 +19,12 @@ from maskx.core.word_table import WordTable, spelled
 from maskx.data.label_maps import read_label_map
 from maskx.systems.concept_mask.concept_sets import ConceptSplit, fully_masked
 from maskx.systems.concept_mask.model import EmbeddingModel
+from maskx.systems.concept_mask.network import resize_maps
 from maskx.systems.concept_mask.query import UNSEEN, ConceptQuery, concept_query
 from maskx.systems.concept_mask.samples import read_sample, union_mask
 from maskx.systems.concept_mask.scores import ConceptScores, fit_existence_threshold, fit_theta
-from maskx.systems.concept_mask.segmenter import resize_maps
 
 __all__ = [
-    "ConceptScorer",
     "ConceptTest",
     "concept_test",
     "concept_truths",
@@ -45,17 +44,14 @@ _CHUNK = 1024  # concepts whose maps are made at a time
 
 Record = Mapping[str, Any]
 Read = Callable[[Record], Sample]
-"""Reads the image of a record, in the order of channels of the model."""
 
 
 def concept_truths(record: Record, num_classes: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Draw the true mask of each class of an image: its label in the label map, if there is one.
+    """Yield index and (H, W) bool true mask of each class of an image.
 
-    Otherwise it is the union of its annotations. A class of which an annotation has no mask is left
-    out, since part of a mask is no truth, and so is one of which nothing is visible.
-
-    Yields:
-        Class index and (H, W) bool, in the order of the indices.
+    It is the label in the label map, if there is one, else the union of the annotations. A class of
+    which an annotation has no mask is left out, since part of a mask is no truth, and so is one of
+    which nothing is visible.
     """
     if "label_map_file_name" in record:
         label_map = _label_map(record, num_classes)
@@ -87,10 +83,7 @@ class ConceptTest:
     levels: tuple[str, ...]
 
     def query(self, classes: Sequence[int]) -> ConceptQuery:
-        """Ask for some class indices; for unseen words by Eq. 1 alone, and then once more blended.
-
-        The second answer has the name `BLENDED`.
-        """
+        """Ask for some class indices; for unseen words by Eq. 1, and once more blended."""
         again = [c for c in classes if self.indices[c] == UNSEEN]
         rows = [*classes, *again]
         names = [self.names[c] for c in classes] + [BLENDED.format(self.names[c]) for c in again]
@@ -123,6 +116,40 @@ class ConceptTest:
             or any("segmentation" in annotation for annotation in record["annotations"])
             for record in self.records
         )
+
+    def new_scores(self) -> ConceptScores:
+        """Make the sums of :meth:`measure`, of which unseen words are measured twice."""
+        unseen = [BLENDED.format(self.names[c]) for c in np.flatnonzero(self.indices == UNSEEN)]
+        levels = [*self.levels, *["unseen_blended"] * len(unseen)]
+        return ConceptScores([*self.names, *unseen], levels)
+
+    def measure(self, scores: ConceptScores, record: Record, result: Mapping[str, Any]) -> None:
+        """Measure what was predicted for an image.
+
+        Args:
+            scores: of :meth:`new_scores`; what was measured is added.
+            record: of the test.
+            result: of :meth:`maskx.systems.concept_mask.model.EmbeddingModel.predict`, asked by
+                :meth:`query`.
+        """
+        truths = {self.names[c]: truth for c, truth in self.truths(record).items()}
+        truths |= {BLENDED.format(name): truth for name, truth in truths.items()}
+        concepts, masks = result["concepts"], result["masks"].cpu().numpy()
+        if not set(concepts) <= set(scores.names) or len(concepts) != len(masks):
+            raise ValueError(
+                f"Of image {record['image_id']!r} the concepts {concepts} were predicted, with "
+                f"{len(masks)} masks. Ask with the query of the test."
+            )
+        maps = zip(concepts, result["attention"].cpu().numpy(), masks, strict=True)
+        for name, attention, mask in maps:
+            if name in truths:
+                scores.update(
+                    name,
+                    attention=attention,
+                    mask=mask,
+                    truth=truths[name],
+                    image_id=record["image_id"],
+                )
 
 
 def concept_test(
@@ -168,57 +195,6 @@ def concept_test(
     return ConceptTest(records, tuple(class_names), indices, vectors, levels)
 
 
-class ConceptScorer:
-    """Measures of the results of a model, image by image.
-
-    Args:
-        test: what the images show.
-    """
-
-    def __init__(self, test: ConceptTest) -> None:
-        self.test = test
-        unseen = [c for c, index in enumerate(test.indices) if index == UNSEEN]
-        self._classes = {name: c for c, name in enumerate(test.names)}
-        self._classes |= {BLENDED.format(test.names[c]): c for c in unseen}
-        levels = [*test.levels, *["unseen_blended"] * len(unseen)]
-        self.scores = ConceptScores(tuple(self._classes), levels)
-
-    def update(self, record: Record, result: Mapping[str, Any]) -> None:
-        """Measure what was predicted for an image.
-
-        Args:
-            record: of the test.
-            result: of :meth:`maskx.systems.concept_mask.model.EmbeddingModel.predict`, asked by
-                :meth:`ConceptTest.query`.
-        """
-        truths = self.test.truths(record)
-        others = [name for name in result["concepts"] if name not in self._classes]
-        if others or len(result["concepts"]) != len(result["masks"]):
-            raise ValueError(
-                f"Of image {record['image_id']!r} the concepts {result['concepts']} were "
-                f"predicted, with {len(result['masks'])} masks. Ask with the query of the test."
-            )
-        attention, masks = (result[key].cpu().numpy() for key in ("attention", "masks"))
-        for row, name in enumerate(result["concepts"]):
-            truth = truths.get(self._classes[name])
-            if truth is not None:
-                self.scores.update(
-                    name,
-                    attention=attention[row],
-                    mask=masks[row],
-                    truth=truth,
-                    image_id=record["image_id"],
-                )
-
-    def merge(self, other: "ConceptScorer") -> None:
-        """Add the measures of other images of the same test."""
-        self.scores.merge(other.scores)
-
-    def results(self) -> dict[str, Any]:
-        """Compute the means; see :meth:`ConceptScores.evaluate`."""
-        return self.scores.evaluate()
-
-
 def evaluate_concepts(
     model: EmbeddingModel,
     test: ConceptTest,
@@ -233,42 +209,31 @@ def evaluate_concepts(
         model: of any stage, of RGB images; it is put into evaluation mode.
         test: images with true masks.
         kind: of attention, see :meth:`maskx.systems.concept_mask.model.EmbeddingModel.attention`.
-        segment: make masks with the segmentation network; not of the attention.
+        segment: make masks with the segmentation network, not of the attention.
         description: label of the progress bar.
 
     Returns:
-        What :meth:`ConceptScorer.results` returns.
+        What :meth:`ConceptScores.evaluate` returns.
     """
     model.eval()
-    scorer = ConceptScorer(test)
+    scores = test.new_scores()
     for record in tqdm(test.records, desc=description, unit="img"):
         sample = test.sample(record)
         if len(sample["query"]):
-            scorer.update(record, model.predict(sample, kind=kind, segment=segment))
-    return scorer.results()
+            test.measure(scores, record, model.predict(sample, kind=kind, segment=segment))
+    return scores.evaluate()
 
 
 def evaluate_existence(model: EmbeddingModel, test: ConceptTest) -> dict[str, float]:
-    """Measure which concepts of the vocabulary are said to be in images.
-
-    Args:
-        model: with fitted thresholds, of RGB images; it is put into evaluation mode.
-        test: images whose tags are complete.
+    """Measure which concepts of the vocabulary are said to be in images whose tags are complete.
 
     Returns:
         ``precision`` and ``recall`` over all pairs of an image and a concept; NaN where nothing is
         said or there.
     """
-    model.eval()
-    hits = num_said = num_present = 0
-    for record in tqdm(test.records, desc="existence", unit="img"):
-        with torch.inference_mode():
-            maps = model.embedding_maps(model.normalise(read_sample(record))[None])
-            said = model.vocabulary_existence(maps)[0] > model.existence_thresholds
-        shown = _shown(test, record)
-        hits += int(said.cpu().numpy()[shown].sum())
-        num_said += int(said.sum())
-        num_present += len(shown)
+    scores, present = _existence_scores(model.eval(), test, read_sample, "existence")
+    said = scores > model.existence_thresholds.cpu().numpy()
+    hits, num_said, num_present = map(np.count_nonzero, (said & present, said, present))
     return {
         "precision": hits / num_said if num_said else math.nan,
         "recall": hits / num_present if num_present else math.nan,
@@ -287,7 +252,7 @@ def fit_concepts(
     Args:
         model: of stage 2 or 3; it is put into evaluation mode.
         test: images whose tags are complete, with true masks of image-level concepts.
-        read: reads an image as the model takes it.
+        read: reads an image in the order of channels of the model.
 
     Returns:
         ``theta_image`` and ``theta_unseen``, None if no image-level concept has a mask;
@@ -321,12 +286,8 @@ def fit_concepts(
     own = np.isfinite(thresholds)
     cosines, is_there = _existence_scores(model, test, read, "fitting unseen", by_vector=True)
     unseen = fit_existence_threshold(cosines.ravel(), is_there.ravel())
-    model.set_fitted(
-        theta_image=fitted["theta_image"],
-        theta_unseen=fitted["theta_unseen"],
-        existence_thresholds=torch.from_numpy(np.where(own, thresholds, of_all)),
-        existence_threshold_unseen=unseen,
-    )
+    thresholds = torch.from_numpy(np.where(own, thresholds, of_all))
+    model.set_fitted(**fitted, existence_thresholds=thresholds, existence_threshold_unseen=unseen)
     return fitted | {
         "existence_threshold_unseen": None if math.isnan(unseen) else unseen,
         "own_thresholds": int(own.sum()),
@@ -364,11 +325,7 @@ def _existence_scores(
     *,
     by_vector: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score the whole vocabulary, or its concepts as if they were unseen, for every image.
-
-    Returns:
-        (N, V) scores and (N, V) bool, whether the image shows the concept.
-    """
+    """Score the vocabulary, or its concepts as if they were unseen: (N, V), and what is there."""
     queries = [concept_query([UNSEEN] * len(chunk), chunk) for chunk in model.vectors.split(_CHUNK)]
     scores = np.zeros((len(test.records), len(model.vectors)), np.float32)
     present = np.zeros(scores.shape, bool)
@@ -379,14 +336,9 @@ def _existence_scores(
         else:
             found = model.vocabulary_existence(maps)
         scores[row] = found[0].cpu().numpy()
-        present[row, _shown(test, record)] = True
+        shown = test.indices[list(record["image_labels"])]
+        present[row, shown[shown >= 0]] = True
     return scores, present
-
-
-def _shown(test: ConceptTest, record: Record) -> np.ndarray:
-    """Concept indices that an image is labelled with."""
-    indices = test.indices[list(record["image_labels"])]
-    return indices[indices >= 0]
 
 
 def _label_map(record: Record, num_classes: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Losses of stage 2 of ConceptMask: boxes, what stage 1 knew, and concepts that do not overlap.
 
 "ConceptMask: Large-Scale Segmentation from Semantic Concepts" (Wang et al., ECCV 2018),
-Eqs. 2 to 4.
+Eqs. 2 to 4. Every loss is zero, with a graph through its logits, where there is nothing to learn.
 
 Shape legend:
     N: images; V: concepts of the vocabulary; k: length of the word vectors; h, w: size of the
@@ -14,10 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskx.systems.concept_mask.attention import initial_attention
-
-CONCEPT_CHUNK = 1024
-"""Concepts whose maps are made at a time: for 16 images of 16 x 16 cells these take 17 MB."""
+from maskx.systems.concept_mask.network import full_precision, initial_attention
 
 
 def box_maps(
@@ -63,34 +60,25 @@ def box_loss(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: (P, h, w).
         targets: (P, h, w) in {0, 1}, see :func:`box_maps`.
-
-    Returns:
-        Scalar. Zero, with a graph through everything that made ``logits``, when P is 0.
     """
     if logits.numel() == 0:
         return logits.sum() * 0
-    logits = _full_precision(logits)
+    logits = full_precision(logits)
     return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
 
 
 @torch.no_grad()
-def peak_activations(
-    embedding_map: Tensor, vectors: Tensor, *, chunk: int = CONCEPT_CHUNK
-) -> Tensor:
-    """Compute the maximum of the initial attention map of every concept, some at a time.
+def peak_activations(embedding_map: Tensor, vectors: Tensor, *, chunk: int = 1024) -> Tensor:
+    """Compute the (N, V) maxima of the initial attention maps of all concepts.
 
     Args:
         embedding_map: (N, k, h, w).
         vectors: (V, k).
-        chunk: concepts whose maps are made at a time.
-
-    Returns:
-        (N, V).
+        chunk: concepts whose maps are made at a time: 1024, for 16 images of 16 x 16 cells, take
+            17 MB.
     """
-    return torch.cat(
-        [initial_attention(embedding_map, part).amax(dim=(2, 3)) for part in vectors.split(chunk)],
-        dim=1,
-    )
+    parts = (initial_attention(embedding_map, part) for part in vectors.split(chunk))
+    return torch.cat([part.amax(dim=(2, 3)) for part in parts], dim=1)
 
 
 def matched_concepts(embedding_map: Tensor, vectors: Tensor, num_matched: int = 800) -> Tensor:
@@ -123,14 +111,13 @@ def matching_loss(
         concepts: (N, M), see :func:`matched_concepts`.
 
     Returns:
-        Scalar: the sum over cells and concepts, the mean over images, without the weight c. Zero,
-        with a graph through everything that made ``logits``, when N or M is 0.
+        The sum over cells and concepts, the mean over images, without the weight c.
     """
     if logits.numel() == 0:
         return logits.sum() * 0
-    logits = _full_precision(logits)
+    logits = full_precision(logits)
     with torch.no_grad():
-        original = _full_precision(initial_attention(embedding_map, vectors[concepts]))
+        original = full_precision(initial_attention(embedding_map, vectors[concepts]))
         std, mean = torch.std_mean(original, dim=(2, 3), correction=0, keepdim=True)
         targets = original > mean + std
     total = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
@@ -175,12 +162,8 @@ def discrimination_loss(
         targets: (P, h, w) in {0, 1}: G of each pair, see :func:`box_maps`.
         pair_images: (P,) position in the batch of the image of each pair.
         pair_weights: (P, U), see :func:`negative_concepts`.
-
-    Returns:
-        Scalar. Zero, with a graph through everything that made ``logits``, when no pair has a
-        negative.
     """
-    losses = F.softplus(_full_precision(logits.flatten(2)))
+    losses = F.softplus(full_precision(logits.flatten(2)))
     cells = targets.flatten(1).to(losses.dtype)
     weights = pair_weights.to(losses.dtype)
     num_cells = cells.sum(dim=1, keepdim=True)
@@ -191,8 +174,3 @@ def discrimination_loss(
     member = pair_images == torch.arange(len(logits), device=logits.device)[:, None]
     share = (member[:, None] * weights.T) @ cells
     return (losses * share).sum() / count
-
-
-def _full_precision(values: Tensor) -> Tensor:
-    """Return half precision as float32: sums over maps have more digits than it holds."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -29,9 +29,7 @@ from maskx.core.checks import check_choice
 from maskx.core.extra_state import EXTRA_STATE, pack_state, unpack_state
 from maskx.core.sample_models import IMAGENET_MEAN, IMAGENET_STD, Sample, SampleModel
 from maskx.core.word_table import WordTable
-from maskx.systems.concept_mask.attention import AttentionRefinement, initial_attention
 from maskx.systems.concept_mask.concept_sets import ConceptSplit, vocabulary_difference
-from maskx.systems.concept_mask.embedding import ConceptEmbedding, embedding_loss, soft_topics
 from maskx.systems.concept_mask.losses import (
     box_loss,
     box_maps,
@@ -40,19 +38,19 @@ from maskx.systems.concept_mask.losses import (
     matching_loss,
     negative_concepts,
 )
-from maskx.systems.concept_mask.query import (
-    ConceptQuery,
-    checked_query,
-    concept_query,
-    named_query,
-)
-from maskx.systems.concept_mask.segmenter import (
+from maskx.systems.concept_mask.network import (
+    AttentionRefinement,
+    ConceptEmbedding,
     ConceptSegmenter,
     concept_segmentation_loss,
+    embedding_loss,
+    initial_attention,
     mean_maps,
     normalise_maps,
     resize_maps,
+    soft_topics,
 )
+from maskx.systems.concept_mask.query import ConceptQuery, checked_query, concept_query, named_query
 
 __all__ = [
     "ATTENTION_KINDS",
@@ -82,7 +80,8 @@ class EmbeddingModel(SampleModel):
 
     Checkpoints hold the word table and say which concepts have boxes and masks and how the network
     is built; another word table is refused on loading. In training mode a checkpoint of the stage
-    before may be loaded as well, from which the training then starts.
+    before may be loaded as well, from which the training then starts; ``is_new`` says that none of
+    this very stage was.
 
     Args:
         embedding: the network of stage 1.
@@ -97,17 +96,11 @@ class EmbeddingModel(SampleModel):
         architecture: what else the network is built from, as JSON can hold it, for its checkpoints.
         pixel_mean: by channel, in the order of the images, of values from 0 to 255.
         pixel_std: likewise.
-
-    Attributes:
-        is_new: no checkpoint of this very stage was loaded.
-
-    Raises:
-        ValueError: an argument is out of range or does not fit the others.
     """
 
     stage: ClassVar[int] = 1
+    # What a training sample must have, beside the image.
     targets: ClassVar[tuple[str, ...]] = ("image_labels",)
-    """What a training sample must have, beside the image."""
 
     def __init__(
         self,
@@ -182,10 +175,6 @@ class EmbeddingModel(SampleModel):
             `gamma`, ``loss_discrimination``, weighted (stage 2); ``loss_masks`` (stage 3). A loss
             for which there is no supervision is zero, with a graph. In evaluation what
             :meth:`predict` returns of each.
-
-        Raises:
-            ValueError: a sample lacks a target or has a concept that its stage does not learn, the
-                sizes differ, or an image is smaller than the stride.
         """
         if not self.training:
             return [self.predict(sample) for sample in samples]
@@ -228,7 +217,7 @@ class EmbeddingModel(SampleModel):
             sample: see :meth:`forward`.
             query: concepts; None for those of the sample, or else of the model.
             kind: of attention, see :meth:`attention`.
-            segment: make masks with the segmentation network, if there is one; not of the
+            segment: make masks with the segmentation network, if there is one, not of the
                 attention.
 
         Returns:
@@ -246,9 +235,6 @@ class EmbeddingModel(SampleModel):
             - ``own_share``: (C,) of the own map in the attention, theta; ``borrowed``: names of the
               boxed concepts that the rest was taken from, None where there is no rest;
             - ``existence``: (C,) see :meth:`existence`, and ``exists``, bool, above the threshold.
-
-        Raises:
-            ValueError: the image is smaller than the stride, or the query does not fit the table.
         """
         check_choice("kind of attention", kind, ATTENTION_KINDS)
         self._check_size(sample)
@@ -269,23 +255,26 @@ class EmbeddingModel(SampleModel):
             existence = self.existence(maps, query)[0]
         query = checked_query(query, self.vectors)
         attention = self.attention(maps, query, kind=kind)
-        initial = normalise_maps(self._mean(self.attention(maps, query, kind="initial"), size))
+        initial = self.attention(maps, query, kind="initial")
+        initial = normalise_maps(self._mean(initial, size))[0]
         share = self._own_share(query, kind)
-        segmenter = getattr(self, "segmenter", None) if segment else None
-        if segmenter is None:
-            masks_prob = mean_maps(attention, size)[0]
-        else:
+        if segment and self.stage == 3:
             masks_prob = self.segment(image, attention, size)[0]
+        else:
+            masks_prob = mean_maps(attention, size)[0]
         known = query.indices >= 0
         thresholds = self._thresholds()[query.indices.clamp(min=0)]
         thresholds = torch.where(known, thresholds, self.existence_threshold_unseen)
+        is_initial = (self.stage == 1 or kind == "initial") | (~known & (share == 1))
         return {
-            "concepts": self._names(query),
+            "concepts": list(query.names or self._names(query.indices)),
             "concept_indices": query.indices,
             "masks_prob": masks_prob,
             "masks": masks_prob > _MASK_THRESHOLD,
-            "attention": self._shown(attention, initial, query, kind, size)[0],
-            "initial": initial[0],
+            "attention": torch.where(
+                is_initial[:, None, None], initial, self._mean(attention, size)[0]
+            ),
+            "initial": initial,
             "own_share": share,
             "borrowed": self._borrowed(query, share),
             "existence": existence,
@@ -297,19 +286,17 @@ class EmbeddingModel(SampleModel):
         return named_query(self.table, self.unseen, concepts, blended=blended)
 
     def embedding_maps(self, images: Tensor) -> list[Tensor]:
-        """Warp (N, 3, H, W) normalised images to squares and embed them.
+        """Warp (N, 3, H, W) normalised images to squares and embed their positions.
 
         This is all that inference takes from the images, whatever concepts are asked for. Squares
         are made of the images as they are, not of one another, which keeps what large ones show.
 
         Returns:
-            For each attention size the (N, k, h, w) embeddings of the positions.
+            For each attention size (N, k, h, w).
         """
         sizes = ((size, size) for size in self.attention_sizes)
-        return [
-            self.embedding.embedding_map(resize_maps(images, size, antialias=True))
-            for size in sizes
-        ]
+        squares = (resize_maps(images, size, antialias=True) for size in sizes)
+        return [self.embedding.embedding_map(square) for square in squares]
 
     def attention(
         self, maps: Sequence[Tensor], query: ConceptQuery, *, kind: str = "blended"
@@ -336,11 +323,7 @@ class EmbeddingModel(SampleModel):
         return maps if kind == "initial" else [normalise_maps(each) for each in maps]
 
     def existence(self, maps: Sequence[Tensor], query: ConceptQuery) -> Tensor:
-        """Score whether concepts are in the images.
-
-        Args:
-            maps: of :meth:`embedding_maps`.
-            query: C concepts.
+        """Score whether concepts are in the images of some :meth:`embedding_maps`.
 
         Returns:
             (N, C): the maximum of the refined maps of all attention sizes; for unseen words, and
@@ -351,25 +334,12 @@ class EmbeddingModel(SampleModel):
         return torch.stack(scores).amax(dim=0)
 
     def vocabulary_existence(self, maps: Sequence[Tensor]) -> Tensor:
-        """Score all concepts of the word table; see :meth:`existence`.
-
-        No more than 2048 maps are there at a time.
-
-        Returns:
-            (N, V).
-        """
-        best = None
-        for each in maps:
-            scores = torch.cat([_maxima(chunk) for chunk in self._all_maps(each)], dim=1)
-            best = scores if best is None else torch.maximum(best, scores)
-        return best
+        """Score all V concepts of the word table, some maps at a time; see :meth:`existence`."""
+        scores = [torch.cat([*map(_maxima, self._all_maps(each))], dim=1) for each in maps]
+        return torch.stack(scores).amax(dim=0)
 
     def nearest_boxed(self, vectors: Tensor) -> Tensor:
-        """Return the (C,) boxed concepts whose word vectors have the largest cosine.
-
-        Args:
-            vectors: (C, k) word vectors.
-        """
+        """Return the boxed concepts whose word vectors have the largest cosine to (C, k) others."""
         (boxed,) = self.is_boxed.nonzero(as_tuple=True)
         cosines = F.normalize(vectors, dim=1) @ F.normalize(self.vectors[boxed], dim=1).T
         return boxed[cosines.argmax(dim=1)]
@@ -389,26 +359,25 @@ class EmbeddingModel(SampleModel):
             theta_unseen: in (0, 1], the same for an unseen word, where it is blended.
             existence_thresholds: (V,); NaN leaves the threshold of that concept as it is.
             existence_threshold_unseen: a cosine; NaN leaves it as it is.
-
-        Raises:
-            ValueError: a value is out of range. At a theta of 0 a concept would have no map of its
-                own at all.
         """
+        # At a theta of 0 a concept would have no map of its own at all.
         for name, theta in (("theta_image", theta_image), ("theta_unseen", theta_unseen)):
-            if theta is None:
-                continue
-            if not 0 < theta <= 1:
+            if theta is not None and not 0 < theta <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {theta}.")
-            getattr(self, name).fill_(theta)
-        if existence_thresholds is not None:
-            if len(existence_thresholds) != len(self.vectors):
-                raise ValueError(
-                    f"existence_thresholds has {len(existence_thresholds)} numbers for a word "
-                    f"table of {len(self.vectors)}."
-                )
-            _fill_known(self.existence_thresholds, existence_thresholds)
-        if existence_threshold_unseen is not None:
-            _fill_known(self.existence_threshold_unseen, existence_threshold_unseen)
+        if existence_thresholds is not None and len(existence_thresholds) != len(self.vectors):
+            raise ValueError(
+                f"existence_thresholds has {len(existence_thresholds)} numbers for a word table of "
+                f"{len(self.vectors)}."
+            )
+        for buffer, value in (
+            (self.theta_image, theta_image),
+            (self.theta_unseen, theta_unseen),
+            (self.existence_thresholds, existence_thresholds),
+            (self.existence_threshold_unseen, existence_threshold_unseen),
+        ):
+            if value is not None:
+                values = torch.as_tensor(value, dtype=buffer.dtype, device=buffer.device)
+                buffer.copy_(torch.where(values.isnan(), buffer, values))
 
     def _check_size(self, sample: Sample) -> None:
         height, width = sample["image"].shape[-2:]
@@ -430,12 +399,10 @@ class EmbeddingModel(SampleModel):
             len(self.table),
         )
 
-    def _names(self, query: ConceptQuery) -> list[str]:
-        if query.names is not None:
-            return list(query.names)
+    def _names(self, indices: Tensor) -> list[str]:
         return [
             self.table.names[index] if index >= 0 else f"vector {place}"
-            for place, index in enumerate(query.indices.tolist())
+            for place, index in enumerate(indices.tolist())
         ]
 
     def _thresholds(self) -> Tensor:
@@ -455,26 +422,12 @@ class EmbeddingModel(SampleModel):
         """Name the boxed concepts that a part of the maps was taken from."""
         if not self.split.boxed or bool((share == 1).all()):
             return [None] * len(query)
-        nearest = self.nearest_boxed(query.vectors).tolist()
-        names = [self.table.names[index] for index in nearest]
+        names = self._names(self.nearest_boxed(query.vectors))
         return [name if own < 1 else None for name, own in zip(names, share.tolist(), strict=True)]
 
     def _mean(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Average the maps of the scored sizes at one size."""
         return sum(resize_maps(maps[n], size) for n in self._scored) / len(self._scored)
-
-    def _shown(
-        self,
-        attention: Sequence[Tensor],
-        initial: Tensor,
-        query: ConceptQuery,
-        kind: str,
-        size: tuple[int, int],
-    ) -> Tensor:
-        """Make the (N, C, *size) maps that are shown and measured."""
-        return initial
-
-    # Checkpoints
 
     def get_extra_state(self) -> Tensor:
         """Say in the checkpoint what network this is."""
@@ -501,9 +454,8 @@ class EmbeddingModel(SampleModel):
             if found["word_table"] != self.table.hash:
                 raise ValueError(
                     f"The checkpoint was made with the word table {found['word_table'][:12]}, but "
-                    f"the one given, from {self.table.source}, is {self.table.hash[:12]}. Vectors "
-                    "of another computation do not fit: give the table of the checkpoint, or train "
-                    "anew."
+                    f"the one given, from {self.table.source}, is {self.table.hash[:12]}. Give the "
+                    "table of the checkpoint, or train anew."
                 )
             if found["stage"] != self.stage:
                 handed = self._handed_on(found, state_dict, prefix)
@@ -538,11 +490,10 @@ class EmbeddingModel(SampleModel):
                 "of stage 2."
             )
         before = {n.removeprefix(prefix): v for n, v in state_dict.items() if n.startswith(prefix)}
-        handed = self.state_dict()
-        given = {*before} - {"vectors", "idf", EXTRA_STATE}
-        given = {name for name in given if not name.startswith("original.")}
+        handed, own = self.state_dict(), {"vectors", "idf", EXTRA_STATE}
+        given = {name for name in before.keys() - own if not name.startswith("original.")}
         misfits = set()
-        for name in handed.keys() - {"vectors", "idf", EXTRA_STATE}:
+        for name in handed.keys() - own:
             start = next((start for start in self._before if name.startswith(start)), "")
             source = self._before.get(start, "")
             if source is None:
@@ -564,13 +515,7 @@ class EmbeddingModel(SampleModel):
 
 
 class _RefinedModel(EmbeddingModel):
-    """What stages 2 and 3 share: refined maps, blended where a concept has no boxes.
-
-    Args:
-        embedding: the network of stage 1.
-        hidden_channels: of the refinement.
-        shared: arguments of :class:`EmbeddingModel`.
-    """
+    """What stages 2 and 3 share: refined maps, blended where a concept has no boxes."""
 
     def __init__(
         self, embedding: ConceptEmbedding, *, hidden_channels: int = 1024, **shared: Any
@@ -579,7 +524,7 @@ class _RefinedModel(EmbeddingModel):
         self.refinement = AttentionRefinement(len(self.table), hidden_channels=hidden_channels)
 
     def train(self, mode: bool = True) -> "_RefinedModel":
-        """Set training or evaluation mode; what is frozen stays in evaluation mode."""
+        """Set the mode; what is frozen stays in evaluation mode."""
         super().train(mode)
         for module in self._frozen():
             module.eval()
@@ -588,7 +533,7 @@ class _RefinedModel(EmbeddingModel):
     def attention(
         self, maps: Sequence[Tensor], query: ConceptQuery, *, kind: str = "blended"
     ) -> list[Tensor]:
-        """Make the attention maps of concepts; see :meth:`EmbeddingModel.attention`."""
+        """See :meth:`EmbeddingModel.attention`."""
         query = checked_query(query, self.vectors)
         if kind == "initial":
             return super().attention(maps, query, kind=kind)
@@ -604,7 +549,7 @@ class _RefinedModel(EmbeddingModel):
         return blended
 
     def existence(self, maps: Sequence[Tensor], query: ConceptQuery) -> Tensor:
-        """Score whether concepts are in the images; see :meth:`EmbeddingModel.existence`."""
+        """See :meth:`EmbeddingModel.existence`."""
         query = checked_query(query, self.vectors)
         cosines, rows = super().existence(maps, query), query.indices.clamp(min=0)
         refined = torch.stack([_maxima(self._refined(each, rows)) for each in maps]).amax(dim=0)
@@ -620,19 +565,6 @@ class _RefinedModel(EmbeddingModel):
         boxed = known & self.is_boxed[query.indices.clamp(min=0)]
         unseen = torch.where(query.blended, self.theta_unseen, 1)
         return torch.where(boxed, 1, torch.where(known, self.theta_image, unseen))
-
-    def _shown(
-        self,
-        attention: Sequence[Tensor],
-        initial: Tensor,
-        query: ConceptQuery,
-        kind: str,
-        size: tuple[int, int],
-    ) -> Tensor:
-        if kind == "initial":
-            return initial
-        by_vector = (query.indices < 0) & (self._own_share(query, kind) == 1)
-        return torch.where(by_vector[:, None, None], initial, self._mean(attention, size))
 
     def _thresholds(self) -> Tensor:
         return self.existence_thresholds
@@ -680,9 +612,6 @@ class RefinementModel(_RefinedModel):
         matching_weight: c of Eq. 2.
         discrimination_weight: of the spatial discrimination loss. The paper names none.
         shared: arguments of :class:`EmbeddingModel`, and ``hidden_channels`` of the refinement.
-
-    Raises:
-        ValueError: an argument is out of range or does not fit the others.
     """
 
     stage = 2
@@ -723,11 +652,7 @@ class RefinementModel(_RefinedModel):
         self._freeze()
 
     def losses(self, images: Tensor, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Compute the losses of (N, 3, H, W) normalised images and their samples.
-
-        The boxes of a sample are (B, 4) XYXY in pixels of its image, of the concepts at
-        ``box_rows`` (B,) in its list ``concepts``.
-        """
+        """Compute the losses of (N, 3, H, W) normalised images and samples of ConceptMapper."""
         refinement, vectors = self.refinement, self.vectors
         pair_images, pair_concepts = self._pairs(samples, "boxed")
         firsts = [0, *itertools.accumulate(len(sample["concepts"]) for sample in samples)]
@@ -768,9 +693,6 @@ class SegmentationModel(_RefinedModel):
         mask_size: M, side of the square that the image is warped to for the segmenter, best the
             side of the masks in training.
         shared: arguments of :class:`EmbeddingModel`, and ``hidden_channels`` of the refinement.
-
-    Raises:
-        ValueError: an argument is out of range or does not fit the others.
     """
 
     stage = 3
@@ -798,10 +720,9 @@ class SegmentationModel(_RefinedModel):
         self._freeze()
 
     def losses(self, images: Tensor, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Compute the loss of (N, 3, H, W) normalised images and their samples.
+        """Compute the loss of (N, 3, H, W) normalised images and samples of ConceptMapper.
 
-        The masks of a sample are (P, M, M), of its ``concepts``; the segmenter sees the images at
-        their size.
+        The segmenter sees the images at the size of the masks.
         """
         pair_images, pair_concepts = self._pairs(samples, "masked")
         masks = torch.cat([sample["masks"] for sample in samples]).to(images.device)
@@ -818,15 +739,12 @@ class SegmentationModel(_RefinedModel):
     def segment(
         self, images: Tensor, attention: Sequence[Tensor], size: tuple[int, int] | None = None
     ) -> Tensor:
-        """Make masks of attention maps.
+        """Make (N, C, *size) probabilities of (N, C, h, w) attention maps by attention size.
 
         Args:
             images: (N, 3, H, W), normalised.
-            attention: for each attention size (N, C, h, w).
+            attention: of :meth:`attention`.
             size: height and width of the result; None for those of the images.
-
-        Returns:
-            (N, C, *size) probabilities.
         """
         size = tuple(images.shape[-2:]) if size is None else size
         side = (self.size, self.size)
@@ -847,15 +765,7 @@ class SegmentationModel(_RefinedModel):
 
 
 def read_description(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Read what a checkpoint says of its network.
-
-    Returns:
-        ``stage``, ``word_table`` (its hash), ``names``, ``boxed``, ``masked``, ``attention_sizes``
-        and ``architecture``.
-
-    Raises:
-        ValueError: it is of another network.
-    """
+    """Read what a checkpoint says of its network, see :meth:`EmbeddingModel.get_extra_state`."""
     if prefix + EXTRA_STATE not in state_dict:
         raise ValueError("The checkpoint does not say what network it is of.")
     what = "a network of ConceptMask"
@@ -866,12 +776,6 @@ def read_description(state_dict: Mapping[str, Any], prefix: str = "") -> dict[st
             f"{SYSTEM_NAME}. Give one of ConceptMask."
         )
     return found
-
-
-def _fill_known(buffer: Tensor, values: Tensor | float) -> None:
-    """Write the values that are not NaN."""
-    values = torch.as_tensor(values, dtype=buffer.dtype, device=buffer.device)
-    buffer.copy_(torch.where(values.isnan(), buffer, values))
 
 
 def _maxima(maps: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ __all__ = [
     "Overlap",
     "concept_overlap",
     "load_overlap",
-    "merge_overlaps",
     "negative_weights",
     "save_overlap",
 ]
@@ -63,12 +62,9 @@ def concept_overlap(
     """Sum up Eq. 3 in one pass over the images; the mask of a concept is the union of its boxes.
 
     Args:
-        records: the boxed images of `maskx.systems.concept_mask.concept_sets`, in any order.
+        records: boxed images of `maskx.systems.concept_mask.concept_sets`, in any order.
         num_concepts: V.
         progress: show a progress bar.
-
-    Raises:
-        ValueError: a concept index is outside the vocabulary.
     """
     total = _summed(num_concepts, [])
     pending: list[np.ndarray] = []
@@ -80,21 +76,6 @@ def concept_overlap(
         if num_pending > _MAX_PENDING:
             total, pending, num_pending = _summed(num_concepts, [_columns(total), *pending]), [], 0
     return _summed(num_concepts, [_columns(total), *pending])
-
-
-def merge_overlaps(overlaps: Sequence[Overlap]) -> Overlap:
-    """Add the sums of several sets of images.
-
-    Raises:
-        ValueError: there is none, or they are of vocabularies of different sizes.
-    """
-    sizes = sorted({overlap.num_concepts for overlap in overlaps})
-    if len(sizes) != 1:
-        raise ValueError(
-            f"Overlaps of vocabularies with {sizes} concepts cannot be added. Give overlaps of one "
-            "vocabulary."
-        )
-    return _summed(sizes[0], [_columns(overlap) for overlap in overlaps])
 
 
 def negative_weights(overlap: Overlap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -120,9 +101,6 @@ def save_overlap(path: str | os.PathLike[str], overlap: Overlap, names: Sequence
         path: file to write; a file of this name is replaced.
         overlap: what to write.
         names: vocabulary, by concept index.
-
-    Raises:
-        ValueError: the vocabulary has another size.
     """
     if len(names) != overlap.num_concepts:
         raise ValueError(
@@ -194,11 +172,6 @@ def _common_areas(boxes: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndar
     """(P, P) areas common to the unions of boxes of two concepts, exactly.
 
     The edges of all boxes cut the image into cells that are wholly inside or outside of each box.
-
-    Args:
-        boxes: (B, 4) [x1, y1, x2, y2].
-        rows: (B,) concept of each box, from 0.
-        num_rows: P.
     """
     xs, ys = np.unique(boxes[:, 0::2]), np.unique(boxes[:, 1::2])
     left, right = np.searchsorted(xs, boxes[:, 0]), np.searchsorted(xs, boxes[:, 2])

@@ -3,11 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from maskx.core.checks import check_choice
@@ -26,8 +24,6 @@ __all__ = [
     "ConceptRow",
     "FoundConcept",
     "draw_concepts",
-    "found_concepts",
-    "image_tensor",
     "segment_files",
 ]
 
@@ -83,7 +79,7 @@ class ConceptPredictor:
         for name, value in (("model_format", model_format), ("order", order)):
             check_choice(name, value, _ORDERS)
         self.model, self.blend_unseen = model.eval(), blend_unseen
-        self.order, self._turned = order, model_format != order
+        self._order, self._turned = order, model_format != order
 
     def __call__(
         self, image: np.ndarray, concepts: Sequence[str | int | np.ndarray] | None = None
@@ -99,46 +95,31 @@ class ConceptPredictor:
             What was found by name, in the order asked for; a concept given as a vector has the
             name "vector" and its position.
         """
-        pixels = image_tensor(image, self.order)
-        sample: dict[str, Any] = {"image": pixels.flip(0) if self._turned else pixels}
+        image = np.asarray(image)
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(
+                f"The image has shape {image.shape} and dtype {image.dtype}. Allowed: (H, W, 3) "
+                f"uint8, {self._order}."
+            )
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        query = None
         if concepts is not None:
-            sample["query"] = self.model.ask(concepts, blended=self.blend_unseen)
-        return found_concepts(self.model.predict(sample))
-
-
-def image_tensor(image: np.ndarray, channels: str) -> Tensor:
-    """Turn an image that a user gives into (3, H, W) uint8.
-
-    Args:
-        image: (H, W, 3) uint8.
-        channels: their order, for messages.
-    """
-    image = np.asarray(image)
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"The image has shape {image.shape} and dtype {image.dtype}. Allowed: (H, W, 3) "
-            f"uint8, {channels}."
-        )
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-
-
-def found_concepts(result: Mapping[str, Any]) -> dict[str, FoundConcept]:
-    """Take apart what was predicted for one image, by name of the concept."""
-    arrays = (result[key].cpu().numpy() for key in ("initial", "attention", "masks_prob", "masks"))
-    scores = (result[key].tolist() for key in ("existence", "exists"))
-    parts = zip(*arrays, *scores, result["borrowed"], result["own_share"].tolist(), strict=True)
-    return {name: FoundConcept(*part) for name, part in zip(result["concepts"], parts, strict=True)}
+            query = self.model.ask(concepts, blended=self.blend_unseen)
+        pixels = pixels.flip(0) if self._turned else pixels
+        result = self.model.predict({"image": pixels}, query)
+        keys = ("initial", "attention", "masks_prob", "masks")
+        arrays = (result[key].cpu().numpy() for key in keys)
+        scores = (result[key].tolist() for key in ("existence", "exists"))
+        parts = zip(*arrays, *scores, result["borrowed"], result["own_share"].tolist(), strict=True)
+        found = (FoundConcept(*part) for part in parts)
+        return dict(zip(result["concepts"], found, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
 class ConceptRow:
-    """A row of a picture.
+    """A row of a picture: (H, W, 3) uint8 RGB, and by title of their column (H, W) maps and masks.
 
-    Attributes:
-        title: such as the name of the concept.
-        image: (H, W, 3) uint8 RGB.
-        maps: numbers in [0, 1] by the title of their column, each (H, W).
-        masks: (H, W) bool by the title of their column.
+    Maps are numbers in [0, 1].
     """
 
     title: str
@@ -148,12 +129,7 @@ class ConceptRow:
 
 
 def draw_concepts(path: Path, rows: Sequence[ConceptRow]) -> None:
-    """Draw concepts in images: the image, maps and masks.
-
-    Args:
-        path: PNG file to write.
-        rows: with the same columns, at least one.
-    """
+    """Write a PNG file of at least one row; all have the same columns."""
     tiles = []
     for row in rows:
         tiles.append(plain_tile(row.image, _TILE_SIDE))
@@ -189,7 +165,7 @@ def segment_files(
     behind it where another file has that name.
 
     Args:
-        predictor: of a trained model.
+        predictor: of RGB images.
         images: files with different names.
         output: folder to write to; it is created.
         concepts: names; None for all that seem to exist. Of an image without any nothing is

@@ -57,13 +57,9 @@ def concept_query(
     blended: bool | Sequence[bool] | np.ndarray = False,
     names: Sequence[str] | None = None,
 ) -> ConceptQuery:
-    """Make a query of what ``WordTable.resolve`` returns.
+    """Make a :class:`ConceptQuery`, as of what ``WordTable.resolve`` returns.
 
-    Args:
-        indices: (C,) rows of the word table; -1 for an unseen word.
-        vectors: (C, k).
-        blended: of all unseen words, or (C,); see :class:`ConceptQuery`.
-        names: C names.
+    `blended` is of all unseen words, or of each.
     """
     indices = torch.as_tensor(indices, dtype=torch.int64)
     return ConceptQuery(
@@ -75,15 +71,7 @@ def concept_query(
 
 
 def checked_query(query: ConceptQuery, table: Tensor) -> ConceptQuery:
-    """Bring a query to the device of the word table, with its vectors for what is in it.
-
-    Args:
-        query: C concepts.
-        table: (V, k) word vectors.
-
-    Raises:
-        ValueError: an index is out of range, or the vectors are not (C, k).
-    """
+    """Bring a query to the device of the (V, k) word table, with its vectors for what is in it."""
     indices, vectors = query.indices, query.vectors
     if len(indices) == 0 and vectors.ndim == 2:
         vectors = table[:0]
@@ -119,10 +107,6 @@ def named_query(
         concepts: names of either table, concept indices, or vectors, whose names are "vector" and
             their position.
         blended: see :class:`ConceptQuery`.
-
-    Raises:
-        ValueError: the list is empty, a word is in both tables, or a concept is not known or asked
-            for twice.
     """
     extra = {} if unseen is None else dict(zip(unseen.names, unseen.vectors, strict=True))
     both = sorted(set(extra) & set(table.names))
@@ -151,10 +135,6 @@ def read_unseen_words(path: str | os.PathLike[str], table: WordTable) -> WordTab
         path: ``.npy`` file of ``tools/learn_word_vectors.py --fold-in``, or CLIP's, with its words
             beside it in a ``.txt`` or ``.json`` file of the same name; or a word table.
         table: of the model.
-
-    Raises:
-        FileNotFoundError: there is no such file, or none with the words.
-        ValueError: the file cannot be used, or its vectors have another length than the table's.
     """
     path = Path(path)
     if path.suffix == ".npy" and path.is_file():

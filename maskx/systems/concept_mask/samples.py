@@ -54,11 +54,10 @@ class ConceptMapper:
         """Make a training sample; the record stays as it is.
 
         Returns:
-            ``image`` (3, S, S) uint8 RGB, ``height``, ``width``, ``image_id``, ``file_name``; and
-            of stage 1 ``image_labels``, concept indices; of stage 2 ``concepts``, P concept
-            indices, ``boxes`` (B, 4) XYXY in pixels of the warped image, ``box_rows`` (B,) int64
-            positions in the concepts; of stage 3 ``concepts`` and ``masks`` (P, ``size``,
-            ``size``) bool.
+            What :func:`read_sample` returns, the image warped to a square; and of stage 1
+            ``image_labels``, concept indices; of stage 2 ``concepts``, P concept indices,
+            ``boxes`` (B, 4) XYXY in pixels of the warped image, ``box_rows`` (B,) int64 positions
+            in the concepts; of stage 3 ``concepts`` and ``masks`` (P, ``size``, ``size``) bool.
         """
         sample = read_sample(record)
         sample["image"] = warp_image(sample["image"], self.image_size)
@@ -100,15 +99,9 @@ def box_target(
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Warp the boxes of an image to a square; those of crowds count like all others.
 
-    Args:
-        record: of the boxed images.
-        size: side of the square in pixels.
-        flip: whether left and right change places.
-
     Returns:
-        concepts: the P concept indices with boxes, ascending.
-        boxes: (B, 4) float32 [x1, y1, x2, y2] in [0, size].
-        box_rows: (B,) int64, the position of each box's concept in ``concepts``.
+        The P concept indices with boxes, ascending; (B, 4) float32 [x1, y1, x2, y2] in [0, size];
+        and (B,) int64, the position of each box's concept among the concepts.
     """
     annotations = record["annotations"]
     classes = np.array([annotation["class_index"] for annotation in annotations], np.int64)
@@ -140,12 +133,11 @@ def mask_target(
         masked: concept indices that have masks.
         size: side of the square in pixels.
         flip: whether left and right change places.
-        max_concepts: most concepts to take.
+        max_concepts: most concepts to take, at random.
         random_state: says which.
 
     Returns:
-        concepts: P concept indices, ascending; there may be none.
-        masks: (P, size, size) bool.
+        P concept indices, ascending, and (P, size, size) bool masks; there may be none.
     """
     masks = {}
     for concept in random_state.permutation(fully_masked(record["annotations"])).tolist():

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+
+from maskx.systems.concept_mask.network import normalise_maps
 
 __all__ = [
     "LEVELS",
@@ -30,12 +33,9 @@ _MEASURES = ("pointing", "soft_iou", "precision", "recall", "iou", "chance")
 
 
 def pointing_hit(attention: np.ndarray, truth: np.ndarray) -> bool:
-    """Tell whether the largest value of a map lies on the concept: the pointing game.
+    """Tell whether the largest value of an (H, W) map lies on the (H, W) bool truth.
 
-    Args:
-        attention: (H, W) float, any values. Of several largest ones the first, row by row, counts;
-            a constant map points nowhere.
-        truth: (H, W) bool.
+    Of several largest ones the first, row by row, counts; a constant map points nowhere.
     """
     flat = attention.ravel()
     best = int(flat.argmax())
@@ -50,7 +50,7 @@ def soft_iou(attention: np.ndarray, truth: np.ndarray) -> float:
         truth: (H, W) bool.
 
     Returns:
-        In [0, 1]; NaN if both are zero everywhere.
+        NaN if both are zero everywhere.
     """
     inside = float(attention[truth].sum(dtype=np.float64))
     union = float(attention.sum(dtype=np.float64)) - inside + np.count_nonzero(truth)
@@ -60,21 +60,12 @@ def soft_iou(attention: np.ndarray, truth: np.ndarray) -> float:
 class ConceptScores:
     """Sums of the measures per concept. Those of several processes are added with `merge`.
 
+    The measures are pointing, soft IoU, precision, recall, IoU and chance, the share of the image
+    that is the concept, which is what pointing at a random pixel reaches.
+
     Args:
         names: of all concepts that may be measured.
         levels: of `LEVELS`, one per concept.
-
-    Attributes:
-        names: as given.
-        levels: as given.
-        sums: (C, 6) float64, sums over images of pointing, soft IoU, precision, recall, IoU and
-            chance, the share of the image that is the concept, which is what pointing at a random
-            pixel reaches.
-        counts: (C,) int64, images measured.
-
-    Raises:
-        ValueError: there are not as many levels as names, a level is not known, or a name stands
-            twice.
     """
 
     def __init__(self, names: Sequence[str], levels: Sequence[str]) -> None:
@@ -102,9 +93,7 @@ class ConceptScores:
         truth: np.ndarray,
         image_id: int | str,
     ) -> None:
-        """Measure one concept in one image that shows it.
-
-        The precision of an empty mask is 0.
+        """Measure one concept in one image that shows it; the precision of an empty mask is 0.
 
         Args:
             concept: its name.
@@ -112,10 +101,6 @@ class ConceptScores:
             mask: (H, W) bool.
             truth: (H, W) bool, not empty.
             image_id: for errors.
-
-        Raises:
-            ValueError: the concept is not known, an array has another shape or kind, or the truth
-                is empty.
         """
         if concept not in self._row:
             raise ValueError(
@@ -158,11 +143,7 @@ class ConceptScores:
         self.counts[row] += 1
 
     def merge(self, other: "ConceptScores") -> None:
-        """Add the measures of other images, such as those of another process.
-
-        Raises:
-            ValueError: the other has other concepts or levels.
-        """
+        """Add the measures of other images, such as those of another process."""
         if (self.names, self.levels) != (other.names, other.levels):
             raise ValueError(
                 f"Measures of {len(other.names)} concepts cannot be added to those of "
@@ -202,9 +183,7 @@ class ConceptScores:
 def format_concept_table(result: Mapping[str, Any], *, concepts: bool = False) -> str:
     """Lay out what `ConceptScores.evaluate` returns as a Markdown table.
 
-    Args:
-        result: the means.
-        concepts: also one row per concept, the highest IoU first.
+    With `concepts` there is a row per concept too, the highest IoU first.
     """
     titles = ("pointing", "soft IoU", "precision", "recall", "IoU", "chance")
     lines = [f"| level | concepts | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
@@ -221,12 +200,7 @@ def format_concept_table(result: Mapping[str, Any], *, concepts: bool = False) -
 
 
 class ThetaFit(NamedTuple):
-    """How a map is best blended with that of the nearest concept with boxes.
-
-    Attributes:
-        theta: share of the concept's own map.
-        scores: mean soft IoU by share.
-    """
+    """The best share of a concept's own map in a blend, and the mean soft IoU by share."""
 
     theta: float
     scores: dict[float, float]
@@ -239,27 +213,21 @@ def fit_theta(
 ) -> ThetaFit:
     """Choose the theta of ``theta a_q + (1 - theta) a_p`` on images with true masks.
 
-    The measure is the soft IoU of the blended maps, each brought to [0, 1] by its minimum and
-    maximum as the segmentation network gets them, and averaged over the A image sizes that they
-    were made at; mean over the images of a concept, then over concepts.
+    The measure is the soft IoU of the blended maps, each brought to [0, 1] as the segmentation
+    network gets them, and averaged over the A attention sizes; mean over the images of a concept,
+    then over concepts. Of equal thetas the largest is taken.
 
     Args:
         maps: concept, its own maps a_q (A, H, W), those of the nearest concept with boxes a_p
             (A, H, W), and the truth (H, W) bool; read once.
         thetas: values to try, in [0, 1]. 0 is none of them by default: a concept would have no
             map of its own, and all with one nearest concept the same.
-
-    Returns:
-        The best theta, of equal ones the largest.
-
-    Raises:
-        ValueError: there is no map.
     """
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
     for concept, own, nearest, truth in maps:
-        blends = (_min_max(theta * own + (1 - theta) * nearest) for theta in thetas)
-        scores = [soft_iou(blend.mean(axis=0), truth) for blend in blends]
+        blends = (torch.from_numpy(theta * own + (1 - theta) * nearest) for theta in thetas)
+        scores = [soft_iou(normalise_maps(each).mean(dim=0).numpy(), truth) for each in blends]
         sums[concept] = sums.get(concept, 0) + np.array(scores)
         counts[concept] = counts.get(concept, 0) + 1
     if not sums:
@@ -280,9 +248,6 @@ def fit_existence_threshold(scores: np.ndarray, present: np.ndarray) -> float:
     Returns:
         Halfway between two scores, or just below the lowest, of equally good ones the largest; NaN
         where no image or every image shows the concept: nothing can be told from them.
-
-    Raises:
-        ValueError: the arrays do not fit, or a score is not a number.
     """
     scores, present = np.asarray(scores, np.float64), np.asarray(present, bool)
     if scores.ndim != 1 or scores.shape != present.shape or not np.isfinite(scores).all():
@@ -310,9 +275,3 @@ def _by_measure(means: np.ndarray) -> dict[str, float]:
 
 def _cells(found: Mapping[str, Any]) -> str:
     return " | ".join(f"{found[measure]:.3f}" for measure in _MEASURES)
-
-
-def _min_max(maps: np.ndarray) -> np.ndarray:
-    """Bring each map to [0, 1]; a constant one becomes 0."""
-    lowest, highest = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
-    return (maps - lowest) / np.where(highest > lowest, highest - lowest, 1)

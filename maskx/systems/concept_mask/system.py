@@ -18,7 +18,6 @@ from maskx.engine.runs import Run
 from maskx.engine.system import System
 from maskx.engine.training import CHECKPOINT_NAME, load_state, read_checkpoint
 from maskx.systems.concept_mask.concept_sets import ConceptSplit
-from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.model import (
     SYSTEM_NAME,
     EmbeddingModel,
@@ -26,8 +25,8 @@ from maskx.systems.concept_mask.model import (
     SegmentationModel,
     read_description,
 )
+from maskx.systems.concept_mask.network import ConceptEmbedding, ConceptSegmenter, build_encoder
 from maskx.systems.concept_mask.predictor import ConceptPredictor
-from maskx.systems.concept_mask.segmenter import ConceptSegmenter, build_encoder
 
 __all__ = [
     "STAGES",
@@ -64,7 +63,7 @@ class ConceptNetwork:
         attention_sizes: sides of the squares that the attention maps are made of.
         scored_sizes: those whose maps are shown and measured; () for all.
         encoder: of the segmentation network, see
-            :func:`maskx.systems.concept_mask.segmenter.build_encoder`.
+            :func:`maskx.systems.concept_mask.network.build_encoder`.
         encoder_widths: of the encoder ``small``.
         decoder_channels: of the segmentation network.
     """
@@ -97,7 +96,7 @@ def build_model(
     initial: bool = False,
     **losses: Any,
 ) -> EmbeddingModel:
-    """Build the network of a stage, with initial weights.
+    """Build the network of a stage.
 
     Args:
         settings: what to build.
@@ -146,17 +145,9 @@ def build_model(
 def open_model(
     run: str | Path, stage: int = 3, *, device: torch.device | str = "cpu"
 ) -> EmbeddingModel:
-    """Open a model that the quick start trained; all that it is made of is in its checkpoint.
+    """Open the model of a stage that the quick start trained, in evaluation mode.
 
-    Unseen words, if there are any, lie beside it.
-
-    Args:
-        run: folder of the run.
-        stage: 1, 2 or 3.
-        device: where to compute.
-
-    Returns:
-        The model, in evaluation mode.
+    All that it is made of is in its checkpoint; unseen words, if there are any, lie beside it.
     """
     path = Path(run) / STAGE_FOLDERS[stage - 1] / CHECKPOINT_NAME
     if not path.is_file():

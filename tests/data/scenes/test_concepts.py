@@ -66,7 +66,7 @@ def test_the_vocabulary_has_concepts_of_every_kind_and_level():
         "texture": 5,
         "stuff": 5,
     }
-    assert Counter(SPLIT.levels()) == {"mask": 20, "box": 20, "image": 26}
+    assert Counter(SPLIT.levels) == {"mask": 20, "box": 20, "image": 26}
     assert set(SPLIT.vocabulary) | set(SPLIT.unseen) == set(KINDS)
     assert len(SPLIT.unseen) == 5
     of_tags_only = {n for n in SPLIT.vocabulary if n not in SPLIT.boxed}
@@ -267,7 +267,7 @@ def test_unseen_concepts_are_tagged_only_where_asked_for(tmp_path):
 
 
 def test_a_thing_with_tags_only_has_a_shape_with_boxes():
-    levels = dict(zip(SPLIT.vocabulary, SPLIT.levels(), strict=True))
+    levels = dict(zip(SPLIT.vocabulary, SPLIT.levels, strict=True))
     things = [name for name, kind in KINDS.items() if kind == "thing"]
     of_tags_only = [name for name in things if levels.get(name) == "image"]
     assert len(of_tags_only) == 4

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskx.systems.concept_mask.attention import AttentionRefinement, initial_attention
+from maskx.systems.concept_mask.network import AttentionRefinement, initial_attention
 
 NUM_CONCEPTS, DIM, HIDDEN = 40, 6, 9
 

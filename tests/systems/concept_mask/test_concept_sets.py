@@ -54,7 +54,7 @@ def test_levels_follow_from_the_lists():
     assert SPLIT.boxed == ("dog", "traffic light")
     assert SPLIT.boxed_indices == (1, 4)
     assert SPLIT.masked_indices == (4,)
-    assert SPLIT.levels() == ("image", "box", "image", "image", "mask")
+    assert SPLIT.levels == ("image", "box", "image", "image", "mask")
     assert [SPLIT.level_of(index) for index in (4, 1, 0, -1)] == ["mask", "box", "image", "unseen"]
 
 
@@ -65,7 +65,7 @@ def test_every_concept_has_one_level_and_masked_ones_have_boxes(data):
     boxed = data.draw(st.lists(st.sampled_from(names), unique=True))
     masked = data.draw(st.lists(st.sampled_from(boxed), unique=True)) if boxed else []
     split = ConceptSplit(tuple(names), tuple(boxed), tuple(masked))
-    assert len(split.levels()) == len(names)
+    assert len(split.levels) == len(names)
     for index, name in enumerate(names):
         expected = "mask" if name in masked else "box" if name in boxed else "image"
         assert split.level_of(index) == expected

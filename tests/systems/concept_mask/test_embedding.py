@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from maskx.core.backbones import SmallResNet
-from maskx.systems.concept_mask.embedding import ConceptEmbedding, embedding_loss, soft_topics
+from maskx.systems.concept_mask.network import ConceptEmbedding, embedding_loss, soft_topics
 
 
 class Pixels(nn.Module):

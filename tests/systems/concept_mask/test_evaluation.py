@@ -8,9 +8,7 @@ from maskx.core.backbones import SmallResNet
 from maskx.core.word_table import WordTable
 from maskx.data.label_maps import write_label_map
 from maskx.systems.concept_mask.concept_sets import ConceptSplit
-from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.evaluation import (
-    ConceptScorer,
     ConceptTest,
     concept_test,
     concept_truths,
@@ -19,9 +17,9 @@ from maskx.systems.concept_mask.evaluation import (
     fit_concepts,
 )
 from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel
+from maskx.systems.concept_mask.network import ConceptEmbedding, normalise_maps, resize_maps
 from maskx.systems.concept_mask.query import concept_query
 from maskx.systems.concept_mask.scores import fit_existence_threshold, soft_iou
-from maskx.systems.concept_mask.segmenter import normalise_maps, resize_maps
 
 NAMES = ("cat", "dog", "fire truck", "green")
 RNG = np.random.default_rng(0)
@@ -169,25 +167,26 @@ def test_unseen_words_are_measured_by_eq_1_alone_and_blended_beside_it(model, re
 
 def test_perfect_results_have_perfect_measures(records):
     test = concept_test(records, CLASSES, SPLIT, TABLE, UNSEEN, source="x")
-    scorer, other = ConceptScorer(test), ConceptScorer(test)
-    for each, part in ((scorer, records[:3]), (other, records[3:])):
+    scores, other = test.new_scores(), test.new_scores()
+    for each, part in ((scores, records[:3]), (other, records[3:])):
         for record in part:
             truths = test.truths(record)
             names = list(test.query(list(truths)).names)
             masks = np.stack([truths[CLASSES.index(name.split(" (")[0])] for name in names])
             masks = torch.from_numpy(masks)
-            each.update(record, {"concepts": names, "masks": masks, "attention": masks.float()})
-    scorer.merge(other)
+            result = {"concepts": names, "masks": masks, "attention": masks.float()}
+            test.measure(each, record, result)
+    scores.merge(other)
     for level, count in {"mask": 1, "box": 1, "image": 1, "unseen": 1, "unseen_blended": 1}.items():
-        measures = scorer.results()["levels"][level]
+        measures = scores.evaluate()["levels"][level]
         assert measures["num_concepts"] == count
         for name in ("pointing", "soft_iou", "precision", "recall", "iou"):
             assert measures[name] == 1
     wrong = {"concepts": ["yak"], "masks": masks[:1], "attention": masks[:1].float()}
     with pytest.raises(ValueError, match=r"Of image 0 the concepts \['yak'\] were predicted"):
-        scorer.update(records[0], wrong)
+        test.measure(scores, records[0], wrong)
     with pytest.raises(ValueError, match=r"with 1 masks\. Ask with the query of the test"):
-        scorer.update(records[0], wrong | {"concepts": ["cat", "green"]})
+        test.measure(scores, records[0], wrong | {"concepts": ["cat", "green"]})
 
 
 def test_masks_are_of_the_attention_where_asked(model, records, monkeypatch):

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskx.systems.concept_mask.attention import AttentionRefinement, initial_attention
 from maskx.systems.concept_mask.losses import (
     box_loss,
     box_maps,
@@ -16,6 +15,7 @@ from maskx.systems.concept_mask.losses import (
     negative_concepts,
     peak_activations,
 )
+from maskx.systems.concept_mask.network import AttentionRefinement, initial_attention
 
 
 def cross_entropy(logit, target):

@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from maskx.core.backbones import SmallResNet
 from maskx.core.word_table import WordTable
 from maskx.systems.concept_mask.concept_sets import ConceptSplit
-from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.model import (
     EmbeddingModel,
     RefinementModel,
     SegmentationModel,
     read_description,
 )
+from maskx.systems.concept_mask.network import ConceptEmbedding, ConceptSegmenter, normalise_maps
 from maskx.systems.concept_mask.query import concept_query
-from maskx.systems.concept_mask.segmenter import ConceptSegmenter, normalise_maps
 
 V, DIM = 9, 5
 NAMES = tuple("abcdefghi")

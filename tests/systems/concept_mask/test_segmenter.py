@@ -8,7 +8,7 @@ from torch import nn
 
 from maskx.core.backbones import SmallResNet
 from maskx.core.timm_backbones import TimmBackbone
-from maskx.systems.concept_mask.segmenter import (
+from maskx.systems.concept_mask.network import (
     ConceptSegmenter,
     concept_segmentation_loss,
     normalise_maps,

@@ -29,7 +29,7 @@ from maskx.systems.concept_mask.concept_sets import (
     scene_concept_split,
     vocabulary_difference,
 )
-from maskx.systems.concept_mask.evaluation import ConceptScorer, ConceptTest, concept_test
+from maskx.systems.concept_mask.evaluation import ConceptTest, concept_test
 from maskx.systems.concept_mask.overlap import concept_overlap, save_overlap
 from maskx.systems.concept_mask.query import read_unseen_words
 from maskx.systems.concept_mask.samples import ConceptMapper
@@ -136,11 +136,9 @@ def check_concept_data(cfg: CfgNode) -> None:
 
 
 def concept_records(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Read what the stage learns from, of all data sets of ``DATASETS.TRAIN``.
+    """Read what the stage learns from of all data sets of ``DATASETS.TRAIN``.
 
-    Returns:
-        Records with concept indices, as of
-        :class:`maskx.systems.concept_mask.concept_sets.ConceptSets`.
+    See :class:`maskx.systems.concept_mask.concept_sets.ConceptSets`.
     """
     return _records(cfg, concept_split(cfg))
 
@@ -171,12 +169,9 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Any:
 
 
 def concept_test_data(cfg: CfgNode, dataset_name: str, *, with_records: bool = True) -> ConceptTest:
-    """Match the classes of a test set with the concepts of the model.
+    """Match the classes of a registered test set with the concepts of the model.
 
-    Args:
-        cfg: the configuration.
-        dataset_name: of a registered data set with true masks.
-        with_records: read its annotations too.
+    Its annotations are read too if `with_records`.
     """
     class_names = class_names_of(dataset_name)
     records = records_of(dataset_name) if with_records else []
@@ -193,9 +188,7 @@ def concept_test_data(cfg: CfgNode, dataset_name: str, *, with_records: bool = T
 def make_word_table(cfg: CfgNode, path: Path) -> None:
     """Learn word vectors of the tags of ``DATASETS.TRAIN``, for the vocabulary of the split.
 
-    Args:
-        cfg: of stage 1; its WORD_TABLE is not read.
-        path: file to write; one that is there is kept.
+    They are written to `path`, where a file that is there is kept.
     """
     if path.is_file():
         return
@@ -212,12 +205,7 @@ def make_word_table(cfg: CfgNode, path: Path) -> None:
 
 
 def make_overlap(cfg: CfgNode, path: Path) -> None:
-    """Compute Eq. 3 on the boxes of ``DATASETS.TRAIN``.
-
-    Args:
-        cfg: of stage 2; its OVERLAP is not read.
-        path: file to write; one that is there is kept.
-    """
+    """Write Eq. 3 of the boxes of ``DATASETS.TRAIN``; a file that is there is kept."""
     if path.is_file():
         return
     split = concept_split(cfg)
@@ -250,12 +238,12 @@ class MaskXConceptEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         """Forget all predictions."""
-        self._scorer = ConceptScorer(self._test)
+        self._scores = self._test.new_scores()
 
     def process(
         self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Take in the predictions of a batch; see :meth:`ConceptScorer.update`."""
+        """Take in the predictions of a batch; see :meth:`ConceptTest.measure`."""
         for sample, output in zip(inputs, outputs, strict=True):
             image_id = sample["image_id"]
             if image_id not in self._records:
@@ -263,24 +251,23 @@ class MaskXConceptEvaluator(DatasetEvaluator):
                     f"Image {image_id!r} is not among the {len(self._records)} of data set "
                     f"'{self._dataset_name}'. Was another data set given to the model?"
                 )
-            self._scorer.update(self._records[image_id], output)
+            self._test.measure(self._scores, self._records[image_id], output)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Compute the measures.
 
         Returns:
-            Under "concepts", in [0, 1], "<measure>_<level>" for the levels that were measured, such
-            as "pointing_box", "soft_iou_image" and "iou_unseen"; see
-            :class:`maskx.systems.concept_mask.scores.ConceptScores`. Empty in processes other than
-            the main one.
+            Under "concepts", "<measure>_<level>" in [0, 1] for the levels that were measured, such
+            as "pointing_box"; see :class:`maskx.systems.concept_mask.scores.ConceptScores`. Empty
+            in processes other than the main one.
         """
-        scores = self._scorer.scores
+        scores = self._scores
         if self._distributed:
             comm.synchronize()
             gathered = comm.gather(scores, dst=0)
             if not comm.is_main_process():
                 return {}
-            scores = ConceptScorer(self._test).scores
+            scores = self._test.new_scores()
             for part in gathered:
                 scores.merge(part)
         result = scores.evaluate()

@@ -18,7 +18,7 @@ from maskx.detectron2.backbones import check_images
 from maskx.detectron2.config import read_config
 from maskx.detectron2.datasets import register_from_config
 from maskx.detectron2.hooks import Detectron2Hooks, architecture_of
-from maskx.detectron2.image_model import choose_feature
+from maskx.detectron2.image_model import choose_feature, pixel_arguments
 from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.stagewise import Stage, build_on_cpu, check_chain
 from maskx.detectron2.trainer import check_config, load_trained
@@ -37,7 +37,6 @@ from maskx.systems.concept_mask.detectron2.data import (
     make_word_table,
     unseen_words,
 )
-from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.evaluation import concept_test, fit_concepts
 from maskx.systems.concept_mask.model import (
     SYSTEM_NAME,
@@ -45,10 +44,10 @@ from maskx.systems.concept_mask.model import (
     RefinementModel,
     SegmentationModel,
 )
+from maskx.systems.concept_mask.network import ConceptEmbedding, ConceptSegmenter, build_encoder
 from maskx.systems.concept_mask.overlap import load_overlap, negative_weights
 from maskx.systems.concept_mask.query import named_query
 from maskx.systems.concept_mask.samples import read_sample
-from maskx.systems.concept_mask.segmenter import ConceptSegmenter, build_encoder
 
 __all__ = [
     "ConceptPredictor",
@@ -73,8 +72,6 @@ _SHARED_KEYS = (
     *("MODEL.MASKX.BACKBONE.NAME", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT", _TABLE),
     *(f"{KEYS}.{key}" for key in ("SPLIT", "EMBEDDING_CHANNELS", "FINAL_RELU")),
 )
-# What stage 3 must have like stage 2, whose maps it segments.
-_REFINEMENT_KEYS = (f"{KEYS}.HIDDEN_CHANNELS",)
 
 
 def _check(cfg: CfgNode) -> None:
@@ -137,9 +134,8 @@ HOOKS = Detectron2Hooks(
 )
 
 
-@META_ARCH_REGISTRY.register()
-class MaskXConceptEmbedding(EmbeddingModel):
-    """Stage 1: images among word vectors, from tags; see :class:`EmbeddingModel`."""
+class _FromConfig:
+    """Builds a model of any stage from a configuration."""
 
     maskx_hooks = HOOKS
 
@@ -150,89 +146,67 @@ class MaskXConceptEmbedding(EmbeddingModel):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Read the arguments from a configuration."""
-        return _shared_arguments(cfg)
+        keys, test = cfg.MODEL.MASKX.CONCEPT_MASK, cfg.TEST.MASKX
+        table, unseen = concept_table(cfg), unseen_words(cfg)
+        backbone = build_backbone(cfg)
+        in_feature, in_channels = choose_feature(backbone, cfg.MODEL.MASKX.IN_FEATURE)
+        _check_sizes(cfg, backbone.size_divisibility or 1)
+        embedding = ConceptEmbedding(
+            backbone,
+            in_feature=in_feature,
+            in_channels=in_channels,
+            stride=backbone.output_shape()[in_feature].stride,
+            dim=table.dim,
+            hidden_channels=keys.EMBEDDING_CHANNELS,
+            final_relu=keys.FINAL_RELU,
+        )
+        query, gamma = None, None
+        if test.CONCEPTS:
+            query = named_query(table, unseen, test.CONCEPTS, blended=test.BLEND_UNSEEN)
+        arguments = {
+            "embedding": embedding,
+            "table": table,
+            "split": concept_split(cfg),
+            "attention_sizes": keys.ATTENTION_SIZES,
+            "scored_sizes": test.SCORED_SIZES,
+            "unseen": unseen,
+            "query": query,
+            **pixel_arguments(cfg),
+        }
+        if cls.stage > 1:
+            arguments["hidden_channels"] = keys.HIDDEN_CHANNELS
+        if cls.stage == 2:
+            if keys.DISCRIMINATION_WEIGHT and keys.OVERLAP:
+                gamma = negative_weights(load_overlap(keys.OVERLAP, table.names))
+            arguments |= {
+                "gamma": gamma,
+                "num_matched": keys.NUM_MATCHED,
+                "matching_weight": keys.MATCHING_WEIGHT,
+                "discrimination_weight": keys.DISCRIMINATION_WEIGHT,
+            }
+        if cls.stage == 3:
+            arguments["mask_size"] = cfg.INPUT.MASKX.SIZE
+            arguments["segmenter"] = ConceptSegmenter(
+                build_encoder(keys.ENCODER, widths=keys.ENCODER_WIDTHS),
+                num_maps=len(keys.ATTENTION_SIZES),
+                decoder_channels=keys.DECODER_CHANNELS,
+            )
+        return arguments
 
 
 @META_ARCH_REGISTRY.register()
-class MaskXConceptRefinement(RefinementModel):
+class MaskXConceptEmbedding(_FromConfig, EmbeddingModel):
+    """Stage 1: images among word vectors, from tags; see :class:`EmbeddingModel`."""
+
+
+@META_ARCH_REGISTRY.register()
+class MaskXConceptRefinement(_FromConfig, RefinementModel):
     """Stage 2: attention maps refined by boxes; see :class:`RefinementModel`."""
 
-    maskx_hooks = HOOKS
-
-    @configurable
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Read the arguments from a configuration; see :class:`MaskXConceptEmbedding`."""
-        keys, arguments, gamma = cfg.MODEL.MASKX.CONCEPT_MASK, _shared_arguments(cfg), None
-        if keys.DISCRIMINATION_WEIGHT and keys.OVERLAP:
-            gamma = negative_weights(load_overlap(keys.OVERLAP, arguments["table"].names))
-        return arguments | {
-            "hidden_channels": keys.HIDDEN_CHANNELS,
-            "gamma": gamma,
-            "num_matched": keys.NUM_MATCHED,
-            "matching_weight": keys.MATCHING_WEIGHT,
-            "discrimination_weight": keys.DISCRIMINATION_WEIGHT,
-        }
-
 
 @META_ARCH_REGISTRY.register()
-class MaskXConceptSegmentation(SegmentationModel):
+class MaskXConceptSegmentation(_FromConfig, SegmentationModel):
     """Stage 3: masks of an image and attention maps; see :class:`SegmentationModel`."""
-
-    maskx_hooks = HOOKS
-
-    @configurable
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Read the arguments from a configuration; see :class:`MaskXConceptEmbedding`."""
-        keys = cfg.MODEL.MASKX.CONCEPT_MASK
-        segmenter = ConceptSegmenter(
-            build_encoder(keys.ENCODER, widths=keys.ENCODER_WIDTHS),
-            num_maps=len(keys.ATTENTION_SIZES),
-            decoder_channels=keys.DECODER_CHANNELS,
-        )
-        return _shared_arguments(cfg) | {
-            "hidden_channels": keys.HIDDEN_CHANNELS,
-            "segmenter": segmenter,
-            "mask_size": cfg.INPUT.MASKX.SIZE,
-        }
-
-
-def _shared_arguments(cfg: CfgNode) -> dict[str, Any]:
-    keys, test = cfg.MODEL.MASKX.CONCEPT_MASK, cfg.TEST.MASKX
-    table = concept_table(cfg)
-    backbone = build_backbone(cfg)
-    in_feature, in_channels = choose_feature(backbone, cfg.MODEL.MASKX.IN_FEATURE)
-    _check_sizes(cfg, backbone.size_divisibility or 1)
-    embedding = ConceptEmbedding(
-        backbone,
-        in_feature=in_feature,
-        in_channels=in_channels,
-        stride=backbone.output_shape()[in_feature].stride,
-        dim=table.dim,
-        hidden_channels=keys.EMBEDDING_CHANNELS,
-        final_relu=keys.FINAL_RELU,
-    )
-    query, unseen = None, unseen_words(cfg)
-    if test.CONCEPTS:
-        query = named_query(table, unseen, test.CONCEPTS, blended=test.BLEND_UNSEEN)
-    return {
-        "embedding": embedding,
-        "table": table,
-        "split": concept_split(cfg),
-        "attention_sizes": keys.ATTENTION_SIZES,
-        "scored_sizes": test.SCORED_SIZES,
-        "unseen": unseen,
-        "query": query,
-        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-        "pixel_std": cfg.MODEL.PIXEL_STD,
-    }
 
 
 def _check_sizes(cfg: CfgNode, divisor: int) -> None:
@@ -250,13 +224,7 @@ def _check_sizes(cfg: CfgNode, divisor: int) -> None:
 
 
 class ConceptPredictor(predictor.ConceptPredictor):
-    """Finds any concepts in images; Detectron2's ``DefaultPredictor`` finds those of the config.
-
-    Images are BGR, as ``DefaultPredictor`` takes them.
-
-    Args:
-        cfg: the configuration of a trained model, ``MODEL.WEIGHTS`` among it.
-    """
+    """Finds any concepts in BGR images; ``DefaultPredictor`` finds those of the configuration."""
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(
@@ -270,13 +238,10 @@ class ConceptPredictor(predictor.ConceptPredictor):
 def trained_config(
     config_file: str | Path, opts: Sequence[Any] = (), *, device: torch.device | str = "cpu"
 ) -> CfgNode:
-    """Read the configuration of a trained model.
+    """Read the configuration of a trained model, such as the ``config.yaml`` of a run.
 
-    Args:
-        config_file: YAML file, such as the ``config.yaml`` of a run.
-        opts: KEY VALUE pairs over the file. Without ``MODEL.WEIGHTS`` among them, the weights are
-            ``model_final.pth`` of ``OUTPUT_DIR``.
-        device: where to compute.
+    Without ``MODEL.WEIGHTS`` among the KEY VALUE pairs `opts`, the weights are ``model_final.pth``
+    of ``OUTPUT_DIR``.
     """
     cfg = read_config(config_file, opts)
     if "MODEL.WEIGHTS" not in opts[::2]:
@@ -296,7 +261,7 @@ def fit_checkpoint(
     """Fit theta and the existence thresholds, and write them to the file ``MODEL.WEIGHTS``.
 
     Args:
-        cfg: the configuration of a trained model.
+        cfg: of a trained model.
         json_file: COCO-format file with tags and true masks of concepts.
         image_root: folder of its images.
         strict: see :func:`maskx.data.coco.load_coco`.
@@ -325,12 +290,7 @@ def _load(cfg: CfgNode) -> EmbeddingModel:
 
 
 def concept_stages(
-    stage1: Path | None,
-    stage2: Path,
-    stage3: Path,
-    *,
-    output: Path,
-    opts: tuple[Any, ...] = (),
+    stage1: Path | None, stage2: Path, stage3: Path, *, output: Path, opts: tuple[Any, ...] = ()
 ) -> list[Stage]:
     """Make the runs of a chain; weights of a stage go into the next.
 
@@ -372,14 +332,7 @@ def concept_stages(
 
 
 def check_concept_stages(stages: Sequence[Stage]) -> list[bool]:
-    """Check that the stages fit together, before hours are spent on the first.
-
-    Args:
-        stages: of :func:`concept_stages`.
-
-    Returns:
-        Whether each was trained and evaluated before.
-    """
+    """Check that stages fit together, and return whether each was trained and evaluated before."""
     for stage in stages:
         cfg = stage.cfg.clone()
         cfg.defrost()
@@ -387,21 +340,19 @@ def check_concept_stages(stages: Sequence[Stage]) -> list[bool]:
         cfg.MODEL.MASKX.BACKBONE.PRETRAINED = False
         check_config(cfg)
         build_on_cpu(cfg)
-    return check_chain(stages, _shared_with_next)
-
-
-def _shared_with_next(stage: Stage) -> tuple[str, ...]:
-    return _SHARED_KEYS + (_REFINEMENT_KEYS if stage.output.name == "stage2" else ())
+    # Stage 3 must have the refinement of stage 2 too, whose maps it segments.
+    refined = (*_SHARED_KEYS, f"{KEYS}.HIDDEN_CHANNELS")
+    return check_chain(stages, lambda s: refined if s.output.name == "stage2" else _SHARED_KEYS)
 
 
 def _check_kind(stage: Stage) -> None:
-    name, number = stage.cfg.MODEL.META_ARCHITECTURE, int(stage.output.name.removeprefix("stage"))
-    architecture = architecture_of(stage.cfg)
+    number, architecture = int(stage.output.name.removeprefix("stage")), architecture_of(stage.cfg)
     if not issubclass(architecture, EmbeddingModel) or architecture.stage != number:
-        wanted = ("MaskXConceptEmbedding", "MaskXConceptRefinement", "MaskXConceptSegmentation")
+        wanted = (MaskXConceptEmbedding, MaskXConceptRefinement, MaskXConceptSegmentation)
         raise ValueError(
-            f"MODEL.META_ARCHITECTURE is {name} in {stage.config_file}, the config of stage "
-            f"{number}. It must be {wanted[number - 1]}: are two configs exchanged?"
+            f"MODEL.META_ARCHITECTURE is {architecture.__name__} in {stage.config_file}, the "
+            f"config of stage {number}. It must be {wanted[number - 1].__name__}: are two configs "
+            "exchanged?"
         )
 
 
@@ -436,8 +387,7 @@ def _with_table(stages: list[Stage], output: Path) -> list[Stage]:
 
 def _with_overlap(stage: Stage, output: Path) -> Stage:
     keys = stage.cfg.MODEL.MASKX.CONCEPT_MASK
-    is_second = architecture_of(stage.cfg).stage == 2
-    if not is_second or not keys.DISCRIMINATION_WEIGHT or keys.OVERLAP:
+    if stage.output.name != "stage2" or not keys.DISCRIMINATION_WEIGHT or keys.OVERLAP:
         return stage
     path = output / OVERLAP_NAME
     make_overlap(stage.cfg, path)

@@ -23,9 +23,8 @@ from maskx.detectron2 import (
     MaskXConceptSegmentation,
 )
 from maskx.systems.concept_mask.concept_sets import ConceptSplit
-from maskx.systems.concept_mask.embedding import ConceptEmbedding
 from maskx.systems.concept_mask.evaluation import ConceptTest
-from maskx.systems.concept_mask.segmenter import ConceptSegmenter
+from maskx.systems.concept_mask.network import ConceptEmbedding, ConceptSegmenter
 
 LOSSES = {1: "loss_embedding", 2: "loss_boxes", 3: "loss_masks"}
 
