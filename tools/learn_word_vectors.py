@@ -10,7 +10,7 @@ Examples:
     python tools/learn_word_vectors.py --vectors glove.6B.300d.txt --vocabulary words.txt \
         --tags tags.jsonl --output words.safetensors
     python tools/learn_word_vectors.py --table words.safetensors --tags more_tags.jsonl \
-        --fold-in unicorn "fire truck" --output new_words.npy
+        --fold-in unicorn "fire truck" --output new_words.safetensors
 """
 
 import argparse
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--vectors", type=Path, help="convert these: GloVe, word2vec, fastText text, or .npy")
     add("--table", type=Path, help="table to fold words into")
     add("--fold-in", nargs="+", metavar="WORD", help="new words, for --table")
-    add("--output", type=Path, required=True, help="table to write; .npy for --fold-in")
+    add("--output", type=Path, required=True, help="table to write; of the new words, --fold-in")
     add("--min-count", type=int, default=1, help="leave tags on fewer images out")
     add("--dim", type=int, default=512, help="most components (default: %(default)s)")
     add("--smoothing", type=float, default=1.0, help="images towards chance (default: %(default)s)")
@@ -58,8 +58,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--dim, --smoothing and --plain-pmi are for learning a table from tags only")
     if not arguments.tags and not arguments.vectors:
         parser.error("give --tags, or --vectors to convert")
-    if arguments.fold_in and arguments.output.suffix != ".npy":
-        parser.error("--output of --fold-in must end with .npy; the words come beside it as .txt")
+    if arguments.output.suffix in (".npy", ".txt"):
+        parser.error("--output is one file with words and vectors; end it with .safetensors")
     return arguments
 
 
@@ -95,23 +95,15 @@ def read_tags(arguments: argparse.Namespace, words: tuple[str, ...] | None) -> "
 
 
 def fold_in(arguments: argparse.Namespace) -> None:
-    """Write the vectors of new words, and the words beside them."""
-    import numpy as np
-
-    from maskx.core.files import written_text, written_whole
-    from maskx.core.word_table import load_word_table
+    """Write the table of new words, and say which have no vector."""
+    from maskx.core.word_table import load_word_table, save_word_table
     from maskx.systems.concept_mask.tag_vectors import fold_in_words
 
     tags = read_tags(arguments, None)
-    folded = fold_in_words(load_word_table(arguments.table), tags, arguments.fold_in)
-    with written_whole(arguments.output) as scratch:
-        with scratch.open("wb") as file:
-            np.save(file, folded.vectors)
-        with written_text(arguments.output.with_suffix(".txt")) as file:
-            file.write("\n".join(folded.words) + "\n")
-    size = f"{len(folded.words)} of length {folded.vectors.shape[1]}"
-    print(f"Wrote {arguments.output} and its words: {size}")
-    for word, reason in folded.left_out.items():
+    table, left_out = fold_in_words(load_word_table(arguments.table), tags, arguments.fold_in)
+    save_word_table(arguments.output, table)
+    print(f"Wrote {arguments.output}: {len(table)} new words, vectors of length {table.dim}")
+    for word, reason in left_out.items():
         print(f"Without a vector: '{word}': {reason}")
 
 

@@ -6,7 +6,7 @@ Examples:
     python tools/segment_concepts.py photo.jpg --run output/quickstart-concept_mask \
         --concepts "green plus" lamp grass
     python tools/segment_concepts.py photos/*.jpg --run output/quickstart-concept_mask
-    python tools/segment_concepts.py photo.jpg --unseen-words new_words.npy \
+    python tools/segment_concepts.py photo.jpg --unseen-words new_words.safetensors \
         --config-file output/concept_mask/stage3/config.yaml --concepts dog unicorn
 """
 
@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--config-file", help="of a run of Detectron2")
     add("--opts", nargs="+", default=[], metavar="KEY VALUE", help="pairs over --config-file")
     add("--concepts", nargs="+", metavar="NAME", help="default: all that seem to exist")
-    add("--unseen-words", help=".npy file of tools/learn_word_vectors.py --fold-in, or a table")
+    add("--unseen-words", help="table of tools/learn_word_vectors.py --fold-in, or .npy")
     add("--blend-unseen", action="store_true", help="blend their maps with the nearest boxed one")
     add("--output", type=Path, default=Path("output/concepts"), help="default: output/concepts")
     add("--device", default="auto", help="auto, cpu or cuda")

@@ -259,8 +259,8 @@ def _defaults() -> CN:
     keys.TEST.MASKX.STRIDE = 0
     # Concepts that the networks of ConceptMask find in an image, by name; (): all that exist in it.
     keys.TEST.MASKX.CONCEPTS = ()
-    # Words that are not in the table of the model, found by their vectors alone: the .npy file of
-    # tools/learn_word_vectors.py --fold-in, with the words beside it in a .txt file, or a table.
+    # Words that are not in the table of the model, found by their vectors alone: a table of
+    # tools/learn_word_vectors.py --fold-in, or a .npy file with the words beside it in a .txt file.
     keys.TEST.MASKX.UNSEEN_WORDS = ""
     # True: maps of these words are blended with those of the nearest concept with boxes. False:
     # they are found by Eq. 1 alone, as in the paper. Evaluation measures both.

@@ -130,7 +130,6 @@ def train(
     output_dir: Path,
     run: Run | None = None,
     resume: bool = False,
-    identity: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     description: str = "training",
 ) -> list[dict[str, float]]:
@@ -150,8 +149,6 @@ def train(
         run: what the run is, beside ``settings``; a resumed run must be the same.
         resume: go on from the checkpoint in ``output_dir`` if there is one. Else such a checkpoint
             is kept as ``previous_checkpoint.pth``, in the place of an older one.
-        identity: what else the run is defined by, such as its data and split, as plain values: a
-            resumed run must have the same.
         device: where to train.
         description: label of the progress bar.
 
@@ -166,8 +163,8 @@ def train(
         OSError: the disk is full or cannot be written to; the last checkpoint is as it was.
     """
     named = run is not None
-    run = run or Run(system="", host="pip", class_names=(), settings=dict(identity or {}))
-    parts = {**run.settings, **dict(identity or {}), "training": dataclasses.asdict(settings)}
+    run = run or Run(system="", host="pip", class_names=(), settings={})
+    parts = {**run.settings, "training": dataclasses.asdict(settings)}
     run = dataclasses.replace(run, settings=parts, weights=CHECKPOINT_NAME)
     with locked(output_dir):
         loop = _Loop(model, settings, Path(output_dir) / CHECKPOINT_NAME, run, torch.device(device))

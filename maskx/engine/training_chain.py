@@ -24,9 +24,7 @@ class TrainingChain:
         settings: what to do; all trainings have its ``batch_size``, ``seed`` and ``workers``.
         output: folder of the checkpoints.
         resume: go on from the checkpoints that are there.
-        run: what all trainings have in common: system, class list, split, data; None where they
-            are no runs of a system.
-        identity: what else all trainings are defined by, as plain values.
+        run: what all trainings have in common: system, class list, split, data.
         device: where to compute.
 
     Attributes:
@@ -39,13 +37,12 @@ class TrainingChain:
         *,
         output: Path,
         resume: bool,
-        run: Run | None = None,
-        identity: Mapping[str, Any] | None = None,
+        run: Run,
         device: torch.device | str,
     ) -> None:
         self.settings = settings
         self.output, self.resume, self.device = output, resume, torch.device(device)
-        self.run, self.identity = run, dict(identity or {})
+        self.run = run
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -83,14 +80,13 @@ class TrainingChain:
             lr_multipliers: see :class:`maskx.engine.training.TrainingSettings`.
             description: label of the progress bar.
         """
-        settings, run, identity = self.settings, self.run, self.identity | dict(identity)
-        if run is not None:
-            origins = {key: Origin(digest) for key, digest in (started_from or {}).items()}
-            run = replace(
-                run,
-                settings={**run.settings, **dict(model_settings or {}), "chain": identity},
-                started_from={**run.started_from, **origins},
-            )
+        settings, run = self.settings, self.run
+        origins = {key: Origin(digest) for key, digest in (started_from or {}).items()}
+        run = replace(
+            run,
+            settings={**run.settings, **dict(model_settings or {}), "chain": dict(identity)},
+            started_from={**run.started_from, **origins},
+        )
         training = TrainingSettings(
             iterations=iterations,
             batch_size=settings.batch_size,
@@ -115,7 +111,6 @@ class TrainingChain:
                 output_dir=self.output / name,
                 run=run,
                 resume=self.resume,
-                identity=None if run else identity,
                 device=self.device,
                 description=description or f"{name}: training",
             )

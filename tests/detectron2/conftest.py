@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
-from maskx.core.word_table import WordTable, save_word_table
+from maskx.core.word_table import save_word_table
 from maskx.data.coco import load_coco
 from maskx.data.scenes.concepts import generate_concept_scenes, write_scene_tags
 from maskx.data.scenes.generator import generate_scenes
@@ -314,8 +314,7 @@ def concept_files(tmp_path_factory):
     )
     table = learn_word_vectors(read_tag_list(tags, vocabulary=split.vocabulary), dim=12)
     save_word_table(root / "words.safetensors", table)
-    folded = fold_in_words(table, read_tag_list(all_tags), split.unseen)
-    unseen = WordTable(folded.words, folded.vectors, np.ones(len(folded.words)))
+    unseen = fold_in_words(table, read_tag_list(all_tags), split.unseen).table
     save_word_table(root / "unseen.safetensors", unseen)
     boxed = concept_sets(split, boxes=load_coco(scenes, scenes.parent)).boxed
     overlap = concept_overlap(boxed, len(split.vocabulary))

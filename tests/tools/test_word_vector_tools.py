@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from maskx.core.word_table import explained_spectrum, load_word_table
-from maskx.core.word_vectors import load_class_vectors
 from maskx.data.tag_lists import read_tag_list
+from maskx.systems.concept_mask.query import read_unseen_words
 from maskx.systems.concept_mask.tag_vectors import fold_in_words
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -106,13 +106,14 @@ def test_new_words_are_folded_in(tags_file, tmp_path, run_tool, capsys):
     ]
     lines = [json.dumps({"image_id": n, "tags": row}) + "\n" for n, row in enumerate(rows)]
     more.write_text("".join(lines))
-    common = ("--table", table_file, "--tags", more, "--output", tmp_path / "new" / "new.npy")
+    file = tmp_path / "new" / "new.safetensors"
+    common = ("--table", table_file, "--tags", more, "--output", file)
     run_tool("learn_word_vectors", *common, "--fold-in", "puppy", "tug_boat")
-    vectors = load_class_vectors(tmp_path / "new" / "new.npy", ["tug boat", "puppy"])
     table = load_word_table(table_file)
-    expected = fold_in_words(table, read_tag_list(more), ["tug boat", "puppy"]).vectors
-    np.testing.assert_array_equal(vectors, expected)
-    assert table.names[table.nearest(vectors[1])[0][0]] in ("dog", "cat", "sofa")
+    found = read_unseen_words(file, table)
+    expected = fold_in_words(table, read_tag_list(more), ["puppy", "tug boat"]).table
+    assert found.hash == expected.hash
+    assert table.names[table.nearest(found.vectors[0])[0][0]] in ("dog", "cat", "sofa")
     with pytest.raises(SystemExit, match=r"^error: .*'kitten': .* has no image with it"):
         run_tool("learn_word_vectors", *common, "--fold-in", "kitten")
     capsys.readouterr()
@@ -120,7 +121,32 @@ def test_new_words_are_folded_in(tags_file, tmp_path, run_tool, capsys):
     printed = capsys.readouterr().out
     assert "Without a vector: 'kitten'" in printed
     assert "'dog': the word table has it already" in printed
-    assert (tmp_path / "new" / "new.txt").read_text() == "puppy\n"
+    assert load_word_table(file).names == ("puppy",)
+
+
+def test_a_broken_off_fold_in_leaves_the_words_and_vectors_of_before(
+    tags_file, tmp_path, run_tool, monkeypatch
+):
+    """Words and vectors are one file, so that no reader can meet those of two writings."""
+    table_file, file = tmp_path / "words.safetensors", tmp_path / "new" / "new.safetensors"
+    run_tool("learn_word_vectors", "--tags", tags_file, "--output", table_file, "--dim", 4)
+    more = tmp_path / "more.jsonl"
+    rows = [["puppy", "dog"], ["tug boat", "sea"], ["dog", "cat"], ["sea"]]
+    lines = [json.dumps({"image_id": n, "tags": row}) for n, row in enumerate(rows)]
+    more.write_text("\n".join(lines))
+    common = ("--table", table_file, "--tags", more, "--output", file, "--fold-in")
+    run_tool("learn_word_vectors", *common, "puppy")
+    before = load_word_table(file).hash
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(SystemExit, match=r"^interrupted"):
+        run_tool("learn_word_vectors", *common, "tug boat")
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert load_word_table(file).hash == before
 
 
 @pytest.mark.parametrize(
@@ -133,7 +159,7 @@ def test_new_words_are_folded_in(tags_file, tmp_path, run_tool, capsys):
         (["--table", "t", "--fold-in", "a", "--tags", "x", "--plain-pmi"], "from tags only"),
         (["--table", "t"], "--table and --fold-in belong together"),
         (["--table", "t", "--fold-in", "a", "--vocabulary", "v"], "do not go with it"),
-        (["--table", "t", "--fold-in", "a", "--tags", "x"], "must end with .npy"),
+        (["--tags", "x", "--output", "words.npy"], "end it with .safetensors"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(arguments, message, run_tool, capsys):

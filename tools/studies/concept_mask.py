@@ -14,10 +14,10 @@ from maskx.engine.training import select_device
 from maskx.systems.concept_mask.evaluation import evaluate_concepts, fit_concepts
 from maskx.systems.concept_mask.pipeline import (
     QUICK,
+    ConceptMaskChain,
     ConceptMaskMethod,
     ConceptMaskSettings,
     make_scene_data,
-    open_chain,
 )
 from studies.options import StudyOptions
 from studies.study import Measure, Ordering, Report, Study, process_lock
@@ -92,7 +92,7 @@ class _SeedRuns:
             self.data = make_scene_data(self.folder / "scenes", seed)
         self.test = self.data.test(self.data.val)
         self._fitted: set[ConceptMaskMethod] = set()
-        self.chain = open_chain(
+        self.chain = ConceptMaskChain(
             self.data,
             _concept_settings(options, seed),
             output=self.folder / "shared",

@@ -2,10 +2,9 @@
 
 "ConceptMask: Large-Scale Segmentation from Semantic Concepts" (Wang et al., ECCV 2018), sections 3
 and 5.1: a vocabulary known by tags (18K), some of it with boxes (750), some of those with masks
-(80). A *concept index* is a place in the vocabulary, which is the row of the word table.
-
-Data sets have class lists of their own; concepts are matched by name, '_' and ' ' being the same.
-Records are those of `maskx.data.coco.load_coco` with concept indices for class indices.
+(80). A *concept index* is a place in the vocabulary, which is the row of the word table. Concepts
+are matched with the class lists of data sets by name, '_' and ' ' being the same. Records are those
+of `maskx.data.coco.load_coco` with concept indices for class indices.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _BOX_KEYS = ("id", "bbox", "iscrowd")
-_MASK_KEYS = (*_BOX_KEYS, "segmentation")
 _IMAGE_KEYS = ("file_name", "height", "width", "image_id")
 
 Record = dict[str, Any]
@@ -141,7 +139,7 @@ def scene_concept_split() -> ConceptSplit:
 
 
 def read_concept_split(
-    path: str | os.PathLike[str],
+    path: str | Path,
     vocabulary: Sequence[str] | None = None,
     *,
     default: Sequence[str] | None = None,
@@ -149,10 +147,10 @@ def read_concept_split(
     """Read a split from a JSON file.
 
     Args:
-        path: file ``{"vocabulary": [...], "boxed": [...], "masked": [...], "unseen": [...]}``;
-            `unseen` may be left out.
+        path: file ``{"vocabulary": [...], "boxed": [...], "masked": [...], "unseen": [...]}``,
+            of which `unseen` may be left out.
         vocabulary: what the concept indices count, such as the names of a word table. A file that
-            lists a vocabulary must list the same; one that does not, needs it.
+            lists a vocabulary must list the same.
         default: vocabulary of a file that lists none.
     """
     path = Path(path)
@@ -177,30 +175,25 @@ def read_concept_split(
             raise ValueError(
                 f"Concept split {path}: {key} must be a list of names, got {names!r:.80}."
             )
-    lists = {key: tuple(names) for key, names in content.items()}
-    if default is not None:
-        lists.setdefault("vocabulary", tuple(default))
-    if vocabulary is not None:
-        difference = vocabulary_difference(
-            lists.setdefault("vocabulary", tuple(vocabulary)), vocabulary
-        )
-        if difference is not None:
-            raise ValueError(
-                f"Concept split {path} is of another vocabulary: {difference}. Use the word table "
-                "that the split was made for, or leave 'vocabulary' out of the file."
-            )
-    if "vocabulary" not in lists:
+    names = content.setdefault("vocabulary", vocabulary or default)
+    if names is None:
         raise ValueError(
             f"Concept split {path} lists no 'vocabulary', and none was given. Add it, or give the "
             "word table that the split is for."
         )
+    difference = vocabulary_difference(names, vocabulary or names)
+    if difference is not None:
+        raise ValueError(
+            f"Concept split {path} is of another vocabulary: {difference}. Use the word table that "
+            "the split was made for, or leave 'vocabulary' out of the file."
+        )
     try:
-        return ConceptSplit(**lists)
+        return ConceptSplit(**content)
     except ValueError as error:
         raise ValueError(f"Concept split {path}: {error}") from None
 
 
-def write_concept_split(path: str | os.PathLike[str], split: ConceptSplit) -> None:
+def write_concept_split(path: str | Path, split: ConceptSplit) -> None:
     """Write a split as :func:`read_concept_split` reads it, whole or not at all."""
     write_json(Path(path), dataclasses.asdict(split))
 
@@ -235,19 +228,19 @@ def concept_sets(
     tags: CocoData | TagList | None = None,
     boxes: CocoData | None = None,
     masks: CocoData | None = None,
-    tag_images: str | os.PathLike[str] = "",
+    tag_images: str | Path = "",
 ) -> ConceptSets:
     """Make the training sets of the three stages from files with tags, boxes and masks.
 
     Classes are matched with concepts by name. What a level may not see is withheld, so that no
     reader on any host can meet it: everything labelled as an unseen concept, boxes of concepts
-    that are not boxed, masks of concepts that are not masked. It is counted and logged. The data
-    given are not changed; one file may serve for all three.
+    that are not boxed, masks of concepts that are not masked. It is counted and logged. One file
+    may serve for all three.
 
     Args:
         split: what training may see.
-        tags: for stage 1. A file of whose images the `image_labels` are taken, or a tag list,
-            whose images have neither `height` nor `width`.
+        tags: a file of whose images the `image_labels` are taken, or a tag list, whose images have
+            neither `height` nor `width`.
         boxes: for stage 2.
         masks: for stage 3.
         tag_images: folder of the images of a tag list, joined to its image ids.
@@ -281,32 +274,40 @@ def vocabulary_difference(found: Sequence[str], asked: Sequence[str]) -> str | N
 
 
 def _tagged(
-    split: ConceptSplit,
-    tags: CocoData | TagList,
-    folder: str | os.PathLike[str],
-    withheld: Counter[str],
+    split: ConceptSplit, tags: CocoData | TagList, folder: str | Path, withheld: Counter[str]
 ) -> list[Record]:
     if isinstance(tags, CocoData):
-        concept_of = _ConceptOf(split, tags.class_names, tags.json_file)
+        matched = _Matched(split, tags.class_names, tags.json_file)
         images = ((_image_of(record), record["image_labels"]) for record in tags.records)
     else:
-        concept_of = _ConceptOf(split, tags.names, tags.source)
-        images = _images_of_list(tags, folder)
-    others = {"annotations": [], "supervision": Supervision.IMAGE.value}
+        matched = _Matched(split, tags.names, tags.source)
+        for image_id in tags.image_ids:
+            if not isinstance(image_id, str):
+                raise ValueError(
+                    f"{tags.source}: image {image_id!r} of the tag list has no file name, so it "
+                    "cannot be trained on. Give every image its 'file_name'."
+                )
+        images = (
+            ({"file_name": os.path.join(folder, name), "image_id": name}, tags.tags_of(n).tolist())
+            for n, name in enumerate(tags.image_ids)
+        )
     records = []
     for image, labels in images:
-        concepts = concept_of.seen(labels, image["image_id"])
+        concepts = matched.concepts(labels, image["image_id"])
         withheld["tags of unseen concepts"] += len(labels) - len(concepts)
         withheld["images without tags"] += not concepts
         if concepts:
-            records.append({**image, "image_labels": concepts, **others})
+            level = Supervision.IMAGE.value
+            records.append(
+                {**image, "image_labels": concepts, "annotations": [], "supervision": level}
+            )
     if not records:
         raise ValueError(
-            f"{concept_of.source}: no image has a tag of the vocabulary. Give a list with tags; in "
-            "a COCO-style file they are the 'image_labels' of images."
+            f"{matched.source}: no image has a tag of the vocabulary. Give a list with tags; in a "
+            "COCO-style file they are the 'image_labels' of images."
         )
     found = {concept for record in records for concept in record["image_labels"]}
-    _warn_of_missing(split, range(len(split.vocabulary)), found, "tag", concept_of.source)
+    matched.warn_of_missing(range(len(split.vocabulary)), found, "tag")
     return records
 
 
@@ -315,16 +316,18 @@ def _annotated(
 ) -> list[Record]:
     """Keep the annotations of the concepts that have boxes, or masks."""
     of_boxes = level is Supervision.BOX
-    indices = split.boxed_indices if of_boxes else split.masked_indices
-    keys = _BOX_KEYS if of_boxes else _MASK_KEYS
-    plural = "boxes" if of_boxes else "masks"
-    concept_of = _ConceptOf(split, data.class_names, data.json_file)
+    indices, keys, list_name, plural = (
+        (split.boxed_indices, _BOX_KEYS, "boxed", "boxes")
+        if of_boxes
+        else (split.masked_indices, (*_BOX_KEYS, "segmentation"), "masked", "masks")
+    )
+    matched = _Matched(split, data.class_names, data.json_file)
     allowed, found = frozenset(indices), set()
     records = []
     for record in data.records:
         annotations = []
         for annotation in record["annotations"]:
-            concept = concept_of(annotation["class_index"], record["image_id"])
+            concept = matched.concept(annotation["class_index"], record["image_id"])
             if concept in allowed:
                 kept = {key: annotation[key] for key in keys if key in annotation}
                 annotations.append({**kept, "class_index": concept})
@@ -332,93 +335,59 @@ def _annotated(
                 withheld[f"{plural} of concepts that are not to have any"] += 1
         usable = {a["class_index"] for a in annotations} if of_boxes else fully_masked(annotations)
         found.update(usable)
-        if not usable:
-            withheld[f"images without usable {plural}"] += 1
-            continue
-        records.append(
-            {
-                **_image_of(record),
-                "image_labels": concept_of.seen(record["image_labels"], record["image_id"]),
-                "annotations": annotations,
-                "supervision": level.value,
-            }
-        )
+        withheld[f"images without usable {plural}"] += not usable
+        if usable:
+            concepts = matched.concepts(record["image_labels"], record["image_id"])
+            labels = {"image_labels": concepts, "annotations": annotations}
+            records.append({**_image_of(record), **labels, "supervision": level.value})
     if not records:
-        list_name = "boxed" if of_boxes else "masked"
         names = [split.vocabulary[index] for index in indices]
         raise ValueError(
             f"{data.json_file}: no image has usable {plural} of the {len(names)} concepts of the "
             f"list '{list_name}': {listed(names)}. Its classes are {listed(data.class_names)}. Add "
             f"those with {plural} to the list, or give another file."
         )
-    _warn_of_missing(split, indices, found, level.value, data.json_file)
+    matched.warn_of_missing(indices, found, level.value)
     return records
 
 
-@dataclass(frozen=True)
-class _ConceptOf:
-    """Concept index by the label of a file; None for unseen concepts."""
+class _Matched:
+    """Concepts of the labels of a file."""
 
-    split: ConceptSplit
-    names: Sequence[str]
-    source: str | os.PathLike[str]
+    def __init__(self, split: ConceptSplit, names: Sequence[str], source: str | Path) -> None:
+        self.split, self.names, self.source = split, names, source
+        places: dict[str, int | None] = {n: i for i, n in enumerate(split.vocabulary)}
+        places |= dict.fromkeys(split.unseen)
+        self.places = [places.get(spelled(name), -1) for name in names]
 
-    @functools.cached_property
-    def _concepts(self) -> list[int | None]:
-        """By label; -1 for names that the split does not have."""
-        places: dict[str, int | None] = {n: i for i, n in enumerate(self.split.vocabulary)}
-        places |= dict.fromkeys(self.split.unseen)
-        return [places.get(spelled(name), -1) for name in self.names]
+    def concept(self, label: int, image_id: int | str) -> int | None:
+        """Concept index, None for unseen concepts."""
+        concept, vocabulary = self.places[label], self.split.vocabulary
+        if concept == -1:
+            name = spelled(self.names[label])
+            raise ValueError(
+                f"{self.source}: image {image_id!r} is labelled with '{name}', which is not among "
+                f"the {len(vocabulary)} concepts of the vocabulary.{_closest(name, vocabulary)} "
+                "Rename it in the file, add it to the vocabulary (the word table needs a vector "
+                "for it), or list it as 'unseen', which withholds its labels."
+            )
+        return concept
 
-    def __call__(self, label: int, image_id: int | str) -> int | None:
-        concept = self._concepts[label]
-        if concept != -1:
-            return concept
-        name = spelled(self.names[label])
-        raise ValueError(
-            f"{os.fspath(self.source)}: image {image_id!r} is labelled with '{name}', which is not "
-            f"among the {len(self.split.vocabulary)} concepts of the vocabulary."
-            f"{_closest(name, self.split.vocabulary)} Rename it in the file, add it to the "
-            "vocabulary (the word table needs a vector for it), or list it as 'unseen', which "
-            "withholds its labels."
-        )
-
-    def seen(self, labels: Sequence[int], image_id: int | str) -> list[int]:
+    def concepts(self, labels: Sequence[int], image_id: int | str) -> list[int]:
         """Concept indices of the labels of an image, sorted, without the unseen ones."""
-        concepts = {self(label, image_id) for label in labels}
-        return sorted(concept for concept in concepts if concept is not None)
+        return sorted({self.concept(label, image_id) for label in labels} - {None})
+
+    def warn_of_missing(self, indices: Sequence[int], found: Collection[int], what: str) -> None:
+        missing = [self.split.vocabulary[index] for index in indices if index not in found]
+        if missing:
+            logger.warning(
+                "%s: %d of %d concepts have no usable %s in it: %s.",
+                *(self.source, len(missing), len(indices), what, listed(missing)),
+            )
 
 
 def _image_of(record: Mapping[str, Any]) -> Record:
     return {key: record[key] for key in _IMAGE_KEYS}
-
-
-def _images_of_list(
-    tags: TagList, folder: str | os.PathLike[str]
-) -> Iterator[tuple[Record, list[int]]]:
-    for position, image_id in enumerate(tags.image_ids):
-        if not isinstance(image_id, str):
-            raise ValueError(
-                f"{tags.source}: image {image_id!r} of the tag list has no file name, so it cannot "
-                "be trained on. Give every image its 'file_name'."
-            )
-        image = {"file_name": os.path.join(folder, str(image_id)), "image_id": image_id}
-        yield image, tags.tags_of(position).tolist()
-
-
-def _warn_of_missing(
-    split: ConceptSplit,
-    indices: Sequence[int],
-    found: Collection[int],
-    what: str,
-    source: str | os.PathLike[str],
-) -> None:
-    missing = [split.vocabulary[index] for index in indices if index not in found]
-    if missing:
-        logger.warning(
-            "%s: %d of %d concepts have no usable %s in it: %s.",
-            *(os.fspath(source), len(missing), len(indices), what, listed(missing)),
-        )
 
 
 def _closest(name: str, known: Sequence[str]) -> str:
@@ -444,14 +413,11 @@ class ConceptListSummary:
 def choose_concepts(
     vocabulary: Sequence[str],
     *,
-    boxes: Sequence[str | os.PathLike[str]],
-    masks: str | os.PathLike[str],
+    boxes: Sequence[str | Path],
+    masks: str | Path,
     min_images: int = 8,
 ) -> tuple[ConceptSplit, ConceptListSummary]:
     """Make the lists of concepts with boxes and with masks, as in section 5.1.
-
-    The paper merges boxes of Open Images and Visual Genome, drops rare classes, and has masks of
-    the 80 classes of COCO, which are among the 750 with boxes.
 
     Masked are the categories of the file of masks; boxed are these and the categories of the files
     of boxes that are in enough images. Names that are not in the vocabulary are listed as unseen,
@@ -459,23 +425,22 @@ def choose_concepts(
 
     Args:
         vocabulary: names of a word table.
-        boxes: COCO files with boxes; that of masks counts too.
-        masks: COCO file with masks.
+        boxes: COCO files; that of masks counts too.
+        masks: COCO file.
         min_images: images with a box that a category needs, over all files. 8 is the least in the
             paper, which does not say where it drew the line.
     """
     if min_images < 1:
         raise ValueError(f"min_images is {min_images}. Allowed: at least 1.")
     known = set(map(spelled, vocabulary))
-    found: Counter[str] = Counter()
-    for path in boxes:
-        found.update(_images_by_category(path))
     of_masks = _images_by_category(masks)
-    found.update(of_masks)
+    found: Counter[str] = Counter()
+    for counted in (*map(_images_by_category, boxes), of_masks):
+        found.update(counted)
     missing = [name for name in of_masks if name not in known]
     if missing:
         raise ValueError(
-            f"{os.fspath(masks)}: {len(missing)} of {len(of_masks)} categories with masks are not "
+            f"{masks}: {len(missing)} of {len(of_masks)} categories with masks are not "
             f"among the {len(known)} concepts of the vocabulary: {listed(missing)}. Add tags of "
             "them before word vectors are learned, or lower --min-count there."
         )
@@ -510,7 +475,7 @@ def format_concept_lists(split: ConceptSplit, summary: ConceptListSummary) -> st
     return "\n".join(lines)
 
 
-def _images_by_category(path: str | os.PathLike[str]) -> Counter[str]:
+def _images_by_category(path: str | Path) -> Counter[str]:
     """Count the images with a box of each category of a file, in its order, also 0."""
     content = read_coco_json(Path(path))
     categories = sorted(content["categories"], key=lambda category: category["id"])

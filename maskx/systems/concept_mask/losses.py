@@ -5,9 +5,8 @@ Eqs. 2 to 4. Every loss is zero, with a graph through its logits, where there is
 
 Shape legend:
     N: images; V: concepts of the vocabulary; k: length of the word vectors; h, w: size of the
-    attention maps, a position of which is a cell; B: boxes; P: (image, concept) pairs of a batch
-    whose boxes are known; M: concepts per image that are matched; U: concepts that are negatives
-    of any pair.
+    attention maps, a position of which is a cell; B: boxes; P: pairs of an image and a concept
+    with boxes; M: concepts per image that are matched; U: concepts that are negatives of any pair.
 """
 
 import torch
@@ -24,13 +23,13 @@ def box_maps(
     image_size: tuple[int, int],
     map_size: tuple[int, int],
 ) -> Tensor:
-    """Draw unions of boxes on attention maps.
+    """Draw unions of (B, 4) boxes, XYXY absolute pixels, on attention maps.
 
     A cell is on where its centre lies in a box of the row. A box in which no centre lies turns on
     the cell that its own centre lies in, so that no concept is lost.
 
     Args:
-        boxes: (B, 4) XYXY absolute pixels; what lies outside of the image is cut off.
+        boxes: what lies outside of the image is cut off.
         box_rows: (B,) the row of each box.
         num_rows: R.
         image_size: (H, W).
@@ -55,12 +54,7 @@ def box_maps(
 
 
 def box_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy over the cells and the pairs (first term of Eq. 2).
-
-    Args:
-        logits: (P, h, w).
-        targets: (P, h, w) in {0, 1}, see :func:`box_maps`.
-    """
+    """Mean binary cross-entropy of (P, h, w) logits and {0, 1} targets (first term of Eq. 2)."""
     if logits.numel() == 0:
         return logits.sum() * 0
     logits = full_precision(logits)
@@ -71,11 +65,7 @@ def box_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def peak_activations(embedding_map: Tensor, vectors: Tensor, *, chunk: int = 1024) -> Tensor:
     """Compute the (N, V) maxima of the initial attention maps of all concepts.
 
-    Args:
-        embedding_map: (N, k, h, w).
-        vectors: (V, k).
-        chunk: concepts whose maps are made at a time: 1024, for 16 images of 16 x 16 cells, take
-            17 MB.
+    They are made `chunk` at a time: 1024, for 16 images of 16 x 16 cells, take 17 MB.
     """
     parts = (initial_attention(embedding_map, part) for part in vectors.split(chunk))
     return torch.cat([part.amax(dim=(2, 3)) for part in parts], dim=1)

@@ -1,18 +1,15 @@
 """ConceptMask: the mask of any concept, from tags of many, boxes of some and masks of few.
 
 "ConceptMask: Large-Scale Segmentation from Semantic Concepts" (Wang et al., ECCV 2018). A concept
-is a word vector. :class:`EmbeddingModel` (stage 1) learns from tags to embed images among the word
-vectors, which gives an attention map for each; :class:`RefinementModel` (stage 2) learns from boxes
-to refine these maps; :class:`SegmentationModel` (stage 3) learns from masks to make a mask of an
-image and a map. Each starts from the one before and holds what inference needs of it.
+is a word vector. Each stage starts from the one before and holds what inference needs of it.
 
 A concept has a level: it is masked, boxed (every masked one is), an image-level one, of which only
 tags were seen, or an unseen word, which is not in the table and has nothing but a vector.
 
 Shape legend:
     N: images; V: concepts of the word table; k: length of a word vector; C: asked concepts;
-    P: pairs of an image and a concept that is in it; B: boxes; A: attention sizes;
-    H, W: size of an image; h, w: size of an attention map; M: side of the masks.
+    P: pairs of an image and a concept that is in it; H, W: size of an image; h, w: size of an
+    attention map; M: side of the masks.
 """
 
 import itertools
@@ -226,11 +223,10 @@ class EmbeddingModel(SampleModel):
             - ``concepts``: their names, "vector" and its place for one that was given as a vector;
             - ``concept_indices``: (C,) rows of the word table, -1 for unseen words;
             - ``masks_prob``: (C, height, width), and ``masks``, bool, where that is above 0.5.
-              Without a segmentation network the mean of the attention maps, each brought to
-              [0, 1];
+              Without a segmentation network the mean of the attention maps, each brought to [0, 1];
             - ``attention``: (C, height, width) in [0, 1], what pointing and soft IoU are measured
-              on: the mean of the sigmoid maps of the scored sizes, or of the initial maps where
-              there is no other evidence, in stage 1 and for unseen words;
+              on: the mean of the sigmoid maps of the scored sizes, or the initial map where there
+              is no other evidence, in stage 1 and for unseen words;
             - ``initial``: the mean of the maps of Eq. 1, brought to [0, 1];
             - ``own_share``: (C,) of the own map in the attention, theta; ``borrowed``: names of the
               boxed concepts that the rest was taken from, None where there is no rest;
@@ -352,13 +348,13 @@ class EmbeddingModel(SampleModel):
         existence_thresholds: Tensor | None = None,
         existence_threshold_unseen: float | None = None,
     ) -> None:
-        """Store what was fitted on validation images; what is None stays as it is.
+        """Store what was fitted on validation images; what is None or NaN stays as it is.
 
         Args:
             theta_image: in (0, 1], share of the own map of an image-level concept in its blend.
             theta_unseen: in (0, 1], the same for an unseen word, where it is blended.
-            existence_thresholds: (V,); NaN leaves the threshold of that concept as it is.
-            existence_threshold_unseen: a cosine; NaN leaves it as it is.
+            existence_thresholds: (V,).
+            existence_threshold_unseen: a cosine.
         """
         # At a theta of 0 a concept would have no map of its own at all.
         for name, theta in (("theta_image", theta_image), ("theta_unseen", theta_unseen)):
@@ -611,7 +607,7 @@ class RefinementModel(_RefinedModel):
         num_matched: N of Eq. 2, at most half of V is used.
         matching_weight: c of Eq. 2.
         discrimination_weight: of the spatial discrimination loss. The paper names none.
-        shared: arguments of :class:`EmbeddingModel`, and ``hidden_channels`` of the refinement.
+        shared: of :class:`EmbeddingModel`, and ``hidden_channels`` of the refinement.
     """
 
     stage = 2
@@ -692,7 +688,7 @@ class SegmentationModel(_RefinedModel):
         segmenter: for as many maps as there are attention sizes.
         mask_size: M, side of the square that the image is warped to for the segmenter, best the
             side of the masks in training.
-        shared: arguments of :class:`EmbeddingModel`, and ``hidden_channels`` of the refinement.
+        shared: of :class:`EmbeddingModel`, and ``hidden_channels`` of the refinement.
     """
 
     stage = 3

@@ -49,7 +49,7 @@ class ConceptEmbedding(nn.Module):
         in_channels: of that feature map.
         dim: k.
         stride: of the feature map in pixels; None to ask the backbone's ``feature_shapes``.
-        hidden_channels: widths of the layers before the last.
+        hidden_channels: of the layers before the last.
         final_relu: ReLU after the last layer too, as the paper has it. No embedding then has a
             negative entry, which word vectors do have.
     """
@@ -119,8 +119,7 @@ class ConceptEmbedding(nn.Module):
 def soft_topics(image_labels: Sequence[Sequence[int]], vectors: Tensor, idf: Tensor) -> Tensor:
     """Sum the word vectors of the tags of each image, weighted by how rare they are.
 
-    ``t = sum a_i w_i``; its length has no part in the cosine loss. A tag that is there twice counts
-    once.
+    ``t = sum a_i w_i``; its length has no part in the cosine loss. A tag counts once.
 
     Args:
         image_labels: for each image the concept indices of its tags; may be empty.
@@ -154,15 +153,12 @@ def full_precision(values: Tensor) -> Tensor:
 
 
 def initial_attention(embedding_map: Tensor, vectors: Tensor, *, cosine: bool = False) -> Tensor:
-    """Compute the attention maps of concepts from their word vectors (Eq. 1).
+    """Compute the (N, C, h, w) attention maps of concepts from their word vectors (Eq. 1).
 
     Args:
         embedding_map: (N, k, h, w), see :meth:`ConceptEmbedding.embedding_map`.
         vectors: (C, k) word vectors, of any concepts; or (N, C, k), others for each image.
         cosine: the cosine, in [-1, 1], instead of the inner product of the paper.
-
-    Returns:
-        (N, C, h, w).
     """
     columns = embedding_map.flatten(2)
     if cosine:
@@ -210,29 +206,18 @@ class AttentionRefinement(nn.Module):
         return self.logits(self.hidden(embedding_map, vectors), concepts)
 
     def hidden(self, embedding_map: Tensor, vectors: Tensor) -> Tensor:
-        """Map (N, k, h, w) embeddings to the layer that all concepts share.
-
-        Args:
-            embedding_map: (N, k, h, w).
-            vectors: (V, k) word vectors.
-
-        Returns:
-            (N, hidden channels, h, w).
-        """
+        """Map (N, k, h, w) embeddings to the layer (N, hidden channels, h, w) of all concepts."""
         # Not F.conv2d, which rounds float32 to TF32 on a GPU.
         product = self._product(vectors)
         columns = product @ embedding_map.flatten(2) + self.conv1.bias[:, None]
         return F.relu(columns).unflatten(2, embedding_map.shape[-2:])
 
     def logits(self, hidden: Tensor, concepts: Tensor | None = None) -> Tensor:
-        """Compute the maps of some concepts.
+        """Compute the (N, C, h, w) logits of some concepts.
 
         Args:
             hidden: of :meth:`hidden`.
             concepts: (C,) concept indices, or (N, C) others for each image; None for all V.
-
-        Returns:
-            (N, C, h, w) logits.
         """
         weight, bias = self.conv2.weight.flatten(1), self.conv2.bias
         if concepts is not None:
@@ -302,12 +287,9 @@ def normalise_maps(maps: Tensor) -> Tensor:
 
 
 def resize_maps(maps: Tensor, size: Sequence[int], *, antialias: bool = False) -> Tensor:
-    """Resize (N, C, h, w) float maps or images bilinearly to (H, W).
+    """Resize (N, C, h, w) float maps or images bilinearly to a size (H, W).
 
-    Args:
-        maps: what to resize.
-        size: (H, W).
-        antialias: average what is made smaller, as Pillow does; for images.
+    With `antialias` what is made smaller is averaged, as Pillow does; for images.
     """
     if maps.numel() == 0:
         return maps.new_zeros(*maps.shape[:2], *size)

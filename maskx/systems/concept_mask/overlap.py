@@ -2,9 +2,7 @@
 
 "ConceptMask: Large-Scale Segmentation from Semantic Concepts" (Wang et al., ECCV 2018), section
 4.2. Where a concept i is, a concept j that hardly ever lies there is negative; how much so, the
-boxes of the training data say.
-
-V is the size of the vocabulary. Only pairs of concepts that are in one image somewhere are stored.
+boxes of the training data say. Only pairs of the V concepts that are in one image are stored.
 """
 
 import os
@@ -61,10 +59,7 @@ def concept_overlap(
 ) -> Overlap:
     """Sum up Eq. 3 in one pass over the images; the mask of a concept is the union of its boxes.
 
-    Args:
-        records: boxed images of `maskx.systems.concept_mask.concept_sets`, in any order.
-        num_concepts: V.
-        progress: show a progress bar.
+    The records are boxed images of `maskx.systems.concept_mask.concept_sets`, in any order.
     """
     total = _summed(num_concepts, [])
     pending: list[np.ndarray] = []
@@ -95,13 +90,7 @@ def negative_weights(overlap: Overlap) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def save_overlap(path: str | os.PathLike[str], overlap: Overlap, names: Sequence[str]) -> None:
-    """Write an overlap with its vocabulary as an `.npz` file, whole or not at all.
-
-    Args:
-        path: file to write; a file of this name is replaced.
-        overlap: what to write.
-        names: vocabulary, by concept index.
-    """
+    """Write an overlap with its vocabulary as an `.npz` file, whole or not at all."""
     if len(names) != overlap.num_concepts:
         raise ValueError(
             f"The overlap is of {overlap.num_concepts} concepts, but {len(names)} names were "
@@ -114,11 +103,7 @@ def save_overlap(path: str | os.PathLike[str], overlap: Overlap, names: Sequence
 
 
 def load_overlap(path: str | os.PathLike[str], names: Sequence[str]) -> Overlap:
-    """Read an overlap without executing code from the file.
-
-    Args:
-        path: file of :func:`save_overlap`.
-        names: vocabulary that it must be of.
+    """Read an overlap, which must be of the vocabulary `names`; no code of the file is run.
 
     Raises:
         FileNotFoundError: there is no such file.

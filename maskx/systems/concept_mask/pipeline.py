@@ -1,12 +1,7 @@
-"""ConceptMask on pip alone: from data to three trainings, measures and a picture.
-
-Wang et al., "ConceptMask: Large-Scale Segmentation from Semantic Concepts" (ECCV 2018): tags of
-many concepts, boxes of some, masks of few.
-"""
+"""ConceptMask on pip alone: from data to three trainings, measures and a picture."""
 
 import functools
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -34,29 +29,29 @@ from maskx.engine.quickstart import (
     load_data,
     write_metrics,
 )
-from maskx.engine.runs import Run, origin_of, write_run
+from maskx.engine.runs import Origin, Run, link_run, origin_of
 from maskx.engine.training import CHECKPOINT_NAME, read_checkpoint, select_device
 from maskx.engine.training_chain import TrainingChain
 from maskx.supervision import CategorySplit
 from maskx.systems.concept_mask.concept_sets import (
-    ConceptSets,
     ConceptSplit,
     concept_sets,
     read_concept_split,
     scene_concept_split,
 )
 from maskx.systems.concept_mask.evaluation import (
+    LEVELS,
     ConceptTest,
     concept_test,
     evaluate_concepts,
     evaluate_existence,
     fit_concepts,
+    format_concept_table,
 )
 from maskx.systems.concept_mask.model import SYSTEM_NAME, EmbeddingModel, RefinementModel
 from maskx.systems.concept_mask.overlap import concept_overlap, negative_weights
 from maskx.systems.concept_mask.predictor import ConceptPredictor, ConceptRow, draw_concepts
 from maskx.systems.concept_mask.samples import ConceptMapper, Record, read_sample
-from maskx.systems.concept_mask.scores import LEVELS, format_concept_table
 from maskx.systems.concept_mask.system import (
     STAGE_FOLDERS,
     UNSEEN_NAME,
@@ -79,7 +74,6 @@ __all__ = [
     "format_concept_mask",
     "learn_concept_mask",
     "make_scene_data",
-    "open_chain",
     "own_concept_data",
     "quickstart_concept_mask",
     "save_fitted",
@@ -106,9 +100,7 @@ class ConceptMaskSettings:
 
     Attributes:
         network: of all stages.
-        embedding_iterations: steps of stage 1.
-        refinement_iterations: steps of stage 2.
-        segmentation_iterations: steps of stage 3.
+        embedding_iterations: steps of stage 1; the others are of stages 2 and 3.
         batch_size: images per step.
         max_concepts: most concepts of an image in a step of stage 3.
         matching_weight: c of Eq. 2.
@@ -175,152 +167,6 @@ class ConceptMaskMethod:
         return "_".join(words)
 
 
-class ConceptMaskChain(TrainingChain):
-    """The trainings of one seed.
-
-    Stage 1 learns from tags, stage 2 from boxes, stage 3 from masks. Each leaves its checkpoint in
-    a folder of its own, and methods that do not differ up to a stage share it. The word tables are
-    saved beside them.
-
-    Args:
-        sets: images by what is known of them.
-        table: vectors of the vocabulary, in the order of that of the sets.
-        settings: what to do.
-        output: folder of the checkpoints.
-        resume: go on from the checkpoints that are there.
-        unseen: vectors of words that are not in the vocabulary, to be kept with the run.
-        identity: what else a checkpoint belongs to, such as its annotation file.
-        device: where to compute.
-
-    Attributes:
-        seconds: what each step took.
-    """
-
-    def __init__(
-        self,
-        sets: ConceptSets,
-        table: WordTable,
-        settings: ConceptMaskSettings,
-        *,
-        output: Path,
-        resume: bool = False,
-        unseen: WordTable | None = None,
-        identity: Mapping[str, Any] | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if tuple(table.names) != tuple(sets.split.vocabulary):
-            raise ValueError(
-                f"The word table from {table.source} has {len(table.names)} names, the vocabulary "
-                f"{len(sets.split.vocabulary)}, or they are in another order. Make a table of this "
-                "vocabulary."
-            )
-        for name in ("tagged", "boxed", "masked"):
-            if not getattr(sets, name):
-                raise ValueError(f"There is no {name} image to train on. Give at least one.")
-        self.sets, self.table = sets, table
-        identity = dict(identity or {}) | {
-            "word table": table.hash,
-            "boxed concepts": list(sets.split.boxed),
-            "masked concepts": list(sets.split.masked),
-            "images": [len(sets.tagged), len(sets.boxed), len(sets.masked)],
-        }
-        super().__init__(settings, output=output, resume=resume, identity=identity, device=device)
-        self._tables = {WORDS_NAME: table, UNSEEN_NAME: unseen}
-        self._models: dict[str, EmbeddingModel] = {}
-        self._hashes: dict[str, str] = {}
-
-    def model(self, stage: int, method: ConceptMaskMethod | None = None) -> EmbeddingModel:
-        """Return the trained model of a stage, in evaluation mode; what it needs is trained first.
-
-        Args:
-            stage: 1, 2 or 3.
-            method: what differs from the default.
-        """
-        method = method or ConceptMaskMethod()
-        name = method.folder(stage)
-        if name not in self._models:
-            self._models[name] = self._train_stage(stage, method)
-        return self._models[name]
-
-    def folder(self, stage: int, method: ConceptMaskMethod | None = None) -> Path:
-        """Return where the checkpoint of a stage is."""
-        return self.output / (method or ConceptMaskMethod()).folder(stage)
-
-    def save_fitted(self, stage: int = 3, method: ConceptMaskMethod | None = None) -> None:
-        """Write the values fitted to a trained model into its checkpoint."""
-        save_fitted(self.model(stage, method), self.folder(stage, method))
-
-    @functools.cached_property
-    def _gamma(self) -> Any:
-        """Weights of Eq. 4, as CSR."""
-        overlap = concept_overlap(self.sets.boxed, len(self.table.names))
-        return tuple(torch.from_numpy(part) for part in negative_weights(overlap))
-
-    def _train_stage(self, stage: int, method: ConceptMaskMethod) -> EmbeddingModel:
-        settings, name = self.settings, method.folder(stage)
-        before = self.model(stage - 1, method) if stage > 1 else None
-        network = replace(settings.network, final_relu=method.final_relu)
-        if stage == 3 and not method.two_sizes:
-            network = replace(network, attention_sizes=(network.attention_sizes[0],) * 2)
-        losses: dict[str, Any] = {}
-        if stage == 2:
-            losses["matching_weight"] = settings.matching_weight
-            if method.negatives:
-                losses["discrimination_weight"] = settings.discrimination_weight
-        gamma = {"gamma": self._gamma} if "discrimination_weight" in losses else {}
-        torch.manual_seed(settings.seed)
-        split = self.sets.split
-        model = build_model(
-            network, stage, self.table, split, initial=stage == 1, **losses, **gamma
-        )
-        identity = self.identity | {"network": asdict(network), **losses}
-        if before is not None:
-            model.train().load_state_dict(before.state_dict())
-            identity["start"] = self._hashes[method.folder(stage - 1)]
-        if stage == 3:
-            identity["max_concepts"] = settings.max_concepts
-        records = (self.sets.tagged, self.sets.boxed, self.sets.masked)[stage - 1]
-        mapper = ConceptMapper(
-            stage,
-            size=network.image_size if stage == 3 else network.embedding_size,
-            attention_sizes=network.attention_sizes,
-            masked=split.masked_indices,
-            max_concepts=settings.max_concepts,
-        )
-        self._train(
-            model,
-            name,
-            functools.partial(training_batches, records, mapper),
-            json.loads(json.dumps(identity)),
-            **self._schedule(stage),
-            description=f"stage {stage}: {name}",
-        )
-        # Not before: a checkpoint of another table would lose its own.
-        for file_name, table in self._tables.items():
-            if table is not None:
-                save_word_table(self.output / file_name, table)
-        # Before anything is fitted, which is no part of what the next stage starts from.
-        self._hashes[name] = network_hash(model)
-        return model
-
-    def _schedule(self, stage: int) -> dict[str, Any]:
-        """Steps and learning rates of a stage."""
-        settings = self.settings
-        steps = (
-            settings.embedding_iterations,
-            settings.refinement_iterations,
-            settings.segmentation_iterations,
-        )
-        start = "imagenet" if settings.network.pretrained else "random"
-        rates = (_EMBEDDING_RATES[start], _REFINEMENT_RATE, _SEGMENTATION_RATE)
-        factor = _FINE_TUNING_RATES[start] / _REFINEMENT_RATE
-        return {
-            "iterations": steps[stage - 1],
-            "rate": rates[stage - 1],
-            "lr_multipliers": {"embedding.": factor} if stage == 2 else {},
-        }
-
-
 @dataclass(frozen=True, eq=False)
 class ConceptData:
     """What a chain of trainings learns from and is measured on.
@@ -333,9 +179,9 @@ class ConceptData:
         val: images with true masks.
         split: levels of the concepts.
         table: vectors of the vocabulary.
-        unseen: vectors of the concepts that are not in it; None without.
-        tags: images to learn tags from; None for those of `train`.
-        tag_images: folder of their images.
+        unseen: vectors of the concepts that are not in it.
+        tags: images, in the folder `tag_images`, to learn tags from; None for those of `train`.
+        files: what all this is from, by what it is for.
     """
 
     train: CocoData
@@ -346,17 +192,122 @@ class ConceptData:
     unseen: WordTable | None = None
     tags: TagList | None = None
     tag_images: str = ""
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     def test(self, data: CocoData) -> ConceptTest:
         """Take images to measure on."""
-        return concept_test(
-            data.records,
-            data.class_names,
-            self.split,
-            self.table,
-            self.unseen,
-            source=str(data.json_file),
+        known = (self.split, self.table, self.unseen)
+        return concept_test(data.records, data.class_names, *known, source=str(data.json_file))
+
+
+class ConceptMaskChain(TrainingChain):
+    """The trainings of one seed: stage 1 learns from tags, stage 2 from boxes, stage 3 from masks.
+
+    Each leaves its checkpoint in a folder of its own, and methods that do not differ up to a stage
+    share it. The word tables are saved beside them.
+    """
+
+    def __init__(
+        self,
+        data: ConceptData,
+        settings: ConceptMaskSettings,
+        *,
+        output: Path,
+        resume: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.table, self.split = data.table, data.split
+        self.sets = concept_sets(
+            data.split,
+            tags=data.tags or data.train,
+            boxes=data.train,
+            masks=data.train,
+            tag_images=data.tag_images,
         )
+        self._records = (self.sets.tagged, self.sets.boxed, self.sets.masked)
+        files = {name: origin_of(file, output / "stage") for name, file in data.files.items()}
+        run = Run(
+            system=SYSTEM_NAME,
+            host="pip",
+            class_names=self.split.vocabulary,
+            settings={
+                "boxed concepts": self.split.boxed,
+                "masked concepts": self.split.masked,
+                "images": [*map(len, self._records)],
+            },
+            started_from={**files, "word table": Origin(self.table.hash)},
+        )
+        super().__init__(settings, output=output, resume=resume, run=run, device=device)
+        self._tables = {WORDS_NAME: data.table, UNSEEN_NAME: data.unseen}
+        self._models: dict[str, EmbeddingModel] = {}
+        self._hashes: dict[str, str] = {}
+
+    def model(self, stage: int, method: ConceptMaskMethod | None = None) -> EmbeddingModel:
+        """Return the model of a stage, in evaluation mode; it is trained if need be."""
+        method = method or ConceptMaskMethod()
+        name = method.folder(stage)
+        if name not in self._models:
+            self._models[name] = self._train_stage(stage, method)
+        return self._models[name]
+
+    @functools.cached_property
+    def _gamma(self) -> Any:
+        """Weights of Eq. 4, as CSR."""
+        overlap = concept_overlap(self.sets.boxed, len(self.table))
+        return tuple(torch.from_numpy(part) for part in negative_weights(overlap))
+
+    def _train_stage(self, stage: int, method: ConceptMaskMethod) -> EmbeddingModel:
+        settings, split, name = self.settings, self.split, method.folder(stage)
+        before = self.model(stage - 1, method) if stage > 1 else None
+        network = replace(settings.network, final_relu=method.final_relu)
+        if stage == 3 and not method.two_sizes:
+            network = replace(network, attention_sizes=(network.attention_sizes[0],) * 2)
+        made_with: dict[str, Any] = {}
+        gamma = {}
+        if stage == 2:
+            made_with["matching_weight"] = settings.matching_weight
+            if method.negatives:
+                made_with["discrimination_weight"] = settings.discrimination_weight
+                gamma = {"gamma": self._gamma}
+        torch.manual_seed(settings.seed)
+        model = build_model(
+            network, stage, self.table, split, initial=stage == 1, **made_with, **gamma
+        )
+        start = {}
+        if before is not None:
+            model.train().load_state_dict(before.state_dict())
+            start = {"start": self._hashes[method.folder(stage - 1)]}
+        if stage == 3:
+            made_with["max_concepts"] = settings.max_concepts
+        mapper = ConceptMapper(
+            stage,
+            size=network.image_size if stage == 3 else network.embedding_size,
+            attention_sizes=network.attention_sizes,
+            masked=split.masked_indices,
+            max_concepts=settings.max_concepts,
+        )
+        weights = "imagenet" if settings.network.pretrained else "random"
+        rates = (_EMBEDDING_RATES[weights], _REFINEMENT_RATE, _SEGMENTATION_RATE)
+        slower = {"embedding.": _FINE_TUNING_RATES[weights] / _REFINEMENT_RATE}
+        self._train(
+            model,
+            name,
+            functools.partial(training_batches, self._records[stage - 1], mapper),
+            {},
+            model_settings={"network": asdict(network), **made_with},
+            started_from=start,
+            iterations=getattr(settings, f"{STAGE_FOLDERS[stage - 1]}_iterations"),
+            rate=rates[stage - 1],
+            lr_multipliers=slower if stage == 2 else None,
+            description=f"stage {stage}: {name}",
+        )
+        # Not before: a checkpoint of another table would lose its own.
+        for file_name, table in self._tables.items():
+            if table is not None:
+                save_word_table(self.output / file_name, table)
+        # Before anything is fitted, which is no part of what the next stage starts from.
+        self._hashes[name] = network_hash(model)
+        return model
 
 
 def scene_concept_data(
@@ -374,12 +325,9 @@ def scene_concept_data(
         seed: of everything.
     """
     files = []
-    for name, count, number in (
-        ("train", num_train, 3 * seed),
-        ("val", num_val, 3 * seed + 1),
-    ):
+    for part, (name, count) in enumerate((("train", num_train), ("val", num_val))):
         json_file = generate_concept_scenes(
-            folder / name, count=count, size=size, seed=number, progress=True
+            folder / name, count=count, size=size, seed=3 * seed + part, progress=True
         )
         files.append(load_coco(json_file, folder / name))
     split = scene_concept_split()
@@ -389,12 +337,9 @@ def scene_concept_data(
         )
         for name, unseen in (("tags.jsonl", False), ("tags_unseen.jsonl", True))
     )
-    table = learn_word_vectors(read_tag_list(tags, vocabulary=split.vocabulary))
-    folded = fold_in_words(table, read_tag_list(all_tags), split.unseen)
-    source = f"words folded into {table.source}"
-    unseen = WordTable(folded.words, folded.vectors, np.ones(len(folded.words)), source=source)
-    train, fitting = _without_fitting(files[0])
-    return ConceptData(train, fitting, files[1], split, table, unseen)
+    data = _concept_data(*files, split, read_tag_list(tags, vocabulary=split.vocabulary))
+    folded = fold_in_words(data.table, read_tag_list(all_tags), split.unseen)
+    return replace(data, unseen=folded.table)
 
 
 def coco_concept_data(train: CocoData, val: CocoData, split: CategorySplit) -> ConceptData:
@@ -402,28 +347,19 @@ def coco_concept_data(train: CocoData, val: CocoData, split: CategorySplit) -> C
 
     Word vectors are learned from which categories are in the training images together; a category
     that is in none with another one has no vector and is left out.
-
-    Args:
-        train: images to train on.
-        val: images to measure on.
-        split: categories with masks, and the others.
     """
-    labels = [record["image_labels"] for record in train.records]
-    paired = sorted({label for each in labels if len(each) > 1 for label in each})
-    names = tuple(train.class_names[label] for label in paired)
-    if len(paired) < 2:
+    labels = (record["image_labels"] for record in train.records)
+    paired = {label for each in labels if len(each) > 1 for label in each}
+    if not paired:
         raise ValueError(
             f"'{train.json_file}' has no two categories in one image, so no word vectors can be "
             "learned from its tags. Give images with more tags."
         )
-    place = {label: index for index, label in enumerate(paired)}
-    known = [[place[label] for label in each if label in place] for each in labels]
-    table = learn_word_vectors(tag_list(known, names, source=str(train.json_file)))
-    masked = tuple(name for name in names if name in set(split.with_masks))
-    left_out = tuple(name for name in train.class_names if name not in set(names))
+    names = [train.class_names[label] for label in sorted(paired)]
+    masked = [name for name in names if name in set(split.with_masks)]
+    left_out = [name for name in train.class_names if name not in set(names)]
     concepts = ConceptSplit(vocabulary=names, boxed=names, masked=masked, unseen=left_out)
-    train, fitting = _without_fitting(train)
-    return ConceptData(train, fitting, val, concepts, table)
+    return _concept_data(train, val, concepts, _tags_of(train))
 
 
 def own_concept_data(
@@ -441,75 +377,50 @@ def own_concept_data(
     Args:
         train: images with boxes and masks, and with tags where there is no list of them.
         val: images to measure on, with true masks.
-        split_file: JSON file, see :func:`read_concept_split`; its vocabulary is that of the tags
-            if it lists none.
-        tags: of images; those of `train` without.
-        tag_images: folder of their images.
+        split_file: see :func:`read_concept_split`; its vocabulary is that of the tags if it lists
+            none.
+        tags: of images in the folder `tag_images`; those of `train` without.
+        tag_images: folder.
     """
-    if tags is None:
-        labels = [record["image_labels"] for record in train.records]
-        tags_here = tag_list(labels, train.class_names, source=str(train.json_file))
-    else:
-        tags_here = tags
+    tags_here = tags or _tags_of(train)
     counts = tags_here.counts()
     tagged = [name for name, count in zip(tags_here.names, counts, strict=True) if count]
     split = read_concept_split(split_file, default=tagged)
     known = {*split.vocabulary, *split.unseen}
     others = (name for name in map(spelled, train.class_names) if name not in known)
     split = replace(split, unseen=(*split.unseen, *others))
+    files = {"concept_split": split_file} | ({} if tags is None else {"tags": tags.source})
+    data = _concept_data(train, val, split, tags_here, files=files)
+    return replace(data, tags=tags, tag_images=os.fspath(tag_images))
+
+
+def _tags_of(data: CocoData) -> TagList:
+    labels = [record["image_labels"] for record in data.records]
+    return tag_list(labels, data.class_names, source=str(data.json_file))
+
+
+def _concept_data(
+    data: CocoData,
+    val: CocoData,
+    split: ConceptSplit,
+    tags: TagList,
+    files: Mapping[str, str | Path] | None = None,
+) -> ConceptData:
+    """Learn the vectors of the vocabulary; keep the last images out of the training, to fit on."""
     place = {name: index for index, name in enumerate(split.vocabulary)}
-    rows = [
-        [place[tags_here.names[i]] for i in tags_here.tags_of(n) if tags_here.names[i] in place]
-        for n in range(len(tags_here))
-    ]
-    table = learn_word_vectors(tag_list(rows, split.vocabulary, source=tags_here.source))
-    train, fitting = _without_fitting(train)
-    return ConceptData(
-        train, fitting, val, split, table, tags=tags, tag_images=os.fspath(tag_images)
-    )
+    places = [place.get(name) for name in tags.names]
+    labels = ([places[tag] for tag in tags.tags_of(n)] for n in range(len(tags)))
+    known = ([index for index in each if index is not None] for each in labels)
+    table = learn_word_vectors(tag_list(known, split.vocabulary, source=tags.source))
+    train, fitting = _without_fitting(data)
+    files = {"annotations": data.json_file, **(files or {})}
+    return ConceptData(train, fitting, val, split, table, files=files)
 
 
 def _without_fitting(data: CocoData) -> tuple[CocoData, CocoData]:
-    """Keep the last images out of the training."""
     count = min(_MAX_FITTING, max(1, round(_FITTING_SHARE * len(data.records))))
     train, fitting = data.records[:-count], data.records[-count:]
     return replace(data, records=train), replace(data, records=fitting)
-
-
-def open_chain(
-    data: ConceptData,
-    settings: ConceptMaskSettings,
-    *,
-    output: Path,
-    resume: bool = False,
-    device: torch.device,
-) -> ConceptMaskChain:
-    """Make the trainings of some data.
-
-    Args:
-        data: what to learn from.
-        settings: what to do.
-        output: folder of the checkpoints.
-        resume: go on with an interrupted run.
-        device: where to compute.
-    """
-    sets = concept_sets(
-        data.split,
-        tags=data.tags or data.train,
-        boxes=data.train,
-        masks=data.train,
-        tag_images=data.tag_images,
-    )
-    return ConceptMaskChain(
-        sets,
-        data.table,
-        settings,
-        output=output,
-        resume=resume,
-        unseen=data.unseen,
-        identity={"annotation file": data.train.json_file.name},
-        device=device,
-    )
 
 
 def learn_concept_mask(
@@ -523,13 +434,7 @@ def learn_concept_mask(
 ) -> dict[str, Any]:
     """Train the three stages, fit theta and thresholds, evaluate each level and draw concepts.
 
-    Args:
-        data: what to learn from and to measure on.
-        settings: what to do.
-        output: folder of the results.
-        resume: go on with an interrupted run.
-        device: where to compute.
-        report: receives the lines for the reader.
+    `report` receives the lines for the reader.
 
     Returns:
         ``levels``: measures of the final masks and maps by level; ``concepts``: by concept;
@@ -537,18 +442,19 @@ def learn_concept_mask(
         Unseen words are measured by Eq. 1 alone and, as ``unseen_blended``, blended;
         ``existence``, ``fitted``, ``num_images`` and ``step_seconds``.
     """
-    chain = open_chain(data, settings, output=output, resume=resume, device=device)
+    chain = ConceptMaskChain(data, settings, output=output, resume=resume, device=device)
     counts = {name: len(getattr(chain.sets, name)) for name in ("tagged", "boxed", "masked")}
     report(
         f"{counts['tagged']} training images with tags of {len(data.split.vocabulary)} concepts, "
         f"{counts['boxed']} with boxes of {len(data.split.boxed)}, {counts['masked']} with masks "
         f"of {len(data.split.masked)}; {len(data.split.unseen)} concepts are unseen"
     )
+    link_run(output, STAGE_FOLDERS[-1])
     test = data.test(data.val)
     models = {stage: chain.model(stage) for stage in (1, 2, 3)}
     with chain.timed("fitting"):
         fitted = fit_concepts(models[3], data.test(data.fitting))
-        chain.save_fitted(3)
+        save_fitted(models[3], output / STAGE_FOLDERS[-1])
     with chain.timed("evaluation"):
         found = evaluate_concepts(models[3], test, description="evaluation")
         original = evaluate_concepts(models[1], test, description="stage 1: evaluation")
@@ -596,12 +502,6 @@ def draw_test_concepts(
     """Draw concepts of every level: image, map of stage 1, refined map, mask and truth.
 
     Every row is of another image. Where no image shows a concept, nothing is drawn.
-
-    Args:
-        path: PNG file to write.
-        predictor: of the final model.
-        stage_1: of the model of stage 1.
-        test: images with true masks.
     """
     rows: list[ConceptRow] = []
     used: set[int | str] = set()
@@ -647,12 +547,7 @@ def _largest(
 
 
 def save_fitted(model: EmbeddingModel, folder: Path) -> None:
-    """Write what was fitted to a trained model into its checkpoint, whole or not at all.
-
-    Args:
-        model: with the weights of the checkpoint.
-        folder: of the checkpoint.
-    """
+    """Write what was fitted to the model of a checkpoint into it, whole or not at all."""
     content = read_checkpoint(folder / CHECKPOINT_NAME, "cpu")
     content["model"] = model.state_dict()
     write_checkpoint(folder / CHECKPOINT_NAME, content)
@@ -666,7 +561,7 @@ def fit_run(
     strict: bool = True,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Fit theta and the thresholds of a finished run on images, and write them to its checkpoint.
+    """Fit theta and the thresholds of a finished run, and write them to its checkpoint.
 
     Args:
         run: folder of the run.
@@ -676,7 +571,7 @@ def fit_run(
         device: where to compute.
 
     Returns:
-        What :func:`maskx.systems.concept_mask.evaluation.fit_concepts` returns.
+        What :func:`fit_concepts` returns.
     """
     model = open_model(run, device=device)
     data = load_coco(json_file, image_root, strict=strict)
@@ -690,52 +585,36 @@ def fit_run(
 def quickstart_concept_mask(
     options: QuickstartOptions, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Learn ConceptMask, from data to ``metrics.json`` and ``predictions.png``.
+    """Learn ConceptMask, from data to ``metrics.json``, which is returned, and a picture.
 
     Generated scenes have concepts of every level. Of COCO files all categories have tags and boxes,
     and those that ``masks_for`` names have masks; or ``concept_split`` says what has boxes and what
-    masks, and all else, of ``tags`` too, has tags only. See
-    :func:`learn_concept_mask`.
-
-    Args:
-        options: what to do.
-        report: receives the lines for the reader.
-
-    Returns:
-        The content of ``metrics.json``.
+    masks, and all else, of ``tags`` too, has tags only. See :func:`learn_concept_mask`.
     """
     started = time.perf_counter()
     check_options(SYSTEM_NAME, options)
     _check_own_data(options)
     device = select_device(options.device)
     size = choose_image_size(options)
-    settings = replace(
-        QUICK,
-        network=_network_of(options.backbone, options.pretrained, size),
-        seed=options.seed,
-        workers=options.workers,
+    half = max(1, size // 2)  # of the images that it is trained on, and of the first map
+    network = replace(
+        QUICK.network,
+        backbone=options.backbone,
+        pretrained=options.pretrained,
+        image_size=size,
+        embedding_size=half,
+        attention_sizes=(half, size),
     )
-    chosen = {"batch_size": options.batch_size}
-    for stage in ("embedding", "refinement", "segmentation"):
-        chosen[f"{stage}_iterations"] = options.iterations
-    settings = replace(settings, **{k: value for k, value in chosen.items() if value is not None})
+    chosen = {f"{stage}_iterations": options.iterations for stage in STAGE_FOLDERS}
+    chosen["batch_size"] = options.batch_size
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    settings = replace(QUICK, network=network, seed=options.seed, workers=options.workers, **chosen)
     options.output.mkdir(parents=True, exist_ok=True)
     data = _load(options)
     report(
         f"{len(data.train.records)} training images, {len(data.fitting.records)} to fit "
         f"thresholds, {len(data.val.records)} validation images, on {device}"
     )
-    files = {"annotations": data.train.json_file, "concept_split": options.concept_split}
-    files["tags"] = options.tags and options.tags[0]
-    run = Run(
-        system=SYSTEM_NAME,
-        host="pip",
-        class_names=data.split.vocabulary,
-        settings=asdict(settings),
-        started_from={name: origin_of(file) for name, file in files.items() if file},
-        weights=f"{STAGE_FOLDERS[-1]}/{CHECKPOINT_NAME}",
-    )
-    write_run(options.output, run)
     metrics: dict[str, Any] = {"system": SYSTEM_NAME}
     metrics |= learn_concept_mask(
         data,
@@ -750,19 +629,6 @@ def quickstart_concept_mask(
         name: list(getattr(split, name)) for name in ("vocabulary", "boxed", "masked", "unseen")
     }
     return write_metrics(options, metrics, started=started, report=report)
-
-
-def _network_of(backbone: str, pretrained: bool, image_size: int) -> ConceptNetwork:
-    """Choose a network for images of a size: it is trained on half of it, as is the first map."""
-    half = max(1, image_size // 2)
-    return replace(
-        QUICK.network,
-        backbone=backbone,
-        pretrained=pretrained,
-        image_size=image_size,
-        embedding_size=half,
-        attention_sizes=(half, image_size),
-    )
 
 
 def make_scene_data(folder: Path, seed: int) -> ConceptData:

@@ -36,15 +36,14 @@ class FoundConcept:
     """One concept in one image.
 
     Attributes:
-        initial: (H, W) in [0, 1], the map of its word vector alone (Eq. 1), brought to [0, 1].
+        initial: (H, W) in [0, 1], the map of its word vector alone (Eq. 1).
         attention: (H, W) in [0, 1], the refined or blended map; that of an unseen word which is not
             blended, and all in stage 1, are the initial ones.
         mask_prob: (H, W) in [0, 1].
         mask: (H, W) bool, above 0.5.
         existence: how much it seems to be in the image.
         exists: whether that is above its threshold.
-        borrowed: name of the concept with boxes that a part of the map was taken from; None where
-            all of it is the concept's own.
+        borrowed: name of the concept with boxes that a part of the map was taken from, if any.
         own_share: of its own map, theta.
     """
 
@@ -162,14 +161,13 @@ def segment_files(
 
     Of image ``photos/a.jpg`` the picture is ``a/concepts.png`` in ``output``; the mask of a concept
     is ``a/CONCEPT.png``, 0 or 255, with "_" for all but letters and digits in the name, and "_"
-    behind it where another file has that name.
+    behind it where another file has that name. Of an image without any concept nothing is written.
 
     Args:
         predictor: of RGB images.
         images: files with different names.
         output: folder to write to; it is created.
-        concepts: names; None for all that seem to exist. Of an image without any nothing is
-            written.
+        concepts: names; None for all that seem to exist.
 
     Returns:
         What was found by name of the image, without ending, and by concept.

@@ -103,7 +103,7 @@ def named_query(
 
     Args:
         table: of the model.
-        unseen: words that are not in it, found by their vectors alone; None without.
+        unseen: words that are not in it, found by their vectors alone.
         concepts: names of either table, concept indices, or vectors, whose names are "vector" and
             their position.
         blended: see :class:`ConceptQuery`.
@@ -132,8 +132,8 @@ def read_unseen_words(path: str | os.PathLike[str], table: WordTable) -> WordTab
     """Read words that are found by their vectors alone.
 
     Args:
-        path: ``.npy`` file of ``tools/learn_word_vectors.py --fold-in``, or CLIP's, with its words
-            beside it in a ``.txt`` or ``.json`` file of the same name; or a word table.
+        path: word table of ``tools/learn_word_vectors.py --fold-in``; or ``.npy`` file, such as
+            CLIP's, with its words beside it in a ``.txt`` or ``.json`` file of the same name.
         table: of the model.
     """
     path = Path(path)

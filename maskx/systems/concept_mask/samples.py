@@ -122,19 +122,11 @@ def mask_target(
     max_concepts: int,
     random_state: np.random.RandomState,
 ) -> tuple[list[int], np.ndarray]:
-    """Draw the masks of some concepts of an image, warped to a square.
+    """Draw the masks of some concepts of an image, warped to a square, at random if too many.
 
     The mask of a concept is the union of its instances, crowds included. Left out are concepts of
     which an instance has no mask, as its pixels would count as background, and masks without any
     pixel at this size.
-
-    Args:
-        record: of the masked images.
-        masked: concept indices that have masks.
-        size: side of the square in pixels.
-        flip: whether left and right change places.
-        max_concepts: most concepts to take, at random.
-        random_state: says which.
 
     Returns:
         P concept indices, ascending, and (P, size, size) bool masks; there may be none.

@@ -14,7 +14,6 @@ from maskx.core.word_table import WordTable, load_word_table
 from maskx.data.masks import encode_masks
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.results import Prediction
-from maskx.engine.runs import Run
 from maskx.engine.system import System
 from maskx.engine.training import CHECKPOINT_NAME, load_state, read_checkpoint
 from maskx.systems.concept_mask.concept_sets import ConceptSplit
@@ -36,6 +35,7 @@ __all__ = [
     "WORDS_NAME",
     "ConceptNetwork",
     "build_model",
+    "open_checkpoint",
     "open_model",
     "open_predictor",
 ]
@@ -57,13 +57,10 @@ class ConceptNetwork:
         pretrained: start from ImageNet weights, which are downloaded; their norms stay.
         final_relu: the embedding ends with a ReLU, as the paper has it.
         hidden_channels: of the embedding's two hidden layers.
-        refinement_channels: of the hidden layer of the refinement.
         image_size: side of the squares that images are warped to for the segmentation network.
         embedding_size: side of the squares that the embedding is trained on, in stages 1 and 2.
-        attention_sizes: sides of the squares that the attention maps are made of.
-        scored_sizes: those whose maps are shown and measured; () for all.
-        encoder: of the segmentation network, see
-            :func:`maskx.systems.concept_mask.network.build_encoder`.
+        attention_sizes: see :class:`maskx.systems.concept_mask.model.EmbeddingModel`.
+        encoder: see :func:`maskx.systems.concept_mask.network.build_encoder`.
         encoder_widths: of the encoder ``small``.
         decoder_channels: of the segmentation network.
     """
@@ -96,7 +93,7 @@ def build_model(
     initial: bool = False,
     **losses: Any,
 ) -> EmbeddingModel:
-    """Build the network of a stage.
+    """Build the network of stage 1, 2 or 3.
 
     Args:
         settings: what to build.
@@ -145,16 +142,21 @@ def build_model(
 def open_model(
     run: str | Path, stage: int = 3, *, device: torch.device | str = "cpu"
 ) -> EmbeddingModel:
-    """Open the model of a stage that the quick start trained, in evaluation mode.
-
-    All that it is made of is in its checkpoint; unseen words, if there are any, lie beside it.
-    """
+    """Open the model of a stage of the quick start, see :func:`open_checkpoint`."""
     path = Path(run) / STAGE_FOLDERS[stage - 1] / CHECKPOINT_NAME
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no file '{path}'. Give the folder of a finished run: "
             "tools/quickstart.py --system concept_mask."
         )
+    return open_checkpoint(path, device=device)
+
+
+def open_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> EmbeddingModel:
+    """Open the model of any stage, in evaluation mode; all that it is made of is in its checkpoint.
+
+    Unseen words, if there are any, lie beside its folder.
+    """
     state = read_checkpoint(path, "cpu")["model"]
     try:
         found = read_description(state)
@@ -166,7 +168,7 @@ def open_model(
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"'{path}' cannot be opened: {error} Train the model again.") from error
     load_state(model.eval(), state, path)
-    unseen = Path(run) / UNSEEN_NAME
+    unseen = path.parent.parent / UNSEEN_NAME
     model.unseen = load_word_table(unseen) if unseen.is_file() else None
     return model.to(device)
 
@@ -183,10 +185,6 @@ def _pipeline(options: QuickstartOptions, report: Callable[[str], None]) -> dict
     return quickstart_concept_mask(options, report)
 
 
-def _open(run: Run, device: torch.device) -> EmbeddingModel:
-    return open_model(run.folder, device=device)
-
-
 def _prediction(result: Mapping[str, Any], class_names: Sequence[str]) -> Prediction:
     """Make an instance of the mask of each concept, which may be one that is not in the list."""
     return Prediction(
@@ -201,7 +199,7 @@ SYSTEM = System(
     name=SYSTEM_NAME,
     title="ConceptMask",
     pipeline=_pipeline,
-    open=_open,
+    open=lambda run, device: open_checkpoint(run.weights_file, device=device),
     prediction=_prediction,
     options=frozenset(["masks_for", "concept_split", "tags"]),
 )

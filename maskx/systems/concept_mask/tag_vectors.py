@@ -37,7 +37,6 @@ __all__ = [
     "CoCounts",
     "FoldedWords",
     "co_counts",
-    "count_words_with_table",
     "fold_in",
     "fold_in_words",
     "format_neighbours",
@@ -81,10 +80,7 @@ class CoCounts(NamedTuple):
 
 
 def co_counts(tags: TagList) -> CoCounts:
-    """Count the images with each word and with each pair of words.
-
-    One block of rows at a time, of which only the upper triangle is kept.
-    """
+    """Count the images with each word and with each pair of words."""
     image_word = _image_word_matrix(tags)
     word_image = image_word.T.tocsr()
     num_words, blocks = len(tags.names), []
@@ -98,15 +94,12 @@ def co_counts(tags: TagList) -> CoCounts:
 
 
 def pmi_matrix(counted: CoCounts, *, positive: bool = True, smoothing: float = 1.0) -> csr_matrix:
-    """Return the PMI of all pairs of words, as upper triangle with the diagonal.
+    """Return the (V, V) float64 PMI of all pairs of words, as upper triangle with the diagonal.
 
     Args:
         counted: see :func:`co_counts`.
         positive: set negative entries to 0 (PPMI). Otherwise only pairs never seen are 0.
         smoothing: see :func:`learn_word_vectors`.
-
-    Returns:
-        (V, V) float64, upper triangle of the symmetric matrix.
     """
     counts, total = counted.counts.astype(np.float64), counted.num_images
     matrix = counted.pairs.astype(np.float64)
@@ -144,9 +137,13 @@ def learn_word_vectors(
         raise ValueError(
             f"dim is {dim}, smoothing {smoothing}. Allowed: dim at least 1, smoothing at least 0."
         )
-    _check_counts(tags)
+    if len(tags.names) < 2:
+        raise ValueError(
+            f"{tags.source} has {len(tags.names)} words. Word vectors need at least 2 that are on "
+            "the same images."
+        )
     counted = co_counts(tags)
-    _check_pairs(counted, tags)
+    _check_counts(counted, tags)
     matrix = pmi_matrix(counted, positive=positive, smoothing=smoothing)
     squared_norm = 2 * np.sum(matrix.data**2) - np.sum(matrix.diagonal() ** 2)
     eigenvalues, eigenvectors = _largest_eigenpairs(matrix, dim)
@@ -164,7 +161,14 @@ def learn_word_vectors(
         )
     eigenvalues = eigenvalues[kept]
     vectors = eigenvectors[:, kept] * np.sqrt(eigenvalues)
-    _check_vectors(vectors, tags)
+    norms = np.linalg.norm(vectors, axis=1)
+    _refuse(
+        norms < 1e-6 * norms.max(),
+        tags,
+        f"have no part in the {vectors.shape[1]} components that are kept",
+        "They are on every image, or only among few words that no others are with. Leave them out, "
+        "or keep more components (dim).",
+    )
     kind = "PPMI" if positive else "PMI"
     return WordTable(
         names=tags.names,
@@ -182,11 +186,9 @@ def fold_in(
     table: WordTable,
     pair_counts: np.ndarray,
     count: int,
-    *,
-    word_counts: np.ndarray | None = None,
-    num_images: int | None = None,
+    among: tuple[np.ndarray, int] | None = None,
 ) -> np.ndarray:
-    """Return the vector of a new word from how often it is on images with known ones (Nystrom).
+    """Return the (k,) vector of a new word from how often it is with known ones (Nystrom).
 
     w = S_k^-1/2 U_k^T m, where m is the row of PMI that the new word has with the known ones. For
     the row of a known word this is its own vector. For others, small eigenvalues amplify chance:
@@ -198,26 +200,15 @@ def fold_in(
         table: a table from tags.
         pair_counts: (V,) images with the new word and each known one.
         count: images with the new word.
-        word_counts: (V,) images with each known word, among those that were counted. None if
-            these are the images of the table.
-        num_images: images with any tag among them, beside `word_counts`.
-
-    Returns:
-        (k,) float32.
-
-    Raises:
-        ValueError: the table is not from tags, counts are impossible, or the word is with no known
-            word more often than by chance.
+        among: (V,) images with each known word and number of images with any tag, of those that
+            were counted; None if these are the images of the table.
     """
     if table.pmi is None or table.eigenvalues is None:
         raise ValueError(
             f"The word table of {table.source} was not learned from tags, so no word can be folded "
             "in. Take the vector of the word from the same file as the others."
         )
-    if (word_counts is None) != (num_images is None):
-        raise ValueError("word_counts and num_images belong together. Give both or none.")
-    if word_counts is None:
-        word_counts, num_images = table.pmi.counts, table.pmi.num_images
+    word_counts, num_images = among or (table.pmi.counts, table.pmi.num_images)
     pairs = np.asarray(pair_counts, dtype=np.float64)
     words = np.asarray(word_counts, dtype=np.float64)
     for what, values in (("pair_counts", pairs), ("word_counts", words)):
@@ -225,11 +216,8 @@ def fold_in(
             raise ValueError(
                 f"{what} has shape {values.shape}. Allowed: ({len(table)},), one per word."
             )
-    if (
-        not 1 <= count <= num_images
-        or not (pairs >= 0).all()
-        or (pairs > np.minimum(words, count)).any()
-    ):
+    possible = (pairs >= 0) & (pairs <= np.minimum(words, count))
+    if not (1 <= count <= num_images and possible.all()):
         raise ValueError(
             f"The new word is on {count} of {num_images} images, and with a known word on up to "
             f"{pairs.max():g}. Allowed: no more than images with it, with the other, or in all."
@@ -248,50 +236,10 @@ def fold_in(
     return vector.astype(np.float32)
 
 
-def count_words_with_table(
-    table: WordTable, tags: TagList, words: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Count how often words are on images with those of a table, among the images of any list.
-
-    Args:
-        table: its words may be among the tags, in any order.
-        tags: images, whose vocabulary has `words`.
-        words: W words.
-
-    Returns:
-        (W, V) images with both, (W,) images with the word, and (V,) images with each word of the
-        table.
-
-    Raises:
-        ValueError: a word is not among the tags.
-    """
-    index_of = {name: index for index, name in enumerate(tags.names)}
-    missing = [word for word in words if spelled(word) not in index_of]
-    if missing:
-        raise ValueError(
-            f"{tags.source} has no image with {listed(missing)}. Give a tag list that has."
-        )
-    image_word = _image_word_matrix(tags)
-    # One column more, of zeros: for the words of the table that are on no image.
-    columns = [index_of.get(name, -1) for name in table.names]
-    chosen = image_word[:, [index_of[spelled(word)] for word in words]]
-    pairs = (chosen.T @ image_word).toarray()
-    counts = tags.counts()
-    pairs = np.hstack([pairs, np.zeros((len(words), 1), pairs.dtype)])[:, columns]
-    return pairs, counts[[index_of[spelled(w)] for w in words]], np.append(counts, 0)[columns]
-
-
 class FoldedWords(NamedTuple):
-    """New words with vectors, and those that got none.
+    """A table of new words, and why others have no vector, by word."""
 
-    Attributes:
-        words: W words, as given.
-        vectors: (W, k) float32.
-        left_out: why the others have none, by word.
-    """
-
-    words: tuple[str, ...]
-    vectors: np.ndarray
+    table: WordTable
     left_out: dict[str, str]
 
 
@@ -307,26 +255,35 @@ def fold_in_words(table: WordTable, tags: TagList, words: Sequence[str]) -> Fold
     Raises:
         ValueError: none of them gets a vector; the message says why of each.
     """
-    known, tagged, left_out = set(table.names), set(tags.names), {}
+    index_of = {name: index for index, name in enumerate(tags.names)}
+    known, left_out = set(table.names), {}
+    words = dict.fromkeys(map(spelled, words))
     for word in words:
-        if spelled(word) in known:
+        if word in known:
             left_out[word] = "the word table has it already"
-        elif spelled(word) not in tagged:
+        elif word not in index_of:
             left_out[word] = f"{tags.source} has no image with it"
-    asked = [word for word in words if word not in left_out]
+    asked = [index_of[word] for word in words if word not in left_out]
+    image_word = _image_word_matrix(tags)
+    pairs = (image_word[:, asked].T @ image_word).toarray()
+    # One column more, of zeros: for the words of the table that are on no image.
+    columns = [index_of.get(name, -1) for name in table.names]
+    pairs, counts = np.pad(pairs, ((0, 0), (0, 1)))[:, columns], tags.counts()
+    among = (np.append(counts, 0)[columns], tags.num_tagged)
     vectors: dict[str, np.ndarray] = {}
-    if asked:
-        pairs, counts, word_counts = count_words_with_table(table, tags, asked)
-        images = {"word_counts": word_counts, "num_images": tags.num_tagged}
-        for word, row, count in zip(asked, pairs, counts, strict=True):
-            try:
-                vectors[word] = fold_in(table, row, int(count), **images)
-            except ValueError as error:
-                left_out[word] = f"{tags.source}: {error}"
+    for index, row in zip(asked, pairs, strict=True):
+        try:
+            vectors[tags.names[index]] = fold_in(table, row, int(counts[index]), among)
+        except ValueError as error:
+            left_out[tags.names[index]] = f"{tags.source}: {error}"
     if not vectors:
         reasons = "; ".join(f"'{word}': {reason}" for word, reason in left_out.items())
         raise ValueError(f"There is no word to fold in. {reasons or 'Give at least one.'}")
-    return FoldedWords(tuple(vectors), np.stack(list(vectors.values())), left_out)
+    source = f"words folded into {table.source}"
+    new = WordTable(
+        tuple(vectors), np.stack([*vectors.values()]), np.ones(len(vectors)), None, source
+    )
+    return FoldedWords(new, left_out)
 
 
 def _image_word_matrix(tags: TagList) -> csr_matrix:
@@ -378,34 +335,28 @@ def _product_with(
     return lambda block: strict @ block + transposed @ block + diagonal * block, np.float64
 
 
-def _check_counts(tags: TagList) -> None:
-    if len(tags.names) < 2:
+def _refuse(refused: np.ndarray, tags: TagList, what: str, remedy: str) -> None:
+    if refused.any():
+        names = [tags.names[i] for i in np.flatnonzero(refused)]
         raise ValueError(
-            f"{tags.source} has {len(tags.names)} words. Word vectors need at least 2 that are on "
-            "the same images."
-        )
-    counts = tags.counts()
-    absent = np.flatnonzero(counts == 0)
-    if len(absent):
-        raise ValueError(
-            f"{tags.source}: {len(absent)} of {len(tags.names)} words are on no image: "
-            f"{listed([tags.names[i] for i in absent])}. Remove them from the vocabulary, or add "
-            "images with them."
+            f"{tags.source}: {len(names)} of {len(tags.names)} words {what}: {listed(names)}. "
+            f"{remedy}"
         )
 
 
-def _check_pairs(counted: CoCounts, tags: TagList) -> None:
-    """Refuse words without any pair; say if the others fall into groups."""
+def _check_counts(counted: CoCounts, tags: TagList) -> None:
+    """Refuse words without images or pairs; say if the others fall into groups."""
+    remedy = "Remove them from the vocabulary, or add images with them."
+    _refuse(counted.counts == 0, tags, "are on no image", remedy)
     num_groups, group_of = connected_components(counted.pairs, directed=False)
     sizes = np.bincount(group_of)
-    alone = np.flatnonzero(sizes[group_of] == 1)
-    if len(alone):
-        raise ValueError(
-            f"{tags.source}: {len(alone)} of {len(tags.names)} words are never on an image with "
-            f"another word: {listed([tags.names[i] for i in alone])}. What they are similar to "
-            "cannot be learned. Leave them out (a larger min_count, or a vocabulary without them), "
-            "or add images that have them among other tags."
-        )
+    _refuse(
+        sizes[group_of] == 1,
+        tags,
+        "are never on an image with another word",
+        "What they are similar to cannot be learned. Leave them out (a larger min_count, or a "
+        "vocabulary without them), or add images that have them among other tags.",
+    )
     if num_groups > 1:
         small = np.flatnonzero(group_of != sizes.argmax())
         logger.warning(
@@ -415,24 +366,8 @@ def _check_pairs(counted: CoCounts, tags: TagList) -> None:
         )
 
 
-def _check_vectors(vectors: np.ndarray, tags: TagList) -> None:
-    norms = np.linalg.norm(vectors, axis=1)
-    lost = np.flatnonzero(norms < 1e-6 * norms.max())
-    if len(lost):
-        raise ValueError(
-            f"{tags.source}: {len(lost)} of {len(tags.names)} words have no part in the "
-            f"{vectors.shape[1]} components that are kept: "
-            f"{listed([tags.names[i] for i in lost])}. They are on every image, or only among few "
-            "words that no others are with. Leave them out, or keep more components (dim)."
-        )
-
-
 def format_neighbours(table: WordTable, words: Sequence[str], *, count: int) -> str:
-    """Say of each word which others are nearest to it by cosine.
-
-    Raises:
-        ValueError: the table has no such word, or `count` is below 1.
-    """
+    """Say of each word which others are nearest to it by cosine."""
     if count < 1:
         raise ValueError(f"{count} neighbours were asked for. Allowed: at least 1.")
     lines = []
@@ -446,10 +381,7 @@ def format_neighbours(table: WordTable, words: Sequence[str], *, count: int) -> 
 
 
 def format_spectrum(table: WordTable) -> str:
-    """List eigenvalues of a table and the share of its squared spectrum up to each of them.
-
-    Components 1, 2, 4, 8 and so on are listed, and the last one.
-    """
+    """List eigenvalues 1, 2, 4, 8 ... of a table and the share of its squared spectrum so far."""
     values, shares = explained_spectrum(table)
     last = len(values)
     components = [*(2**power for power in range(last.bit_length()) if 2**power < last), last]
@@ -459,11 +391,7 @@ def format_spectrum(table: WordTable) -> str:
 
 
 def plot_spectrum(path: str | os.PathLike[str], table: WordTable) -> None:
-    """Draw the eigenvalues of a table, and the share of its squared spectrum they explain.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Draw the eigenvalues of a table, and the share of its squared spectrum they explain."""
     check_matplotlib()
     from matplotlib.figure import Figure
 

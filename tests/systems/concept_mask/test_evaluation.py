@@ -15,11 +15,12 @@ from maskx.systems.concept_mask.evaluation import (
     evaluate_concepts,
     evaluate_existence,
     fit_concepts,
+    fit_existence_threshold,
+    soft_iou,
 )
 from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel
 from maskx.systems.concept_mask.network import ConceptEmbedding, normalise_maps, resize_maps
 from maskx.systems.concept_mask.query import concept_query
-from maskx.systems.concept_mask.scores import fit_existence_threshold, soft_iou
 
 NAMES = ("cat", "dog", "fire truck", "green")
 RNG = np.random.default_rng(0)

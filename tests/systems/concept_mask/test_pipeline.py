@@ -24,7 +24,6 @@ from maskx.systems.concept_mask.pipeline import (
     draw_test_concepts,
     fit_run,
     learn_concept_mask,
-    open_chain,
     scene_concept_data,
 )
 from maskx.systems.concept_mask.predictor import ConceptPredictor, segment_files
@@ -85,7 +84,7 @@ def image(data):
 
 
 def chain_of(data, output, settings=TINY, **options):
-    return open_chain(data, settings, output=output, device=torch.device("cpu"), **options)
+    return ConceptMaskChain(data, settings, output=output, **options)
 
 
 def weights_equal(first, second):
@@ -132,14 +131,16 @@ def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(data, t
 
     # Each stage has the data and rates of its own, and starts from the one before.
     files = [tmp_path / name / "checkpoint.pth" for name in FOLDERS]
-    of_stages = [read_checkpoint(file, "cpu")["run"]["settings"] for file in files]
-    trainings = [settings["training"] for settings in of_stages]
+    of_stages = [read_checkpoint(file, "cpu")["run"] for file in files]
+    trainings = [run["settings"]["training"] for run in of_stages]
     assert [training["learning_rate"] for training in trainings] == [4e-3, 2e-3, 1e-3]
     slow = [training["lr_multipliers"] for training in trainings]
     assert slow == [{}, {"embedding.": pytest.approx(0.15)}, {}]
     assert {training["seed"] for training in trainings} == {7}
-    assert of_stages[2]["max_concepts"] == TINY.max_concepts
-    assert len({settings.get("start") for settings in of_stages}) == 3
+    assert of_stages[2]["settings"]["max_concepts"] == TINY.max_concepts
+    starts = [run["started_from"].get("start") for run in of_stages]
+    assert starts[0] is None
+    assert starts[1]["sha256"] != starts[2]["sha256"]
     first, second, third = (chain.model(stage) for stage in (1, 2, 3))
     assert weights_equal(second.original, first.embedding)
     assert weights_equal(third.embedding, second.embedding)
@@ -197,19 +198,18 @@ def test_a_run_that_is_interrupted_in_any_stage_ends_with_the_same_weights(
 def test_a_checkpoint_of_another_word_table_is_refused(data, trained, tmp_path):
     shutil.copytree(trained[0], tmp_path / "run")
     other = dataclasses.replace(data.table, vectors=data.table.vectors * 2)
-    with pytest.raises(ValueError, match=r"word table is .*, but .* was started with"):
+    with pytest.raises(ValueError, match=r"word table '\w+' is not what the run in .* started"):
         chain_of(dataclasses.replace(data, table=other), tmp_path / "run", resume=True).model(1)
     assert load_word_table(tmp_path / "run" / "words.safetensors").hash == data.table.hash
 
 
 def test_a_table_of_another_vocabulary_is_refused(data, tmp_path):
-    sets = concept_sets(data.split, tags=data.train, boxes=data.train, masks=data.train)
     table = WordTable(data.table.names[:-1], data.table.vectors[:-1], data.table.idf[:-1])
-    with pytest.raises(ValueError, match="has 65 names, the vocabulary 66"):
-        ConceptMaskChain(sets, table, TINY, output=tmp_path)
-    empty = dataclasses.replace(sets, masked=[])
-    with pytest.raises(ValueError, match="There is no masked image to train on"):
-        ConceptMaskChain(empty, data.table, TINY, output=tmp_path)
+    with pytest.raises(ValueError, match="than the word table: it has 66 concepts, not 65"):
+        chain_of(dataclasses.replace(data, table=table), tmp_path).model(1)
+    empty = dataclasses.replace(data, split=dataclasses.replace(data.split, masked=()))
+    with pytest.raises(ValueError, match="no image has usable masks of the 0 concepts"):
+        chain_of(empty, tmp_path)
 
 
 def test_a_model_is_opened_from_its_checkpoint_alone(data, trained, tmp_path):

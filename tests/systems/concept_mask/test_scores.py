@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskx.systems.concept_mask.scores import (
+from maskx.systems.concept_mask.evaluation import (
     ConceptScores,
     fit_existence_threshold,
     fit_theta,

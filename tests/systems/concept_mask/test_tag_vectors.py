@@ -12,7 +12,6 @@ from maskx.data.tag_lists import tag_list
 from maskx.systems.concept_mask import tag_vectors
 from maskx.systems.concept_mask.tag_vectors import (
     co_counts,
-    count_words_with_table,
     fold_in,
     fold_in_words,
     learn_word_vectors,
@@ -194,36 +193,38 @@ def test_a_new_word_folds_in_near_its_topic():
 
     more = topic_tags(seed=1)
     backwards = tag_list([[23 - i for i in row] for row in more], names[::-1])
-    (vector,) = fold_in_words(table, backwards, ["word_7"]).vectors
+    (vector,) = fold_in_words(table, backwards, ["word_7", "word 7"]).table.vectors
     nearest = [table.names[index] for index, _ in table.nearest(vector, count=5)]
     assert set(nearest) == {"word 3", "word 11", "word 15", "word 19", "word 23"}
     padded = tag_list([[23 - i for i in row] for row in [*more, *[[]] * 50]], names[::-1])
     again = fold_in_words(table, padded, ["word 7"])
-    assert (again.words, again.left_out) == (("word 7",), {})
-    np.testing.assert_array_equal(again.vectors, [vector])
+    assert (again.table.names, again.left_out) == (("word 7",), {})
+    np.testing.assert_array_equal(again.table.vectors, [vector])
 
-    pairs, counts, word_counts = count_words_with_table(table, backwards, ["word 7"])
-    expected = loop_counts(more, 24)
+    counted = loop_counts(more, 24)
     others = [i for i in range(24) if i != 7]
-    np.testing.assert_array_equal(pairs[0], expected[7, others])
-    np.testing.assert_array_equal(counts, expected[7, 7])
-    np.testing.assert_array_equal(word_counts, expected.diagonal()[others])
+    among = (counted.diagonal()[others], len(more))
+    expected = fold_in(table, counted[7, others], counted[7, 7], among)
+    np.testing.assert_array_equal(vector, expected)
 
 
 def test_words_of_the_table_without_images_count_nothing_when_folding_in():
     table = learn_word_vectors(tag_list(topic_tags(), words(24)), dim=8)
-    tags = tag_list([[0, 1], [0], [1]] * 3, ["word 5", "new"])
-    pairs, counts, word_counts = count_words_with_table(table, tags, ["new"])
-    assert (counts.tolist(), pairs.sum(), word_counts.sum()) == ([6], 3, 6)
-    assert pairs[0, 5] == 3
+    rows = [*[[0, 1]] * 3, [0], [1], *[[2]] * 9]
+    tags = tag_list(rows, ["word 5", "new", "not in the table"])
+    (vector,) = fold_in_words(table, tags, ["new"]).table.vectors
+    pairs, counts = np.zeros((2, 24), int)
+    pairs[5], counts[5] = 3, 4
+    np.testing.assert_array_equal(vector, fold_in(table, pairs, 4, (counts, 14)))
 
 
 def test_a_word_without_a_vector_does_not_end_folding_in_for_the_others():
     tags = tag_list([*topic_tags(), [24], [24, 25], [0, 4, 25]], [*words(24), "alone", "new"])
     table = learn_word_vectors(tag_list(topic_tags(), words(24)), dim=8)
     found = fold_in_words(table, tags, ["alone", "new", "word 3", "gone"])
-    assert found.words == ("new",)
-    np.testing.assert_array_equal(found.vectors, fold_in_words(table, tags, ["new"]).vectors)
+    assert found.table.names == ("new",)
+    alone = fold_in_words(table, tags, ["new"]).table
+    np.testing.assert_array_equal(found.table.vectors, alone.vectors)
     assert list(found.left_out) == ["word 3", "gone", "alone"]
     assert "more often than by chance" in found.left_out["alone"]
 
@@ -232,7 +233,7 @@ def test_folding_in_says_what_is_wrong():
     tags = tag_list([*topic_tags(), [24], [24]], [*words(24), "new"])
     table = learn_word_vectors(tag_list(topic_tags(), words(24)), dim=8)
     for word, reason in (
-        ("word_3", "the word table has it already"),
+        ("word 3", "the word table has it already"),
         ("newer", "the given tags has no image with it"),
         ("new", "the given tags: The new word is with no known"),
     ):
@@ -242,8 +243,6 @@ def test_folding_in_says_what_is_wrong():
         fold_in_words(table, tags, [])
     with pytest.raises(ValueError, match=r"pair_counts has shape \(3,\).*\(24,\)"):
         fold_in(table, np.ones(3), 1)
-    with pytest.raises(ValueError, match="belong together"):
-        fold_in(table, np.ones(24), 1, num_images=3)
     for pairs, count in ((np.ones(24), 0), (np.full(24, 2), 1), (-np.ones(24), 1)):
         with pytest.raises(
             ValueError, match=rf"on {count} of 400 images.*no more than images with"

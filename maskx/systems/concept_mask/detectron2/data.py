@@ -29,11 +29,10 @@ from maskx.systems.concept_mask.concept_sets import (
     scene_concept_split,
     vocabulary_difference,
 )
-from maskx.systems.concept_mask.evaluation import ConceptTest, concept_test
+from maskx.systems.concept_mask.evaluation import ConceptTest, concept_test, format_concept_table
 from maskx.systems.concept_mask.overlap import concept_overlap, save_overlap
 from maskx.systems.concept_mask.query import read_unseen_words
 from maskx.systems.concept_mask.samples import ConceptMapper
-from maskx.systems.concept_mask.scores import format_concept_table
 from maskx.systems.concept_mask.tag_vectors import learn_word_vectors
 
 __all__ = [
@@ -258,8 +257,7 @@ class MaskXConceptEvaluator(DatasetEvaluator):
 
         Returns:
             Under "concepts", "<measure>_<level>" in [0, 1] for the levels that were measured, such
-            as "pointing_box"; see :class:`maskx.systems.concept_mask.scores.ConceptScores`. Empty
-            in processes other than the main one.
+            as "pointing_box"; nothing in processes other than the main one.
         """
         scores = self._scores
         if self._distributed:

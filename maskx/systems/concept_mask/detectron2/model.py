@@ -260,14 +260,7 @@ def fit_checkpoint(
 ) -> dict[str, Any]:
     """Fit theta and the existence thresholds, and write them to the file ``MODEL.WEIGHTS``.
 
-    Args:
-        cfg: of a trained model.
-        json_file: COCO-format file with tags and true masks of concepts.
-        image_root: folder of its images.
-        strict: see :func:`maskx.data.coco.load_coco`.
-
-    Returns:
-        What :func:`maskx.systems.concept_mask.evaluation.fit_concepts` returns.
+    See :func:`maskx.systems.concept_mask.pipeline.fit_run`.
     """
     model = _load(cfg)
     data = load_coco(json_file, image_root, strict=strict)
@@ -292,7 +285,7 @@ def _load(cfg: CfgNode) -> EmbeddingModel:
 def concept_stages(
     stage1: Path | None, stage2: Path, stage3: Path, *, output: Path, opts: tuple[Any, ...] = ()
 ) -> list[Stage]:
-    """Make the runs of a chain; weights of a stage go into the next.
+    """Make the runs of a chain, in folders of `output`; weights of a stage go into the next.
 
     Where a configuration names no word table, that of the tags of stage 1 is made, and likewise
     the overlaps of the boxes of stage 2.
@@ -302,7 +295,7 @@ def concept_stages(
             weights.
         stage2: YAML file of the refinement, or its weights.
         stage3: YAML file of the segmentation.
-        output: folder; the runs are in ``stage1``, ``stage2`` and ``stage3`` of it.
+        output: folder of the runs ``stage1``, ``stage2`` and ``stage3``.
         opts: KEY VALUE pairs for all of them.
     """
     if "MODEL.WEIGHTS" in opts[::2]:

@@ -132,7 +132,7 @@ def test_unseen_words_are_measured_by_their_vectors(
     # The same words as the tool for word vectors folds them in.
     words, tags = (str(concept_files / name) for name in ("words.safetensors", "all_tags.jsonl"))
     arguments = ["learn_word_vectors.py", "--table", words, "--tags", tags, "--fold-in"]
-    file = str(tmp_path / "new_words.npy")
+    file = str(tmp_path / "new_words.safetensors")
     arguments += [*scene_concept_split().unseen, "--output", file]
     monkeypatch.setattr(sys, "argv", arguments)
     runpy.run_path(str(TOOLS / "learn_word_vectors.py"), run_name="__main__")
