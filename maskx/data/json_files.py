@@ -227,7 +227,7 @@ def _parse(path: Path, content: bytes) -> Any:
         problem = (
             f"is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; the "
             f"file has {len(content)} bytes"
-            f"{'' if is_whole else '''; it does not end with '}': truncated?'''}. Download or "
+            f"{'' if is_whole else '''; it does not end with '}': truncated'''}. Download or "
             "write it again"
         )
     except RecursionError:

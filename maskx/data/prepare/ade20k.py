@@ -20,6 +20,7 @@ from maskx.data.prepare.label_map_sets import (
     LabelMapSetSummary,
     MaskedImage,
     check_counts,
+    check_folder,
     label_table,
     read_values,
     relabel_by_value,
@@ -41,7 +42,6 @@ ADE20K_FULL_COUNTS = {"train": 25574, "val": 2000}
 """Number of images of the full data set."""
 
 _FOLDERS = {"train": "training", "val": "validation"}
-_README = "datasets/README.md says where files lie."
 _MAX_INDEX = 25 * 256 + 255  # what two channels can hold
 
 
@@ -52,31 +52,26 @@ def prepare_ade20k_150(
     allow_other_counts: bool = False,
     strict: bool = True,
     workers: int = 1,
-    progress: bool = False,
 ) -> LabelMapSetSummary:
     """Write `ade20k_150_{train,train_tags,val}.json` and the label maps they name.
 
-    See `maskx.data.prepare.label_map_sets.write_label_map_set` for what is in the files. Label 0
-    is not used: pixels that are none of the 150 classes are 255. Images are named from
-    `challenge/images/{training,validation}`.
+    `maskx.data.prepare.label_map_sets.write_label_map_set` says what is in the files, and takes
+    the other arguments. Label 0 is not used: pixels that are none of the 150 classes are 255.
+    Images are named from `challenge/images/{training,validation}`.
 
     Args:
         challenge: `ADEChallengeData2016`, with the folders `images` and `annotations`.
-        output: Folder to write to; it is created, files of an earlier run are replaced.
+        output: Folder to write to.
         allow_other_counts: Whether the numbers of images may be others than `ADE20K_150_COUNTS`.
-        strict: Whether an image without usable files is an error. If False it is left out, counted.
-        workers: Processes.
-        progress: Show a progress bar.
 
     Raises:
         FileNotFoundError: A folder is missing.
-        ValueError: The numbers of images are not what they should be, or, with `strict`, files of
-            an image.
+        ValueError: The numbers of images are not what they should be, or files of an image.
     """
     challenge, output = Path(challenge), Path(output)
     parts = {}
     for part, folder in _FOLDERS.items():
-        masks = _existing(challenge / "annotations" / folder)
+        masks = check_folder(challenge / "annotations" / folder, "ADE20K")
         parts[part] = [
             MaskedImage(
                 image_id=_image_id(path),
@@ -98,7 +93,6 @@ def prepare_ade20k_150(
         tags_of="train",
         strict=strict,
         workers=workers,
-        progress=progress,
     )
 
 
@@ -106,39 +100,35 @@ def prepare_ade20k_full(
     full: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    short_side: int | None = 512,
+    short_side: int = 512,
     allow_other_counts: bool = False,
     strict: bool = True,
     workers: int = 1,
-    progress: bool = False,
 ) -> LabelMapSetSummary:
     """Write `ade20k_full_{train,train_tags,val}.json`, and the images and label maps they name.
 
-    See `maskx.data.prepare.label_map_sets.write_label_map_set` for what is in the files. Label 0
-    is not used: pixels that are none of the 847 classes are 65535. An image whose name starts with
-    `ADE_val` is in val, any other in train. Ids count the names in alphabetical order, from 1.
+    `maskx.data.prepare.label_map_sets.write_label_map_set` says what is in the files, and takes
+    the other arguments. Label 0 is not used: pixels that are none of the 847 classes are 65535. An
+    image whose name starts with `ADE_val` is in val, any other in train. Ids count the names in
+    alphabetical order, from 1.
 
     Args:
         full: `ADE20K_2021_17_01`, with `images/ADE/{training,validation}/*/*/ADE_*.jpg` and
             `*_seg.png` beside them.
-        output: Folder to write to; it is created, files of an earlier run are replaced.
+        output: Folder to write to.
         short_side: Images whose shorter side is longer are made so small, bilinearly, and all are
             in `output/images`. 512 is the size at which the 847 classes are commonly evaluated.
-            With None images stay as and where they are, and are named from `full/images/ADE`.
+            With 0 images stay as and where they are, and are named from `full/images/ADE`.
         allow_other_counts: Whether the numbers of images may be others than `ADE20K_FULL_COUNTS`.
-        strict: Whether an image without usable files is an error. If False it is left out, counted.
-        workers: Processes.
-        progress: Show a progress bar.
 
     Raises:
         FileNotFoundError: A folder is missing.
-        ValueError: The numbers of images are not what they should be, or `short_side`, or, with
-            `strict`, files of an image.
+        ValueError: The numbers of images are not what they should be, or files of an image.
     """
-    if short_side is not None and short_side < 1:
-        raise ValueError(f"short_side must be at least 1 pixel, got {short_side}.")
+    if short_side < 0:
+        raise ValueError(f"short_side must be at least 1 pixel, or 0 for none, got {short_side}.")
     full, output = Path(full), Path(output)
-    source = _existing(full / "images" / "ADE")
+    source = check_folder(full / "images" / "ADE", "ADE20K")
     parts = {part: [] for part in _FOLDERS}
     for path in sorted(source.glob("*/**/ADE_*.jpg"), key=lambda path: path.name):
         part = "val" if path.name.startswith("ADE_val") else "train"
@@ -170,34 +160,20 @@ def prepare_ade20k_full(
         prefix="ade20k_full",
         image_roots=small if short_side else dict.fromkeys(_FOLDERS, source),
         tags_of="train",
-        short_side=short_side,
+        short_side=short_side or None,
         strict=strict,
         workers=workers,
-        progress=progress,
     )
 
 
 def read_object_indices(path: str | os.PathLike[str]) -> np.ndarray:
-    """Read the objects of a mask of the full ADE20K.
-
-    Args:
-        path: `*_seg.png`, RGB.
+    """Read the objects of a mask of the full ADE20K, `*_seg.png`.
 
     Returns:
         (H, W) int32: 0 for no object, else the index of its name in ADE20K's list, from 1.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no RGB image.
     """
     colours = read_values(Path(path), kind="colour").astype(np.int32)
     return colours[..., 0] // 10 * 256 + colours[..., 1]
-
-
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder of ADE20K. {_README}")
-    return folder
 
 
 def _image_id(path: Path) -> int:

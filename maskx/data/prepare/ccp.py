@@ -4,7 +4,6 @@ Yang, Luo and Lin, "Clothing Co-Parsing by Joint Image Segmentation and Labeling
 58 classes keep their numbers as category ids; number 0 ("null") is background.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from maskx.core.files import write_json
+from maskx.data.json_files import read_json
 from maskx.data.label_maps import read_label_map
+from maskx.data.prepare.label_map_sets import image_size, relative_name, write_images
 
-__all__ = ["CcpSummary", "format_ccp_summary", "prepare_ccp"]
+__all__ = ["CcpSummary", "prepare_ccp"]
 
 _LISTS = {"train": "pixel_train.txt", "val": "pixel_val.txt", "tags": "image_level.txt"}
 
@@ -39,10 +38,18 @@ class CcpSummary:
     num_masks: Mapping[str, int]
     labels_per_image: Mapping[str, float]
 
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.class_names)} classes",
+            f"{'file':<16}{'images':>8}{'masks':>8}  labels",
+        ]
+        for part, count in self.num_images.items():
+            masks, labels = self.num_masks[part], self.labels_per_image[part]
+            lines.append(f"{f'ccp_{part}.json':<16}{count:>8}{masks:>8}{labels:>8.1f} per image")
+        return "\n".join(lines)
 
-def prepare_ccp(
-    ccp: str | os.PathLike[str], output: str | os.PathLike[str], *, progress: bool = False
-) -> CcpSummary:
+
+def prepare_ccp(ccp: str | os.PathLike[str], output: str | os.PathLike[str]) -> CcpSummary:
     """Write `ccp_train.json`, `ccp_val.json`, `ccp_tags.json` and `ccp_mixed.json`.
 
     The first two have masks, as label maps (`maskx.data.label_maps`) named relative to the folder
@@ -56,7 +63,6 @@ def prepare_ccp(
             `image_level_tags.json` (`{"NNNN": [numbers]}`) and the lists `pixel_train.txt`,
             `pixel_val.txt` and `image_level.txt`.
         output: Folder to write to; it is created, files of an earlier run are replaced.
-        progress: Show a progress bar.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -64,7 +70,7 @@ def prepare_ccp(
     """
     ccp, output = Path(ccp), Path(output)
     class_names = _read_classes(ccp / "classes.json")
-    tags = _read_json(ccp / "image_level_tags.json")
+    tags = _read_object(ccp / "image_level_tags.json")
     lists = {part: _read_list(ccp / name) for part, name in _LISTS.items()}
     numbers = [number for part in lists.values() for number in part]
     repeated = sorted({number for number in numbers if numbers.count(number) > 1})
@@ -74,24 +80,27 @@ def prepare_ccp(
             "Every photo belongs to one list."
         )
     images: dict[str, list[dict[str, Any]]] = {}
-    with tqdm(total=len(numbers), desc="photos", unit="img", disable=not progress) as bar:
-        for part, found in lists.items():
-            images[part] = []
-            for number in found:
-                entry = _read_size(ccp / "photos" / f"{number}.jpg", number)
-                if part == "tags":
-                    entry["image_labels"] = _labels_of_tags(number, tags, len(class_names), ccp)
-                else:
-                    mask = ccp / "masks" / f"{number}.png"
-                    entry |= _read_mask(mask, entry, len(class_names), output)
-                images[part].append(entry)
-                bar.update()
+    for part, found in lists.items():
+        images[part] = []
+        for number in tqdm(found, desc=part, unit="photo", disable=None):
+            path = ccp / "photos" / f"{number}.jpg"
+            height, width = image_size(path)
+            entry = {"id": int(number), "file_name": path.name, "height": height, "width": width}
+            if part == "tags":
+                entry["image_labels"] = _labels_of_tags(number, tags, len(class_names), ccp)
+            else:
+                mask = ccp / "masks" / f"{number}.png"
+                labels = read_label_map(
+                    mask, height, width, num_classes=len(class_names), image_id=entry["id"]
+                )
+                present = np.unique(labels)
+                is_class = (present > 0) & (present <= len(class_names))
+                entry["image_labels"] = present[is_class].tolist()
+                entry["label_map_file_name"] = relative_name(mask, output)
+            images[part].append(entry)
     images["mixed"] = images["train"] + images["tags"]
-    categories = [{"id": id_, "name": name} for id_, name in enumerate(class_names, start=1)]
-    output.mkdir(parents=True, exist_ok=True)
     for part, entries in images.items():
-        content = {"images": entries, "annotations": [], "categories": categories}
-        write_json(output / f"ccp_{part}.json", content)
+        write_images(output / f"ccp_{part}.json", entries, class_names)
     return CcpSummary(
         class_names=class_names,
         num_images={part: len(entries) for part, entries in images.items()},
@@ -106,30 +115,15 @@ def prepare_ccp(
     )
 
 
-def format_ccp_summary(summary: CcpSummary) -> str:
-    """Lay out a summary for people."""
-    lines = [
-        f"{len(summary.class_names)} classes",
-        f"{'file':<16}{'images':>8}{'masks':>8}  labels",
-    ]
-    for part, count in summary.num_images.items():
-        masks, labels = summary.num_masks[part], summary.labels_per_image[part]
-        lines.append(f"{f'ccp_{part}.json':<16}{count:>8}{masks:>8}{labels:>8.1f} per image")
-    return "\n".join(lines)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON text ({error}). Restore the file.") from error
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path, what="file of CCP")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds no JSON object. Restore the file.")
     return content
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
-    names = _read_json(path).get("classes")
+    names = _read_object(path).get("classes")
     if not isinstance(names, list) or names[:1] != ["null"] or len(set(names)) < len(names):
         raise ValueError(
             f"{path}: 'classes' is {names!r:.100}. Allowed: different names by number, 'null' "
@@ -139,7 +133,9 @@ def _read_classes(path: Path) -> tuple[str, ...]:
 
 
 def _read_list(path: Path) -> list[str]:
-    numbers = _read(path).decode("utf-8", errors="replace").split()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file of CCP. Unpack it again.")
+    numbers = path.read_text(encoding="utf-8", errors="replace").split()
     wrong = [number for number in numbers if not number.isdecimal()]
     if wrong or not numbers:
         raise ValueError(
@@ -147,15 +143,6 @@ def _read_list(path: Path) -> list[str]:
             "Allowed: one number in a line, such as 0001."
         )
     return numbers
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: there is no such file of CCP. See datasets/prepare.py ccp for the files."
-        ) from None
 
 
 def _labels_of_tags(number: str, tags: Mapping[str, Any], num_classes: int, ccp: Path) -> list[int]:
@@ -168,31 +155,3 @@ def _labels_of_tags(number: str, tags: Mapping[str, Any], num_classes: int, ccp:
             f"of numbers from 0 (null) to {num_classes}."
         )
     return sorted(set(found) - {0})
-
-
-def _read_size(path: Path, number: str) -> dict[str, Any]:
-    try:
-        with Image.open(path) as image:
-            size = {"height": image.height, "width": image.width}
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: there is no such photo, but it is listed. Restore it."
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read as image ({error}). Restore it.") from error
-    return {"id": int(number), "file_name": path.name, **size}
-
-
-def _read_mask(
-    path: Path, entry: Mapping[str, Any], num_classes: int, output: Path
-) -> dict[str, Any]:
-    labels = read_label_map(
-        *(path, entry["height"], entry["width"]), num_classes=num_classes, image_id=entry["id"]
-    )
-    present = np.unique(labels)
-    # Without symbolic links, through which ".." leads elsewhere.
-    folder = os.path.relpath(path.parent.resolve(), output.resolve())
-    return {
-        "image_labels": present[(present > 0) & (present <= num_classes)].tolist(),
-        "label_map_file_name": (Path(folder) / path.name).as_posix(),
-    }

@@ -13,6 +13,7 @@ from maskx.data.prepare.label_map_sets import (
     LabelMapSetSummary,
     MaskedImage,
     check_counts,
+    check_folder,
     label_table,
     relabel_by_value,
     write_label_map_set,
@@ -41,22 +42,12 @@ def coco_stuff_names(naming: str = "renamed") -> tuple[str, ...]:
     Args:
         naming: "renamed" for the names that LarvSeg matches with ADE20K's, of which 7 ids are
             "wall", 5 "floor" and 2 "ceiling": 160 classes; "raw" for the 171 published names.
-
-    Raises:
-        ValueError: There is no such naming.
     """
     return tuple(dict.fromkeys(_name_of_id(naming).values()))
 
 
 def coco_stuff_class_of_id(naming: str = "renamed") -> dict[int, int]:
-    """Return the class index of each of the 171 category ids; ids of one name have one index.
-
-    Args:
-        naming: As in `coco_stuff_names`.
-
-    Raises:
-        ValueError: There is no such naming.
-    """
+    """Return the class index of each of the 171 category ids; ids of one name have one index."""
     index_of = {name: index for index, name in enumerate(coco_stuff_names(naming))}
     return {category_id: index_of[name] for category_id, name in _name_of_id(naming).items()}
 
@@ -70,28 +61,24 @@ def prepare_coco_stuff(
     allow_other_counts: bool = False,
     strict: bool = True,
     workers: int = 1,
-    progress: bool = False,
 ) -> LabelMapSetSummary:
     """Write `coco_stuff_{train2017,train2017_tags,val2017}.json` and the label maps they name.
 
-    See `maskx.data.prepare.label_map_sets.write_label_map_set` for what is in the files. Label
-    maps are in `output/label_maps_NAMING`; label 0 is not used, unlabelled pixels are 255. With
-    `naming` "raw" the names of the JSON files start with `coco_stuff_raw`.
+    `maskx.data.prepare.label_map_sets.write_label_map_set` says what is in the files, and takes
+    the other arguments. Label maps are in `output/label_maps_NAMING`; label 0 is not used,
+    unlabelled pixels are 255. With `naming` "raw" the names of the JSON files start with
+    `coco_stuff_raw`.
 
     Args:
         images: Folder of COCO's images, with the folders `train2017` and `val2017`.
         masks: `stuffthingmaps`, with the same folders.
-        output: Folder to write to; it is created, files of an earlier run are replaced.
+        output: Folder to write to.
         naming: As in `coco_stuff_names`.
         allow_other_counts: Whether the numbers of images may be others than `COCO_STUFF_COUNTS`.
-        strict: Whether an image without usable files is an error. If False it is left out, counted.
-        workers: Processes.
-        progress: Show a progress bar.
 
     Raises:
         FileNotFoundError: A folder is missing.
-        ValueError: The numbers of images are not what they should be, or, with `strict`, files of
-            an image.
+        ValueError: The numbers of images are not what they should be, or files of an image.
     """
     images, masks, output = Path(images), Path(masks), Path(output)
     names = coco_stuff_names(naming)
@@ -105,7 +92,7 @@ def prepare_coco_stuff(
                 relabel=relabel,
                 label_map=output / f"label_maps_{naming}" / part / path.name,
             )
-            for path in _list_masks(masks / part)
+            for path in sorted(check_folder(masks / part, "masks").glob("*.png"))
         ]
         for part in COCO_STUFF_COUNTS
     }
@@ -120,7 +107,6 @@ def prepare_coco_stuff(
         tags_of="train2017",
         strict=strict,
         workers=workers,
-        progress=progress,
     )
 
 
@@ -133,14 +119,6 @@ def _name_of_id(naming: str) -> dict[int, str]:
         entry.category_id: entry.renamed if naming == "renamed" else entry.name
         for entry in coco_stuff_classes()
     }
-
-
-def _list_masks(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: there is no such folder of masks. datasets/README.md says where files lie."
-        )
-    return sorted(folder.glob("*.png"))
 
 
 def _image_id(path: Path) -> int:

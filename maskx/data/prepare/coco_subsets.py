@@ -19,7 +19,6 @@ from maskx.data.vocabularies import VOC_CLASSES_IN_COCO
 __all__ = [
     "COCO60_IMAGES",
     "Coco60Summary",
-    "format_coco60_summary",
     "select_coco60",
     "write_coco60",
 ]
@@ -32,7 +31,7 @@ _TRAIN2014_IMAGES = 82783
 
 @dataclass(frozen=True)
 class Coco60Summary:
-    """What `write_coco60` wrote.
+    """What `write_coco60` wrote; as text, beside the number of the paper.
 
     Attributes:
         num_read: Images of the file read.
@@ -47,6 +46,28 @@ class Coco60Summary:
     num_without_annotation: int
     num_images: int
     annotations: Counter[str]
+
+    def __str__(self) -> str:
+        expected = f"The TransferNet paper has {COCO60_IMAGES}"
+        if self.num_read != _TRAIN2014_IMAGES:
+            verdict = (
+                f"{expected}, probably from train2014; that has {_TRAIN2014_IMAGES} images, this "
+            )
+            verdict += f"file {self.num_read}, so the numbers need not agree."
+        elif self.num_images == COCO60_IMAGES:
+            verdict = f"{expected}, and so has this file."
+        else:
+            difference = self.num_images - COCO60_IMAGES
+            verdict = f"{expected}; this file, of as many images as train2014, has {difference:+d}."
+        frequent = ", ".join(f"{name} ({n})" for name, n in self.annotations.most_common(5))
+        return (
+            f"{self.num_images} of {self.num_read} images contain no class of VOC and have "
+            f"annotations: {self.annotations.total()} of {len(self.annotations)} classes.\n"
+            f"{verdict}\n"
+            f"Left out: {self.num_with_voc} images with a class of VOC, "
+            f"{self.num_without_annotation} in which nothing is annotated.\n"
+            f"Most annotations: {frequent}."
+        )
 
 
 def write_coco60(
@@ -132,25 +153,3 @@ def select_coco60(dataset: Mapping[str, Any]) -> dict[str, Any]:
         "annotations": [a for a in annotations if a["image_id"] in kept],
         "categories": [c for c in dataset["categories"] if c["id"] not in of_voc],
     }
-
-
-def format_coco60_summary(summary: Coco60Summary) -> str:
-    """Lay out a summary for people, beside the number of the paper."""
-    expected = f"The TransferNet paper has {COCO60_IMAGES}"
-    if summary.num_read != _TRAIN2014_IMAGES:
-        verdict = f"{expected}, probably from train2014; that has {_TRAIN2014_IMAGES} images, this "
-        verdict += f"file {summary.num_read}, so the numbers need not agree."
-    elif summary.num_images == COCO60_IMAGES:
-        verdict = f"{expected}, and so has this file."
-    else:
-        difference = summary.num_images - COCO60_IMAGES
-        verdict = f"{expected}; this file, of as many images as train2014, has {difference:+d}."
-    frequent = ", ".join(f"{name} ({n})" for name, n in summary.annotations.most_common(5))
-    return (
-        f"{summary.num_images} of {summary.num_read} images contain no class of VOC and have "
-        f"annotations: {summary.annotations.total()} of {len(summary.annotations)} classes.\n"
-        f"{verdict}\n"
-        f"Left out: {summary.num_with_voc} images with a class of VOC, "
-        f"{summary.num_without_annotation} in which nothing is annotated.\n"
-        f"Most annotations: {frequent}."
-    )

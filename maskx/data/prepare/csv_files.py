@@ -15,7 +15,7 @@ _ROWS_PER_UPDATE = 1 << 14
 
 
 def csv_rows(
-    path: str | os.PathLike[str], columns: Sequence[str] | None = None, *, progress: bool = False
+    path: str | os.PathLike[str], columns: Sequence[str] | None = None
 ) -> Iterator[tuple[int, Sequence[str]]]:
     """Read rows of a CSV file; only one is in memory at a time.
 
@@ -23,7 +23,6 @@ def csv_rows(
         path: File in UTF-8.
         columns: At least two names of its header, in any order: what to return of each row. None
             for all of every row, the first one too.
-        progress: Show a progress bar, in bytes.
 
     Yields:
         Line number, counted from 1, and fields. Empty lines are passed over.
@@ -37,9 +36,8 @@ def csv_rows(
         raise FileNotFoundError(
             f"{path}: there is no such file. datasets/README.md says where files lie."
         )
-    bar = tqdm(
-        total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=not progress
-    )
+    size = path.stat().st_size
+    bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None)
     with path.open("rb") as file, bar:
         reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
         try:

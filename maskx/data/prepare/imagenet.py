@@ -26,13 +26,21 @@ from tqdm import tqdm
 
 from maskx.core.files import write_json
 from maskx.core.processes import run_jobs
+from maskx.data.json_files import read_json
 from maskx.data.large_vocabularies import (
     AdeClass,
     ade20k_150_classes,
     ade20k_847_classes,
     imagenet_synsets,
 )
-from maskx.data.prepare.label_map_sets import image_size, list_problems
+from maskx.data.prepare.label_map_sets import (
+    check_folder,
+    image_size,
+    left_out_line,
+    list_problems,
+    refuse_problems,
+    some_of,
+)
 
 __all__ = [
     "HOMONYMS",
@@ -40,7 +48,6 @@ __all__ = [
     "PAPER_COUNTS",
     "ImageNetSummary",
     "choose_synsets",
-    "format_imagenet_summary",
     "match_synsets",
     "prepare_imagenet21k",
     "synset_names",
@@ -125,6 +132,22 @@ class ImageNetSummary:
     num_reused: int
     left_out: Mapping[str, str]
 
+    def __str__(self) -> str:
+        num_classes = sum(number > 0 for number in self.num_images.values())
+        total = sum(self.num_images.values())
+        known = ""
+        if self.classes in PAPER_COUNTS:
+            known_classes, known_images = PAPER_COUNTS[self.classes]
+            known = f" (published: {known_classes} classes, {known_images} images)"
+        lines = [f"{num_classes} classes with {total} images{known}."]
+        for what, names in (
+            ("Classes of ADE20K without a synset", self.without_synset),
+            ("Synsets without images", tuple(self.missing.values())),
+        ):
+            lines.append(f"{what}: {some_of(names)}.")
+        lines.append(f"Folders read by an earlier run: {self.num_reused}.")
+        return "\n".join([*lines, left_out_line(self.left_out)])
+
 
 class _Job(NamedTuple):
     folder: Path
@@ -148,7 +171,6 @@ def prepare_imagenet21k(
     allow_other_counts: bool = False,
     strict: bool = True,
     workers: int = 1,
-    progress: bool = False,
 ) -> ImageNetSummary:
     """Write `imagenet_NAME_tags.json`: image labels, as ImageNet has no masks.
 
@@ -170,17 +192,15 @@ def prepare_imagenet21k(
         allow_other_counts: Whether synsets of the list may have no images.
         strict: Whether an image that cannot be read is an error. If False it is left out, counted.
         workers: Processes.
-        progress: Show a progress bar.
 
     Raises:
         FileNotFoundError: There is no folder of images, or no file `classes`.
-        ValueError: The list or the folders are not what they should be, or, with `strict`, an
-            image.
+        ValueError: The list or the folders are not what they should be, or an image.
     """
     if max_images_per_class is not None and max_images_per_class < 1:
         raise ValueError(f"max_images_per_class must be at least 1, got {max_images_per_class}.")
     images, output = Path(images), Path(output)
-    files = _list_images(images, progress)
+    files = _list_images(images)
     counts = {synset: len(names) for synset, names in files.items()}
     name, class_of, without_synset = choose_synsets(classes, counts)
     missing = {class_name: synset for synset, class_name in class_of.items() if not files[synset]}
@@ -204,16 +224,13 @@ def prepare_imagenet21k(
     ]
     sizes, problems, num_reused = {}, {}, 0
     finished = run_jobs(_read_sizes, jobs, workers)
-    for done in tqdm(finished, total=len(jobs), unit="folder", disable=not progress):
+    for done in tqdm(finished, total=len(jobs), unit="folder", disable=None):
         sizes[done.synset] = done.sizes
         problems |= done.problems
         num_reused += done.was_reused
     problems = dict(sorted(problems.items()))
-    if problems and strict:
-        raise ValueError(
-            f"{images}: {len(problems)} images cannot be used. Restore their files, or leave these "
-            f"images out, counted (strict=False, --skip-bad):{list_problems(problems)}"
-        )
+    if strict:
+        refuse_problems(problems, sum(len(job.names) for job in jobs))
     content = _coco(sizes, class_of)
     if not content["images"]:
         raise ValueError(
@@ -342,33 +359,9 @@ def synset_names(synsets: Sequence[str]) -> dict[str, str]:
     }
 
 
-def format_imagenet_summary(summary: ImageNetSummary) -> str:
-    """Lay out a summary for people."""
-    num_classes = sum(number > 0 for number in summary.num_images.values())
-    total = sum(summary.num_images.values())
-    known = ""
-    if summary.classes in PAPER_COUNTS:
-        known_classes, known_images = PAPER_COUNTS[summary.classes]
-        known = f" (published: {known_classes} classes, {known_images} images)"
-    lines = [f"{num_classes} classes with {total} images{known}."]
-    for what, names in (
-        ("Classes of ADE20K without a synset", summary.without_synset),
-        ("Synsets without images", tuple(summary.missing.values())),
-    ):
-        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        lines.append(f"{what}: {f'{len(names)} ({some})' if names else 'none'}.")
-    lines.append(f"Folders read by an earlier run: {summary.num_reused}.")
-    left_out = list_problems(summary.left_out)
-    lines.append(f"Images left out: {len(summary.left_out) or 'none'}.{left_out}")
-    return "\n".join(lines)
-
-
-def _list_images(images: Path, progress: bool) -> dict[str, list[str]]:
+def _list_images(images: Path) -> dict[str, list[str]]:
     """Return the names of images, sorted, by synset; empty for a synset without a folder."""
-    if not images.is_dir():
-        raise FileNotFoundError(
-            f"{images}: there is no such folder. datasets/README.md says where files lie."
-        )
+    check_folder(images, "images")
     folders = sorted(f for f in images.iterdir() if _SYNSET.fullmatch(f.name) and f.is_dir())
     if not folders:
         raise FileNotFoundError(
@@ -376,7 +369,7 @@ def _list_images(images: Path, progress: bool) -> dict[str, list[str]]:
             "where files lie."
         )
     files = defaultdict(list)
-    for folder in tqdm(folders, desc="list", unit="folder", disable=not progress):
+    for folder in tqdm(folders, desc="list", unit="folder", disable=None):
         with os.scandir(folder) as found:
             names = [entry.name for entry in found]
         files[folder.name] = sorted(name for name in names if name.lower().endswith(_SUFFIXES))
@@ -384,26 +377,15 @@ def _list_images(images: Path, progress: bool) -> dict[str, list[str]]:
 
 
 def _read_classes(path: Path) -> dict[str, str]:
-    try:
-        # Objects as tuples of their entries: a dict would drop all names of a synset but the last.
-        entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=tuple)
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}). Give {{synset: class name}}.") from None
-    if not isinstance(entries, tuple) or not entries:
+    content = read_json(path, what="list of synsets")
+    if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: must be a JSON object {{synset: class name}} with entries.")
-    for synset, name in entries:
+    for synset, name in content.items():
         if not _SYNSET.fullmatch(synset) or not isinstance(name, str) or not name.strip():
             raise ValueError(
                 f"{path}: has the entry {synset!r}: {name!r}. Allowed: a synset such as n01440764 "
                 "and a class name."
             )
-    repeated = [synset for synset, uses in Counter(s for s, _ in entries).items() if uses > 1]
-    if repeated:
-        raise ValueError(
-            f"{path}: has {len(repeated)} synsets several times, such as {repeated[0]!r}. Give "
-            "each synset once."
-        )
-    content = dict(entries)
     shared = [name for name, uses in Counter(content.values()).items() if uses > 1]
     if shared:
         raise ValueError(

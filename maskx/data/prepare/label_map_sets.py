@@ -1,5 +1,6 @@
 """COCO-format files of data sets that have masks of every pixel: their label maps and tags."""
 
+import functools
 import os
 import shutil
 import struct
@@ -22,13 +23,18 @@ __all__ = [
     "LabelMapSetSummary",
     "MaskedImage",
     "check_counts",
-    "format_label_map_summary",
+    "check_folder",
     "image_size",
     "label_table",
+    "left_out_line",
     "list_problems",
     "oriented_size",
     "read_values",
+    "refuse_problems",
     "relabel_by_value",
+    "relative_name",
+    "some_of",
+    "write_images",
     "write_label_map_set",
 ]
 
@@ -44,22 +50,22 @@ class MaskedImage(NamedTuple):
         image: Its file.
         masks: File with the masks, from which `relabel` makes a label map.
         relabel: Function of a module's top level, or a partial one of it: from `masks` to (H, W)
-            labels.
-        label_map: PNG file to write the label map to.
+            labels. None where `masks` are a label map, which stays where it is.
+        label_map: PNG file to write the label map to; `masks` where these are one.
         small_image: Where an image is to be resized: the file to write.
     """
 
     image_id: int
     image: Path
     masks: Path
-    relabel: Callable[[Path], np.ndarray]
+    relabel: Callable[[Path], np.ndarray] | None
     label_map: Path
     small_image: Path | None = None
 
 
 @dataclass(frozen=True)
 class LabelMapSetSummary:
-    """What `write_label_map_set` wrote.
+    """What `write_label_map_set` wrote; as text, numbers of images and the rarest classes.
 
     Attributes:
         class_names: Names by class index.
@@ -77,22 +83,26 @@ class LabelMapSetSummary:
     num_reused: int
     left_out: Mapping[str, str]
 
+    def __str__(self) -> str:
+        lines = [f"{len(self.class_names)} classes."]
+        for part, number in self.num_images.items():
+            counts = self.num_images_with[part]
+            absent = [name for name, n in zip(self.class_names, counts, strict=True) if n == 0]
+            lines.append(
+                f"{part}: {number} images, {sum(counts) / number:.1f} classes in each on average, "
+                f"{self.num_unlabeled[part]} images without any; classes without an image: "
+                f"{some_of(absent)}."
+            )
+        lines.append(f"Label maps of an earlier run: {self.num_reused}.")
+        return "\n".join([*lines, left_out_line(self.left_out)])
 
-class _Job(NamedTuple):
-    part: str
-    entry: MaskedImage
-    image_root: Path
-    output: Path
-    num_classes: int
-    short_side: int | None
 
-
-class _Done(NamedTuple):
+class _Made(NamedTuple):
     part: str
     name: str
     record: dict[str, Any] | None
-    was_reused: bool
-    problem: str | None
+    was_reused: bool = False
+    problem: str = ""
 
 
 def write_label_map_set(
@@ -106,20 +116,18 @@ def write_label_map_set(
     short_side: int | None = None,
     strict: bool = True,
     workers: int = 1,
-    progress: bool = False,
 ) -> LabelMapSetSummary:
     """Write `PREFIX_PART.json` of each part and `PREFIX_PART_tags.json` of one, and label maps.
 
     Images have `image_labels`, the ids of the categories anywhere in their label map, and
-    `label_map_file_name`. The tags have everything but the label maps. Ids are class indices + 1.
-    There are no annotations.
-
-    A label map that is newer than its masks is taken as it is, so an interrupted run goes on.
+    `label_map_file_name`, relative to the JSON file. The tags have everything but the label maps.
+    Ids are class indices + 1. There are no annotations. Files of an earlier run are replaced, but
+    a label map that is newer than its masks is taken as it is, so an interrupted run goes on.
 
     Args:
         parts: Images by part, such as "train".
         class_names: Names by class index.
-        output: Folder to write to.
+        output: Folder to write to; it is created.
         prefix: Start of the names of the JSON files.
         image_roots: By part the folder from which images are named.
         tags_of: The part to write tags of.
@@ -127,51 +135,39 @@ def write_label_map_set(
             map.
         strict: Whether an image without usable files is an error. If False it is left out, counted.
         workers: Processes.
-        progress: Show a progress bar.
 
     Raises:
         ValueError: With `strict`, files of an image are bad; or no image is left.
     """
-    jobs = [
-        _Job(part, entry, image_roots[part], output, len(class_names), short_side)
-        for part, entries in parts.items()
-        for entry in entries
-    ]
-    for folder in {path.parent for job in jobs for path in _written(job.entry)}:
+    jobs = [(part, entry) for part, entries in parts.items() for entry in entries]
+    for folder in {path.parent for _, entry in jobs for path in _written(entry)}:
         folder.mkdir(parents=True, exist_ok=True)
     records: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
     problems, num_reused = {}, 0
-    finished = run_jobs(_prepare, jobs, workers)
-    for done in tqdm(finished, total=len(jobs), unit="image", disable=not progress):
-        num_reused += done.was_reused
-        if done.record is None:
-            problems[done.name] = done.problem
+    make = functools.partial(
+        _made, roots=image_roots, output=output, num_classes=len(class_names), short_side=short_side
+    )
+    for made in tqdm(run_jobs(make, jobs, workers), total=len(jobs), unit="image", disable=None):
+        num_reused += made.was_reused
+        if made.record is None:
+            problems[made.name] = made.problem
         else:
-            records[done.part].append(done.record)
+            records[made.part].append(made.record)
     problems = dict(sorted(problems.items()))
-    if problems and strict:
-        raise ValueError(
-            f"{len(problems)} of {len(jobs)} images cannot be used. Restore their files, or leave "
-            f"these images out, counted (strict=False, --skip-bad):{list_problems(problems)}"
-        )
+    if strict:
+        refuse_problems(problems, len(jobs))
     empty = [part for part, found in records.items() if not found]
     if empty:
         raise ValueError(
             f"No image is left for {empty[0]}, of {len(parts[empty[0]])} listed. Restore their "
             f"files.{list_problems(problems)}"
         )
-    categories = [{"id": number, "name": name} for number, name in enumerate(class_names, start=1)]
     for part, images in records.items():
         images.sort(key=lambda image: image["id"])
-        contents = {part: images}
+        write_images(output / f"{prefix}_{part}.json", images, class_names)
         if part == tags_of:
-            contents[f"{part}_tags"] = [
-                {key: value for key, value in image.items() if key != "label_map_file_name"}
-                for image in images
-            ]
-        for name, entries in contents.items():
-            content = {"images": entries, "annotations": [], "categories": categories}
-            write_json(output / f"{prefix}_{name}.json", content)
+            tags = [{k: v for k, v in i.items() if k != "label_map_file_name"} for i in images]
+            write_images(output / f"{prefix}_{part}_tags.json", tags, class_names)
     return LabelMapSetSummary(
         class_names=tuple(class_names),
         num_images={part: len(images) for part, images in records.items()},
@@ -187,32 +183,19 @@ def write_label_map_set(
     )
 
 
-def format_label_map_summary(summary: LabelMapSetSummary) -> str:
-    """Lay out a summary for people: numbers of images, and the rarest classes."""
-    lines = [f"{len(summary.class_names)} classes."]
-    for part, number in summary.num_images.items():
-        counts = summary.num_images_with[part]
-        absent = [name for name, n in zip(summary.class_names, counts, strict=True) if n == 0]
-        some = ", ".join(absent[:8]) + (", ..." if len(absent) > 8 else "")
-        lines.append(
-            f"{part}: {number} images, {sum(counts) / number:.1f} classes in each on average, "
-            f"{summary.num_unlabeled[part]} images without any; classes without an image: "
-            f"{f'{len(absent)} ({some})' if absent else 'none'}."
-        )
-    lines.append(f"Label maps of an earlier run: {summary.num_reused}.")
-    left_out = list_problems(summary.left_out)
-    lines.append(f"Images left out: {len(summary.left_out) or 'none'}.{left_out}")
-    return "\n".join(lines)
+def write_images(
+    path: Path, images: Sequence[Mapping[str, Any]], class_names: Sequence[str]
+) -> None:
+    """Write a COCO file of images without annotations; its folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    categories = [{"id": number, "name": name} for number, name in enumerate(class_names, start=1)]
+    write_json(path, {"images": images, "annotations": [], "categories": categories})
 
 
 def check_counts(
     found: Mapping[str, int], known: Mapping[str, int], where: Path, *, allow_other: bool
 ) -> None:
-    """Check the number of images of each part.
-
-    Raises:
-        ValueError: There are others than known, and that is not allowed.
-    """
+    """Raise a ValueError where the parts have other numbers of images than known."""
     if allow_other or dict(found) == dict(known):
         return
     counts = ", ".join(f"{part} {n} (known: {known[part]})" for part, n in found.items())
@@ -220,6 +203,39 @@ def check_counts(
         f"{where}: images listed: {counts}. Give the data set as a whole, or say that it is a "
         "part (allow_other_counts=True, --allow-other-counts)."
     )
+
+
+def check_folder(folder: Path, what: str) -> Path:
+    """Return a folder that is there.
+
+    Raises:
+        FileNotFoundError: It is not.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: there is no such folder of {what}. datasets/README.md says where files lie."
+        )
+    return folder
+
+
+def refuse_problems(problems: Mapping[str, str], number: int) -> None:
+    """Raise a ValueError that quotes what is wrong with images, if there is anything."""
+    if problems:
+        raise ValueError(
+            f"{len(problems)} of {number} images cannot be used. Restore their files, or leave "
+            f"these images out, counted (strict=False, --skip-bad):{list_problems(problems)}"
+        )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Count names and quote the first."""
+    some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"{len(names)} ({some})" if names else "none"
+
+
+def left_out_line(problems: Mapping[str, str]) -> str:
+    """Say in a summary how many images were left out, and quote the first."""
+    return f"Images left out: {len(problems) or 'none'}.{list_problems(problems)}"
 
 
 def list_problems(problems: Mapping[str, str]) -> str:
@@ -230,12 +246,7 @@ def list_problems(problems: Mapping[str, str]) -> str:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return height and width of an image as it is read, see `oriented_size`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no image.
-    """
+    """Return height and width of an image as it is read, see `oriented_size`."""
     return oriented_size(path)[:2]
 
 
@@ -354,51 +365,73 @@ def label_table(
 
 
 def _written(entry: MaskedImage) -> Iterable[Path]:
-    return (path for path in (entry.label_map, entry.small_image) if path is not None)
+    label_map = None if entry.relabel is None else entry.label_map
+    return (path for path in (label_map, entry.small_image) if path is not None)
 
 
-def _prepare(job: _Job) -> _Done:
-    entry = job.entry
+def _made(
+    job: tuple[str, MaskedImage],
+    roots: Mapping[str, Path],
+    output: Path,
+    num_classes: int,
+    short_side: int | None,
+) -> _Made:
+    part, entry = job
     try:
-        record, was_reused = _make_record(job)
+        size, labels, was_reused = _label_map(entry, num_classes, short_side)
     except (FileNotFoundError, ValueError) as error:
-        return _Done(job.part, str(entry.image), None, False, str(error))
-    return _Done(job.part, str(entry.image), record, was_reused, None)
-
-
-def _make_record(job: _Job) -> tuple[dict[str, Any], bool]:
-    entry = job.entry
-    height, width = full_size = image_size(entry.image)
-    shorter = min(height, width)
-    if job.short_side is not None and shorter > job.short_side:
-        height, width = (round(side / shorter * job.short_side) for side in full_size)
-    if entry.small_image is not None:
-        _write_small_image(entry, full_size, (height, width))
-    labels = _reused(entry, height, width, job.num_classes)
-    was_reused = labels is not None
-    if labels is None:
-        labels = entry.relabel(entry.masks)
-        if labels.shape != full_size:
-            raise ValueError(
-                f"{entry.masks}: the masks are {labels.shape[1]} x {labels.shape[0]} pixels, the "
-                f"image is {full_size[1]} x {full_size[0]}. Restore both as they were published."
-            )
-        if (height, width) != full_size:
-            labels = cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
-        write_label_map(entry.label_map, labels, num_classes=job.num_classes)
-    is_present = np.bincount(labels.ravel(), minlength=job.num_classes + 1) > 0
-    is_present[0] = False
+        return _Made(part, str(entry.image), None, problem=str(error))
+    is_present = np.bincount(labels.ravel(), minlength=num_classes + 1)[: num_classes + 1] > 0
+    is_present[0] = False  # background
     image = entry.image if entry.small_image is None else entry.small_image
-    folder = os.path.relpath(entry.label_map.parent.resolve(), job.output.resolve())
     record = {
         "id": entry.image_id,
-        "file_name": image.relative_to(job.image_root).as_posix(),
-        "height": height,
-        "width": width,
-        "image_labels": np.flatnonzero(is_present[: job.num_classes + 1]).tolist(),
-        "label_map_file_name": (Path(folder) / entry.label_map.name).as_posix(),
+        "file_name": image.relative_to(roots[part]).as_posix(),
+        "height": size[0],
+        "width": size[1],
+        "image_labels": np.flatnonzero(is_present).tolist(),
+        "label_map_file_name": relative_name(entry.label_map, output),
     }
-    return record, was_reused
+    return _Made(part, str(entry.image), record, was_reused)
+
+
+def relative_name(path: Path, folder: Path) -> str:
+    """Name a file from a folder, without symbolic links, through which ".." leads elsewhere."""
+    parent = os.path.relpath(path.parent.resolve(), folder.resolve())
+    return (Path(parent) / path.name).as_posix()
+
+
+def _label_map(
+    entry: MaskedImage, num_classes: int, short_side: int | None
+) -> tuple[tuple[int, int], np.ndarray, bool]:
+    """Make the label map of an image, unless there is one; also its size, and whether there was."""
+    height, width = full_size = image_size(entry.image)
+    shorter = min(height, width)
+    if short_side is not None and shorter > short_side:
+        height, width = (round(side / shorter * short_side) for side in full_size)
+    if entry.small_image is not None:
+        _write_small_image(entry, full_size, (height, width))
+    if entry.relabel is None:
+        labels = read_label_map(
+            entry.masks, height, width, num_classes=num_classes, image_id=entry.image.stem
+        )
+        return (height, width), labels, False
+    labels = _reused(entry, height, width, num_classes)
+    if labels is not None:
+        return (height, width), labels, True
+    labels = entry.relabel(entry.masks)
+    if labels.shape != full_size:
+        raise ValueError(
+            f"{entry.masks}: the masks are {labels.shape[1]} x {labels.shape[0]} pixels, the "
+            f"image is {full_size[1]} x {full_size[0]}. Restore both as they were published."
+        )
+    if (height, width) != full_size:
+        labels = cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
+    try:
+        write_label_map(entry.label_map, labels, num_classes=num_classes)
+    except ValueError as error:
+        raise ValueError(f"{entry.masks}: {error}") from None
+    return (height, width), labels, False
 
 
 def _reused(entry: MaskedImage, height: int, width: int, num_classes: int) -> np.ndarray | None:

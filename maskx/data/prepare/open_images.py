@@ -28,12 +28,11 @@ from tqdm import tqdm
 from maskx.core.files import written_text
 from maskx.core.processes import run_jobs
 from maskx.data.prepare.csv_files import csv_rows
-from maskx.data.prepare.label_map_sets import list_problems, oriented_size
+from maskx.data.prepare.label_map_sets import check_folder, list_problems, oriented_size
 from maskx.data.tag_files import write_tag_lines
 
 __all__ = [
     "OpenImagesSummary",
-    "format_open_images_summary",
     "prepare_open_images_boxes",
     "prepare_open_images_tags",
 ]
@@ -63,6 +62,17 @@ class OpenImagesSummary:
     per_class: Counter[str]
     left_out: Counter[str]
 
+    def __str__(self) -> str:
+        most = ", ".join(f"{name} ({n})" for name, n in self.per_class.most_common(_NUM_EXAMPLES))
+        return "\n".join(
+            [
+                f"{self.num_images} images with {self.per_class.total()} {self.kind} of "
+                f"{len(self.per_class)} classes.",
+                f"Most {self.kind}: {most}.",
+                f"Left out:{_reasons(self.left_out)}",
+            ]
+        )
+
 
 def prepare_open_images_tags(
     label_files: Sequence[str | os.PathLike[str]],
@@ -71,7 +81,6 @@ def prepare_open_images_tags(
     *,
     min_machine_confidence: float | None = None,
     existing_images: str | os.PathLike[str] | None = None,
-    progress: bool = False,
 ) -> OpenImagesSummary:
     """Write the image-level labels as a tag list, JSON lines.
 
@@ -86,7 +95,6 @@ def prepare_open_images_tags(
         min_machine_confidence: Take machine labels of at least this confidence too, unless people
             have denied them. None: verified labels only.
         existing_images: Folder of images; those that are not there are left out, counted.
-        progress: Show progress bars.
 
     Raises:
         FileNotFoundError: A file or the folder is missing.
@@ -100,7 +108,7 @@ def prepare_open_images_tags(
     words = sorted(set(names.values()))
     place = {name: index for index, name in enumerate(words)}
     place_of = {label: place[name] for label, name in names.items()}
-    verdicts = _read_verdicts(label_files, place_of, min_machine_confidence, left_out, progress)
+    verdicts = _read_verdicts(label_files, place_of, min_machine_confidence, left_out)
     images, tags = _positive_labels(*verdicts, left_out)
     if existing_images is not None:
         present = np.array(sorted(_existing(Path(existing_images))), np.uint64)
@@ -112,7 +120,7 @@ def prepare_open_images_tags(
             f"{_listing(label_files)}: no tag is left.{_reasons(left_out)} Give the verified "
             "labels of Open Images, or a lower min_machine_confidence for machine labels."
         )
-    num_images = write_tag_lines(output, _tag_lines(images, tags, progress), words)
+    num_images = write_tag_lines(output, _tag_lines(images, tags), words)
     uses = np.bincount(tags, minlength=len(words)).tolist()
     per_class = Counter({word: uses[index] for index, word in enumerate(words) if uses[index]})
     return OpenImagesSummary("tags", num_images, per_class, +left_out)
@@ -127,7 +135,6 @@ def prepare_open_images_boxes(
     sizes: str | os.PathLike[str],
     existing_only: bool = False,
     workers: int = 1,
-    progress: bool = False,
 ) -> OpenImagesSummary:
     """Write boxes as a COCO file without masks; annotations are written as they are read.
 
@@ -145,27 +152,26 @@ def prepare_open_images_boxes(
             a repeated run reads no image twice.
         existing_only: Leave images out that are not there, counted. Otherwise that is an error.
         workers: Processes that read images.
-        progress: Show progress bars.
 
     Raises:
         FileNotFoundError: A file, the folder or, unless `existing_only`, an image is missing.
         ValueError: A file or an image is not what it should be, or no box is left.
     """
     box_file, images, left_out = Path(box_file), Path(images), Counter()
-    numbers, labels = _boxed_images(box_file, progress)
+    numbers, labels = _boxed_images(box_file)
     if existing_only:
         present = _existing(images)
         num_images = len(numbers)
         numbers = [number for number in numbers if number in present]
         left_out["images that are not there"] = num_images - len(numbers)
-    size_of = _image_sizes(numbers, images, Path(sizes), workers, progress)
+    size_of = _image_sizes(numbers, images, Path(sizes), workers)
     in_order = sorted((names[label], label) for label in labels if label in names)
     categories = [
         {"id": index, "name": name, "label": label}
         for index, (name, label) in enumerate(in_order, start=1)
     ]
     with written_text(output) as file:
-        rows = csv_rows(box_file, _BOX_COLUMNS, progress=progress)
+        rows = csv_rows(box_file, _BOX_COLUMNS)
         boxes = _read_boxes(box_file, rows, size_of, categories, left_out)
         used, per_category = _write_annotations(file, boxes)
         if not used:
@@ -179,33 +185,17 @@ def prepare_open_images_boxes(
     return OpenImagesSummary("boxes", len(used), per_class, +left_out)
 
 
-def format_open_images_summary(summary: OpenImagesSummary) -> str:
-    """Lay out a summary for people."""
-    most = ", ".join(f"{name} ({n})" for name, n in summary.per_class.most_common(_NUM_EXAMPLES))
-    return "\n".join(
-        [
-            f"{summary.num_images} images with {summary.per_class.total()} {summary.kind} of "
-            f"{len(summary.per_class)} classes.",
-            f"Most {summary.kind}: {most}.",
-            f"Left out:{_reasons(summary.left_out)}",
-        ]
-    )
-
-
 def _read_verdicts(
     paths: Iterable[str | os.PathLike[str]],
     place_of: Mapping[str, int],
     min_machine_confidence: float | None,
     left_out: Counter[str],
-    progress: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read which labels of which images are told: image numbers, places, verdicts."""
     # 60 million rows: arrays, as a list of tuples would take 100 bytes for each.
     images, places, verdicts = array("Q"), array("i"), array("b")
     for path in paths:
-        for line, (image_id, source, label, given) in csv_rows(
-            path, _LABEL_COLUMNS, progress=progress
-        ):
+        for line, (image_id, source, label, given) in csv_rows(path, _LABEL_COLUMNS):
             confidence = _number(given)
             of_machine = source == "machine"
             if not (0 <= confidence <= 1 if of_machine else confidence in (0, 1)):
@@ -243,12 +233,10 @@ def _positive_labels(
     return images[kept], places[kept]
 
 
-def _tag_lines(
-    images: np.ndarray, tags: np.ndarray, progress: bool
-) -> Iterator[tuple[str, list[int]]]:
+def _tag_lines(images: np.ndarray, tags: np.ndarray) -> Iterator[tuple[str, list[int]]]:
     starts = np.flatnonzero(np.diff(images, prepend=images[0] ^ np.uint64(1)))
     ends = np.append(starts[1:], len(images))
-    bar = tqdm(total=len(starts), desc="tags", unit="image", disable=not progress)
+    bar = tqdm(total=len(starts), desc="tags", unit="image", disable=None)
     with bar:
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             yield _file_name(int(images[start])), tags[start:end].tolist()
@@ -270,11 +258,11 @@ class _Box(NamedTuple):
     is_group: bool
 
 
-def _boxed_images(path: Path, progress: bool) -> tuple[list[int], set[str]]:
+def _boxed_images(path: Path) -> tuple[list[int], set[str]]:
     """Return the numbers of all images in a file of boxes, sorted, and its labels."""
     images, labels = set(), set()
     last = None  # rows of an image stand together
-    for line, (image_id, label) in csv_rows(path, ("ImageID", "LabelName"), progress=progress):
+    for line, (image_id, label) in csv_rows(path, ("ImageID", "LabelName")):
         labels.add(label)
         if image_id != last:
             images.add(_image_number(image_id, path, line))
@@ -363,7 +351,7 @@ def _write_rest(
 
 
 def _image_sizes(
-    numbers: Sequence[int], images: Path, sizes: Path, workers: int, progress: bool
+    numbers: Sequence[int], images: Path, sizes: Path, workers: int
 ) -> dict[int, _Size]:
     """Return sizes by image number, from the file of sizes or the images."""
     known = _read_sizes(sizes) if sizes.is_file() else {}
@@ -380,7 +368,7 @@ def _image_sizes(
     problems: dict[str, str] = {}
     num_read = 0
     try:
-        with tqdm(total=len(unread), desc="sizes", unit="image", disable=not progress) as bar:
+        with tqdm(total=len(unread), desc="sizes", unit="image", disable=None) as bar:
             for found, bad in run_jobs(_read_headers, jobs, workers):
                 known |= found
                 num_read += len(found)
@@ -435,10 +423,7 @@ def _write_sizes(path: Path, sizes: Mapping[int, _Size]) -> None:
 
 def _existing(folder: Path) -> set[int]:
     """Return the numbers of the images in a folder."""
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: there is no such folder of images. datasets/README.md says where files lie."
-        )
+    check_folder(folder, "images")
     with os.scandir(folder) as entries:
         stems = (entry.name[:-4] for entry in entries if entry.name.endswith(".jpg"))
         return {int(stem, 16) for stem in stems if _IMAGE_ID.fullmatch(stem)}

@@ -3,6 +3,7 @@
 Nothing is imported before a data set is made, so that the command answers at once.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,99 +36,29 @@ def prepare_command(name: str, *options: str) -> str:
     return f"`{command} --root <folder of the data sets>` (see datasets/README.md)"
 
 
-def _path(text: str, **keywords: Any) -> dict[str, Any]:
-    return {"type": Path, "help": text, **keywords}
+def _made_by(function: str, **places: str | Callable[[Path, Mapping[str, Path]], Path]) -> Any:
+    """Return the `run` that calls a function of this folder with paths and options by name.
+
+    Of each path is given where it is below ROOT, or found by ROOT and the paths before; an option
+    of its name goes first. The last of them is written.
+    """
+
+    def run(root: Path, **options: Any) -> Iterator[str]:
+        paths: dict[str, Path] = {}
+        for name, place in places.items():
+            given = options.pop(name, None)
+            paths[name] = given or (place(root, paths) if callable(place) else root / place)
+        module, name = function.split(".")
+        made = getattr(importlib.import_module(f"maskx.data.prepare.{module}"), name)
+        yield str(made(**paths, **options))
+        yield f"Written to {[*paths.values()][-1]}."
+
+    return run
 
 
-_WORKERS = {
-    "--workers": {
-        "type": int,
-        "default": os.cpu_count(),
-        "help": "processes (default: one per core)",
-    }
-}
-_SKIP_BAD = {
-    "--skip-bad": {
-        "action": "store_true",
-        "help": "leave out images whose files are missing or bad, and count them",
-    }
-}
-_OTHER_COUNTS = {
-    "--allow-other-counts": {
-        "action": "store_true",
-        "help": "take other numbers of images than those of the whole data set",
-    }
-}
-
-
-def _voc(
-    root: Path, *, voc: Path | None, sbd: Path | None, allow_other_counts: bool, skip_bad: bool
-) -> Iterator[str]:
-    from maskx.data.prepare.voc import format_voc_summary, prepare_voc
-
-    voc = voc or root / "VOCdevkit" / "VOC2012"
-    if sbd is None:
-        sbd = voc / "SegmentationClassAug"
-        if not sbd.is_dir():
-            sbd = root / "benchmark_RELEASE" / "dataset"
-    output = root / "voc2012"
-    summary = prepare_voc(
-        voc,
-        sbd,
-        output,
-        allow_other_counts=allow_other_counts,
-        strict=not skip_bad,
-        progress=True,
-    )
-    yield format_voc_summary(summary)
-    yield f"Written to {output}."
-
-
-def _coco60(root: Path, *, json: Path | None, output: Path | None) -> Iterator[str]:
-    from maskx.data.prepare.coco_subsets import format_coco60_summary, write_coco60
-
-    if json and not output:
-        raise ValueError("--json needs --output, the file to write")
-    folder = root / "coco" / "annotations"
-    output = output or folder / "instances_coco60_train2014.json"
-    yield format_coco60_summary(write_coco60(json or folder / "instances_train2014.json", output))
-    yield f"Written to {output}."
-
-
-def _visual_genome(
-    root: Path,
-    *,
-    coco_val_json: Path | None,
-    classes: int,
-    reference_classes: bool,
-    test_images: int,
-) -> Iterator[str]:
-    from maskx.data.prepare.visual_genome import format_summary, prepare_visual_genome
-
-    folder = root / "visual_genome"
-    summary = prepare_visual_genome(
-        folder / "objects.json",
-        folder / "image_data.json",
-        coco_val_json or root / "coco" / "annotations" / "instances_val2017.json",
-        folder / "annotations",
-        num_classes=classes,
-        reference_classes=reference_classes,
-        num_test_images=test_images,
-        progress=True,
-    )
-    yield format_summary(summary)
-    yield f"Written to {folder / 'annotations'}."
-
-
-def _visual_genome_concepts(root: Path) -> Iterator[str]:
-    from maskx.data.prepare.visual_genome_concepts import (
-        format_concept_summary,
-        prepare_visual_genome_concepts,
-    )
-
-    folder = root / "visual_genome" / "annotations"
-    yield format_concept_summary(prepare_visual_genome_concepts(folder))
-    yield f"Written to {folder}."
+def _masks_of_sbd(root: Path, paths: Mapping[str, Path]) -> Path:
+    as_png = paths["voc"] / "SegmentationClassAug"
+    return as_png if as_png.is_dir() else root / "benchmark_RELEASE" / "dataset"
 
 
 # Of each split the published names of its labels, its boxes and its folder of images.
@@ -159,11 +90,7 @@ def _open_images(
     existing_images: bool,
     workers: int,
 ) -> Iterator[str]:
-    from maskx.data.prepare.open_images import (
-        format_open_images_summary,
-        prepare_open_images_boxes,
-        prepare_open_images_tags,
-    )
+    from maskx.data.prepare.open_images import prepare_open_images_boxes, prepare_open_images_tags
     from maskx.data.prepare.open_images_names import read_open_images_names
 
     root = root / "open_images"
@@ -175,17 +102,16 @@ def _open_images(
         boxable or root / "class-descriptions-boxable.csv",
     )
     if only != "boxes":
-        summary = prepare_open_images_tags(
+        made = prepare_open_images_tags(
             labels or [published_labels],
             names,
             output / f"{split}_tags.jsonl",
             min_machine_confidence=min_machine_confidence,
             existing_images=images if existing_images else None,
-            progress=True,
         )
-        yield format_open_images_summary(summary)
+        yield str(made)
     if only != "tags":
-        summary = prepare_open_images_boxes(
+        made = prepare_open_images_boxes(
             boxes or published_boxes,
             names,
             images,
@@ -193,134 +119,62 @@ def _open_images(
             sizes=output / f"{split}_sizes.csv",
             existing_only=existing_images,
             workers=workers,
-            progress=True,
         )
-        yield format_open_images_summary(summary)
+        yield str(made)
     yield f"Written to {output}."
 
 
-def _coco_stuff(
-    root: Path,
-    *,
-    masks: Path | None,
-    names: str,
-    workers: int,
-    allow_other_counts: bool,
-    skip_bad: bool,
-) -> Iterator[str]:
-    from maskx.data.prepare.coco_stuff import prepare_coco_stuff
-    from maskx.data.prepare.label_map_sets import format_label_map_summary
-
-    output = root / "coco_stuff"
-    summary = prepare_coco_stuff(
-        root / "coco",
-        masks or root / "coco" / "stuffthingmaps",
-        output,
-        naming=names,
-        allow_other_counts=allow_other_counts,
-        strict=not skip_bad,
-        workers=workers,
-        progress=True,
-    )
-    yield format_label_map_summary(summary)
-    yield f"Written to {output}."
+def _path(text: str, **keywords: Any) -> dict[str, Any]:
+    return {"type": Path, "help": text, **keywords}
 
 
-def _ade20k_150(
-    root: Path, *, workers: int, allow_other_counts: bool, skip_bad: bool
-) -> Iterator[str]:
-    from maskx.data.prepare.ade20k import prepare_ade20k_150
-    from maskx.data.prepare.label_map_sets import format_label_map_summary
-
-    output = root / "ade20k_150"
-    summary = prepare_ade20k_150(
-        root / "ADEChallengeData2016",
-        output,
-        allow_other_counts=allow_other_counts,
-        strict=not skip_bad,
-        workers=workers,
-        progress=True,
-    )
-    yield format_label_map_summary(summary)
-    yield f"Written to {output}."
+def _number(text: str, default: int, **keywords: Any) -> dict[str, Any]:
+    return {"type": int, "default": default, "help": f"{text} (default: %(default)s)", **keywords}
 
 
-def _ade20k_full(
-    root: Path, *, short_side: int, workers: int, allow_other_counts: bool, skip_bad: bool
-) -> Iterator[str]:
-    from maskx.data.prepare.ade20k import prepare_ade20k_full
-    from maskx.data.prepare.label_map_sets import format_label_map_summary
-
-    output = root / "ade20k_full"
-    summary = prepare_ade20k_full(
-        root / "ADE20K_2021_17_01",
-        output,
-        short_side=short_side or None,
-        allow_other_counts=allow_other_counts,
-        strict=not skip_bad,
-        workers=workers,
-        progress=True,
-    )
-    yield format_label_map_summary(summary)
-    yield f"Written to {output}."
+def _flag(text: str, **keywords: Any) -> dict[str, Any]:
+    return {"action": "store_true", "help": text, **keywords}
 
 
-def _imagenet21k(
-    root: Path,
-    *,
-    images: Path | None,
-    classes: str,
-    max_images_per_class: int | None,
-    workers: int,
-    allow_other_counts: bool,
-    skip_bad: bool,
-) -> Iterator[str]:
-    from maskx.data.prepare.imagenet import format_imagenet_summary, prepare_imagenet21k
-
-    output = root / "imagenet21k_labels"
-    summary = prepare_imagenet21k(
-        images or root / "imagenet21k",
-        output,
-        classes=classes,
-        max_images_per_class=max_images_per_class,
-        allow_other_counts=allow_other_counts,
-        strict=not skip_bad,
-        workers=workers,
-        progress=True,
-    )
-    yield format_imagenet_summary(summary)
-    yield f"Written to {output}."
-
-
-def _ccp(root: Path, *, ccp: Path | None, output: Path | None) -> Iterator[str]:
-    from maskx.data.prepare.ccp import format_ccp_summary, prepare_ccp
-
-    ccp = ccp or root / "ccp"
-    output = output or ccp / "annotations"
-    yield format_ccp_summary(prepare_ccp(ccp, output, progress=True))
-    yield f"Written to {output}."
-
+_SKIP_BAD = _flag(
+    "leave out images whose files are missing or bad, and count them",
+    action="store_false",
+    dest="strict",
+)
+_PARTS = {
+    "--allow-other-counts": _flag("take other numbers of images than those of the whole data set"),
+    "--skip-bad": _SKIP_BAD,
+}
+_WORKERS = {
+    "--workers": _number("processes", os.cpu_count(), help="processes (default: one per core)")
+}
 
 PREPARATIONS: dict[str, Preparation] = {
     "voc": Preparation(
         "PASCAL VOC 2012 with the masks of SBD (trainaug, 10582 images), and VOC's val",
         "Reads ROOT/VOCdevkit/VOC2012 and, whichever is there, its folder SegmentationClassAug "
         "(PNG) or ROOT/benchmark_RELEASE/dataset (SBD as published); writes ROOT/voc2012.",
-        _voc,
+        _made_by("voc.prepare_voc", voc="VOCdevkit/VOC2012", sbd=_masks_of_sbd, output="voc2012"),
         {
             "--voc": _path("default: ROOT/VOCdevkit/VOC2012"),
             "--sbd": _path("folder of SBD's masks, PNG or as published (default: see above)"),
-            **_OTHER_COUNTS,
-            **_SKIP_BAD,
+            **_WORKERS,
+            **_PARTS,
         },
     ),
     "coco60": Preparation(
         "COCO-60, the source set of TransferNet: images of COCO without any class of PASCAL VOC",
         "Reads ROOT/coco/annotations/instances_train2014.json; writes "
         "instances_coco60_train2014.json beside it.",
-        _coco60,
+        _made_by(
+            "coco_subsets.write_coco60",
+            json_file="coco/annotations/instances_train2014.json",
+            output=lambda _, paths: paths["json_file"].with_name("instances_coco60_train2014.json"),
+        ),
         {
-            "--json": _path("default: ROOT/coco/annotations/instances_train2014.json"),
+            "--json": _path(
+                "default: ROOT/coco/annotations/instances_train2014.json", dest="json_file"
+            ),
             "--output": _path("default: instances_coco60_train2014.json in the same folder"),
         },
     ),
@@ -328,25 +182,25 @@ PREPARATIONS: dict[str, Preparation] = {
         "the 3000-class data set of the Mask^X R-CNN paper, from Visual Genome 1.4",
         "Reads objects.json and image_data.json in ROOT/visual_genome and COCO's "
         "instances_val2017.json; writes ROOT/visual_genome/annotations.",
-        _visual_genome,
+        _made_by(
+            "visual_genome.prepare_visual_genome",
+            objects_json="visual_genome/objects.json",
+            image_data_json="visual_genome/image_data.json",
+            coco_val_json="coco/annotations/instances_val2017.json",
+            output="visual_genome/annotations",
+        ),
         {
             "--coco-val-json": _path("default: ROOT/coco/annotations/instances_val2017.json"),
-            "--classes": {
-                "type": int,
-                "default": 3000,
-                "help": "number of classes (default: %(default)s)",
-            },
-            "--reference-classes": {
-                "action": "store_true",
-                "help": "the class list of the published code: the CLASSES most frequent synsets "
-                "and the COCO classes that are not among them",
-            },
-            "--test-images": {
-                "type": int,
-                "default": 5000,
-                "help": "images held out for a test set (default: %(default)s; 0: none, as in "
-                "the paper)",
-            },
+            "--classes": _number("number of classes", 3000, dest="num_classes"),
+            "--reference-classes": _flag(
+                "the class list of the published code: the CLASSES most frequent synsets and the "
+                "COCO classes that are not among them"
+            ),
+            "--test-images": _number(
+                "images held out for a test set; 0: none, as in the paper",
+                5000,
+                dest="num_test_images",
+            ),
         },
     ),
     "visual_genome_concepts": Preparation(
@@ -354,7 +208,10 @@ PREPARATIONS: dict[str, Preparation] = {
         "Reads ROOT/visual_genome/annotations/instances_vg3k_{train,val,test}.json, which "
         "`prepare.py visual_genome` writes; writes "
         "concepts_{train,val,test}_{tags.jsonl,boxes.json} there.",
-        _visual_genome_concepts,
+        _made_by(
+            "visual_genome_concepts.prepare_visual_genome_concepts",
+            folder="visual_genome/annotations",
+        ),
     ),
     "open_images": Preparation(
         "tags and boxes of Open Images (V4 to V7) for ConceptMask",
@@ -379,56 +236,60 @@ PREPARATIONS: dict[str, Preparation] = {
                 "help": "take machine labels of this confidence or more too (default: verified "
                 "ones only)",
             },
-            "--existing-images": {
-                "action": "store_true",
-                "help": "leave out images that are not in the folder, and count them",
-            },
+            "--existing-images": _flag(
+                "leave out images that are not in the folder, and count them"
+            ),
             **_WORKERS,
         },
     ),
     "coco_stuff": Preparation(
         "label maps and tags of COCO-Stuff 164k, in 160 classes or in its 171",
         "Reads ROOT/coco/{train2017,val2017} and ROOT/coco/stuffthingmaps; writes ROOT/coco_stuff.",
-        _coco_stuff,
+        _made_by(
+            "coco_stuff.prepare_coco_stuff",
+            images="coco",
+            masks="coco/stuffthingmaps",
+            output="coco_stuff",
+        ),
         {
             "--masks": _path("default: ROOT/coco/stuffthingmaps"),
             "--names": {
+                "dest": "naming",
                 "choices": ("renamed", "raw"),
                 "default": "renamed",
                 "help": "renamed: as LarvSeg matches them with ADE20K's, 160 classes; raw: the "
                 "171 published ones (default: %(default)s)",
             },
             **_WORKERS,
-            **_OTHER_COUNTS,
-            **_SKIP_BAD,
+            **_PARTS,
         },
     ),
     "ade20k_150": Preparation(
         "label maps and tags of ADE20K in the 150 classes of its scene parsing challenge",
         "Reads ROOT/ADEChallengeData2016; writes ROOT/ade20k_150.",
-        _ade20k_150,
-        {**_WORKERS, **_OTHER_COUNTS, **_SKIP_BAD},
+        _made_by(
+            "ade20k.prepare_ade20k_150", challenge="ADEChallengeData2016", output="ade20k_150"
+        ),
+        {**_WORKERS, **_PARTS},
     ),
     "ade20k_full": Preparation(
         "label maps and tags of the full ADE20K, in 847 classes",
         "Reads ROOT/ADE20K_2021_17_01/images/ADE; writes ROOT/ade20k_full.",
-        _ade20k_full,
+        _made_by("ade20k.prepare_ade20k_full", full="ADE20K_2021_17_01", output="ade20k_full"),
         {
-            "--short-side": {
-                "type": int,
-                "default": 512,
-                "help": "write images whose shorter side is longer so small (default: "
-                "%(default)s pixels; 0: leave all as and where they are)",
-            },
+            "--short-side": _number(
+                "write images whose shorter side is longer so small, in pixels; 0: leave all as "
+                "and where they are",
+                512,
+            ),
             **_WORKERS,
-            **_OTHER_COUNTS,
-            **_SKIP_BAD,
+            **_PARTS,
         },
     ),
     "imagenet21k": Preparation(
         "image labels of ImageNet-21K, or of the synsets that are classes of ADE20K",
         "Reads ROOT/imagenet21k/n*/*.JPEG, any part of it; writes ROOT/imagenet21k_labels.",
-        _imagenet21k,
+        _made_by("imagenet.prepare_imagenet21k", images="imagenet21k", output="imagenet21k_labels"),
         {
             "--images": _path("folder of the synsets' folders (default: ROOT/imagenet21k)"),
             "--classes": {
@@ -441,11 +302,8 @@ PREPARATIONS: dict[str, Preparation] = {
                 "help": "take the first so many of each class, by name",
             },
             **_WORKERS,
-            "--allow-other-counts": {
-                "action": "store_true",
-                "help": "take lists with synsets of which there are no images",
-            },
-            **_SKIP_BAD,
+            "--allow-other-counts": _flag("take lists with synsets of which there are no images"),
+            "--skip-bad": _SKIP_BAD,
         },
     ),
     "ccp": Preparation(
@@ -453,7 +311,9 @@ PREPARATIONS: dict[str, Preparation] = {
         "Reads ROOT/ccp: photos/NNNN.jpg, masks/NNNN.png (8 bits, value = number of the class), "
         "classes.json, image_level_tags.json, pixel_train.txt, pixel_val.txt and "
         "image_level.txt; writes ROOT/ccp/annotations/ccp_{train,val,tags,mixed}.json.",
-        _ccp,
+        _made_by(
+            "ccp.prepare_ccp", ccp="ccp", output=lambda _, paths: paths["ccp"] / "annotations"
+        ),
         {
             "--ccp": _path("folder of the data set (default: ROOT/ccp)"),
             "--output": _path("folder to write to (default: annotations in that of CCP)"),

@@ -17,7 +17,6 @@ has the other list on request. Boxes of such a rare synset are kept here; the pu
 none, as it filters by frequency first.
 """
 
-import json
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from maskx.core.files import write_json
 from maskx.data.coco import AnnotationProblem, read_box
+from maskx.data.json_files import read_json
 from maskx.data.vocabularies import COCO_THING_CLASSES
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "Summary",
     "align_with_coco",
     "choose_classes",
-    "format_summary",
     "prepare_visual_genome",
     "read_class_names",
     "split_images",
@@ -70,8 +69,8 @@ COCO_SYNSETS = {
 """Synsets of the COCO classes that are not found by their name."""
 
 _VERSION = "Take objects.json and image_data.json of Visual Genome version 1.4"
-_IMAGE_KEYS = ("image_id", "url", "width", "height", "coco_id")
-_OBJECT_KEYS = ("object_id", "x", "y", "w", "h", "synsets")
+_IMAGE_KEYS = {"image_id": int, "url": str, "width": int, "height": int, "coco_id": int | None}
+_OBJECT_KEYS = {"object_id": int, **dict.fromkeys("xywh", object), "synsets": list}
 _NUM_FREQUENT = 10  # classes listed in a summary
 
 
@@ -98,6 +97,29 @@ class Summary:
     clipped: int
     renumbered: int
 
+    def __str__(self) -> str:
+        lines = [
+            f"{self.num_classes} classes: {len(COCO_THING_CLASSES)} of COCO and "
+            f"{self.num_classes - len(COCO_THING_CLASSES)} others."
+        ]
+        for name, (synset, count) in self.infrequent.items():
+            lines.append(
+                f"'{name}' of COCO is {synset}, which is not among the most frequent (count "
+                f"{count})."
+            )
+        lines.append(f"{'split':<8}{'images':>10}{'boxes':>10}{'classes with boxes':>20}")
+        for name, (num_images, num_boxes, num_classes) in self.splits.items():
+            lines.append(f"{name:<8}{num_images:>10}{num_boxes:>10}{num_classes:>20}")
+        frequent = ", ".join(f"{name} ({number})" for name, number in self.most_frequent)
+        lines.append(f"Most boxes: {frequent}.")
+        left_out = ", ".join(f"{number} {reason}" for reason, number in self.left_out.most_common())
+        lines.append(f"Objects left out: {left_out or 'none'}.")
+        lines.append(
+            f"Boxes cut off at the border of their image: {self.clipped}. "
+            f"Annotations with a new id because their object id is repeated: {self.renumbered}."
+        )
+        return "\n".join(lines)
+
 
 def prepare_visual_genome(
     objects_json: str | os.PathLike[str],
@@ -108,7 +130,6 @@ def prepare_visual_genome(
     num_classes: int = 3000,
     reference_classes: bool = False,
     num_test_images: int = 5000,
-    progress: bool = False,
 ) -> Summary:
     """Write `instances_vg3k_{train,val,test}.json` and `vg3k_categories.json`.
 
@@ -127,7 +148,6 @@ def prepare_visual_genome(
         num_classes: See `choose_classes`.
         reference_classes: See `choose_classes`.
         num_test_images: See `split_images`.
-        progress: Show progress bars.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -135,11 +155,11 @@ def prepare_visual_genome(
     """
     val_ids = _read_image_ids(Path(coco_val_json))
     images = _read_images(Path(image_data_json))
-    entries = _read_json(Path(objects_json), list)
+    entries = _read(Path(objects_json), list)
     image_of = {image["id"]: image for image in images}
-    counts = _count_synsets(entries, image_of, Path(objects_json), progress)
+    counts = _count_synsets(entries, image_of, Path(objects_json))
     categories = choose_classes(counts, num_classes, reference=reference_classes)
-    annotations, left_out, clipped = _annotate(entries, image_of, categories, progress)
+    annotations, left_out, clipped = _annotate(entries, image_of, categories)
     renumbered = _renumber(annotations)
 
     parts = split_images(images, val_ids, num_test_images)
@@ -286,7 +306,7 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
         ValueError: It is not what `prepare_visual_genome` writes.
     """
     path = Path(path)
-    categories = _read_json(path, list)
+    categories = _read(path, list)
     is_whole = all(isinstance(c, dict) and {"id", "name"} <= c.keys() for c in categories)
     if not is_whole or [c["id"] for c in categories] != [*range(1, len(categories) + 1)]:
         _fail(
@@ -297,32 +317,8 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
     return [category["name"] for category in categories]
 
 
-def format_summary(summary: Summary) -> str:
-    """Lay out a summary for people."""
-    lines = [
-        f"{summary.num_classes} classes: {len(COCO_THING_CLASSES)} of COCO and "
-        f"{summary.num_classes - len(COCO_THING_CLASSES)} others."
-    ]
-    for name, (synset, count) in summary.infrequent.items():
-        lines.append(
-            f"'{name}' of COCO is {synset}, which is not among the most frequent (count {count})."
-        )
-    lines.append(f"{'split':<8}{'images':>10}{'boxes':>10}{'classes with boxes':>20}")
-    for name, (num_images, num_boxes, num_classes) in summary.splits.items():
-        lines.append(f"{name:<8}{num_images:>10}{num_boxes:>10}{num_classes:>20}")
-    frequent = ", ".join(f"{name} ({number})" for name, number in summary.most_frequent)
-    lines.append(f"Most boxes: {frequent}.")
-    left_out = ", ".join(f"{number} {reason}" for reason, number in summary.left_out.most_common())
-    lines.append(f"Objects left out: {left_out or 'none'}.")
-    lines.append(
-        f"Boxes cut off at the border of their image: {summary.clipped}. "
-        f"Annotations with a new id because their object id is repeated: {summary.renumbered}."
-    )
-    return "\n".join(lines)
-
-
 def _read_image_ids(path: Path) -> set[int]:
-    images = _read_json(path, dict).get("images")
+    images = _read(path, dict).get("images")
     if not isinstance(images, list) or not all(isinstance(i, dict) and "id" in i for i in images):
         _fail(path, "has no list 'images' with ids", "Give instances_val2017.json of COCO")
     return {image["id"] for image in images}
@@ -331,15 +327,9 @@ def _read_image_ids(path: Path) -> set[int]:
 def _read_images(path: Path) -> list[dict[str, Any]]:
     """Read `image_data.json` as images of a COCO file, in its order."""
     images = []
-    for position, entry in enumerate(_read_json(path, list)):
-        where = f"[{position}]"
-        _check_keys(path, where, entry, _IMAGE_KEYS)
-        where += f" (image_id {entry['image_id']!r})"
-        _check_type(path, where, entry, "image_id", int)
-        _check_type(path, where, entry, "url", str)
-        _check_type(path, where, entry, "coco_id", int | None)
+    for position, entry in enumerate(_read(path, list)):
+        where = _checked(path, f"[{position}]", entry, _IMAGE_KEYS)
         for key in ("width", "height"):
-            _check_type(path, where, entry, key, int)
             if entry[key] <= 0:
                 _fail(path, f"{where} has {key} {entry[key]!r}", "Allowed: pixels, above 0")
         folders = entry["url"].split("/")
@@ -361,16 +351,12 @@ def _read_images(path: Path) -> list[dict[str, Any]]:
 
 
 def _count_synsets(
-    entries: Sequence[Any], known_images: Collection[int], path: Path, progress: bool
+    entries: Sequence[Any], known_images: Collection[int], path: Path
 ) -> Counter[str]:
     """Check `objects.json` and count every synset of every object."""
     counts: Counter[str] = Counter()
-    for position, entry in enumerate(tqdm(entries, "synsets", disable=not progress, unit="img")):
-        where = f"[{position}]"
-        _check_keys(path, where, entry, ("image_id", "objects"))
-        where += f" (image_id {entry['image_id']!r})"
-        _check_type(path, where, entry, "image_id", int)
-        _check_type(path, where, entry, "objects", list)
+    for position, entry in enumerate(tqdm(entries, "synsets", disable=None, unit="img")):
+        where = _checked(path, f"[{position}]", entry, {"image_id": int, "objects": list})
         if entry["image_id"] not in known_images:
             _fail(
                 path,
@@ -378,10 +364,7 @@ def _count_synsets(
                 f"{_VERSION}, both of the same",
             )
         for number, item in enumerate(entry["objects"]):
-            of_item = f"{where}, objects[{number}]"
-            _check_keys(path, of_item, item, _OBJECT_KEYS)
-            _check_type(path, of_item, item, "object_id", int)
-            _check_type(path, of_item, item, "synsets", list)
+            of_item = _checked(path, f"{where}, objects[{number}]", item, _OBJECT_KEYS)
             if not all(isinstance(synset, str) for synset in item["synsets"]):
                 _fail(path, f"{of_item} has synsets {item['synsets']!r:.80}", "Allowed: strings")
             counts.update(item["synsets"])
@@ -392,12 +375,11 @@ def _annotate(
     entries: Sequence[Mapping[str, Any]],
     image_of: Mapping[int, Mapping[str, Any]],
     categories: Sequence[Mapping[str, Any]],
-    progress: bool,
 ) -> tuple[list[dict[str, Any]], Counter[str], int]:
     """Make annotations; return them, objects left out by reason, and the number clipped."""
     id_of = {category["synset"]: category["id"] for category in categories}
     annotations, left_out, clipped = [], Counter(), 0
-    for entry in tqdm(entries, "annotations", disable=not progress, unit="img"):
+    for entry in tqdm(entries, "annotations", disable=None, unit="img"):
         image = image_of[entry["image_id"]]
         for item in entry["objects"]:
             synsets = item["synsets"]
@@ -470,32 +452,26 @@ def _write_split(
     return len(images), len(chosen), len({annotation["category_id"] for annotation in chosen})
 
 
-def _read_json(path: Path, kind: type) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: there is no such file. datasets/README.md says where files lie."
-        )
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:  # also what is no text
-        _fail(path, f"is not valid JSON: {error}", "Download it again, and unpack it")
+def _read(path: Path, kind: type) -> Any:
+    content = read_json(path, what="file of Visual Genome or COCO")
     if not isinstance(content, kind):
         _fail(path, f"holds a {type(content).__name__}", f"Allowed is a {kind.__name__}")
     return content
 
 
-def _check_keys(path: Path, where: str, entry: Any, keys: Sequence[str]) -> None:
+def _checked(path: Path, where: str, entry: Any, kinds: Mapping[str, Any]) -> str:
+    """Check the keys of an entry and their types; return where it is, with its image."""
     if not isinstance(entry, dict):
-        _fail(path, f"{where} is {entry!r:.80}", f"Allowed: a dict with {', '.join(keys)}")
-    for key in keys:
+        _fail(path, f"{where} is {entry!r:.80}", f"Allowed: a dict with {', '.join(kinds)}")
+    if "image_id" in entry:
+        where += f" (image_id {entry['image_id']!r})"
+    for key, kind in kinds.items():
         if key not in entry:
             _fail(path, f"{where} lacks the key '{key}'", _VERSION)
-
-
-def _check_type(path: Path, where: str, entry: Mapping[str, Any], key: str, kind: Any) -> None:
-    if not isinstance(entry[key], kind):
-        name = getattr(kind, "__name__", kind)
-        _fail(path, f"{where} has {key} {entry[key]!r:.80}", f"Allowed: {name}")
+        if not isinstance(entry[key], kind):
+            name = getattr(kind, "__name__", kind)
+            _fail(path, f"{where} has {key} {entry[key]!r:.80}", f"Allowed: {name}")
+    return where
 
 
 def _fail(path: Path, found: str, remedy: str) -> NoReturn:

@@ -23,7 +23,6 @@ from maskx.data.vocabularies import COCO_THING_CLASSES
 
 __all__ = [
     "VisualGenomeConceptSummary",
-    "format_concept_summary",
     "prepare_visual_genome_concepts",
     "word_names",
 ]
@@ -45,6 +44,21 @@ class VisualGenomeConceptSummary:
     splits: dict[str, tuple[int, int, int, int]]
     kept_synsets: Counter[str]
     most_frequent: list[tuple[str, int]]
+
+    def __str__(self) -> str:
+        columns = ("images", "tags", "boxes", "left out")
+        lines = [f"{'split':<8}" + "".join(f"{column:>10}" for column in columns)]
+        for split, numbers in self.splits.items():
+            lines.append(f"{split:<8}" + "".join(f"{number:>10}" for number in numbers))
+        for what, named in (
+            ("Most boxes", self.most_frequent),
+            (
+                f"{len(self.kept_synsets)} concepts keep their synset as name",
+                self.kept_synsets.most_common(_NUM_EXAMPLES),
+            ),
+        ):
+            lines.append(f"{what}: {', '.join(f'{name} ({n})' for name, n in named) or 'none'}.")
+        return "\n".join(lines)
 
 
 def prepare_visual_genome_concepts(
@@ -107,23 +121,6 @@ def word_names(
         names[category["id"]] = category["synset"] if word in taken else word
         taken.add(word)
     return names
-
-
-def format_concept_summary(summary: VisualGenomeConceptSummary) -> str:
-    """Lay out a summary for people."""
-    columns = ("images", "tags", "boxes", "left out")
-    lines = [f"{'split':<8}" + "".join(f"{column:>10}" for column in columns)]
-    for split, numbers in summary.splits.items():
-        lines.append(f"{split:<8}" + "".join(f"{number:>10}" for number in numbers))
-    for what, named in (
-        ("Most boxes", summary.most_frequent),
-        (
-            f"{len(summary.kept_synsets)} concepts keep their synset as name",
-            summary.kept_synsets.most_common(_NUM_EXAMPLES),
-        ),
-    ):
-        lines.append(f"{what}: {', '.join(f'{name} ({n})' for name, n in named) or 'none'}.")
-    return "\n".join(lines)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,21 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy.io import loadmat
-from tqdm import tqdm
 
-from maskx.core.files import write_json
-from maskx.data.label_maps import read_label_map, write_label_map
+from maskx.data.prepare.label_map_sets import (
+    LabelMapSetSummary,
+    MaskedImage,
+    check_folder,
+    left_out_line,
+    write_label_map_set,
+)
 from maskx.data.vocabularies import VOC_CLASSES
 
 __all__ = [
     "SBD_IMAGES",
     "VOC_COUNTS",
-    "ClassCounts",
     "VocSummary",
     "choose_trainaug",
-    "format_voc_summary",
     "prepare_voc",
     "read_sbd_mask",
 ]
@@ -44,40 +45,42 @@ SBD_IMAGES = 11355
 
 _LISTS = ("train", "val")  # VOC and SBD have lists of these names, with other images
 _NAME = re.compile(r"\d{4}_\d{6}")  # of an image: 2007_000032
-_NUM_EXAMPLES = 5  # bad images quoted
 _README = "datasets/README.md says where files lie."
 
 
 @dataclass(frozen=True)
-class ClassCounts:
-    """Images of a file.
-
-    Attributes:
-        num_images: All.
-        num_unlabeled: Those without any class in their mask; they have no image labels.
-        by_class: Those with a class, in VOC's order.
-    """
-
-    num_images: int
-    num_unlabeled: int
-    by_class: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class VocSummary:
-    """What `prepare_voc` wrote.
+    """What `prepare_voc` wrote; as text, with the known numbers and a table of the classes.
 
     Attributes:
         listed: Number of images by list: those of `VOC_COUNTS` and "sbd".
-        images_of: For "trainaug" and "val" the number of images, and by class.
         num_sbd_masks: How many images of trainaug have the mask of SBD.
-        left_out: What is wrong with the files of each image that was left out, by its name.
+        written: Images of "trainaug" and "val".
     """
 
     listed: Mapping[str, int]
-    images_of: Mapping[str, ClassCounts]
     num_sbd_masks: int
-    left_out: Mapping[str, str]
+    written: LabelMapSetSummary
+
+    def __str__(self) -> str:
+        rows = [
+            (name, *counts)
+            for name, *counts in zip(
+                VOC_CLASSES, *self.written.num_images_with.values(), strict=True
+            )
+        ]
+        rows.append(("no class", *self.written.num_unlabeled.values()))
+        rows.append(("all images", *self.written.num_images.values()))
+        num_of_voc = self.written.num_images["trainaug"] - self.num_sbd_masks
+        return "\n".join(
+            [
+                _compare_counts(self.listed),
+                f"{'class':<14}{'trainaug':>10}{'val':>10}",
+                *(f"{name:<14}{trainaug:>10}{val:>10}" for name, trainaug, val in rows),
+                f"Masks of trainaug: {num_of_voc} of VOC, {self.num_sbd_masks} of SBD.",
+                left_out_line(self.written.left_out),
+            ]
+        )
 
 
 def prepare_voc(
@@ -87,37 +90,31 @@ def prepare_voc(
     *,
     allow_other_counts: bool = False,
     strict: bool = True,
-    progress: bool = False,
+    workers: int = 1,
 ) -> VocSummary:
     """Write `voc2012_trainaug.json`, `voc2012_trainaug_tags.json` and `voc2012_val.json`.
 
-    Images have `image_labels`, the category ids in their mask, and `label_map_file_name`, the mask:
-    a label map (`maskx.data.label_maps`) named relative to the folder of the JSON file. PNG files
-    stay where they are; `.mat` files of SBD are converted to `output/label_maps`. File names of
-    images are relative to `voc/JPEGImages`, ids are the digits of the name. There are no
-    annotations.
-
-    `voc2012_trainaug_tags.json` has no `label_map_file_name`: what learns from it sees no mask.
-
-    An interrupted run leaves these three files as they were, and no other file half-written.
+    `maskx.data.prepare.label_map_sets.write_label_map_set` says what is in the files, and takes
+    the other arguments. Masks in PNG files stay where they are, as they are label maps; `.mat`
+    files of SBD are converted to `output/label_maps`. File names of images are relative to
+    `voc/JPEGImages`, ids are the digits of the name.
 
     Args:
         voc: `VOCdevkit/VOC2012`.
-        sbd: `benchmark_RELEASE/dataset` of SBD (`cls/*.mat`, `train.txt`, `val.txt`; needs scipy),
-            or a folder of its masks as PNG, known as `SegmentationClassAug`. Every file in it
-            counts as of SBD; that it often has those of VOC's lists as well changes nothing.
-        output: Folder to write to; it is created, files of an earlier run are replaced.
+        sbd: `benchmark_RELEASE/dataset` of SBD (`cls/*.mat`, `train.txt`, `val.txt`), or a folder
+            of its masks as PNG, known as `SegmentationClassAug`. Every file in it counts as of
+            SBD; that it often has those of VOC's lists as well changes nothing.
+        output: Folder to write to.
         allow_other_counts: Whether the lists may have other lengths than `VOC_COUNTS`.
-        strict: Whether an image without usable files is an error. If False it is left out, counted.
-        progress: Show a progress bar.
 
     Raises:
         FileNotFoundError: A folder or a list is missing.
-        ImportError: `sbd` has `.mat` files and scipy is not installed.
-        ValueError: The lists are not what they should be, or, with `strict`, files of an image.
+        ValueError: The lists are not what they should be, or files of an image.
     """
     voc, sbd, output = Path(voc), Path(sbd), Path(output)
-    _check_folders(voc)
+    images, own_masks = (
+        check_folder(voc / name, "VOC 2012") for name in ("JPEGImages", "SegmentationClass")
+    )
     lists = {part: _read_list(voc / "ImageSets/Segmentation" / f"{part}.txt") for part in _LISTS}
     sbd_masks = _find_sbd_masks(sbd)
     both = sorted({*lists["train"]} & {*lists["val"]})
@@ -138,32 +135,32 @@ def prepare_voc(
         )
 
     own = {*lists["train"], *lists["val"]}
-    masks = {
-        name: voc / "SegmentationClass" / f"{name}.png" if name in own else sbd_masks[name]
-        for part in names.values()
-        for name in part
-    }
-    entries, left_out = _read_images(masks, voc, output, progress)
-    if left_out and strict:
-        raise ValueError(
-            f"{voc}: {len(left_out)} of {len(masks)} images cannot be used. Restore their files, "
-            "or leave these images out, counted (strict=False, --skip-bad):"
-            f"{_examples(left_out)}"
+
+    def entry(name: str) -> MaskedImage:
+        masks = own_masks / f"{name}.png" if name in own else sbd_masks[name]
+        is_label_map = masks.suffix == ".png"
+        return MaskedImage(
+            image_id=int(name.replace("_", "")),
+            image=images / f"{name}.jpg",
+            masks=masks,
+            relabel=None if is_label_map else read_sbd_mask,
+            label_map=masks if is_label_map else output / "label_maps" / f"{name}.png",
         )
-    images = {part: [entries[n] for n in ns if n in entries] for part, ns in names.items()}
-    empty = [part for part, found in images.items() if not found]
-    if empty:
-        raise ValueError(
-            f"{voc}: no image is left for {empty[0]}, of {listed[empty[0]]} listed. Restore their "
-            f"files.{_examples(left_out)}"
-        )
-    _write_files(images, output)
-    return VocSummary(
-        listed=listed,
-        images_of={part: _count_classes(found) for part, found in images.items()},
-        num_sbd_masks=len(entries.keys() - own),
-        left_out=left_out,
+
+    parts = {part: [entry(name) for name in found] for part, found in names.items()}
+    written = write_label_map_set(
+        parts,
+        VOC_CLASSES,
+        output,
+        prefix="voc2012",
+        image_roots=dict.fromkeys(parts, images),
+        tags_of="trainaug",
+        strict=strict,
+        workers=workers,
     )
+    of_sbd = [e for e in parts["trainaug"] if e.image.stem not in own]
+    num_sbd_masks = sum(str(e.image) not in written.left_out for e in of_sbd)
+    return VocSummary(listed, num_sbd_masks, written)
 
 
 def choose_trainaug(
@@ -187,10 +184,6 @@ def read_sbd_mask(path: str | os.PathLike[str]) -> np.ndarray:
 
     Returns:
         (H, W) integers: 0 for background, 1 to 20 for the classes of VOC.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no such file.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(
@@ -210,31 +203,6 @@ def read_sbd_mask(path: str | os.PathLike[str]) -> np.ndarray:
             "(H, W) integers. Give the files of SBD's folder cls."
         )
     return mask
-
-
-def format_voc_summary(summary: VocSummary) -> str:
-    """Lay out a summary for people."""
-    trainaug, val = summary.images_of["trainaug"], summary.images_of["val"]
-    num_mask_of_voc = trainaug.num_images - summary.num_sbd_masks
-    lines = [
-        _compare_counts(summary.listed),
-        f"{'class':<14}{'trainaug':>10}{'val':>10}",
-        *(
-            f"{name:<14}{trainaug.by_class[name]:>10}{val.by_class[name]:>10}"
-            for name in VOC_CLASSES
-        ),
-        f"{'no class':<14}{trainaug.num_unlabeled:>10}{val.num_unlabeled:>10}",
-        f"{'all images':<14}{trainaug.num_images:>10}{val.num_images:>10}",
-        f"Masks of trainaug: {num_mask_of_voc} of VOC, {summary.num_sbd_masks} of SBD.",
-        f"Images left out: {len(summary.left_out) or 'none'}.{_examples(summary.left_out)}",
-    ]
-    return "\n".join(lines)
-
-
-def _check_folders(voc: Path) -> None:
-    for folder in (voc / "JPEGImages", voc / "SegmentationClass"):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: there is no such folder of VOC 2012. {_README}")
 
 
 def _read_list(path: Path) -> list[str]:
@@ -285,93 +253,3 @@ def _compare_counts(listed: Mapping[str, int]) -> str:
         f"(known: {known}) of {listed['sbd']} masks given as SBD's ({SBD_IMAGES} as published) "
         "that are neither in train nor in val."
     )
-
-
-def _read_images(
-    masks: Mapping[str, Path], voc: Path, output: Path, progress: bool
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Return the entries of the JSON files, and what is wrong with the other images, by name."""
-    entries, problems = {}, {}
-    for name, mask in tqdm(masks.items(), "masks", disable=not progress, unit="img"):
-        try:
-            entries[name] = _read_image(name, mask, voc, output)
-        except (FileNotFoundError, ValueError) as error:
-            problems[name] = str(error)
-    return entries, problems
-
-
-def _read_image(name: str, mask: Path, voc: Path, output: Path) -> dict[str, Any]:
-    height, width = _image_size(voc / "JPEGImages" / f"{name}.jpg")
-    if mask.suffix == ".mat":
-        mask = _convert_mask(mask, output / "label_maps" / f"{name}.png", height, width)
-    num_classes = len(VOC_CLASSES)
-    labels = read_label_map(mask, height, width, num_classes=num_classes, image_id=name)
-    is_present = np.bincount(labels.ravel(), minlength=num_classes + 1)[: num_classes + 1] > 0
-    is_present[0] = False  # background
-    # Without symbolic links, through which ".." leads elsewhere.
-    folder = os.path.relpath(mask.parent.resolve(), output.resolve())
-    return {
-        "id": int(name.replace("_", "")),
-        "file_name": f"{name}.jpg",
-        "height": height,
-        "width": width,
-        "image_labels": np.flatnonzero(is_present).tolist(),
-        "label_map_file_name": (Path(folder) / mask.name).as_posix(),
-    }
-
-
-def _image_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image, from its header."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: there is no such image, but it is listed. Unpack VOC 2012 again."
-        ) from None
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read as image ({error}). Unpack VOC 2012 again."
-        ) from error
-
-
-def _convert_mask(mat: Path, png: Path, height: int, width: int) -> Path:
-    labels = read_sbd_mask(mat)
-    if labels.shape != (height, width):
-        raise ValueError(
-            f"{mat}: the mask is {labels.shape[1]} x {labels.shape[0]} pixels, its image is "
-            f"{width} x {height}. Restore both as they were published."
-        )
-    png.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        write_label_map(png, labels, num_classes=len(VOC_CLASSES))
-    except ValueError as error:
-        raise ValueError(f"{mat}: {error}") from None
-    return png
-
-
-def _write_files(images: Mapping[str, Sequence[dict[str, Any]]], output: Path) -> None:
-    tags = [{k: v for k, v in i.items() if k != "label_map_file_name"} for i in images["trainaug"]]
-    categories = [{"id": number, "name": name} for number, name in enumerate(VOC_CLASSES, start=1)]
-    output.mkdir(parents=True, exist_ok=True)
-    for part, entries in {**images, "trainaug_tags": tags}.items():
-        content = {"images": entries, "annotations": [], "categories": categories}
-        write_json(output / f"voc2012_{part}.json", content)
-
-
-def _count_classes(images: Sequence[Mapping[str, Any]]) -> ClassCounts:
-    return ClassCounts(
-        num_images=len(images),
-        num_unlabeled=sum(not image["image_labels"] for image in images),
-        by_class={
-            name: sum(number in image["image_labels"] for image in images)
-            for number, name in enumerate(VOC_CLASSES, start=1)
-        },
-    )
-
-
-def _examples(problems: Mapping[str, str]) -> str:
-    """Quote the first problems, one in a line."""
-    more = len(problems) - _NUM_EXAMPLES
-    lines = [*list(problems.values())[:_NUM_EXAMPLES], *([f"and {more} more"] if more > 0 else [])]
-    return "".join(f"\n  {line}" for line in lines)

@@ -9,7 +9,7 @@ import pytest
 
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import semantic_label_map
-from maskx.data.prepare.ccp import format_ccp_summary, prepare_ccp
+from maskx.data.prepare.ccp import prepare_ccp
 
 TOOL = Path(__file__).parents[3] / "datasets" / "prepare.py"
 LISTS = {"pixel_train": ["0001", "0004"], "pixel_val": ["0003"], "image_level": ["1006"]}
@@ -37,7 +37,7 @@ def test_masks_and_tags_become_one_class_list(ccp, tmp_path):
     summary = prepare_ccp(ccp, tmp_path / "out")
     assert summary.num_images == {"train": 2, "val": 1, "tags": 1, "mixed": 3}
     assert summary.num_masks == {"train": 2, "val": 1, "tags": 0, "mixed": 2}
-    assert "ccp_mixed.json         3       2" in format_ccp_summary(summary)
+    assert "ccp_mixed.json         3       2" in str(summary)
     data = load_coco(tmp_path / "out" / "ccp_mixed.json", ccp / "photos")
     assert data.class_names == ("bag", "hat", "tie")
     assert [r["image_id"] for r in data.records] == [1, 4, 1006]
@@ -54,7 +54,7 @@ def test_the_command(ccp, tmp_path):
     (ccp / "photos" / "0003.jpg").unlink()
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 1
-    assert "0003.jpg: there is no such photo, but it is listed" in finished.stderr
+    assert "0003.jpg: there is no such image, but it is listed" in finished.stderr
     assert "Traceback" not in finished.stderr
 
 
@@ -62,7 +62,7 @@ def test_the_command(ccp, tmp_path):
     ("name", "content", "words"),
     [
         ("classes.json", "[1]", "holds no JSON object"),
-        ("classes.json", "{", "is no JSON text"),
+        ("classes.json", "{", "is not valid JSON"),
         ("classes.json", '{"classes": ["bag", "null"]}', "'null' first"),
         ("image_level_tags.json", "{}", "photo 1006 has None. Allowed: a list of numbers"),
         ("image_level_tags.json", '{"1006": [4]}', r"photo 1006 has \[4\]"),

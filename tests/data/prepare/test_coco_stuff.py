@@ -19,7 +19,6 @@ from maskx.data.prepare.coco_stuff import (
     coco_stuff_names,
     prepare_coco_stuff,
 )
-from maskx.data.prepare.label_map_sets import format_label_map_summary
 
 SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare.py"
 HEIGHT, WIDTH = 10, 14
@@ -157,7 +156,7 @@ def test_an_interrupted_run_goes_on(coco, monkeypatch):
     summary = coco.prepare()
     assert summary.num_reused == 3
     assert coco.prepare().num_reused == 6
-    assert "Label maps of an earlier run: 3." in format_label_map_summary(summary)
+    assert "Label maps of an earlier run: 3." in str(summary)
 
 
 def test_changed_masks_and_damaged_label_maps_are_made_anew(coco):
@@ -235,7 +234,7 @@ def test_bad_files_of_an_image_are_named_or_left_out_counted(coco, damage, messa
     summary = coco.prepare(strict=False)
     assert [Path(path).stem for path in summary.left_out] == [name]
     assert summary.num_images == {"train2017": 3, "val2017": 2}
-    assert "Images left out: 1.\n" in format_label_map_summary(summary)
+    assert "Images left out: 1.\n" in str(summary)
 
 
 def test_nothing_left_is_an_error(coco):
@@ -255,7 +254,7 @@ def test_other_files_and_missing_folders_are_named(coco):
 
 def test_the_summary_names_classes_without_an_image(coco):
     summary = coco.prepare()
-    text = format_label_map_summary(summary)
+    text = str(summary)
     assert text.startswith("160 classes.\ntrain2017: 4 images, ")
     absent = summary.num_images_with["val2017"].count(0)
     assert f"classes without an image: {absent} (" in text.splitlines()[2]

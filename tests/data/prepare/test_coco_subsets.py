@@ -16,7 +16,6 @@ from maskx.data.coco import load_coco
 from maskx.data.prepare.coco_subsets import (
     COCO60_IMAGES,
     Coco60Summary,
-    format_coco60_summary,
     select_coco60,
     write_coco60,
 )
@@ -165,14 +164,14 @@ def test_the_file_read_is_not_replaced(write):
 def test_the_summary_sets_the_number_of_the_paper_beside():
     annotations = Counter({"zebra": 5, "clock": 2})
     summary = Coco60Summary(82783, 60000, 5340, COCO60_IMAGES, annotations)
-    text = format_coco60_summary(summary)
+    text = str(summary)
     assert "17443 of 82783 images contain no class of VOC" in text
     assert "The TransferNet paper has 17443, and so has this file." in text
     assert "Left out: 60000 images with a class of VOC, 5340 in which nothing" in text
     assert text.endswith("Most annotations: zebra (5), clock (2).")
-    other = format_coco60_summary(replace(summary, num_images=17400))
+    other = str(replace(summary, num_images=17400))
     assert "this file, of as many images as train2014, has -43." in other
-    part = format_coco60_summary(replace(summary, num_read=100, num_images=20))
+    part = str(replace(summary, num_read=100, num_images=20))
     assert "probably from train2014; that has 82783 images, this file 100, so" in part
 
 
@@ -204,6 +203,8 @@ def test_the_script_writes_the_file_and_names_a_missing_one(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "The TransferNet paper has 17443" in finished.stdout
     assert (folder / "instances_coco60_train2014.json").is_file()
-    finished = run_script("--json", folder / "instances_train2014.json")
-    assert finished.returncode == 1
-    assert "--json needs --output" in finished.stderr
+    (tmp_path / "other").mkdir()
+    other = (folder / "instances_train2014.json").rename(tmp_path / "other" / "train.json")
+    finished = run_script("--json", other)
+    assert finished.returncode == 0, finished.stderr
+    assert (other.parent / "instances_coco60_train2014.json").is_file()

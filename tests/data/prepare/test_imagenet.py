@@ -19,7 +19,6 @@ from maskx.data.prepare import imagenet as imagenet_module
 from maskx.data.prepare.imagenet import (
     HOMONYMS,
     choose_synsets,
-    format_imagenet_summary,
     match_synsets,
     prepare_imagenet21k,
     synset_names,
@@ -99,7 +98,7 @@ def test_the_classes_of_ade20k_have_its_names_and_the_synset_with_images(folders
     assert summary.missing["person"] == "n00007846"
     assert "painting" not in summary.num_images
     assert "arcade machine" in summary.without_synset
-    text = format_imagenet_summary(summary)
+    text = str(summary)
     assert text.startswith("2 classes with 5 images (published: 124 classes, 174000 images).")
     assert f"without a synset: {len(summary.without_synset)} (" in text
     assert f"Synsets without images: {len(summary.missing)} (" in text
@@ -189,7 +188,7 @@ def test_a_file_names_synsets(folders):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "is not JSON"),
+        ("[", "is not valid JSON"),
         ("[]", "must be a JSON object"),
         ("{}", "must be a JSON object"),
         ('{"sky": "n09436708"}', "has the entry 'sky': 'n09436708'. Allowed: a synset"),
@@ -200,7 +199,7 @@ def test_a_file_names_synsets(folders):
         ),
         (
             '{"n09436708": "sky", "n09436708": "heaven"}',
-            "has 1 synsets several times, such as 'n09436708'",
+            "repeats the key 'n09436708'",
         ),
     ],
 )
@@ -222,7 +221,7 @@ def test_an_unknown_list_is_an_error(folders):
 def test_bad_images_are_named_or_left_out_counted(folders):
     path = folders.images / "n09436708" / "n09436708_9.JPEG"
     path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1 images cannot be used.*--skip-bad") as error:
+    with pytest.raises(ValueError, match=r"1 of 9 images cannot be used.*--skip-bad") as error:
         folders.prepare()
     assert f"{path}: cannot be read as image" in str(error.value)
     assert not list(folders.output.glob("*.json"))
@@ -230,7 +229,7 @@ def test_bad_images_are_named_or_left_out_counted(folders):
     assert list(summary.left_out) == [str(path)]
     assert summary.num_images["sky"] == 2
     assert summary.num_reused == 4  # all but the folder with the bad image
-    assert "Images left out: 1.\n" in format_imagenet_summary(summary)
+    assert "Images left out: 1.\n" in str(summary)
 
 
 def test_a_run_goes_on_with_the_folders_that_are_left(folders, monkeypatch):
@@ -265,7 +264,9 @@ def test_the_number_of_images_can_be_limited(folders):
 
 
 def test_missing_folders_are_named(folders):
-    with pytest.raises(FileNotFoundError, match=r"nothing: there is no such folder\. datasets/REA"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nothing: there is no such folder of images\. data"
+    ):
         prepare_imagenet21k(folders.root / "nothing", folders.output)
     with pytest.raises(FileNotFoundError, match="has no folder of a synset, such as n01440764"):
         prepare_imagenet21k(folders.images / "n01440764", folders.output)

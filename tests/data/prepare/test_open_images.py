@@ -15,7 +15,6 @@ from maskx.data.images import read_image
 from maskx.data.prepare import open_images as open_images_module
 from maskx.data.prepare.label_map_sets import oriented_size
 from maskx.data.prepare.open_images import (
-    format_open_images_summary,
     prepare_open_images_boxes,
     prepare_open_images_tags,
 )
@@ -125,7 +124,7 @@ def test_verified_labels_become_tags(files):
         "labels given twice, or denied in another row": 1,
         "labels of classes without a name": 1,
     }
-    text = format_open_images_summary(summary)
+    text = str(summary)
     assert "3 images with 4 tags of 3 classes." in text
     assert "Most tags: car (2)" in text
     assert "1 labels that people denied" in text

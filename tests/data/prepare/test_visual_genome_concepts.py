@@ -10,7 +10,6 @@ import pytest
 from maskx.data.coco import load_coco
 from maskx.data.prepare.visual_genome import SPLITS, prepare_visual_genome
 from maskx.data.prepare.visual_genome_concepts import (
-    format_concept_summary,
     prepare_visual_genome_concepts,
     word_names,
 )
@@ -81,7 +80,7 @@ def test_tags_and_boxes_have_the_same_words(root):
     assert {"orange", "bank"} <= set(data.class_names)
     assert set(COCO_THING_CLASSES) <= set(data.class_names)
     assert any(left_out for *_, left_out in summary.splits.values())
-    text = format_concept_summary(summary)
+    text = str(summary)
     assert text.splitlines()[0].split(maxsplit=4) == [
         "split",
         "images",

@@ -11,12 +11,12 @@ from PIL import Image
 
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import read_label_map
+from maskx.data.prepare import label_map_sets
 from maskx.data.prepare import voc as voc_module
 from maskx.data.prepare.voc import (
     SBD_IMAGES,
     VOC_COUNTS,
     choose_trainaug,
-    format_voc_summary,
     prepare_voc,
     read_sbd_mask,
 )
@@ -158,15 +158,15 @@ def test_the_files_are_those_of_the_description(devkit, form):
             path = devkit.output / image["label_map_file_name"]
             written = read_label_map(path, HEIGHT, WIDTH, num_classes=20, image_id=name)
             np.testing.assert_array_equal(written, mask)
-        counts = summary.images_of[part]
-        assert counts.num_images == len(images)
-        assert counts.num_unlabeled == sum(not classes for _, _, classes in images)
-        for name in VOC_CLASSES:
-            assert counts.by_class[name] == sum(name in classes for _, _, classes in images)
+        written = summary.written
+        assert written.num_images[part] == len(images)
+        assert written.num_unlabeled[part] == sum(not classes for _, _, classes in images)
+        for name, count in zip(VOC_CLASSES, written.num_images_with[part], strict=True):
+            assert count == sum(name in classes for _, _, classes in images)
     assert summary.listed == {"train": 5, "val": 4, "trainaug": 9, "sbd": 8}
     assert summary.num_sbd_masks == 4
-    assert summary.left_out == {}
-    assert sum(counts.num_unlabeled for counts in summary.images_of.values()) > 0
+    assert summary.written.left_out == {}
+    assert sum(summary.written.num_unlabeled.values()) > 0
     assert (devkit.output / "label_maps").is_dir() == (form == "mat")
     assert not list(devkit.output.rglob("*.partial")) + list(devkit.output.rglob("*.tmp"))
 
@@ -235,11 +235,11 @@ def test_other_counts_are_an_error_that_says_what_is_there(devkit):
 def test_the_known_counts_pass(devkit, monkeypatch):
     monkeypatch.setattr(voc_module, "VOC_COUNTS", {"train": 5, "val": 4, "trainaug": 9})
     summary = devkit.prepare(allow_other_counts=False)
-    assert summary.images_of["trainaug"].num_images == 9
+    assert summary.written.num_images["trainaug"] == 9
 
 
 def test_the_summary_is_readable(devkit):
-    text = format_voc_summary(devkit.prepare())
+    text = str(devkit.prepare())
     assert "train 5 (known: 1464)" in text
     assert "Masks of trainaug: 5 of VOC, 4 of SBD." in text
     assert "all images             9         4" in text
@@ -303,10 +303,10 @@ def test_bad_files_of_an_image_are_named_or_left_out_counted(devkit, damage, mes
     assert not devkit.output.exists()
 
     summary = devkit.prepare(strict=False)
-    assert list(summary.left_out) == [name]
-    assert summary.images_of["trainaug"].num_images == 8
+    assert [Path(path).stem for path in summary.written.left_out] == [name]
+    assert summary.written.num_images["trainaug"] == 8
     assert f"{name}.jpg" not in [image["file_name"] for image in devkit.read("trainaug")["images"]]
-    text = format_voc_summary(summary)
+    text = str(summary)
     assert "Images left out: 1.\n" in text
     assert message.format(name=name) in text
 
@@ -322,7 +322,7 @@ def test_only_the_first_bad_images_are_quoted(devkit):
 def test_nothing_left_is_an_error(devkit):
     for name in devkit.val:
         remove_mask(devkit, name)
-    with pytest.raises(ValueError, match="no image is left for val, of 4 listed"):
+    with pytest.raises(ValueError, match="No image is left for val, of 4 listed"):
         devkit.prepare(strict=False)
     assert not devkit.output.exists()
 
@@ -360,7 +360,7 @@ def wrong_mat_class(kit, path):
         (text_for_mat, "cannot be read as mask of SBD"),
         (other_struct, "cannot be read as mask of SBD (KeyError"),
         (fractions, "has shape (12, 16) and dtype float64. Allowed: (H, W) integers"),
-        (small_mat, "the mask is 15 x 12 pixels, its image is 16 x 12"),
+        (small_mat, "the masks are 15 x 12 pixels, the image is 16 x 12"),
         (wrong_mat_class, "has the value 21"),
     ],
 )
@@ -393,7 +393,7 @@ def test_an_interrupted_run_leaves_the_files_of_the_last(devkit, monkeypatch):
         return read_label_map(*args, **kwargs)
 
     calls = []
-    monkeypatch.setattr(voc_module, "read_label_map", interrupt)
+    monkeypatch.setattr(label_map_sets, "read_label_map", interrupt)
     remove_image(devkit, sorted(devkit.train)[-1])
     with pytest.raises(KeyboardInterrupt):
         devkit.prepare("mat", strict=False)
