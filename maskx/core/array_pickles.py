@@ -22,7 +22,6 @@ def read_array_pickle(path: str | os.PathLike[str]) -> Any:
         What it holds: keys of dictionaries are text, arrays are read-only.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is no pickle, is damaged, or holds more than that. The message names
             what.
     """
@@ -60,14 +59,11 @@ def _plain(value: Any) -> Any:
 
 
 class _ArrayUnpickler(pickle._Unpickler):
-    """Unpickler of arrays of numbers and containers that calls nothing of the file's choice.
+    """Unpickler of arrays of numbers and containers that calls nothing of the file's choice."""
 
-    Even numpy's own functions are not called: they build object arrays and trust the state that
-    they are given. Small stand-ins take their place, and check it.
-
-    It is the unpickler in Python: the one in C calls what the process knows by an extension code
-    (``copyreg.add_extension``) without asking ``find_class``.
-    """
+    # Even numpy's own functions are not called: they build object arrays and trust the state that
+    # they are given. It is the unpickler in Python: the one in C calls what the process knows by
+    # an extension code (`copyreg.add_extension`) without asking `find_class`.
 
     refused: str | None = None
 

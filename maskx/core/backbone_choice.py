@@ -38,7 +38,6 @@ def build_backbone(
             file to start from.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: there is no such backbone, or it does not have what is asked for.
     """
     if name == "small":
@@ -63,14 +62,9 @@ def build_pyramid(
     """Make a backbone with a feature pyramid, for detectors.
 
     Args:
-        name: as for :func:`build_backbone`; the network keeps its strides.
         out_channels: of every level; None for 64 (``small``) or 256.
-        frozen_norm: as for :func:`build_backbone`.
-        frozen_stages: likewise.
-        pretrained: likewise.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: there is no such backbone, or it does not have what is asked for.
     """
     if name == "small":

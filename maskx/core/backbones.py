@@ -56,7 +56,6 @@ class Backbone(nn.Module):
         layer_aliases: modules that are known by a name of the papers (``C41``: first block of the
             last stage; ``conv5_3``), for :class:`maskx.core.image_classifier.LayerTaps`.
         pixel_mean: of the images that the network expects, RGB from 0 to 255.
-        pixel_std: likewise.
     """
 
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
@@ -117,17 +116,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def _freeze(self, stages: int, paths: Sequence[str]) -> None:
-        """Freeze the first stages.
-
-        Args:
-            stages: 0: nothing; 1: what comes before the first feature map; 2: the first feature
-                map, too; one more than there are maps: all.
-            paths: of the modules that put out the feature maps. If one is empty, only all or
-                nothing can be frozen.
-
-        Raises:
-            ValueError: there are not so many stages.
-        """
+        """Freeze the first stages."""
         num_maps = len(self.feature_shapes)
         allowed = tuple(range(num_maps + 2)) if all(paths) else (0, num_maps + 1)
         check_choice(f"frozen_stages of {self}", stages, allowed)
@@ -154,7 +143,6 @@ class SmallFPN(nn.Module):
     About 1.0 M parameters and 0.2 GMAC for a 128 x 128 image.
 
     Attributes:
-        out_channels: channels of every feature map.
         strides: stride in image pixels by name of the feature map.
     """
 
@@ -341,12 +329,10 @@ class PyramidBackbone(nn.Module):
     Args:
         backbone: best without dilation, each map half the size of the one before.
         in_features: names of the maps that the pyramid is built of; None for all.
-        out_channels: channels of every level.
         extra_level: add ``pool``, every second position of the last level, as detectors have it.
 
     Attributes:
         feature_shapes: channels and stride by name.
-        out_channels: channels of every level.
 
     Raises:
         ValueError: the backbone has no such feature map.
@@ -402,12 +388,7 @@ def _block(in_channels: int, out_channels: int, *, stride: int) -> BasicBlock:
 
 
 def _trade_stride_for_dilation(stage: nn.Module, *, dilation: int) -> None:
-    """Give a stage of stride 2 stride 1, and what follows its strided convolution more dilation.
-
-    Args:
-        stage: blocks of torchvision, changed in place.
-        dilation: of the stage's input: 2 to the number of strides traded before it.
-    """
+    """Give a stage of stride 2 stride 1, and what follows its strided convolution more dilation."""
     for layer in stage.modules():
         if not isinstance(layer, nn.Conv2d):
             continue
@@ -427,11 +408,6 @@ def _end_of(order: list[str], path: str) -> int:
 def named_feature(features: Mapping[str, Tensor], name: str, backbone: nn.Module) -> Tensor:
     """Return the feature map of that name.
 
-    Args:
-        features: what the backbone returned.
-        name: of the feature map.
-        backbone: named in the error.
-
     Raises:
         ValueError: the backbone returned no such feature map.
     """
@@ -447,8 +423,6 @@ def check_feature(backbone: nn.Module, name: str, channels: int) -> None:
 
     Args:
         backbone: with ``feature_shapes``, as those of maskx have; any other is not checked.
-        name: of the feature map.
-        channels: of it.
 
     Raises:
         ValueError: it has no such feature map, or one of other channels.

@@ -29,8 +29,6 @@ def largest_eigenpairs(
 
     Args:
         multiply: the product of the matrix with (size, width) vectors.
-        size: rows of the matrix.
-        count: how many pairs.
         products: vectors to multiply in all, at least `count`; of `size` the result is exact.
         dtype: of the basis, which is as exact as the products need to be.
         width: vectors multiplied at a time.

@@ -40,11 +40,6 @@ def pack_state(content: Mapping[str, Any], *, version: int) -> Tensor:
 def unpack_state(state: Tensor, *, version: int, what: str) -> dict[str, Any]:
     """Read what :func:`pack_state` made.
 
-    Args:
-        state: the tensor.
-        version: that can be read.
-        what: the network, for messages.
-
     Raises:
         ValueError: the tensor is something else, or of another version.
     """

@@ -60,7 +60,6 @@ def write_json(path: str | os.PathLike[str], content: Any, *, compact: bool = Fa
 
     Args:
         path: file to write; a file of this name is replaced.
-        content: what to write.
         compact: without white space, for large files.
 
     Raises:
@@ -76,7 +75,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file that maskx wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: it is damaged, or names a key twice, of which one value would be lost.
     """
     try:

@@ -24,8 +24,6 @@ class ImageClassifier(nn.Module):
     Args:
         backbone: maps (N, 3, H, W) images to a dictionary of feature maps.
         in_feature: name of the feature map that is classified.
-        in_channels: C.
-        num_classes: K.
     """
 
     def __init__(
@@ -66,7 +64,6 @@ def choose_labels(probs: Tensor, threshold: float = 0.6) -> Tensor:
     """Choose the labels of each image: those of at least the threshold, else the most probable.
 
     Args:
-        probs: (N, K) probabilities.
         threshold: smallest probability of a chosen label.
 
     Returns:
@@ -87,8 +84,6 @@ def multi_hot(
 
     Args:
         image_labels: for each image the class indices known to be present; may repeat.
-        num_classes: K.
-        device: of the result.
 
     Returns:
         (N, K) float in {0, 1}.
@@ -119,7 +114,6 @@ class LayerTaps:
     their graph; one that the network itself changes in place afterwards is kept changed.
 
     Args:
-        backbone: any module.
         names: aliases of ``backbone.layer_aliases``, where it has them, or names of its modules.
 
     Raises:

@@ -48,8 +48,6 @@ class LabelPairs(NamedTuple):
         images: (P,) int64, positions in the batch, in rising order.
         slots: (P,) int64, position of the label among those of its image.
         classes: (P,) int64, labels: positions among the L classes that are scored.
-        num_images: N.
-        num_slots: S.
     """
 
     images: Tensor
@@ -85,7 +83,6 @@ def label_pairs(
     Args:
         image_labels: for each image the labels known to be present; may be empty.
         num_classes: L.
-        device: of the result.
 
     Raises:
         ValueError: a label is out of range.

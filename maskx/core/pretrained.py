@@ -86,7 +86,6 @@ def find_weights(name: str, pretrained: Pretrained) -> dict[str, Any]:
         Arguments for ``timm.create_model``, which downloads them if need be.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file cannot be read or is of another model, or timm has no weights.
     """
     if pretrained is False:
@@ -121,13 +120,11 @@ def load_part(name: str, part: str, pretrained: Pretrained) -> dict[str, Tensor]
     Args:
         name: timm's name of the model.
         part: how the names of the tensors start; a file may lack all others.
-        pretrained: as of :func:`find_weights`.
 
     Returns:
         The tensors of the part; None if there is nothing to start from.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file cannot be read or is of another model, or nothing can be downloaded.
     """
     if pretrained is False:

@@ -113,8 +113,6 @@ class SampleClassifier(SampleModel):
     Args:
         classifier: maps normalised images to logits of K classes.
         size: side in pixels of the squares that images are warped to.
-        pixel_mean: see :class:`SampleModel`.
-        pixel_std: see :class:`SampleModel`.
     """
 
     def __init__(
@@ -186,9 +184,7 @@ def lacking_weights(module: nn.Module, state: Mapping[str, Tensor], prefix: str)
     """Names of the weights of a module that a checkpoint lacks or holds in another shape.
 
     Args:
-        module: part of a model.
         state: of a checkpoint.
-        prefix: of the names there.
     """
     lacking = []
     for name, value in module.state_dict().items():

@@ -51,12 +51,9 @@ def read_content(
     """Read what a file of :func:`write_tensors` says of its tensors.
 
     Args:
-        path: the file.
-        kind: what it is to be.
         types: of the values that it must have, by key.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, not of this kind, or lacks a value.
     """
     if not Path(path).is_file():

@@ -52,7 +52,6 @@ class TimmBackbone(Backbone):
         input_size: the only (H, W) that the network takes; None if it takes any.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: timm has no such model, or the model does not have what is asked for.
     """
 
@@ -200,16 +199,7 @@ class _LastTokens(nn.Module):
 
 
 class _Form(NamedTuple):
-    """What is known of a model of timm without its weights.
-
-    Attributes:
-        options: arguments of ``create_model``, so that it takes images of any size if it can.
-        shapes: of the feature maps, by our names.
-        indices: timm's numbers of the maps.
-        paths: the module that puts out a map, in the network that timm makes; "" if not known.
-        channels_last: the maps are (N, h, w, C).
-        is_single: a transformer with one stride.
-    """
+    """What is known of a model of timm without its weights."""
 
     options: dict[str, Any]
     shapes: dict[str, FeatureShape]

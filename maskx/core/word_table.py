@@ -293,7 +293,6 @@ def word_table_from_file(
         num_images: images with any word, beside `counts`.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file cannot be used or lacks a word, or `counts` do not fit.
     """
     names = [spelled(name) for name in names]
@@ -317,7 +316,6 @@ def save_word_table(path: str | os.PathLike[str], table: WordTable) -> None:
 
     Args:
         path: file to write; a file of this name is replaced.
-        table: what to write.
     """
     tensors = {"vectors": table.vectors, "idf": table.idf}
     content = {"names": table.names, "source": table.source, "hash": table.hash}
@@ -339,7 +337,6 @@ def load_word_table(path: str | os.PathLike[str]) -> WordTable:
     """Read a table that :func:`save_word_table` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or is no word table.
     """
     if not Path(path).is_file():

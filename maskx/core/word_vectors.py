@@ -24,7 +24,6 @@ def load_class_vectors(path: str | os.PathLike, class_names: Sequence[str]) -> n
             published (a first line that holds only two counts is skipped); or an ``.npy`` file of
             shape (N, E) with the N words beside it, under the same name with the ending ``.txt``
             (one per line) or ``.json`` (a list). Of a word that comes twice, the first counts.
-        class_names: class list, by class index.
 
     Returns:
         (K, E) float32, one row per class name. Not normalised.

@@ -56,9 +56,7 @@ class CocoData:
     """An annotation file, checked and in the form that the mappers take.
 
     Attributes:
-        json_file: The file read.
         records: One per image, in the order of the file; see `load_coco`.
-        class_names: Names by class index.
         category_ids: Ids as in the file, by class index.
         problems: Number of bad entries by kind; always empty after `strict=True`.
         notes: Number of entries by what was read otherwise than it stands in the file, but as it is
@@ -109,8 +107,6 @@ def load_coco(
     an `area` that is none, a group category of Roboflow, paths with backslashes and the like.
 
     Args:
-        json_file: Annotation file.
-        image_root: Folder of the images.
         strict: Whether a bad entry is an error. If False, an annotation with a bad box is mended
             (clipped, or taken from its mask) or left out, one with a bad mask loses the parts of it
             that have no area or the whole mask and keeps its box, and entries that refer to
@@ -164,7 +160,6 @@ def read_coco_json(json_file: str | os.PathLike[str], *, strict: bool = True) ->
     """Parse an annotation file and check that its parts fit together.
 
     Args:
-        json_file: Annotation file.
         strict: Whether an entry that refers to nothing or stands twice is an error. If False,
             annotations are mended or left out as `load_coco` does it, so that what is scored is
             what was read; nothing is logged.
@@ -174,7 +169,6 @@ def read_coco_json(json_file: str | os.PathLike[str], *, strict: bool = True) ->
         annotations have an `iscrowd`, and an `area` only if it is a number above 0.
 
     Raises:
-        FileNotFoundError: If there is no such file.
         ValueError: If it is not JSON or `check_coco_structure` refuses it.
     """
     dataset = read_json(json_file, what=_WHAT)
@@ -187,7 +181,6 @@ def check_coco_structure(dataset: Any, source: str | os.PathLike[str]) -> dict[s
     Boxes and masks are not looked at; `read_box` and `read_mask` do that.
 
     Args:
-        dataset: What was read; it is not changed.
         source: File, or another name of the data, for the error.
 
     Returns:
@@ -393,11 +386,10 @@ def _read_row(
 
 
 class _UsualRows:
-    """Annotations of a chunk, of which those that are as usual are found with arrays.
+    """Annotations of a chunk, of which those that are as usual are found with arrays."""
 
-    An annotation is usual if `_read_row` would find nothing to say of it, and it has polygons or
-    no mask. Both must make the same entry.
-    """
+    # Usual is what `_read_row` would find nothing to say of, with polygons or no mask. Both must
+    # make the same entry.
 
     def __init__(
         self, rows: Rows, record_of: Mapping[Any, dict[str, Any]], structure: Structure

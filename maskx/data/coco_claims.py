@@ -29,11 +29,7 @@ _READINGS = {
 
 
 class BoxesAndMasks:
-    """Compares the boxes of a file with the extents of their masks.
-
-    Args:
-        json_file: For messages.
-    """
+    """Compares the boxes of a file with the extents of their masks."""
 
     def __init__(self, json_file: Path) -> None:
         self._json_file = json_file
@@ -52,8 +48,6 @@ class BoxesAndMasks:
 
         Args:
             bbox: Perhaps of any form.
-            record: Of its image.
-            id_: Of the annotation.
             extent: (x1, y1, x2, y2) of its mask; None if it has none.
         """
         try:

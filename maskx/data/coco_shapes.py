@@ -36,7 +36,6 @@ class AnnotationProblem(ValueError):
     Args:
         kind: Short name to count by; it starts with "box" if the box is bad.
         found: What the annotation holds.
-        allowed: What it may hold.
     """
 
     def __init__(self, kind: str, found: str, allowed: str) -> None:
@@ -49,7 +48,6 @@ class Shapes(NamedTuple):
 
     Attributes:
         box: [x1, y1, x2, y2]; None if the annotation has to be left out.
-        mask: As of `read_mask`.
         problems: What is wrong.
         is_placeholder: Whether there is no object at all: a box of zeros and no mask, as tools
             write for an image without objects.
@@ -90,8 +88,6 @@ def read_box(bbox: Any, height: int, width: int) -> list[float]:
 
     Args:
         bbox: [x, y, width, height] in absolute pixels, as in the file.
-        height: Of the image.
-        width: Of the image.
 
     Returns:
         [x1, y1, x2, y2] with positive area, clipped to the image.
@@ -129,8 +125,6 @@ def read_mask(segmentation: Any, height: int, width: int) -> list[Sequence[float
     Args:
         segmentation: As in the file: polygons [[x, y, x, y, ...], ...], an RLE dict with counts
             compressed (str or bytes) or not (list), or nothing (None, [], [[]]).
-        height: Of the image.
-        width: Of the image.
 
     Returns:
         The polygons as they are, an RLE dict with compressed counts, or None if there is no mask.
@@ -264,10 +258,8 @@ def _read_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
 
 
 def _run_lengths(counts: Any) -> np.ndarray | None:
-    """Decode RLE counts to run lengths (background first), or None if that is impossible.
-
-    pycocotools is not asked: it reads past the end of a broken string.
-    """
+    """Decode RLE counts to run lengths (background first), or None if that is impossible."""
+    # pycocotools is not asked: it reads past the end of a broken string.
     try:
         if isinstance(counts, list):
             runs = np.asarray(counts)

@@ -106,10 +106,7 @@ class Structure:
     """The images and categories of a file, and what its annotations refer to.
 
     Attributes:
-        folder: Of the file.
         images: Good entries, with whole numbers as sizes.
-        categories: Good entries.
-        class_names: By class index.
         category_ids: By class index.
         class_index: By category id.
         has_repeated_ids: Whether annotations share an id.
@@ -232,7 +229,6 @@ def read_structure(
     Args:
         dataset: A COCO dict without its annotations.
         rows: These; None if they are missing.
-        report: Takes what is wrong.
         need_files: Whether images need a `file_name`.
 
     Raises:
@@ -357,11 +353,7 @@ def _categories(
 def _without_groups(
     categories: list[dict[str, Any]], images: list[Any], rows: Rows, report: Report
 ) -> list[dict[str, Any]]:
-    """Leave out group categories, as Roboflow writes them.
-
-    Nothing is labelled with such a category, other categories name it as their supercategory, and
-    it has none of its own.
-    """
+    """Leave out group categories, as Roboflow writes them."""
     groups = [
         category
         for category in categories

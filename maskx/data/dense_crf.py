@@ -93,7 +93,6 @@ def refine(image: np.ndarray, prob: np.ndarray, settings: CrfSettings = SEC_DSRG
     Args:
         image: (H, W, 3) uint8. The colours weigh alike, so their order makes no difference.
         prob: (L, H, W) probabilities of the labels; they are clipped at 1e-5 and need not sum to 1.
-        settings: of the CRF.
 
     Returns:
         (L, H, W) float32 probabilities that sum to 1.

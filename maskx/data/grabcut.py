@@ -75,8 +75,6 @@ def grabcut_masks(
     """Segment the object in each of several boxes, in threads.
 
     Args:
-        image: see :func:`grabcut_mask`.
-        boxes: R boxes.
         workers: threads; None is one for each core.
 
     Returns:
@@ -96,8 +94,6 @@ def box_pixels(box: Sequence[float], height: int, width: int) -> tuple[int, int,
 
     Args:
         box: [x1, y1, x2, y2] in absolute pixels; it is clipped to the image.
-        height: of the image.
-        width: of the image.
 
     Returns:
         First column, first row, last column plus one, last row plus one.

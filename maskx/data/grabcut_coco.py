@@ -31,9 +31,7 @@ class GrabCutSummary:
     """What :func:`write_grabcut_json` wrote.
 
     Attributes:
-        num_masks: annotations that got a mask.
         num_whole_boxes: how many of these masks are the whole box, because GrabCut failed.
-        num_left_out: annotations left out for their box.
     """
 
     num_masks: int
@@ -43,10 +41,7 @@ class GrabCutSummary:
 
 @dataclass(frozen=True)
 class _Job:
-    """An image and the boxes to cut in it: XYXY, by the annotation's position in the file.
-
-    Positions are text, as the keys of JSON are, and unlike ids always unique as such.
-    """
+    """An image and the boxes to cut in it: XYXY, by the annotation's position in the file."""
 
     image: dict[str, Any]
     image_root: str
@@ -74,17 +69,12 @@ def write_grabcut_json(
     an interruption, and writes the same bytes as if there had been none.
 
     Args:
-        json_file: annotation file.
-        image_root: folder of the images.
         output: file to write; it must not exist.
         split: category split, see :func:`maskx.data.splits.resolve_split`, whose categories
             without masks (B) get GrabCut's; None for all categories.
         strict: whether a bad box in B is an error. If False its annotation is left out, counted.
-        workers: processes.
-        progress: show a progress bar.
 
     Raises:
-        FileNotFoundError: a file or the image folder is missing.
         ValueError: an annotation, an image, the split or a file in the way cannot be used; the
             message says why.
     """
@@ -188,10 +178,7 @@ def _make_jobs(
 def _open_partial(
     partial: Path, header: dict[str, Any]
 ) -> Iterator[tuple[BinaryIO, dict[str, Any]]]:
-    """Open the file of finished images to append to; also yields what it holds already.
-
-    Its first line is the header, each other one what `_cut_image` made of an image.
-    """
+    """Open the file of finished images to append to; also yields what it holds already."""
     content = partial.read_bytes() if partial.is_file() else b""
     complete = content[: content.rfind(b"\n") + 1]  # a kill may have cut the last line
     try:

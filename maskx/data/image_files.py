@@ -31,8 +31,6 @@ def find_images(
     Args:
         records: With `file_name` below the root and perhaps `label_map_file_name` and
             `sem_seg_file_name`; their paths are corrected in place.
-        image_root: Folder of the images.
-        report: Takes what is missing or broken.
         check_content: Whether broken images are looked for too.
 
     Returns:

@@ -43,7 +43,6 @@ def read_record_image(record: Mapping[str, Any], *, image_format: str = "BGR") -
         As of :func:`read_image`.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is no readable image, or of another size.
     """
     image = read_image(
@@ -60,16 +59,12 @@ def read_image(
     It is turned as its EXIF tag says. Grey images of 16 bits are read by their upper 8.
 
     Args:
-        path: image file.
         height: in pixels, as its annotations say; None if they do not.
-        width: likewise.
-        image_id: as in the annotation file, for errors.
 
     Returns:
         (H, W, 3) uint8 BGR.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is no readable image, is cut off, too large or too thin, or of another
             size.
     """
@@ -101,7 +96,6 @@ def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: as of :func:`read_image`.
     """
     return np.ascontiguousarray(read_image(path, None, None, None)[:, :, ::-1])
@@ -177,7 +171,6 @@ def read_image_sample(record: Mapping[str, Any]) -> dict[str, Any]:
         ``image``: (3, H, W) uint8 RGB; ``height``, ``width`` in pixels; ``image_id``.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is no readable image, or its size is not the record's.
     """
     height, width = record["height"], record["width"]
@@ -195,7 +188,6 @@ class ImageMapper:
     """Reads the image of a record, its image labels and, if asked for, its label map.
 
     Args:
-        num_classes: number of classes K, without the background.
         size: training images and their label maps are warped to squares of this side in pixels, so
             that they make a batch; None leaves them as they are.
         flip: mirror half of the training samples.
@@ -234,7 +226,6 @@ class ImageMapper:
             ``image_id``; ``image_labels``: the class indices known to be present, perhaps none.
 
         Raises:
-            FileNotFoundError: there is no such file.
             ValueError: the file is no readable image, its size is not the record's, or an image
                 label is no class index.
         """
@@ -250,16 +241,7 @@ class ImageMapper:
     def __call__(
         self, record: Mapping[str, Any], random_state: np.random.RandomState
     ) -> dict[str, Any]:
-        """Make a training sample.
-
-        Returns:
-            What :meth:`read_image` returns, with ``image`` warped to (3, ``size``, ``size``), and
-            with ``sem_seg``, the label map, of the same size, int64, if label maps are asked for.
-
-        Raises:
-            FileNotFoundError: the image or its label map is missing.
-            ValueError: one of them does not fit the record.
-        """
+        """Make a training sample."""
         sample = self.read_image(record)
         if self.label_maps:
             sample["sem_seg"] = self._label_map(record)

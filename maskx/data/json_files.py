@@ -103,10 +103,8 @@ def read_json(path: str | os.PathLike[str], *, what: str = "JSON file") -> Any:
 
     Args:
         path: UTF-8, with or without a byte order mark.
-        what: What it is, for the errors.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: It is not valid JSON; a key stands twice in one object; it is nested too deep,
             or holds an integer of thousands of digits.
     """
@@ -124,17 +122,13 @@ def read_json_rows(
     """Parse a JSON file that is an object with one long list of objects in it.
 
     Args:
-        path: As of `read_json`.
-        section: Key of the list.
         keys: Keys of its objects that are read.
         raw_key: One more, whose values are long.
-        what: As of `read_json`.
 
     Returns:
         What the file holds, without that list, and the list; None where there is no such list.
 
     Raises:
-        FileNotFoundError: As `read_json`.
         ValueError: As `read_json`.
     """
     content = _read_bytes(path, what)

@@ -47,9 +47,6 @@ _GREY, _PALETTE = 0, 3  # colour types of PNG
 def ignore_label(num_classes: int) -> int:
     """Return the label of unknown pixels: 255 for up to 254 classes, else 65535.
 
-    Args:
-        num_classes: number of classes, without the background.
-
     Raises:
         ValueError: label maps cannot hold so many classes.
     """
@@ -73,17 +70,12 @@ def read_label_map(
 
     Args:
         path: PNG file, grey or with a palette.
-        height: of the image in pixels.
-        width: of the image in pixels.
-        num_classes: number of classes, without the background.
-        image_id: id of the image, for errors.
 
     Returns:
         (H, W) uint8 for up to 254 classes, else int32, as torch computes little with uint16.
         Values are 0 to `num_classes` and `ignore_label(num_classes)`.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file is no such label map.
     """
     where = f"Label map '{os.fspath(path)}' (image {image_id!r})"
@@ -137,7 +129,6 @@ def write_label_map(
     Args:
         path: file to write, in a folder that exists.
         label_map: (H, W) integers, 0 to `num_classes` and `ignore_label(num_classes)`.
-        num_classes: number of classes, without the background.
 
     Raises:
         ValueError: the array is no such label map.
@@ -210,7 +201,6 @@ def label_map_of_instances(record: Mapping[str, Any], num_classes: int) -> np.nd
 
     Args:
         record: as `maskx.data.coco.load_coco` makes it.
-        num_classes: number of classes, without the background.
 
     Returns:
         (H, W), with types and values as of `read_label_map`.
@@ -255,13 +245,11 @@ def semantic_label_map(record: Mapping[str, Any], num_classes: int) -> np.ndarra
 
     Args:
         record: as `maskx.data.coco.load_coco` makes it.
-        num_classes: number of classes, without the background.
 
     Returns:
         (H, W), with types and values as of `read_label_map`.
 
     Raises:
-        FileNotFoundError: the file is missing.
         ValueError: the file or a class index does not fit `num_classes`.
     """
     if "label_map_file_name" not in record:

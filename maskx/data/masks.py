@@ -21,8 +21,6 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int) -> n
     Args:
         segmentation: a list of polygons ``[x0, y0, x1, y1, ...]`` or a compressed run-length
             encoding.
-        height: height of the image in pixels.
-        width: width of the image in pixels.
 
     Returns:
         (height, width) bool.
@@ -61,8 +59,6 @@ def decode_at_size(
 
     Args:
         segmentation: polygons, or a compressed run-length encoding, in pixels of the image.
-        height: of the image.
-        width: of the image.
         size: (H, W) of the result.
 
     Returns:
@@ -171,14 +167,9 @@ class PastedMasks:
 
 
 def _resampling(low: float, high: float, size: int, prob: Tensor) -> tuple[int, Tensor]:
-    """Weights of the M values of a mask for each pixel near its box, along one axis.
-
-    The centre of a pixel is at half its index more, and beyond its outer centres a mask fades to
-    zero, as in Detectron2.
-
-    Returns:
-        The first of the pixels, and (pixels, M).
-    """
+    """Return the first pixel near a box along an axis, and (pixels, M) weights of the values."""
+    # The centre of a pixel is at half its index more, and beyond its outer centres a mask fades to
+    # zero, as in Detectron2.
     start, stop = max(0, math.floor(low) - 1), min(size, math.ceil(high) + 1)
     centres = torch.arange(start, max(start, stop), device=prob.device) + 0.5
     position = (centres - low) / (high - low) * len(prob) - 0.5

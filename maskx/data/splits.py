@@ -42,7 +42,6 @@ def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> Catego
             masks: a text file with one name per line (``#`` starts a comment), a JSON list of
             names, or a JSON object ``{"with_masks": [...], "without_masks": [...]}`` of which
             either list may be left out.
-        class_names: class list of the data set, by class index.
 
     Returns:
         The split, with disjoint sides that cover the class list and a non-empty A.
@@ -97,7 +96,6 @@ def check_masks_of_split(
     Args:
         split: in the class list of the records.
         records: of :func:`maskx.data.coco.load_coco`, to train on.
-        source: where they are from, for the message.
 
     Raises:
         ValueError: none of these categories has a mask, so that none could be learned.
@@ -130,11 +128,7 @@ def check_masks_of_split(
 
 @functools.cache
 def _coco_random_draws() -> dict[str, tuple[int, ...]]:
-    """Category positions of A in the 25 random COCO splits of the Mask^X R-CNN paper.
-
-    One legacy NumPy stream with seed 3 serves all draws, so their order matters: trial 1..5
-    outside, 20..60 categories inside. RandomState's stream is frozen by NumPy's own promise.
-    """
+    """Category positions of A in the 25 random COCO splits of the Mask^X R-CNN paper."""
     random_state = np.random.RandomState(3)
     return {
         f"coco_random_{size}_{trial}": tuple(

@@ -17,9 +17,7 @@ def write_tag_lines(
     """Write JSON lines ``{"file_name": ..., "tags": [...]}``, whole or not at all.
 
     Args:
-        path: File to write.
         images: File names and the tags of each, as places in `names`.
-        names: Words.
 
     Returns:
         Number of images.

@@ -42,7 +42,6 @@ class TagList:
         offsets: (N + 1,) int64; the tags of image n are `indices[offsets[n]:offsets[n + 1]]`.
         indices: Concept indices, int32, of each image without repetition and ascending.
         image_ids: Of each image its file name where the file gives one, else its id.
-        source: File, for messages.
     """
 
     names: tuple[str, ...]
@@ -79,9 +78,7 @@ def tag_list(
 
     Args:
         image_labels: of each image its concept indices; repetitions count once.
-        names: vocabulary.
         image_ids: of each image; its position if None.
-        source: what the tags are, for messages.
 
     Raises:
         ValueError: a name comes twice, an index is not of the vocabulary, or lengths differ.
@@ -107,7 +104,6 @@ def read_vocabulary(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Read a list of words: a `.json` file with a list, or a text file with one word per line.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file holds something else, nothing, or a word twice.
     """
     path = Path(path)
@@ -149,7 +145,6 @@ def read_tag_list(
             If False it is left out, counted and reported in one warning.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: the file cannot be used; the message says why.
     """
     path = Path(path)

@@ -72,11 +72,7 @@ def split_average_precision(
 
 
 def class_average_precision(precision: np.ndarray) -> list[float]:
-    """AP of every class in percent, NaN without ground truth.
-
-    Args:
-        precision: See `split_average_precision`.
-    """
+    """AP of every class in percent, NaN without ground truth."""
     all_sizes = precision[:, :, :, _PARAMS.areaRngLbl.index("all"), -1]
     return [_mean_percent(all_sizes[:, :, k]) for k in range(precision.shape[2])]
 

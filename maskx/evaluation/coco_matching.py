@@ -71,7 +71,6 @@ def run_cocoeval(
 
     Args:
         ground_truth: COCO dict, whose annotations are complete; COCOeval may change them.
-        detections: COCO results.
         category_ids: what is evaluated, of the ids of the file.
         iou_type: "bbox" or "segm".
         max_detections: detections scored for each image and category.

@@ -47,7 +47,6 @@ def draw_instances(
         image: (H, W, 3) uint8 RGB.
         boxes: (N, 4) XYXY pixels.
         masks: (N, H, W) bool.
-        labels: text of each instance.
         with_masks: whether the category of each instance had masks in training: green, else red.
         side: size of the tile in pixels; the image is fitted into it.
 
@@ -169,8 +168,6 @@ def contact_sheet(
     """Lay tiles of one size out in rows.
 
     Args:
-        tiles: row by row.
-        columns: tiles in a row.
         row_titles: text above each row; none without.
         column_titles: text at the top of each column; none without.
         legend: RGB colours and what they mean, above everything else; by default the two box

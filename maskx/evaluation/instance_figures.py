@@ -28,7 +28,6 @@ def save_pictures(
 
     Args:
         folder: of ``predictions.png`` and, of several methods, ``comparison.png``.
-        data: that was predicted.
         detections: in COCO's results format, by method; the first decides on the images.
         split: categories of A are drawn in another colour than those of B.
 

@@ -36,11 +36,7 @@ class MeanIoU:
 
     Labels are those of `maskx.data.label_maps`: 0 is the background, c + 1 is class index c.
 
-    Args:
-        num_classes: number of classes K, without the background.
-
     Attributes:
-        num_classes: as given.
         intersections: (K + 1,) int64, by label: pixels with this label in prediction and truth.
         predicted: (K + 1,) int64, by label: pixels predicted so.
         true: (K + 1,) int64, by label: pixels that are so.
@@ -65,7 +61,6 @@ class MeanIoU:
         Args:
             predicted: (H, W) integers from 0 to K.
             truth: (H, W) integers from 0 to K, and `ignore_label(K)` where it is not known.
-            image_id: id of the image, for errors.
             allow_undecided: whether the prediction may be `ignore_label(K)` too. Such a pixel is
                 FN of its true label and FP of none.
 

@@ -24,7 +24,6 @@ def plot_relative_gains(
     """Draw how much weight transfer gains on random splits (Mask^X R-CNN, Figure 3.1).
 
     Args:
-        path: PNG file to write.
         mean_masks: of each split, masks in the training data per category of A.
         relative_gains: of each split, change of the mask AP on B against the baseline in percent.
         num_with_masks: of each split, |A|; one marker and colour each.
@@ -75,7 +74,6 @@ def plot_settings(
     """Draw a row per setting: a dot for each seed, a line at their mean.
 
     Args:
-        path: PNG file to write.
         values: of each setting, one value per seed; the first setting comes on top.
         label: what the values are, with their unit.
 

@@ -61,11 +61,9 @@ def prepare_ade20k_150(
 
     Args:
         challenge: `ADEChallengeData2016`, with the folders `images` and `annotations`.
-        output: Folder to write to.
         allow_other_counts: Whether the numbers of images may be others than `ADE20K_150_COUNTS`.
 
     Raises:
-        FileNotFoundError: A folder is missing.
         ValueError: The numbers of images are not what they should be, or files of an image.
     """
     challenge, output = Path(challenge), Path(output)
@@ -115,14 +113,12 @@ def prepare_ade20k_full(
     Args:
         full: `ADE20K_2021_17_01`, with `images/ADE/{training,validation}/*/*/ADE_*.jpg` and
             `*_seg.png` beside them.
-        output: Folder to write to.
         short_side: Images whose shorter side is longer are made so small, bilinearly, and all are
             in `output/images`. 512 is the size at which the 847 classes are commonly evaluated.
             With 0 images stay as and where they are, and are named from `full/images/ADE`.
         allow_other_counts: Whether the numbers of images may be others than `ADE20K_FULL_COUNTS`.
 
     Raises:
-        FileNotFoundError: A folder is missing.
         ValueError: The numbers of images are not what they should be, or files of an image.
     """
     if short_side < 0:

@@ -27,9 +27,7 @@ class CcpSummary:
     """What `prepare_ccp` wrote.
 
     Attributes:
-        class_names: by class index.
         num_images: by file.
-        num_masks: images with a mask, by file.
         labels_per_image: mean number of image labels, by file.
     """
 
@@ -65,7 +63,6 @@ def prepare_ccp(ccp: str | os.PathLike[str], output: str | os.PathLike[str]) -> 
         output: Folder to write to; it is created, files of an earlier run are replaced.
 
     Raises:
-        FileNotFoundError: A file is missing.
         ValueError: A file is not what it should be, or an image is in two lists.
     """
     ccp, output = Path(ccp), Path(output)

@@ -71,13 +71,9 @@ def prepare_coco_stuff(
 
     Args:
         images: Folder of COCO's images, with the folders `train2017` and `val2017`.
-        masks: `stuffthingmaps`, with the same folders.
-        output: Folder to write to.
-        naming: As in `coco_stuff_names`.
         allow_other_counts: Whether the numbers of images may be others than `COCO_STUFF_COUNTS`.
 
     Raises:
-        FileNotFoundError: A folder is missing.
         ValueError: The numbers of images are not what they should be, or files of an image.
     """
     images, masks, output = Path(images), Path(masks), Path(output)

@@ -28,7 +28,6 @@ def csv_rows(
         Line number, counted from 1, and fields. Empty lines are passed over.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: It is no CSV file, lacks a column, or a row is shorter than the columns need.
     """
     path = Path(path)

@@ -118,7 +118,6 @@ class ImageNetSummary:
 
     Attributes:
         classes: Which classes: a name of `IMAGENET_CLASS_LISTS`, or a file.
-        num_images: Images by class name.
         missing: Synsets of the list that have no folder, or no image, by class name.
         without_synset: Classes of ADE20K for which no synset has been found.
         num_reused: Folders whose sizes an earlier run had read.
@@ -191,7 +190,6 @@ def prepare_imagenet21k(
         max_images_per_class: Take the first so many images of each folder, by name.
         allow_other_counts: Whether synsets of the list may have no images.
         strict: Whether an image that cannot be read is an error. If False it is left out, counted.
-        workers: Processes.
 
     Raises:
         FileNotFoundError: There is no folder of images, or no file `classes`.
@@ -256,7 +254,6 @@ def choose_synsets(
     """Choose synsets and name them.
 
     Args:
-        classes: As in `prepare_imagenet21k`.
         counts: Number of images by synset.
 
     Returns:
@@ -291,7 +288,6 @@ def match_synsets(
     """Match classes of ADE20K with synsets by names; the module says how.
 
     Args:
-        classes: Classes with their names.
         counts: Number of images by synset, for synsets of the same names. Where given, synsets
             without images are not chosen if another fits as well.
         synsets: Names by synset; those of ImageNet by default.

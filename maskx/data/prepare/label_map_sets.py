@@ -68,7 +68,6 @@ class LabelMapSetSummary:
     """What `write_label_map_set` wrote; as text, numbers of images and the rarest classes.
 
     Attributes:
-        class_names: Names by class index.
         num_images: By part.
         num_unlabeled: By part the images of which no pixel has a class.
         num_images_with: By part the number of images with each class, by class index.
@@ -126,7 +125,6 @@ def write_label_map_set(
 
     Args:
         parts: Images by part, such as "train".
-        class_names: Names by class index.
         output: Folder to write to; it is created.
         prefix: Start of the names of the JSON files.
         image_roots: By part the folder from which images are named.
@@ -134,7 +132,6 @@ def write_label_map_set(
         short_side: Pixels; an image whose shorter side is longer is made so small, with its label
             map.
         strict: Whether an image without usable files is an error. If False it is left out, counted.
-        workers: Processes.
 
     Raises:
         ValueError: With `strict`, files of an image are bad; or no image is left.
@@ -256,7 +253,6 @@ def oriented_size(path: Path) -> tuple[int, int, int]:
     Readers turn images by this tag, so height and width are those of the turned image.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: The file is no image.
     """
     try:
@@ -293,7 +289,6 @@ def read_values(path: Path, *, kind: str) -> np.ndarray:
         kind: "grey" for (H, W) integers or "colour" for (H, W, 3) uint8.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: The file is no such image.
     """
     try:
@@ -327,12 +322,9 @@ def relabel_by_value(path: Path, labels: np.ndarray, allowed: str) -> np.ndarray
     """Read grey masks and look every value up.
 
     Args:
-        path: File of masks.
         labels: (V,) labels by value; -1 for values that are not allowed.
-        allowed: What values are allowed, for errors.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: The file is no such image, or a value is not allowed.
     """
     values = read_values(path, kind="grey")
@@ -355,7 +347,6 @@ def label_table(
     Args:
         labels: Labels (class index + 1) by value.
         num_values: Length of the table.
-        num_classes: Number of classes.
         unlabeled: Values of pixels of which nothing is known.
     """
     table = np.full(num_values, -1, np.int32)

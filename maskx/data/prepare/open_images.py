@@ -90,14 +90,11 @@ def prepare_open_images_tags(
 
     Args:
         label_files: CSV files of labels: verified ones, machine labels, or both.
-        names: Of classes by id, see `read_open_images_names`.
-        output: File to write; its folder is created.
         min_machine_confidence: Take machine labels of at least this confidence too, unless people
             have denied them. None: verified labels only.
         existing_images: Folder of images; those that are not there are left out, counted.
 
     Raises:
-        FileNotFoundError: A file or the folder is missing.
         ValueError: A file is not what it should be, or no tag is left.
     """
     if min_machine_confidence is not None and not 0 < min_machine_confidence <= 1:
@@ -144,9 +141,7 @@ def prepare_open_images_boxes(
 
     Args:
         box_file: CSV file of boxes.
-        names: Of classes by id, see `read_open_images_names`.
         images: Folder of the images, ID.jpg.
-        output: File to write; its folder is created.
         sizes: CSV file ImageID,Width,Height,Orientation, of images as readers turn them. Images
             that are not in it are read and added to it, also when the run is interrupted, so that
             a repeated run reads no image twice.

@@ -134,7 +134,6 @@ def read_open_images_names(
         Names by id.
 
     Raises:
-        FileNotFoundError: A file is missing.
         ValueError: A file is no list of classes, or gives an id twice.
     """
     with_boxes = _read_descriptions(boxable)

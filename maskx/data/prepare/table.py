@@ -37,11 +37,9 @@ def prepare_command(name: str, *options: str) -> str:
 
 
 def _made_by(function: str, **places: str | Callable[[Path, Mapping[str, Path]], Path]) -> Any:
-    """Return the `run` that calls a function of this folder with paths and options by name.
-
-    Of each path is given where it is below ROOT, or found by ROOT and the paths before; an option
-    of its name goes first. The last of them is written.
-    """
+    """Return the `run` that calls a function of this folder with paths and options by name."""
+    # Of each path is given where it is below ROOT, or how it is found by ROOT and the paths before;
+    # an option of its name goes first. The last of them is written.
 
     def run(root: Path, **options: Any) -> Iterator[str]:
         paths: dict[str, Path] = {}

@@ -83,7 +83,6 @@ class Summary:
         infrequent: COCO classes whose synset is not among the most frequent: name to synset and
             its frequency.
         splits: For each of `SPLITS` the number of images, boxes, and classes with a box.
-        most_frequent: The classes with the most boxes, with their number.
         left_out: Number of objects without annotation, by reason.
         clipped: Number of boxes cut off at the border of their image; the file has them cut.
         renumbered: Number of annotations with a new id because their object id is repeated.
@@ -141,16 +140,10 @@ def prepare_visual_genome(
     images, 2.5 million objects, 362 MB): 3.3 GB and 27 s of one core.
 
     Args:
-        objects_json: `objects.json` of Visual Genome 1.4.
-        image_data_json: `image_data.json` of Visual Genome 1.4.
         coco_val_json: COCO's `instances_val2017.json`; only the image ids are used.
         output: Folder to write to; it is created, files of an earlier run are replaced.
-        num_classes: See `choose_classes`.
-        reference_classes: See `choose_classes`.
-        num_test_images: See `split_images`.
 
     Raises:
-        FileNotFoundError: A file is missing.
         ValueError: A file is not what it should be, or there are too few synsets.
     """
     val_ids = _read_image_ids(Path(coco_val_json))
@@ -302,7 +295,6 @@ def read_class_names(path: str | os.PathLike[str]) -> list[str]:
         Names by class index.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: It is not what `prepare_visual_genome` writes.
     """
     path = Path(path)

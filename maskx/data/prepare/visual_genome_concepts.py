@@ -38,7 +38,6 @@ class VisualGenomeConceptSummary:
     Attributes:
         splits: Of each split the number of images with a tag, tags, boxes, and images without one.
         kept_synsets: Classes that keep the synset as their name, with their boxes.
-        most_frequent: Concepts with the most boxes.
     """
 
     splits: dict[str, tuple[int, int, int, int]]
@@ -74,7 +73,6 @@ def prepare_visual_genome_concepts(
             the files are written there too.
 
     Raises:
-        FileNotFoundError: A file is missing.
         ValueError: A file is not what `prepare_visual_genome` writes.
     """
     folder = Path(folder)

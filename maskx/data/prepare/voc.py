@@ -100,15 +100,12 @@ def prepare_voc(
     `voc/JPEGImages`, ids are the digits of the name.
 
     Args:
-        voc: `VOCdevkit/VOC2012`.
         sbd: `benchmark_RELEASE/dataset` of SBD (`cls/*.mat`, `train.txt`, `val.txt`), or a folder
             of its masks as PNG, known as `SegmentationClassAug`. Every file in it counts as of
             SBD; that it often has those of VOC's lists as well changes nothing.
-        output: Folder to write to.
         allow_other_counts: Whether the lists may have other lengths than `VOC_COUNTS`.
 
     Raises:
-        FileNotFoundError: A folder or a list is missing.
         ValueError: The lists are not what they should be, or files of an image.
     """
     voc, sbd, output = Path(voc), Path(sbd), Path(output)

@@ -174,11 +174,8 @@ def generate_concept_scenes(
     Calling this again with the same arguments costs next to nothing.
 
     Args:
-        root: folder to write to; it is created.
-        count: number of scenes.
         size: image side or (height, width) in pixels, at least 64.
         seed: 0 to 2^32 - 1.
-        progress: show progress bars.
 
     Returns:
         Path of `concepts.json`.
@@ -249,10 +246,8 @@ def write_scene_tags(
     Args:
         path: file to write, JSON lines ``{"image_id": 0, "tags": ["green", "plus", ...]}``; it is
             there whole or not at all.
-        count: number of scenes.
         seed: 0 to 2^32 - 1; another one than that of the images, to have other scenes.
         unseen: whether unseen concepts are in the lists.
-        progress: show a progress bar.
 
     Returns:
         ``path``.

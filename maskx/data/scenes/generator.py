@@ -69,13 +69,11 @@ class ThingCategory:
     """A category of countable objects.
 
     Attributes:
-        name: unique name.
         family: shape family, the `supercategory` of the JSON.
         outline: shape in object coordinates.
         max_tilt: largest rotation to either side in degrees.
         color: one of `COLORS`.
         vivid: bright with dark texture; otherwise dark with light texture.
-        texture: the texture of most objects.
     """
 
     name: str
@@ -92,7 +90,6 @@ class StuffCategory:
     """A category of background regions.
 
     Attributes:
-        name: unique name.
         color: mean colour, RGB in [0, 255].
         altitude: usual height of the region's centre: 0 = top of the image, 1 = bottom.
         grain: (height, width) of the texture's grain in pixels of a 128-pixel image.
@@ -189,13 +186,10 @@ _VERSION_COLORS = ((0, 2), (1, 3), (2, 0), (3, 1))
 
 
 def _thing_category(index: int) -> ThingCategory:
-    """Category of a place in the table: a shape in a colour.
-
-    Neither shape nor colour alone tells whether a category has masks (even places) or not (odd
-    places), only both together. What is learned of shapes and colours on one side can so be put
-    together to categories of the other side, whereas a colour of its own for each category would
-    teach that the colours of B are background, which they always are in the masks of A.
-    """
+    """Category of a place in the table: a shape in a colour."""
+    # Neither shape nor colour alone tells whether a category has masks (even places) or not (odd
+    # places), only both together: what is learned on one side can be put together to categories of
+    # the other. A colour of its own for each category would teach that those of B are background.
     round_index, place = divmod(index, _ROUND)
     half, place = divmod(place, _ROUND // 2)
     pair, place = divmod(place, 4)
@@ -236,10 +230,7 @@ class SceneStyle:
 
     Attributes:
         compounds: objects of two parts, whose categories always occur together, are among them.
-        min_instances: fewest in a scene.
-        max_instances: most in a scene.
         min_scale: smallest side of an object over the shorter side of the image.
-        max_scale: largest such ratio.
         crowding: share of the objects that are placed on purpose where another one is.
     """
 
@@ -304,15 +295,7 @@ class _Pose:
 
 @dataclass(frozen=True)
 class _Patch:
-    """The pixels around one posed object, clipped to the image.
-
-    Attributes:
-        window: (rows, columns) slices of the image.
-        label: (h, w) int64, 0 = outside, k = k-th part of the object.
-        x: (h, w) object coordinates, [-1, 1] inside the object.
-        y: as `x`.
-        areas: pixels per part before clipping.
-    """
+    """The pixels around one posed object, clipped to the image."""
 
     window: tuple[slice, slice]
     label: np.ndarray
@@ -380,7 +363,6 @@ def render_scene(
         index: number of the scene within the seed, 0 to 2^32 - 1.
         size: image side or (height, width) in pixels, at least 64.
         num_categories: a multiple of 4; see `scene_categories`.
-        style: one of `STYLES`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -425,12 +407,7 @@ def _choice(random: np.random.RandomState, items: Sequence[_T]) -> _T:
 def _draw_background(
     shape: tuple[int, int], random: np.random.RandomState
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Textured stuff regions with clutter on them.
-
-    Returns:
-        image: (H, W, 3) float64, RGB in about [0, 255].
-        stuff: (H, W) uint8, 1 + index into `STUFF_CATEGORIES`. Clutter keeps the label below it.
-    """
+    """Textured stuff regions with clutter on them."""
     stuff = _stuff_regions(shape, random)
     image = np.empty((*shape, 3))
     for label in np.unique(stuff).tolist():
@@ -498,15 +475,7 @@ def _draw_things(
     style: SceneStyle,
     random: np.random.RandomState,
 ) -> tuple[np.ndarray, list[tuple[int, dict[str, str]]]]:
-    """Draws objects into `image`, later ones over earlier ones.
-
-    A pose that would leave the object itself or an earlier one with too few visible pixels is
-    given up before anything is drawn.
-
-    Returns:
-        owner: (H, W) int64, 0 = background, k = k-th instance.
-        instances: (class index, attributes) of the k-th instance at position k - 1.
-    """
+    """Draws objects into `image`, later ones over earlier ones."""
     shape = image.shape[:2]
     objects = _objects(table)
     owner = np.zeros(shape, np.int64)
@@ -686,13 +655,9 @@ def generate_scenes(
     polygons, all others as compressed RLE.
 
     Args:
-        root: folder to write to; it is created.
-        count: number of scenes.
         size: image side or (height, width) in pixels, at least 64.
         num_categories: a multiple of 4; see `scene_categories`.
-        style: one of `STYLES`.
         seed: 0 to 2^32 - 1.
-        progress: show a progress bar.
 
     Returns:
         Path of `annotations.json`.

@@ -134,8 +134,6 @@ def texture_depth(
         name: one of `TEXTURE_NAMES`.
         x: point coordinates in texture cells: a stripe, a square of the checks, the distance
             between dots and a grain of the noise all measure one cell.
-        y: as `x`.
-        random: source of the grains; other textures draw nothing from it.
 
     Returns:
         float array shaped like `x` with values in [0, 1]; all zero for `plain`.
@@ -164,7 +162,6 @@ def smooth_noise(
     Args:
         shape: (height, width) of the field.
         cell: (height, width) of a lattice cell in pixels.
-        random: source of the lattice values.
 
     Returns:
         (height, width) float64 with values in [0, 1].
