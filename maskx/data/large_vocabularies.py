@@ -28,6 +28,7 @@ __all__ = [
     "base_and_novel",
     "coco_stuff_classes",
     "imagenet_synsets",
+    "vocabulary_rows",
 ]
 
 LARVSEG_SPLITS = ("ade150_raw", "ade150_renamed", "ade847_raw", "ade847_renamed")
@@ -72,7 +73,7 @@ def coco_stuff_classes() -> tuple[CocoStuffClass, ...]:
     """Return the 171 classes of COCO-Stuff, ordered by id."""
     return tuple(
         CocoStuffClass(int(category_id), name, renamed)
-        for category_id, name, renamed in _rows("coco_stuff_171.tsv")
+        for category_id, name, renamed in vocabulary_rows("coco_stuff_171.tsv")
     )
 
 
@@ -125,10 +126,11 @@ def base_and_novel(split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _ade_classes(file_name: str) -> tuple[AdeClass, ...]:
     return tuple(
         AdeClass(int(value), name, tuple(names.split(", ")))
-        for value, name, names in _rows(file_name)
+        for value, name, names in vocabulary_rows(file_name)
     )
 
 
-def _rows(file_name: str) -> list[list[str]]:
+def vocabulary_rows(file_name: str) -> list[list[str]]:
+    """Read a table of `maskx/data/vocabulary_files`, without the names of its columns."""
     lines = (_FOLDER / file_name).read_text(encoding="utf-8").splitlines()
-    return [line.split("\t") for line in lines[1:]]  # the first line names the columns
+    return [line.split("\t") for line in lines[1:]]

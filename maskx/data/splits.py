@@ -20,7 +20,7 @@ from maskx.data.scenes.generator import scene_half_of
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES_IN_COCO
 from maskx.supervision import CategorySplit, check_category_names, split_one_side
 
-__all__ = ["check_masks_of_split", "resolve_split", "split_names"]
+__all__ = ["check_masks", "resolve_split", "split_names"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,42 +88,41 @@ def _random_draw(class_names: tuple[str, ...], size: int, trial: int) -> tuple[s
     return tuple(class_names[index] for index in sorted(drawn))
 
 
-def check_masks_of_split(
-    split: CategorySplit, records: Iterable[Mapping[str, Any]], source: str | os.PathLike
-) -> None:
-    """Compare the categories that a split says to have masks with the masks that are there.
+def check_masks(records: Iterable[Mapping[str, Any]], split: CategorySplit) -> None:
+    """Compare the categories that a split says to have masks (A) with the masks of training data.
+
+    Those without any are named in a warning.
 
     Args:
-        split: in the class list of the records.
         records: of :func:`maskx.data.coco.load_coco`, to train on.
+        split: in their class list.
 
     Raises:
         ValueError: none of these categories has a mask, so that none could be learned.
     """
-    objects, masks = Counter(), Counter()
+    boxes, masks = Counter(), Counter()
     for record in records:
         for annotation in record["annotations"]:
             if not annotation["iscrowd"]:
-                objects[annotation["class_index"]] += 1
-                masks[annotation["class_index"]] += "segmentation" in annotation
+                boxes[annotation["class_index"]] += 1
+                masks[annotation["class_index"]] += bool(annotation.get("segmentation"))
         if "label_map_file_name" in record:
-            objects.update(record["image_labels"])
             masks.update(record["image_labels"] or range(len(split.class_names)))
     indices = split.indices_with_masks
     without = [index for index in indices if not masks[index]]
     if not without:
         return
-    counts = listed([f"{split.class_names[i]} ({objects[i]} objects)" for i in without])
-    found = (
-        f"Category split '{split.name}' says that {len(indices)} categories have masks, but in "
-        f"{os.fspath(source)} {len(without)} of them have none: {counts}."
-    )
+    counts = listed([f"{split.class_names[i]} ({boxes[i]} boxes)" for i in without])
+    found = f"Category split '{split.name}' says that {len(indices)} categories have masks (A), but"
     if len(without) == len(indices):
         raise ValueError(
-            f"{found} No mask could be learned. Name categories whose objects have masks, or add "
-            "their masks to the file."
+            f"{found} no annotation of theirs has one: {counts}. No mask could be learned. Add "
+            "polygons or RLE masks to the annotation file, or name categories that have some."
         )
-    logger.warning("%s Their masks will be learned from no example.", found)
+    logger.warning(
+        "%s %d of them have none in the training data: %s. They learn from their boxes alone.",
+        *(found, len(without), counts),
+    )
 
 
 @functools.cache

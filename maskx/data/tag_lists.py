@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from maskx.core.files import written_text
 from maskx.core.text import listed
 from maskx.core.word_table import spelled
 from maskx.data.coco import read_coco_json
 
-__all__ = ["TagList", "read_tag_list", "read_vocabulary", "tag_list"]
+__all__ = ["TagList", "read_tag_list", "read_vocabulary", "tag_list", "write_tag_lines"]
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +162,31 @@ def read_tag_list(
     for where, image_id, tags in entries:
         reader.add(where, image_id, tags)
     return reader.finish(min_count)
+
+
+def write_tag_lines(
+    path: str | os.PathLike[str],
+    images: Iterable[tuple[str, Sequence[int]]],
+    names: Sequence[str],
+) -> int:
+    """Write JSON lines ``{"file_name": ..., "tags": [...]}``, whole or not at all.
+
+    Args:
+        images: File names and the tags of each, as places in `names`.
+
+    Returns:
+        Number of images.
+    """
+    words = [json.dumps(name, ensure_ascii=False) for name in names]
+    number = 0
+    with written_text(path) as file:
+        for file_name, tags in images:
+            tags = ", ".join(words[tag] for tag in tags)
+            file.write(
+                f'{{"file_name": {json.dumps(file_name, ensure_ascii=False)}, "tags": [{tags}]}}\n'
+            )
+            number += 1
+    return number
 
 
 class _Reader:

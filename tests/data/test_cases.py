@@ -15,7 +15,7 @@ import pytest
 
 from maskx.data.coco import in_class_list, load_coco, read_coco_json
 from maskx.data.label_maps import semantic_label_map
-from maskx.data.splits import check_masks_of_split, resolve_split
+from maskx.data.splits import check_masks, resolve_split
 
 CASES = Path(__file__).parents[3] / "shared" / "cases"
 SIZE = 96
@@ -428,12 +428,10 @@ def test_a_split_that_names_categories_without_masks(folder, caplog):
     data = read(folder, content)
     (folder / "split.txt").write_text("ring\ncrescent\n")
     split = resolve_split(folder / "split.txt", data.class_names)
-    with pytest.raises(
-        ValueError, match=r"2 of them have none: 'ring \(3 objects\)'.*No mask could"
-    ):
-        check_masks_of_split(split, data.records, data.json_file)
+    with pytest.raises(ValueError, match=r"one: 'ring \(3 boxes\)'.*No mask could"):
+        check_masks(data.records, split)
     split = resolve_split("all", data.class_names)
-    check_masks_of_split(split, data.records, data.json_file)
+    check_masks(data.records, split)
     assert "2 of them have none" in caplog.text
 
 

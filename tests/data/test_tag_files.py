@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from maskx.data.tag_files import write_tag_lines
-from maskx.data.tag_lists import read_tag_list
+from maskx.data.tag_lists import read_tag_list, write_tag_lines
 
 
 def test_a_tag_list_comes_back(tmp_path):

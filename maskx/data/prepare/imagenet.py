@@ -32,6 +32,7 @@ from maskx.data.large_vocabularies import (
     ade20k_150_classes,
     ade20k_847_classes,
     imagenet_synsets,
+    vocabulary_rows,
 )
 from maskx.data.prepare.label_map_sets import (
     check_folder,
@@ -55,52 +56,7 @@ __all__ = [
 
 # Synsets that share a name with a class of ADE20K or COCO-Stuff, but show another thing. Found by
 # reading the definitions of most matches; there may be finer ones left.
-HOMONYMS = {
-    "n00440039": "track, running",
-    "n00474568": "the game of baseball",
-    "n01323493": "dam, a mother animal",
-    "n01608432": "kite, a bird",
-    "n01858845": "pen, a swan",
-    "n01906749": "sponge, an animal",
-    "n02012849": "crane, a bird",
-    "n02043808": "skimmer, a bird",
-    "n02387722": "poster, a horse",
-    "n02576575": "jack, a fish",
-    "n02662825": "windowpane, a flounder",
-    "n02848921": "dummy, a cartridge",
-    "n02890351": "drum of a brake",
-    "n02936921": "cage, the goal of ice hockey",
-    "n02969010": "carriage of a machine",
-    "n02998563": "sink, a cesspool",
-    "n03149135": "curb, a horse's bit",
-    "n03188531": "napkin, a diaper",
-    "n03201208": "board, a dining table",
-    "n03341153": "finger of a glove",
-    "n03459914": "grill, a restaurant",
-    "n03462747": "earth, an electrical connection",
-    "n03945615": "pipe, a wind instrument",
-    "n04111414": "rotisserie, a restaurant",
-    "n04113194": "roulette, a toothed wheel",
-    "n04198797": "cushion, a shock absorber",
-    "n04464125": "track of a record",
-    "n04597066": "wood, a golf club",
-    "n04598582": "wood, an instrument",
-    "n04961331": "bone, a colour",
-    "n04966941": "straw, a colour",
-    "n04981658": "ring, a sound",
-    "n07565083": "menu, the dishes of a meal",
-    "n09435739": "sink, a hole in the ground",
-    "n10070563": "exhibitor, a person",
-    "n10324560": "model, a person",
-    "n10492727": "punching bag, a person",
-    "n10501453": "sponge, a person",
-    "n10542608": "runner, a person",
-    "n10542761": "runner, a person",
-    "n10542888": "runner, a person",
-    "n10562509": "scourer, a person",
-    "n12111238": "chess, a weed",
-    "n13133613": "ear of a plant",
-}
+HOMONYMS = dict(vocabulary_rows("imagenet_homonyms.tsv"))
 
 IMAGENET_CLASS_LISTS = ("all", "ade150", "ade847")
 """Named lists of synsets: those that have a folder, or those of ADE20K's classes."""

@@ -29,7 +29,7 @@ from maskx.core.files import written_text
 from maskx.core.processes import run_jobs
 from maskx.data.prepare.csv_files import csv_rows
 from maskx.data.prepare.label_map_sets import check_folder, list_problems, oriented_size
-from maskx.data.tag_files import write_tag_lines
+from maskx.data.tag_lists import write_tag_lines
 
 __all__ = [
     "OpenImagesSummary",

@@ -18,7 +18,7 @@ from maskx.core.files import write_json
 from maskx.core.word_table import spelled
 from maskx.data.coco import read_coco_json
 from maskx.data.prepare.visual_genome import SPLITS
-from maskx.data.tag_files import write_tag_lines
+from maskx.data.tag_lists import write_tag_lines
 from maskx.data.vocabularies import COCO_THING_CLASSES
 
 __all__ = [

@@ -11,9 +11,8 @@ from tqdm import tqdm
 from maskx.data.coco import CocoData
 from maskx.data.grabcut import grabcut_masks
 from maskx.data.images import read_image_sample
-from maskx.data.mask_claims import check_masks
 from maskx.data.masks import encode_masks
-from maskx.data.splits import resolve_split
+from maskx.data.splits import check_masks, resolve_split
 from maskx.engine.batches import training_batches
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_data, write_metrics

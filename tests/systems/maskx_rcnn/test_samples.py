@@ -7,8 +7,8 @@ import torch
 
 from maskx.core.seeds import step_seed
 from maskx.data.images import read_image_sample
-from maskx.data.mask_claims import check_masks
 from maskx.data.masks import decode_segmentation, encode_masks
+from maskx.data.splits import check_masks
 from maskx.engine.batches import training_batches
 from maskx.systems.maskx_rcnn.samples import InstanceMapper, masks_of_boxes
 
@@ -182,9 +182,7 @@ def test_claims_of_masks_are_compared_with_the_data(scenes, split, caplog):
             count += 1
     check_masks(without, split)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert (
-        f"1 of them have none in the training data: {split.with_masks[0]!r} ({count} b" in message
-    )
+    assert f"1 of them have none in the training data: '{split.with_masks[0]} ({count} b" in message
     for annotation in (a for record in without for a in record["annotations"]):
         annotation.pop("segmentation", None)
     with pytest.raises(

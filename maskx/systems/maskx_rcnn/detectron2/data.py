@@ -30,8 +30,8 @@ from torch import nn
 from maskx.core.text import listed
 from maskx.data.coco import AnnotationProblem, read_mask
 from maskx.data.images import read_image, read_rgb
-from maskx.data.mask_claims import check_masks
 from maskx.data.masks import decode_segmentation
+from maskx.data.splits import check_masks
 from maskx.detectron2.adapters import AspectGroupedBatches, SeededMapper, seeded_train_loader
 from maskx.detectron2.datasets import record_from_detectron2, split_from_config
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
