@@ -13,6 +13,7 @@ __all__ = ["VERBS", "main"]
 # In the order of the work. A help text names all, so what they do stands here.
 VERBS = {
     "train": "train one of the five systems on own data, or on generated scenes",
+    "complete": "give objects with boxes alone masks, by a trained run or a teacher",
 }
 
 _DESCRIPTION = """\

@@ -91,6 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default)",
     )
     add(
+        "--annotated-boxes",
+        action="store_true",
+        help="maskx: train masks in annotated boxes alone, for `maskx complete`: several times as "
+        "fast, but detections get worse masks",
+    )
+    add(
         "--crf",
         action="store_true",
         help="class_patterns, transfernet: dense CRF, needs the extra crf",

@@ -50,6 +50,8 @@ class QuickstartOptions:
             :class:`maskx.systems.class_patterns.proxy_masks.ProxyMaskSettings`;
             None is "otsu", the paper has "zero".
         resolve: the same; None is "standardised", the paper has "ignore".
+        annotated_boxes: of ``maskx``, train masks in annotated boxes alone, not in those that the
+            detector proposes: ``gt_boxes_only`` of :func:`maskx.torchvision.add_mask_branch`.
         crf: refine masks by a dense CRF: of ``class_patterns`` proxy masks of images with one
             label, and predictions; of ``transfernet`` predictions.
         multi_scale: of ``class_patterns``, test the segmentation network at three sizes, as the
@@ -80,6 +82,7 @@ class QuickstartOptions:
     workers: int = 0
     threshold: str | None = None
     resolve: str | None = None
+    annotated_boxes: bool = False
     crf: bool = False
     multi_scale: bool = False
     layer: str | None = None

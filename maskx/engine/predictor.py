@@ -3,14 +3,16 @@
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from maskx.core.text import listed
 from maskx.data.images import read_rgb
+from maskx.data.masks import PastedMasks
 from maskx.engine.results import Prediction
 from maskx.engine.runs import Run, read_run
 from maskx.engine.system import System, find_system
@@ -61,14 +63,51 @@ class Predictor:
             FileNotFoundError: there is no such file.
             ValueError: the image cannot be read, or the array is no image.
         """
-        if isinstance(image, str | os.PathLike):
-            pixels = read_rgb(image)
-        else:
-            pixels = _checked(np.asarray(image), order)
+        pixels = _pixels(image, order)
         with torch.inference_mode():
             (result,) = self.model([self.prepare(pixels) | asked])
         found = self.system.prediction(result, self.class_names)
         return dataclasses.replace(found, image=pixels)
+
+    def masks_of_boxes(
+        self,
+        image: str | os.PathLike[str] | np.ndarray,
+        boxes: Sequence[Sequence[float]] | np.ndarray,
+        names: Sequence[str],
+        order: Literal["RGB", "BGR"] = "RGB",
+    ) -> PastedMasks:
+        """Segment objects whose boxes are known.
+
+        Args:
+            image: as of a call.
+            boxes: (R, 4) XYXY in pixels.
+            names: class name of each.
+            order: as of a call.
+
+        Returns:
+            R masks of (H, W); ``mask_prob`` are the probabilities in their boxes.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the image cannot be read, a name is none of the model's classes, or the
+                model makes no masks of given boxes.
+        """
+        if self.system.box_masks is None:
+            raise ValueError(
+                f"{self.system.title} makes label maps of images, not masks of given boxes. Give "
+                "a run of Mask^X R-CNN."
+            )
+        index_of = {name: index for index, name in enumerate(self.class_names)}
+        unknown = sorted(set(names) - index_of.keys())
+        if unknown:
+            raise ValueError(
+                f"The model does not know {listed(unknown)}. It knows {listed(self.class_names)}."
+            )
+        sample = self.prepare(_pixels(image, order))
+        corners = torch.as_tensor(np.asarray(boxes), dtype=torch.float32).reshape(-1, 4)
+        classes = torch.tensor([index_of[name] for name in names], dtype=torch.int64)
+        with torch.inference_mode():
+            return self.system.box_masks(self.model, sample, corners, classes)
 
 
 def open_run(folder: str | os.PathLike[str], device: str = "auto") -> Predictor:
@@ -112,6 +151,13 @@ def rgb_sample(image: np.ndarray) -> Sample:
     pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     height, width = image.shape[:2]
     return {"image": pixels, "height": height, "width": width, "image_id": 0, "image_labels": []}
+
+
+def _pixels(image: str | os.PathLike[str] | np.ndarray, order: str) -> np.ndarray:
+    """Read a file, or check an array; (H, W, 3) uint8 RGB."""
+    if isinstance(image, str | os.PathLike):
+        return read_rgb(image)
+    return _checked(np.asarray(image), order)
 
 
 def _checked(image: np.ndarray, order: str) -> np.ndarray:

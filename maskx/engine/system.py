@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # a help text waits for none of these
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
+    from maskx.data.masks import PastedMasks
     from maskx.engine.batches import RecordMapper
     from maskx.engine.options import QuickstartOptions
     from maskx.engine.results import Prediction
@@ -50,6 +51,8 @@ class System:
             receives the lines for the reader.
         open: loads the trained model of a run folder of the embedded host onto a device.
         prediction: turns the result of an image, with the class names, into what people expect.
+        box_masks: segments given objects: called with the model, a sample, (R, 4) XYXY boxes in
+            pixels of the file and (R,) class indices; None for a system that makes label maps.
         options: names of the options of the quick start that have a meaning for it alone.
         build: makes a model of settings and class names.
         samples: makes, of the same and the category split, what makes training samples.
@@ -61,6 +64,7 @@ class System:
     pipeline: "Callable[[QuickstartOptions, Callable[[str], None]], dict[str, Any]]"
     open: "Callable[[Run, torch.device], nn.Module] | None" = None
     prediction: "Callable[[Mapping[str, Any], Sequence[str]], Prediction] | None" = None
+    box_masks: "Callable[[nn.Module, Mapping[str, Any], Tensor, Tensor], PastedMasks] | None" = None
     options: frozenset[str] = frozenset()
     build: "Callable[[Mapping[str, Any], Sequence[str]], nn.Module] | None" = None
     samples: "Callable[[Mapping[str, Any], Sequence[str], CategorySplit], RecordMapper] | None" = (

@@ -20,6 +20,7 @@ from maskx.detectron2 import Trainer, evaluate, setup
 from maskx.detectron2.checkpointer import FINAL_NAME
 from maskx.detectron2.results import to_instances
 from maskx.engine.checkpoints import find_damage, locked, read_archive
+from maskx.engine.completion import CompletionOptions, complete
 from maskx.engine.runs import read_run
 
 
@@ -80,6 +81,22 @@ def test_a_run_says_what_it_is_and_becomes_a_predictor_anywhere(write_config, sc
     assert torch.allclose(instances.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-3)
     assert instances.pred_masks.shape == found.masks.shape
     assert found.to_coco(1)[0].keys() >= {"image_id", "category_id", "bbox", "segmentation"}
+
+    masks = predictor.masks_of_boxes(pixels, found.boxes, found.names, order="BGR").numpy()
+    assert (masks ^ found.masks).mean() < 1e-3  # boxes go to the image of the network and back
+    completed = complete(
+        CompletionOptions(
+            data=tuple(map(str, scenes)),
+            output=tmp_path / "completed.json",
+            run=moved,
+            withhold="scenes_half",
+            device="cpu",
+        )
+    )
+    assert completed.masks
+    assert {each.source for each in completed.masks} == {"maskx:moved"}
+    assert {each.class_name for each in completed.masks} <= set(run.split.without_masks)
+    assert completed.known == []  # A of its own training file
 
 
 def test_an_evaluation_writes_nothing_into_the_configuration_of_a_run(

@@ -86,6 +86,11 @@ def test_what_is_no_image_is_refused(folder, image):
         maskx.open_run(folder)(image)
 
 
+def test_masks_of_boxes_are_refused_where_there_are_label_maps_alone(folder):
+    with pytest.raises(ValueError, match=r"Brightest makes label maps .* Give a run of Mask"):
+        maskx.open_run(folder).masks_of_boxes(IMAGE, [[0, 0, 2, 2]], ["red"])
+
+
 def test_images_and_orders_that_cannot_be_are_named(folder, tmp_path):
     predictor = maskx.open_run(folder)
     with pytest.raises(ValueError, match=r"order is 'GBR'\. Allowed: 'RGB', 'BGR'"):

@@ -127,7 +127,8 @@ def train_detector(
             "backbone": options.backbone,
             "frozen_norm": options.pretrained is not False,
             "image_size": choose_image_size(options),
-            "mask_branch": MASK_BRANCHES[name],
+            "mask_branch": MASK_BRANCHES[name]
+            | ({"gt_boxes_only": True} if options.annotated_boxes else {}),
         },
         started_from={"annotations": origin_of(data.json_file, folder)},
     )

@@ -121,7 +121,15 @@ def masks_of_boxes(
 
     Returns:
         R masks of (height, width).
+
+    Raises:
+        ValueError: the model is a detector without masks.
     """
     asked = {**sample, "given_boxes": boxes, "given_classes": class_indices}
     instances = model([asked])[0]["instances"]
-    return instances["pred_masks"] if isinstance(instances, dict) else instances.pred_masks
+    fields = instances if isinstance(instances, dict) else instances.get_fields()
+    if "pred_masks" not in fields:
+        raise ValueError(
+            "The model finds boxes and makes no masks. Give a run whose model has a mask branch."
+        )
+    return fields["pred_masks"]

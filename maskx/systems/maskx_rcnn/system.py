@@ -3,6 +3,7 @@
 from maskx.engine.results import instances_prediction
 from maskx.engine.system import System
 from maskx.systems.maskx_rcnn.pipeline import open_detector, quickstart_maskx
+from maskx.systems.maskx_rcnn.samples import masks_of_boxes
 
 SYSTEM = System(
     name="maskx",
@@ -10,5 +11,6 @@ SYSTEM = System(
     pipeline=quickstart_maskx,
     open=open_detector,
     prediction=instances_prediction,
-    options=frozenset(["compare", "masks_for"]),
+    box_masks=masks_of_boxes,
+    options=frozenset(["annotated_boxes", "compare", "masks_for"]),
 )

@@ -1,0 +1,104 @@
+r"""Give every object that has a box and no mask a mask.
+
+A trained run segments each object in the box it has; --teacher grabcut needs no training. Masks
+that people drew stay as they are, and so does everything else in the file. Each new mask says what
+made it (segmentation_source) and how good it probably is (segmentation_quality, the IoU to be
+expected, from 0 to 1). Beside the output lies a report that lists the worst first.
+
+The quality is calibrated on masks that the run was not trained on: those of the file, or of
+another one that --calibrate names. The same command goes on after an interruption.
+
+Examples:
+    maskx complete output/animals train.json train --output completed.json
+    maskx complete output/animals train.json train --output completed.json \
+        --calibrate val.json val --min-quality 0.5
+    maskx complete output/animals train.json train --teacher grabcut --agree 0.7 \
+        --output completed.json
+    maskx complete train.json train --teacher grabcut --workers 4 --output completed.json
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.usage = "maskx complete [RUN] DATA.json [IMAGES] --output FILE [options]"
+    add = parser.add_argument
+    add(
+        "inputs",
+        nargs="+",
+        metavar="[RUN] DATA.json [IMAGES]",
+        help="run folder (none with --teacher alone); COCO file; folder of its images (default: "
+        "that of the file)",
+    )
+    add("--output", type=Path, required=True, metavar="FILE", help="COCO file to write")
+    add(
+        "--teacher",
+        metavar="NAME",
+        help="grabcut, or module:callable, called with an image (H, W, 3) RGB, boxes (R, 4) XYXY "
+        "and names, that returns R masks of the image's size",
+    )
+    add("--agree", type=float, metavar="IOU", help="keep what run and teacher agree on this much")
+    add("--min-quality", type=float, default=0.0, metavar="Q", help="leave worse masks out")
+    add(
+        "--calibrate",
+        nargs=2,
+        metavar=("JSON", "IMAGES"),
+        help="file with masks that the run was not trained on",
+    )
+    add(
+        "--withhold",
+        metavar="SPLIT",
+        help="replace the masks of the categories that this split has no masks of, and measure "
+        "the new ones with them",
+    )
+    add("--again", action="store_true", help="replace masks of an earlier completion too")
+    add("--skip-bad", action="store_true", help="leave bad annotations as they are, counted")
+    add("--workers", type=int, default=1, help="processes of the teacher")
+    add("--device", default="auto", help="of the run: auto, cpu or cuda")
+    add("--report", type=Path, metavar="HTML", help="default: the output with the ending .html")
+    add("--overwrite", action="store_true", help="replace an output that exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Complete a file; the status is 1 where an image failed."""
+    from maskx.engine.completion import CompletionOptions, complete
+    from maskx.engine.completion_report import summary, write_report
+
+    run_folder, data, images = _inputs(args.inputs)
+    page = args.report or args.output.with_suffix(".html")
+    if page.exists() and not args.overwrite:
+        raise FileExistsError(
+            f"{page} exists already. Add --overwrite to replace it, or name another --report."
+        )
+    options = CompletionOptions(
+        data=(data, images),
+        run=run_folder,
+        **{
+            name: getattr(args, name)
+            for name in (
+                *("output", "teacher", "agree", "min_quality", "calibrate", "withhold", "again"),
+                *("skip_bad", "workers", "device", "overwrite"),
+            )
+        },
+    )
+    completion = complete(options)
+    write_report(page, completion, f"Completed: {Path(data).name}")
+    print(summary(completion))
+    print(f"\nWrote {args.output} and {page}")
+    return 1 if completion.failures else 0
+
+
+def _inputs(words: list[str]) -> tuple[Path | None, str, str]:
+    """Tell run folder, annotation file and image folder apart: the file is the one with .json."""
+    files = [index for index, word in enumerate(words) if word.lower().endswith(".json")]
+    if len(files) != 1 or files[0] > 1 or len(words) - files[0] > 2:
+        raise ValueError(
+            f"Got {' '.join(words)}. Allowed: a run folder (or none with --teacher), one "
+            "annotation file that ends in .json, and perhaps the folder of its images."
+        )
+    (position,) = files
+    folder = Path(words[0]) if position else None
+    images = words[position + 1] if len(words) > position + 1 else str(Path(words[position]).parent)
+    return folder, words[position], images
