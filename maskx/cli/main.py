@@ -14,6 +14,7 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "train": "train one of the five systems on own data, or on generated scenes",
     "complete": "give objects with boxes alone masks, by a trained run or a teacher",
+    "serve": "try a trained run on a local page: drop a photograph, see its masks",
 }
 
 _DESCRIPTION = """\

@@ -53,6 +53,7 @@ class System:
         prediction: turns the result of an image, with the class names, into what people expect.
         box_masks: segments given objects: called with the model, a sample, (R, 4) XYXY boxes in
             pixels of the file and (R,) class indices; None for a system that makes label maps.
+        takes_concepts: whether a predictor can be asked for ``concepts`` by name.
         options: names of the options of the quick start that have a meaning for it alone.
         build: makes a model of settings and class names.
         samples: makes, of the same and the category split, what makes training samples.
@@ -65,6 +66,7 @@ class System:
     open: "Callable[[Run, torch.device], nn.Module] | None" = None
     prediction: "Callable[[Mapping[str, Any], Sequence[str]], Prediction] | None" = None
     box_masks: "Callable[[nn.Module, Mapping[str, Any], Tensor, Tensor], PastedMasks] | None" = None
+    takes_concepts: bool = False
     options: frozenset[str] = frozenset()
     build: "Callable[[Mapping[str, Any], Sequence[str]], nn.Module] | None" = None
     samples: "Callable[[Mapping[str, Any], Sequence[str], CategorySplit], RecordMapper] | None" = (

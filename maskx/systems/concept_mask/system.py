@@ -201,5 +201,6 @@ SYSTEM = System(
     pipeline=_pipeline,
     open=lambda run, device: open_checkpoint(run.weights_file, device=device),
     prediction=_prediction,
+    takes_concepts=True,
     options=frozenset(["masks_for", "concept_split", "tags"]),
 )

@@ -1,0 +1,67 @@
+r"""Open a local page to try a trained run: drop a photograph, see its masks.
+
+The page is for this machine alone unless --host says otherwise. It needs the extra `serve`:
+pip install 'maskx-detectron2[serve]'.
+
+Examples:
+    maskx serve output/quickstart-maskx
+    maskx serve output/animals --port 9000 --open
+"""
+
+import argparse
+import errno
+from pathlib import Path
+
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add = parser.add_argument
+    add("run_folder", type=Path, metavar="RUN", help="run folder of a training")
+    add("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--open", action="store_true", help="open the page in a browser")
+    add("--max-megabytes", type=float, default=20, help="of a file (default: 20)")
+    add("--max-megapixels", type=float, default=50, help="of an image (default: 50)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until interrupted."""
+    try:
+        from werkzeug.serving import make_server
+
+        from maskx.cli.web.app import make_app
+    except ImportError as error:
+        raise ImportError(
+            "maskx serve needs Flask. Install it with: pip install 'maskx-detectron2[serve]'"
+        ) from error
+    import maskx
+
+    predictor = maskx.open_run(args.run_folder, device=args.device)
+    app = make_app(
+        predictor,
+        max_bytes=int(args.max_megabytes * 2**20),
+        max_pixels=int(args.max_megapixels * 1e6),
+    )
+    try:
+        server = make_server(args.host, args.port, app, threaded=True)
+    except (OSError, SystemExit) as error:
+        raise ValueError(_why_not(error, args.host, args.port)) from error
+    url = f"http://{args.host}:{server.server_port}/"
+    print(f"{predictor.system.title} is on {url}   Ctrl-C ends it.", flush=True)
+    if args.host not in _LOCAL:
+        print("Whoever reaches this address can use the model; there is no password.", flush=True)
+    if args.open:
+        import webbrowser
+
+        if not webbrowser.open(url):
+            print(f"No browser was found. Open {url} yourself.", flush=True)
+    server.serve_forever()
+
+
+def _why_not(error: BaseException, host: str, port: int) -> str:
+    if isinstance(error, SystemExit) or getattr(error, "errno", None) == errno.EADDRINUSE:
+        return f"--port {port} is in use. Give another one, or --port 0 for a free one."
+    return f"--host {host} --port {port} cannot be listened on: {error}."
