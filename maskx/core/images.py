@@ -11,7 +11,7 @@ def warp_image(image: Tensor, size: int) -> Tensor:
     """Warp an image to a square, bilinearly.
 
     What makes it smaller is antialiased, as Pillow does it and as
-    :func:`maskx.systems.class_patterns.deeplab.multi_scale_scores` does it at inference: a network
+    :func:`maskx.systems.class_patterns.model.multi_scale_scores` does it at inference: a network
     sees textures in one form only.
 
     Args:

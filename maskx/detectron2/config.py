@@ -11,8 +11,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.utils.file_io import PathManager
 
 from maskx.core.checks import default_of
-from maskx.systems.class_patterns.deeplab import LargeFOVHead
-from maskx.systems.class_patterns.model import SampleSegmenter
+from maskx.systems.class_patterns.model import LargeFOVHead, SampleSegmenter
 from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel
 from maskx.systems.concept_mask.network import (
     AttentionRefinement,

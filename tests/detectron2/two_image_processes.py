@@ -23,7 +23,7 @@ from maskx.detectron2 import (
     MaskXImageLabelEvaluator,
     MaskXSmallResNet,
 )
-from maskx.systems.class_patterns.deeplab import DeepLab
+from maskx.systems.class_patterns.model import DeepLab
 
 NAMES = ["cat", "dog", "owl", "yak"]
 

@@ -9,8 +9,7 @@ from maskx.core.backbones import SmallResNet
 from maskx.core.image_classifier import ImageClassifier, choose_labels
 from maskx.core.sample_models import SampleClassifier
 from maskx.detectron2 import MaskXDeepLab, MaskXImageClassifier, MaskXSmallResNet
-from maskx.systems.class_patterns.deeplab import DeepLab
-from maskx.systems.class_patterns.model import SampleSegmenter
+from maskx.systems.class_patterns.model import DeepLab, SampleSegmenter
 
 K, SIZE = 4, 32
 WIDTHS = (4, 4, 6, 8)

@@ -30,9 +30,8 @@ from maskx.engine.runs import Run, link_run, origin_of, read_run
 from maskx.engine.training import load_weights
 from maskx.engine.training_chain import TrainingChain
 from maskx.evaluation.image_labels import evaluate_image_labels
-from maskx.systems.class_patterns.deeplab import DeepLab
 from maskx.systems.class_patterns.evaluation import draw_steps, varied_records
-from maskx.systems.class_patterns.model import SampleSegmenter, predict_label_maps
+from maskx.systems.class_patterns.model import DeepLab, SampleSegmenter, predict_label_maps
 from maskx.systems.class_patterns.patterns import ClassPatterns
 from maskx.systems.class_patterns.projections import claim_folder
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, write_proxy_json

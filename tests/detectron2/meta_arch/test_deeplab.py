@@ -9,7 +9,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from maskx.detectron2 import MaskXDeepLab, MaskXSmallResNet, evaluate
-from maskx.systems.class_patterns.deeplab import DeepLab
+from maskx.systems.class_patterns.model import DeepLab
 
 
 def make_samples(count=2, size=(48, 48)):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from maskx.core.losses import pixel_loss
-from maskx.systems.class_patterns.deeplab import (
+from maskx.systems.class_patterns.model import (
     DeepLab,
     LargeFOVHead,
     multi_scale_scores,
@@ -205,5 +205,7 @@ def test_a_pixel_without_any_probability_left_is_background():
 
 
 def test_labels_outside_the_class_list_are_refused():
-    with pytest.raises(ValueError, match=r"class indices \[-1, 4\]. Allowed: 0 to 3"):
+    with pytest.raises(
+        ValueError, match=r"image_labels \[-1, 4\]; class indices of 4 classes are 0 to 3"
+    ):
         restrict_to_labels(torch.ones(5, 2, 2), [4, 1, -1])

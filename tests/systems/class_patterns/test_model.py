@@ -17,8 +17,12 @@ from maskx.engine.batches import training_batches
 from maskx.engine.prediction import evaluate_label_maps, predict_image_labels
 from maskx.engine.training import TrainingSettings, train
 from maskx.evaluation.image_labels import evaluate_image_labels
-from maskx.systems.class_patterns.deeplab import DeepLab, restrict_to_labels
-from maskx.systems.class_patterns.model import SampleSegmenter, predict_label_maps
+from maskx.systems.class_patterns.model import (
+    DeepLab,
+    SampleSegmenter,
+    predict_label_maps,
+    restrict_to_labels,
+)
 
 K, SIZE = 8, 32
 WIDTHS = (8, 8, 8, 8)
@@ -207,7 +211,9 @@ def test_other_labels_can_be_ruled_out(sample):
     assert prob[[2, *range(4, K + 1)]].abs().sum() == 0
     torch.testing.assert_close(prob[[0, 1, 3]], free[[0, 1, 3]] / free[[0, 1, 3]].sum(dim=0))
     assert (model.predict(sample, [])[0] == 1).all()
-    with pytest.raises(ValueError, match=r"class indices \[8\]\. Allowed: 0 to 7"):
+    with pytest.raises(
+        ValueError, match=r"image_labels \[8\]; class indices of 8 classes are 0 to 7"
+    ):
         model.predict(sample, [8])
 
 

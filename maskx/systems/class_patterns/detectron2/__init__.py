@@ -8,8 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from maskx.detectron2.image_hooks import image_hooks
 from maskx.detectron2.image_model import choose_feature, pixel_arguments
 from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
-from maskx.systems.class_patterns.deeplab import DeepLab
-from maskx.systems.class_patterns.model import SampleSegmenter
+from maskx.systems.class_patterns.model import DeepLab, SampleSegmenter
 
 __all__ = ["MaskXDeepLab"]
 
