@@ -1,17 +1,21 @@
-"""Mean and covariance of a layer's features per class, in one pass over the images.
+"""Mean and covariance of a layer's features per class, in one pass over the images; their files.
 
 Shape legend:
     K: number of classes without background; L: labels of one image; d: channels of the layer;
-    h, w: size of its feature map; n: number of pixels so far.
+    h, w: size of its feature map; S: size of the kept sample, 1024.
 """
 
 import hashlib
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from maskx.core.tensor_files import read_content, read_tensors, write_tensors
 
 # So many feature vectors of a class are kept, to fix the sign where class activation maps do not.
 _SAMPLE_SIZE = 1024
@@ -20,6 +24,10 @@ _BLOCK = 128
 
 _MAP_DENSE = ("map_pixels", "map_features", "map_mean", "map_scatter", "cross")
 _DENSE = ("num_images", "num_pixels", "mean", *_MAP_DENSE)
+_BY_CLASS = ("scatter", "sample_keys", "sample")
+
+_KIND = "moments of class patterns"
+_CONTENT = {"identity": dict, "done": int, "total": int, "images": str, "sizes": dict}
 
 
 class _MapPart(NamedTuple):
@@ -41,33 +49,31 @@ class PatternMoments:
     of centred features that are rounded to ``product_dtype``.
     In the same pass the covariance of the features with the class activation map of the
     classifier is kept, at the pixels at which it counts; it later fixes the sign of the pattern.
-    Where that says nothing, a sample of 1024 feature vectors per class does, uniform over the
-    pixels and drawn by a hash of the image's id, so it depends neither on the order of the images
-    nor on how they are shared out.
+    Where that says nothing, a sample of feature vectors does, uniform over the pixels and drawn by
+    a hash of the image's id, so it depends neither on the order of the images nor on how they are
+    shared out.
 
     Memory is taken when a class occurs first: ``8 * d * d + 4096 * d`` bytes, whatever the number
     of images. That is 4 MB per class at d = 512 and 42 MB at d = 2048, so 3.4 GB per layer for 80
     classes.
 
     Attributes:
-        num_classes: K.
-        channels: d.
         num_images: (K,) images seen of each class, on the CPU.
         num_pixels: (K,) pixels seen of each class, on the CPU.
         mean: (K, d).
-        scatter: (d, d) sum of the products about the mean, by class; the lower triangle holds,
-            see :meth:`covariance`.
         map_pixels: (K,) pixels at which the class activation map counted, on the CPU.
         map_features: (K, d) mean of the features at these.
         map_mean: (K,) mean of the class activation map at these.
         map_scatter: (K,) its sum of squares about the mean.
         cross: (K, d) sum of the products of features and class activation map about their means.
-        sample: keys (S,) and feature vectors (S, d) float32 by class.
+        scatter: (d, d) sum of the products about the mean, by class; the lower triangle holds,
+            see :meth:`covariance`.
+        sample_keys: (S,) random numbers of the vectors of the sample, by class; infinite where
+            there is none yet.
+        sample: (S, d) float32 feature vectors, by class.
         uses_maps: whether the images came with maps; None before the first.
 
     Args:
-        num_classes: K.
-        channels: d.
         device: where the moments are kept; features are moved there.
         seed: of the sample that is kept.
         product_dtype: of the products in the scatter matrix of an image. Float32 takes half the
@@ -96,7 +102,8 @@ class PatternMoments:
         self.map_scatter = torch.zeros(num_classes, **exact)
         self.cross = torch.zeros(num_classes, channels, **exact)
         self.scatter: dict[int, Tensor] = {}
-        self.sample: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sample_keys: dict[int, Tensor] = {}
+        self.sample: dict[int, Tensor] = {}
         self.uses_maps: bool | None = None
 
     @property
@@ -123,11 +130,10 @@ class PatternMoments:
                 classifier has none; then no image may have them.
             labels: L class indices, each once.
             map_counts: bool of the shape of the maps, the pixels at which they count; None: all.
-            image_id: what an error message calls the image, and what the sample is drawn by.
+            image_id: what the sample is drawn by.
 
         Raises:
-            ValueError: a label is out of range or there twice, the shapes do not fit, a feature or
-                a map is not finite, or only some images have maps. Nothing was added then.
+            ValueError: labels, shapes or values do not fit. Nothing was added then.
         """
         self._check(features, activation_maps, labels, image_id)
         if not labels:
@@ -161,10 +167,9 @@ class PatternMoments:
         for row, label in enumerate(labels):
             if self.uses_maps:
                 self._merge_map(label, parts[row])
+            shifts.append(self._merge_mean(label, num_pixels, mean))
+            scatters.append(self.scatter[label])
             self._add_to_sample(label, keys, pixels.T)
-            scatter, shift = self._merge_mean(label, num_pixels, mean)
-            scatters.append(scatter)
-            shifts.append(shift)
             self.num_images[label] += 1
         _add_products(scatters, centred, torch.stack(shifts), 0, self.channels)
 
@@ -185,15 +190,14 @@ class PatternMoments:
         if other.uses_maps is not None:
             self._check_maps(other.uses_maps, "the other moments")
             self.uses_maps = other.uses_maps
-        for label, other_scatter in other.scatter.items():
+        for label, scatter in other.scatter.items():
             mean = other.mean[label].to(self.device)
-            scatter, shift = self._merge_mean(label, int(other.num_pixels[label]), mean)
-            scatter.add_(other_scatter.to(self.device)).addr_(shift, shift)
+            shift = self._merge_mean(label, int(other.num_pixels[label]), mean)
+            self.scatter[label].add_(scatter.to(self.device)).addr_(shift, shift)
             values = (getattr(other, name)[label].to(self.device) for name in _MAP_DENSE[1:])
             self._merge_map(label, _MapPart(int(other.map_pixels[label]), *values))
+            self._add_to_sample(label, other.sample_keys[label], other.sample[label])
             self.num_images[label] += other.num_images[label]
-        for label, (keys, vectors) in other.sample.items():
-            self._add_to_sample(label, keys, vectors)
 
     def covariance(self, label: int) -> Tensor:
         """Return the (d, d) covariance of a class that has pixels, divided by their number."""
@@ -203,13 +207,10 @@ class PatternMoments:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all tensors by name, without copying them; see :meth:`load_state_dict`."""
-        sign = {None: -1, False: 0, True: 1}[self.uses_maps]
-        state = {name: getattr(self, name) for name in _DENSE}
-        state["uses_maps"] = torch.tensor(sign)
-        for label, scatter in self.scatter.items():
-            state[f"scatter.{label}"] = scatter
-        for label, (keys, vectors) in self.sample.items():
-            state |= {f"sample_keys.{label}": keys, f"sample.{label}": vectors}
+        uses_maps = torch.tensor({None: -1, False: 0, True: 1}[self.uses_maps])
+        state = {name: getattr(self, name) for name in _DENSE} | {"uses_maps": uses_maps}
+        for name in _BY_CLASS:
+            state |= {f"{name}.{label}": value for label, value in getattr(self, name).items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -227,43 +228,43 @@ class PatternMoments:
                 f"The state has moments of (classes, channels) {tuple(state['mean'].shape)}, "
                 f"but these are of {expected}. Both must be of one layer of one classifier."
             )
-        unfit = [name for name, tensor in state.items() if not self._fits(name, tensor)]
-        if unfit:
-            raise ValueError(
-                f"The state has a tensor {unfit[0]} {tuple(state[unfit[0]].shape)} of "
-                f"{state[unfit[0]].dtype}, which is none of moments of {expected}."
-            )
+        by_class: dict[str, dict[int, Tensor]] = {name: {} for name in _BY_CLASS}
+        for name, tensor in state.items():
+            if not self._fits(name, tensor):
+                raise ValueError(
+                    f"The state has a tensor {name} {tuple(tensor.shape)} of {tensor.dtype}, which "
+                    f"is none of moments of {expected}."
+                )
+            kind, _, label = name.rpartition(".")
+            if kind:
+                by_class[kind][int(label)] = tensor.to(self.device, copy=True)
+        if (
+            not by_class["scatter"].keys()
+            == by_class["sample_keys"].keys()
+            == by_class["sample"].keys()
+        ):
+            raise ValueError("The state has a matrix or a sample of a class without the other.")
         for name in _DENSE:
             getattr(self, name).copy_(state[name])
         self.uses_maps = {-1: None, 0: False, 1: True}[int(state["uses_maps"])]
-
-        def of_class(prefix: str) -> dict[int, Tensor]:
-            names = [name for name in state if name.startswith(f"{prefix}.")]
-            return {
-                int(name.rpartition(".")[2]): state[name].to(self.device, copy=True)
-                for name in names
-            }
-
-        self.scatter = of_class("scatter")
-        keys, vectors = of_class("sample_keys"), of_class("sample")
-        if keys.keys() != vectors.keys():
-            raise ValueError("The state has keys or vectors of a sample without the other.")
-        self.sample = {label: (keys[label], vectors[label]) for label in keys}
+        self.scatter, self.sample_keys, self.sample = by_class.values()
 
     def _fits(self, name: str, tensor: Tensor) -> bool:
         if name == "uses_maps":
-            return tensor.numel() == 1
+            return tensor.numel() == 1 and int(tensor) in (-1, 0, 1)
         if name in _DENSE:
             own = getattr(self, name)
             return (tensor.shape, tensor.dtype) == (own.shape, own.dtype)
         kind, _, label = name.rpartition(".")
-        rows, width = tensor.shape[:1], (self.channels,)
-        shapes = {"scatter": width * 2, "sample": rows + width, "sample_keys": rows}
+        shapes = {
+            "scatter": (self.channels, self.channels),
+            "sample_keys": (_SAMPLE_SIZE,),
+            "sample": (_SAMPLE_SIZE, self.channels),
+        }
         return (
             label.isdecimal()
             and int(label) < self.num_classes
-            and kind in shapes
-            and tensor.shape == shapes[kind]
+            and tensor.shape == shapes.get(kind)
             and tensor.is_floating_point()
         )
 
@@ -293,21 +294,24 @@ class PatternMoments:
                 f"before {words[self.uses_maps]}. Give them for all images or for none."
             )
 
-    def _merge_mean(self, label: int, num_pixels: int, mean: Tensor) -> tuple[Tensor, Tensor]:
+    def _merge_mean(self, label: int, num_pixels: int, mean: Tensor) -> Tensor:
         """Merge in pixels and their mean.
 
         Returns:
-            The scatter matrix of the class, to which their products about their own mean and, of
-            the vector (d,) that is returned too, the product with itself are still to be added.
+            A vector (d,). The products of the pixels about their own mean and that of the vector
+            with itself are still to be added to the scatter matrix of the class.
         """
         if label not in self.scatter:
-            self.scatter[label] = self.mean.new_zeros(self.channels, self.channels)
+            new = self.mean.new_zeros
+            self.scatter[label] = new(self.channels, self.channels)
+            self.sample_keys[label] = new(_SAMPLE_SIZE) + torch.inf
+            self.sample[label] = new(_SAMPLE_SIZE, self.channels, dtype=torch.float32)
         before = int(self.num_pixels[label])
         total = before + num_pixels
         shift = mean - self.mean[label]
         self.mean[label] += num_pixels / total * shift
         self.num_pixels[label] = total
-        return self.scatter[label], shift * (before * num_pixels / total) ** 0.5
+        return shift * (before * num_pixels / total) ** 0.5
 
     def _map_parts(
         self,
@@ -317,14 +321,9 @@ class PatternMoments:
         centred: Tensor,
         size: tuple[int, int],
     ) -> tuple[list[_MapPart], Tensor]:
-        """Return the moments of the maps of one image, and values to check for infinite ones.
+        """Return the moments of (L, ., .) maps of an image, and values to check for infinite ones.
 
-        Args:
-            maps: (L, ., .).
-            counts: (L, ., .) bool or None.
-            mean: (d,) of the features.
-            centred: (d, n) features about it.
-            size: (h, w) of the layer.
+        ``mean`` (d,) is that of the features, ``centred`` (d, h * w) are these about it.
         """
         maps = maps.to(self.device, torch.float64)
         if counts is None:
@@ -369,36 +368,21 @@ class PatternMoments:
         return torch.rand(num_pixels, generator=generator, dtype=torch.float64)
 
     def _add_to_sample(self, label: int, keys: Tensor, vectors: Tensor) -> None:
-        """Keep the vectors of the smallest keys, which is a uniform sample of all of them."""
-        keys = keys.to(self.device)
-        if label in self.sample:
-            old_keys, old_vectors = self.sample[label]
-            if len(old_keys) == _SAMPLE_SIZE:
-                self._replace_in_sample(label, keys, vectors)
-                return
-            vectors = vectors.to(old_vectors)
-            keys, vectors = torch.cat([old_keys, keys]), torch.cat([old_vectors, vectors])
-        order = keys.argsort()[:_SAMPLE_SIZE]
-        self.sample[label] = keys[order], vectors[order].to(self.device, torch.float32)
+        """Keep the vectors of the smallest keys, which is a uniform sample of all of them.
 
-    def _replace_in_sample(self, label: int, keys: Tensor, vectors: Tensor) -> None:
-        """Let the few of smaller keys take the places of those of the largest."""
-        old_keys, old_vectors = self.sample[label]
-        order = torch.cat([old_keys, keys]).argsort()
-        new = order[:_SAMPLE_SIZE]
-        new = new[new >= _SAMPLE_SIZE] - _SAMPLE_SIZE
-        old = order[_SAMPLE_SIZE:]
-        old = old[old < _SAMPLE_SIZE]
-        old_keys[old] = keys[new]
-        old_vectors[old] = vectors[new.to(vectors.device)].to(old_vectors)
+        The few that are new take the places of those of the largest keys.
+        """
+        kept_keys, kept = self.sample_keys[label], self.sample[label]
+        keys = keys.to(self.device)
+        order = torch.cat([kept_keys, keys]).argsort()
+        new, old = order[:_SAMPLE_SIZE], order[_SAMPLE_SIZE:]
+        new, old = new[new >= _SAMPLE_SIZE] - _SAMPLE_SIZE, old[old < _SAMPLE_SIZE]
+        kept_keys[old] = keys[new]
+        kept[old] = vectors[new.to(vectors.device)].to(kept)
 
 
 def check_labels(labels: Sequence[int], num_classes: int, what: str) -> None:
-    """Refuse class indices outside the list of the classifier.
-
-    Raises:
-        ValueError: names the label, ``what`` has it and the indices that are allowed.
-    """
+    """Refuse class indices outside the list of the classifier; ``what`` has them."""
     wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(
@@ -425,3 +409,100 @@ def _add_products(
     products = torch.mm(centred[rows], centred[columns].T)
     for scatter, shift in zip(scatters, shifts, strict=True):
         scatter[rows, columns].add_(products).addcmul_(shift[rows, None], shift[None, columns])
+
+
+# --- files
+
+
+def save_moments(
+    path: Path, moments: Mapping[str, PatternMoments], content: Mapping[str, Any]
+) -> None:
+    """Write the moments of each layer.
+
+    Args:
+        path: file to write.
+        moments: by layer.
+        content: plain values: ``identity`` (a dictionary: what the moments are defined by),
+            ``done`` and ``total`` (numbers of images) and ``images`` (hash of the images seen).
+    """
+    tensors = {
+        f"{layer}/{name}": tensor
+        for layer, of_layer in moments.items()
+        for name, tensor in of_layer.state_dict().items()
+    }
+    sizes = {
+        layer: {"num_classes": m.num_classes, "channels": m.channels, "seed": m.seed}
+        for layer, m in moments.items()
+    }
+    write_tensors(path, tensors, _KIND, {**content, "sizes": sizes})
+
+
+def load_moments(
+    path: Path, *, device: torch.device | str = "cpu"
+) -> tuple[dict[str, PatternMoments], dict[str, Any]]:
+    """Read the moments of each layer and what :func:`save_moments` was told of them.
+
+    Raises:
+        ValueError: the file is damaged, or not one with moments.
+    """
+    content = read_content(path, _KIND, _CONTENT)
+    moments, tensors = {}, read_tensors(path)
+    for layer, sizes in content["sizes"].items():
+        prefix = f"{layer}/"
+        state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        try:
+            moments[layer] = PatternMoments(**sizes, device=device)
+            moments[layer].load_state_dict(state)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"'{path}' is damaged: layer '{layer}': {error} Make it again."
+            ) from error
+    return moments, content
+
+
+def merge_moments(paths: Sequence[Path]) -> dict[str, PatternMoments]:
+    """Merge the files of several shards of the images; two of them are in memory at a time.
+
+    Args:
+        paths: one finished file of
+            :func:`~maskx.systems.class_patterns.patterns.discover_class_patterns`
+            per shard.
+
+    Raises:
+        ValueError: a shard is not finished, is there twice, or is of another network or layers.
+    """
+    merged, identity, seen = {}, None, {}
+    for path in paths:
+        moments, content = load_moments(path)
+        if content["done"] != content["total"]:
+            raise ValueError(
+                f"'{path}' holds {content['done']} of the {content['total']} images of its shard. "
+                "Resume that run and merge when all are finished."
+            )
+        if content["images"] in seen:
+            raise ValueError(
+                f"'{path}' holds the same images as '{seen[content['images']]}'. Give the file of "
+                "every shard once."
+            )
+        seen[content["images"]] = path
+        shared = {k: content["identity"].get(k) for k in ("network", "layers", "num_classes")}
+        if identity is None:
+            merged, identity = moments, shared
+            continue
+        check_identity(path, shared, identity, f"'{paths[0]}'")
+        for layer, of_layer in moments.items():
+            merged[layer].merge(of_layer)
+    return merged
+
+
+def check_identity(
+    path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], what: str
+) -> None:
+    """Refuse a file that is defined by other values than expected of ``what``."""
+    for key in sorted({*found, *expected}):
+        if found.get(key) != expected.get(key):
+            there, here = (textwrap.shorten(str(v.get(key)), 100) for v in (found, expected))
+            raise ValueError(
+                f"'{path}' was made with {key} {there}, but {what} has {key} {here}. Use files of "
+                "the same, or make it anew."
+            )

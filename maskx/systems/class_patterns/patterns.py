@@ -11,9 +11,11 @@ Shape legend:
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +27,13 @@ from maskx.core.digests import network_hash
 from maskx.core.image_classifier import ImageClassifier, LayerTaps
 from maskx.core.tensor_files import read_content, read_tensors, write_tensors
 from maskx.core.text import listed
-from maskx.systems.class_patterns.pattern_files import (
+from maskx.systems.class_patterns.pattern_moments import (
+    PatternMoments,
     check_identity,
+    check_labels,
     load_moments,
     save_moments,
 )
-from maskx.systems.class_patterns.pattern_moments import PatternMoments, check_labels
-
-__all__ = [
-    "ClassPatterns",
-    "LayerPatterns",
-    "PatternMoments",
-    "accumulate_moments",
-    "choose_images",
-    "discover_class_patterns",
-    "find_patterns",
-    "load_patterns",
-    "network_hash",
-    "project",
-    "report_patterns",
-    "save_patterns",
-]
 
 _PATTERNS = "class patterns"
 # From this ratio of the two largest eigenvalues on, the direction of the pattern is hardly
@@ -69,8 +57,8 @@ class LayerPatterns:
         sign_margin: (K,) how sure the sign is, in [0, 1], see :func:`find_patterns`: where the
             class activation map counts everywhere, the magnitude of its correlation with the
             projection. NaN without a pattern or without maps.
-        num_images: (K,) int64 images used.
-        num_pixels: (K,) int64 feature vectors used.
+        num_images: (K,) int64.
+        num_pixels: (K,) int64, feature vectors.
         valid: (K,) bool whether the class has a pattern: it has not with fewer than two pixels or
             without variance.
     """
@@ -93,11 +81,8 @@ class ClassPatterns:
     Attributes:
         layers: by name of the layer.
         class_names: the K classes in the classifier's order.
-        network: :func:`network_hash` of the classifier.
+        network: :func:`maskx.core.digests.network_hash` of the classifier.
         settings: plain values that say how the patterns were found.
-
-    Raises:
-        ValueError: there is not one name for each class.
     """
 
     layers: dict[str, LayerPatterns]
@@ -115,16 +100,11 @@ class ClassPatterns:
 
     def uncertain(self, min_margin: float = 0.1) -> dict[str, list[str]]:
         """Name the classes by layer whose sign has a smaller margin, or none."""
-        return {
-            layer: [
-                name
-                for name, valid, margin in zip(
-                    self.class_names, of_layer.valid, of_layer.sign_margin, strict=True
-                )
-                if valid and not margin >= min_margin  # also NaN
-            ]
-            for layer, of_layer in self.layers.items()
-        }
+        found = {}
+        for layer, of_layer in self.layers.items():
+            is_unsure = of_layer.valid & ~(of_layer.sign_margin >= min_margin)  # also NaN
+            found[layer] = [self.class_names[label] for label in is_unsure.nonzero()[:, 0]]
+        return found
 
 
 def find_patterns(moments: PatternMoments) -> LayerPatterns:
@@ -141,8 +121,8 @@ def find_patterns(moments: PatternMoments) -> LayerPatterns:
         moments: of one layer. The eigenvectors are computed where they lie.
     """
     num_classes, channels = moments.num_classes, moments.channels
-    direction = torch.full((num_classes, channels), float("nan"), dtype=torch.float64)
-    numbers = torch.full((4, num_classes), float("nan"), dtype=torch.float64)
+    direction = torch.full((num_classes, channels), torch.nan)
+    numbers = torch.full((4, num_classes), torch.nan)
     valid = torch.zeros(num_classes, dtype=torch.bool)
     for label in tqdm(sorted(moments.scatter), desc="class patterns", unit="class", leave=False):
         covariance = moments.covariance(label)
@@ -155,37 +135,24 @@ def find_patterns(moments: PatternMoments) -> LayerPatterns:
         largest = float(eigenvalues[-1])
         second = max(float(eigenvalues[-2]), 0.0) if channels > 1 else 0.0
         signed, margin = _fix_sign(eigenvectors[:, -1], largest, label, moments)
-        direction[label] = signed.cpu()
+        direction[label] = signed
         numbers[:, label] = torch.tensor([largest**0.5, largest / total, second / total, margin])
         valid[label] = True
-    std, explained, explained_second, sign_margin = numbers.float()
-    return LayerPatterns(
-        mean=moments.mean.float().cpu(),
-        direction=direction.float(),
-        std=std,
-        explained=explained,
-        explained_second=explained_second,
-        sign_margin=sign_margin,
-        num_images=moments.num_images.clone(),
-        num_pixels=moments.num_pixels.clone(),
-        valid=valid,
-    )
+    counts = moments.num_images.clone(), moments.num_pixels.clone()
+    return LayerPatterns(moments.mean.float().cpu(), direction, *numbers, *counts, valid)
 
 
 def project(features: Tensor, patterns: LayerPatterns, labels: Sequence[int]) -> Tensor:
     """Project features on the patterns of the image's labels (Eq. 3).
 
     Args:
-        features: (d, h, w).
-        patterns: of the layer that the features come from.
+        features: (d, h, w), of the layer of the patterns.
+        patterns: of one layer.
         labels: L class indices.
 
     Returns:
         (L, h, w) float32 projections, in the units of the features, positive on the class; NaN
         for a class without a pattern.
-
-    Raises:
-        ValueError: a label is out of range, or the features have another number of channels.
     """
     num_classes, channels = patterns.mean.shape
     check_labels(labels, num_classes, "an image")
@@ -208,30 +175,23 @@ def project(features: Tensor, patterns: LayerPatterns, labels: Sequence[int]) ->
 def report_patterns(patterns: ClassPatterns, *, min_margin: float = 0.1) -> list[str]:
     """Say in a Markdown table what the patterns are worth, and below whose sign is uncertain.
 
-    Args:
-        patterns: of any number of layers.
-        min_margin: a smaller margin of the sign is named.
-
-    Returns:
-        The lines, of the table one per layer and class; a remark names what to look at.
+    A remark of a row names what to look at, such as a margin of the sign below ``min_margin``.
     """
     rows = [
         "| class | layer | images | pixels | explained 1 | explained 2 | margin | remark |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for layer, of_layer in patterns.layers.items():
+        numbers = {key: v for key, v in vars(of_layer).items() if v.ndim == 1}
         for label, name in enumerate(patterns.class_names):
-            row = {f.name: getattr(of_layer, f.name)[label] for f in fields(LayerPatterns)}
+            row = {key: values[label].item() for key, values in numbers.items()}
             shares = [
-                f"{100 * float(row[key]):.1f} %" if row["valid"] else "-"
+                f"{100 * row[key]:.1f} %" if row["valid"] else "-"
                 for key in ("explained", "explained_second")
             ]
-            margin = float(row["sign_margin"])
-            cells = [name, layer, int(row["num_images"]), int(row["num_pixels"]), *shares]
-            cells += [
-                f"{margin:.2f}" if margin == margin else "-",
-                _remark(row, min_margin),
-            ]
+            margin = "-" if math.isnan(row["sign_margin"]) else f"{row['sign_margin']:.2f}"
+            cells = [name, layer, row["num_images"], row["num_pixels"], *shares, margin]
+            cells.append(_remark(row, min_margin))
             rows.append(f"| {' | '.join(map(str, cells))} |")
     for layer, names in patterns.uncertain(min_margin).items():
         if names:
@@ -252,17 +212,8 @@ def choose_images(
 
     What is chosen for one class depends on the seed and its own images only.
 
-    Args:
-        image_labels: class indices of each image.
-        num_classes: K.
-        max_images_per_class: at least 1.
-        seed: of the choice.
-
     Returns:
         For each image the labels, ascending, for which it is used; often none.
-
-    Raises:
-        ValueError: a label is out of range, or the number of images is.
     """
     if max_images_per_class < 1:
         raise ValueError(f"max_images_per_class must be at least 1, got {max_images_per_class}.")
@@ -297,10 +248,6 @@ def accumulate_moments(
             ``labels_used`` of them, see :func:`choose_images`.
         layers: names of :class:`~maskx.core.image_classifier.LayerTaps`.
         moments: by layer; those that are not there yet are made.
-
-    Raises:
-        ValueError: a label is out of range or used without being one of the image, or the features
-            or class activation maps of an image are not finite.
     """
     with LayerTaps(model.backbone, layers) as taps:
         features = model.backbone(images)[model.in_feature]
@@ -337,14 +284,8 @@ def _sign_maps(
     often far below zero, while the pattern takes the other object for foreground: with the plain
     maps, 4 of 12 signs of C41 came out wrong on generated scenes, with these none.
 
-    Args:
-        model: the classifier.
-        features: (C, h, w) that it classifies, of one image.
-        labels: the L labels of it that are used.
-        image_labels: all its labels.
-
     Returns:
-        (L, h, w) maps, none below 0, and (L, h, w) bool.
+        (L, h, w) maps of the labels, none below 0, and (L, h, w) bool.
     """
     maps = model.activation_maps(features[None], image_labels)[0]
     # Else it would be clamped to a number, and not be found.
@@ -370,28 +311,20 @@ def discover_class_patterns(
     at the same images, ends with exactly the moments of a run that was not interrupted. The
     checkpoint has the size of the moments, see :class:`PatternMoments`. To share the images out
     among processes, give each its own images and checkpoint, then
-    :func:`~maskx.systems.class_patterns.pattern_files.merge_moments`.
+    :func:`~maskx.systems.class_patterns.pattern_moments.merge_moments`.
 
     Args:
         model: the trained classifier, on any device; the moments are kept on it. It is run in
             evaluation mode and given back in the mode that it had.
         batches: called with the keyword ``start``, the number of images that are done, makes the
-            batches from there: lists of dictionaries with ``image_id``, ``image_labels`` and
-            ``labels_used``, see :func:`accumulate_moments`, and whatever ``preprocess`` needs.
+            batches from there, see :func:`accumulate_moments`, with whatever ``preprocess`` needs.
         layers: names of :class:`~maskx.core.image_classifier.LayerTaps`.
         preprocess: makes the (N, 3, H, W) images that the classifier takes from a batch.
         total: number of images.
         checkpoint: file of the moments, written every so often and at the end.
         save_every: images between two checkpoints.
-        identity: what else the run is defined by, as plain values, such as a hash of the image
-            list and the size of the images: a resumed run must have the same.
-
-    Returns:
-        The moments by layer.
-
-    Raises:
-        ValueError: the checkpoint belongs to another network, layers or identity, is damaged, an
-            image is wrong, or there are not as many as ``total`` says.
+        identity: what else the run is defined by, as plain values; a resumed run must have the
+            same.
     """
     if not layers or len(set(layers)) != len(layers):
         raise ValueError(f"Layers must be named, each once; got {list(layers)}.")
@@ -463,14 +396,12 @@ def load_patterns(
 
     Args:
         path: the file.
-        network: :func:`network_hash` of the classifier that they are to be used with; None: any.
+        network: of the classifier that they are to be used with; None: any.
         class_names: classes in that classifier's order; None: any.
         layers: those to read; None: all.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or of another kind, the patterns are of another network
-            or other classes, or a layer is not in it.
+        ValueError: the file is damaged, or of something else.
     """
     types = {"class_names": list, "network": str, "settings": dict, "layers": list}
     content = read_content(path, _PATTERNS, types)
@@ -481,11 +412,13 @@ def load_patterns(
             f"but are to be used with {network}. Features of other weights do not fit them: load "
             "the weights they were found with, or find them anew."
         )
-    if class_names is not None and tuple(class_names) != found:
-        raise ValueError(
-            f"The class patterns in '{path}' are of other classes: "
-            f"{_first_difference(found, tuple(class_names))}. Use the same list in the same order."
-        )
+    expected = found if class_names is None else class_names
+    for index, (here, there) in enumerate(zip_longest(found, expected)):
+        if here != there:
+            raise ValueError(
+                f"The class patterns in '{path}' are of other classes: class {index} is {here!r} "
+                f"in the file, but {there!r} is expected. Use the same list in the same order."
+            )
     missing = [layer for layer in layers or () if layer not in content["layers"]]
     if missing:
         raise ValueError(
@@ -508,14 +441,14 @@ def _fix_sign(
         evidence = float(direction @ moments.cross[label])
         margin = min(abs(evidence) / squares**0.5, 1.0)
     else:
-        vectors = moments.sample[label][1].double()
+        vectors = moments.sample[label][moments.sample_keys[label].isfinite()].double()
         projections = (vectors - moments.mean[label]) @ direction
         evidence = float(projections.max() + projections.min())
         margin = 0.0 if moments.uses_maps else float("nan")
     return (-direction if evidence < 0 else direction), margin
 
 
-def _remark(row: Mapping[str, Tensor], min_margin: float) -> str:
+def _remark(row: Mapping[str, float], min_margin: float) -> str:
     if not row["valid"]:
         if row["num_images"] == 0:
             return "no pattern: no image"
@@ -523,7 +456,7 @@ def _remark(row: Mapping[str, Tensor], min_margin: float) -> str:
     remarks = []
     if row["explained_second"] >= _EQUAL_EIGENVALUES * row["explained"]:
         remarks.append("two equal components, the direction is not unique")
-    if row["sign_margin"].isnan():
+    if math.isnan(row["sign_margin"]):
         remarks.append("sign from the extremes, no class activation maps")
     elif row["sign_margin"] == 0:
         remarks.append("sign from the extremes, the class activation maps say nothing")
@@ -532,31 +465,18 @@ def _remark(row: Mapping[str, Tensor], min_margin: float) -> str:
     return "; ".join(remarks)
 
 
-def _first_difference(found: tuple[str, ...], expected: tuple[str, ...]) -> str:
-    for index, (here, there) in enumerate(zip(found, expected, strict=False)):
-        if here != there:
-            return f"class {index} is '{here}' in the file, but '{there}' is expected"
-    return f"{len(found)} classes in the file, but {len(expected)} are expected"
-
-
 def _read_layer(path: Path, layer: str, num_classes: int) -> LayerPatterns:
-    names = [f.name for f in fields(LayerPatterns)]
+    names = [field.name for field in fields(LayerPatterns)]
     tensors = read_tensors(path, [f"{layer}/{name}" for name in names])
-    patterns = LayerPatterns(**{name: tensors[f"{layer}/{name}"] for name in names})
-    sizes = {name: tuple(getattr(patterns, name).shape) for name in names}
-    rows = [name for name in names if sizes[name][:1] != (num_classes,)]
-    rows += [n for n in names if len(sizes[n]) != (2 if n in ("mean", "direction") else 1)]
-    if rows or sizes["mean"] != sizes["direction"]:
-        raise ValueError(
-            f"'{path}' is damaged: the tensors of layer '{layer}' are not of {num_classes} "
-            f"classes and one number of channels, but {sizes}. Make it again."
-        )
+    patterns = LayerPatterns(*(tensors[f"{layer}/{name}"] for name in names))
     types = {"num_images": torch.int64, "num_pixels": torch.int64, "valid": torch.bool}
-    for name in names:
-        found, allowed = getattr(patterns, name).dtype, types.get(name, torch.float32)
-        if found != allowed:
+    channels = patterns.mean.shape[1:2]
+    for name, values in vars(patterns).items():
+        size = (num_classes, *(channels if name in ("mean", "direction") else ()))
+        allowed = types.get(name, torch.float32)
+        if (tuple(values.shape), values.dtype) != (size, allowed):
             raise ValueError(
-                f"'{path}' is damaged: {name} of layer '{layer}' is {found}, not {allowed}. Make "
-                "it again."
+                f"'{path}' is damaged: {name} of layer '{layer}' is {tuple(values.shape)} of "
+                f"{values.dtype}. Allowed: {size} of {allowed}. Make it again."
             )
     return patterns

@@ -27,8 +27,7 @@ from maskx.core.sample_models import SampleClassifier
 from maskx.data.label_maps import read_label_map, write_label_map
 from maskx.systems.class_patterns.evaluation import evaluate_proxy_masks
 from maskx.systems.class_patterns.model import SampleSegmenter, predict_label_maps
-from maskx.systems.class_patterns.pattern_files import check_identity, merge_moments
-from maskx.systems.class_patterns.pattern_moments import check_labels
+from maskx.systems.class_patterns.pattern_moments import check_identity, check_labels, merge_moments
 from maskx.systems.class_patterns.patterns import (
     ClassPatterns,
     LayerPatterns,

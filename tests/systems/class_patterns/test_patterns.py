@@ -9,7 +9,7 @@ from torch import nn
 from maskx.core.backbones import SmallResNet
 from maskx.core.image_classifier import ImageClassifier, LayerTaps
 from maskx.systems.class_patterns import patterns as class_patterns
-from maskx.systems.class_patterns.pattern_files import load_moments, merge_moments
+from maskx.systems.class_patterns.pattern_moments import load_moments, merge_moments
 from maskx.systems.class_patterns.patterns import (
     ClassPatterns,
     PatternMoments,
