@@ -120,7 +120,7 @@ def test_what_cannot_be_found_is_said_in_a_line(run_folder, run_tool, tmp_path, 
             ("--layers", "layer3"),
             "has no class patterns of layer 'layer3'. Layers in the file: C41",
         ),
-        (("--threshold", "mean"), "error: threshold is 'mean'. Allowed: 'zero', 'otsu'"),
+        (("--threshold", "mean"), "error: threshold must be one of 'zero', 'otsu'"),
         (("--patterns", "none.safetensors"), "error: There is no file 'none.safetensors'"),
     ],
 )

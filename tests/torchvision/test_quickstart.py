@@ -127,7 +127,7 @@ def test_options_that_contradict_are_named(tmp_path, tiny):
         ("maskx", {"crf": True}, "crf has no meaning for the system maskx, only for class_patt"),
         ("maskx", {"threshold": "otsu"}, "threshold has no meaning for the system maskx"),
         ("maskx", {"resolve": "ignore"}, "resolve has no meaning for the system maskx"),
-        ("class_patterns", {"threshold": "mean"}, "threshold is 'mean'. Allowed: 'zero', 'otsu'"),
+        ("class_patterns", {"threshold": "mean"}, "threshold must be one of 'zero', 'otsu'"),
         ("class_patterns", {"iterations": 0}, "iterations must be at least 1, got 0"),
         ("class_patterns", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ("class_patterns", {"backbone": "resnet5"}, "no backbone 'resnet5'.*resnet50"),

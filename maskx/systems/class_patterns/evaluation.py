@@ -32,8 +32,6 @@ from maskx.evaluation.mean_iou import MeanIoU
 from maskx.systems.class_patterns.projections import read_header, read_projections
 from maskx.systems.class_patterns.proxy_masks import MASKS_HEADER, mask_path
 
-__all__ = ["draw_steps", "evaluate_proxy_masks", "varied_records"]
-
 _FIGURE_ROWS, _TILE_SIDE = 6, 256
 
 
@@ -44,21 +42,12 @@ def evaluate_proxy_masks(
     *,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Compare proxy masks to true label maps.
-
-    Args:
-        records: as `maskx.data.coco.load_coco` makes them, with true masks or label maps.
-        masks_folder: of `maskx.systems.class_patterns.proxy_masks.make_proxy_masks`, with the
-            masks of all records.
+    """Compare proxy masks to the true label maps of records.
 
     Returns:
         "undecided_missed" and "decided_only": what `MeanIoU.evaluate` returns, counted in the two
         ways above; "undecided": share of the known pixels that is undecided. All in percent,
         [0, 100]; NaN if no pixel is known.
-
-    Raises:
-        FileNotFoundError: a mask or a true label map is missing.
-        ValueError: a mask or a true label map is none of `num_classes` classes, or damaged.
     """
     ignore = ignore_label(num_classes)
     missed, decided_only = MeanIoU(num_classes), MeanIoU(num_classes)
@@ -140,12 +129,11 @@ def draw_steps(
 def varied_records(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Choose images with labels that are not shown yet, those with two or three labels first."""
     chosen, shown = [], set()
-    order = sorted(records, key=lambda r: abs(2.5 - len(r["image_labels"])))
-    while len(chosen) < min(_FIGURE_ROWS, len(order)):
-        rest = [r for r in order if r not in chosen and r["image_labels"]]
-        if not rest:
-            break
+    rest = [record for record in records if record["image_labels"]]
+    rest.sort(key=lambda r: abs(2.5 - len(r["image_labels"])))
+    while rest and len(chosen) < _FIGURE_ROWS:
         best = max(rest, key=lambda r: len(set(r["image_labels"][:3]) - shown))
+        rest.remove(best)
         chosen.append(best)
         shown |= set(best["image_labels"])
     return chosen

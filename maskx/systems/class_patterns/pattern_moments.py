@@ -504,5 +504,5 @@ def check_identity(
             there, here = (textwrap.shorten(str(v.get(key)), 100) for v in (found, expected))
             raise ValueError(
                 f"'{path}' was made with {key} {there}, but {what} has {key} {here}. Use files of "
-                "the same, or make it anew."
+                "the same, or name another folder to make them anew."
             )

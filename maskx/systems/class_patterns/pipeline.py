@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,10 +44,7 @@ from maskx.systems.class_patterns.steps import (
     predict_masks,
     project,
     projections_folder,
-    settings_name,
 )
-
-__all__ = ["TagRun", "TagSettings", "learn_from_tags", "open_model", "open_tagged_images"]
 
 NAME = "class_patterns"
 _STEPS = ("classifier", "patterns", "proxy", "segmenter", "retraining", "retrained")
@@ -71,7 +69,6 @@ class TagSettings:
         image_size: side of the squares that images are warped to.
         iterations: steps of the classifier.
         segmenter_iterations: steps of the segmentation network, in each of its two trainings.
-        batch_size: images per step.
         seed: of weights, data order and the choice of images.
         layer: whose proxy masks are trained on; those of all layers of the last stage are made.
             None for its first, which is the paper's best.
@@ -80,7 +77,6 @@ class TagSettings:
         max_images_per_class: see :func:`maskx.systems.class_patterns.steps.discover`.
         multi_scale: segment images at 241 / 328, 1 and 401 / 328 of ``image_size`` and average the
             scores, as in the paper; three times the work.
-        workers: processes that read training images; 0 reads them in the process that trains.
     """
 
     backbone: str = "small"
@@ -145,25 +141,13 @@ def learn_from_tags(
         where there is no such pixel; ``tag_mAP``; ``uncertain_patterns`` by layer, names of the
         classes whose pattern has no sure sign; and ``step_seconds``. Keys of proxy masks are there
         only if training images have true masks.
-
-    Raises:
-        FileNotFoundError: an image is missing.
-        ImportError: the CRF is asked for, but not installed.
-        ValueError: data or settings cannot be used, or results of another run are in the way.
     """
     if settings.masks.crf:
         check_crf()
     if not resume:
         _set_aside(output)
-    run = TagRun(
-        train_data,
-        val_data,
-        settings,
-        image_root=image_root,
-        output=output,
-        device=device,
-        report=report,
-    )
+    folders = {"image_root": image_root, "output": output}
+    run = TagRun(train_data, val_data, settings, **folders, device=device, report=report)
     classifier = run.train_classifier()
     patterns, masks = run.make_proxy_masks(classifier)
     chosen = masks[run.layer]
@@ -209,15 +193,7 @@ def learn_from_tags(
 
 
 class TagRun(TrainingChain):
-    """The steps of :func:`learn_from_tags`, and what they share.
-
-    Args:
-        train_data: see :func:`learn_from_tags`, as for the others.
-        val_data: images to evaluate on.
-        settings: what to do.
-        image_root: folder of the training images.
-        output: folder of the results; what lies there is of this run.
-    """
+    """The steps of :func:`learn_from_tags`, and what they share; what lies there is of this run."""
 
     def __init__(
         self,
@@ -244,10 +220,13 @@ class TagRun(TrainingChain):
 
     @functools.cached_property
     def layers(self) -> tuple[str, ...]:
-        """All layers of the last stage, by the papers' names where they have one."""
+        """All layers of the last stage by the paper's names; where they have none, the last map."""
         with torch.device("meta"):
             backbone = build_backbone(self.settings.backbone)
-        return _last_layers(backbone)
+        aliases = list(backbone.layer_aliases)
+        if not aliases:
+            return (f"outputs.{choose_feature(backbone)[0]}",)
+        return tuple(alias for alias in aliases if alias.startswith(aliases[-1][:-1]))
 
     @property
     def layer(self) -> str:
@@ -258,11 +237,8 @@ class TagRun(TrainingChain):
         """Train the classifier of the image labels, or read it if it is there."""
         settings = self.settings
         check_choice(f"layer of {settings.backbone}", self.layer, self.layers)
-        content = {"part": "classifier", "backbone": settings.backbone}
-        content |= {"frozen_norm": settings.pretrained, "image_size": settings.image_size}
-        model = self._build(content, pretrained=settings.pretrained)
-        mapper = ImageMapper(self.num_classes, size=settings.image_size, label_maps=False)
-        self._learn(model, "classifier", content, self.train_data, mapper, {})
+        model, content = self._build("classifier", pretrained=settings.pretrained)
+        self._learn(model, "classifier", content, self.train_data, settings.iterations)
         return model
 
     def make_proxy_masks(
@@ -285,7 +261,7 @@ class TagRun(TrainingChain):
             )
         with self.timed("projections"):
             project(source, records, patterns, self.layers, folder, **shared)
-        self.report(f"\nProxy masks: {settings_name(self.settings.masks)}")
+        self.report(f"\nProxy masks: {self.settings.masks.name}")
         return patterns, self._make_masks(patterns, self.settings.masks, "proxy masks")
 
     def evaluate_paper_masks(
@@ -294,7 +270,7 @@ class TagRun(TrainingChain):
         """Mean IoU by layer of the masks with threshold 0 and undecided conflicts."""
         if self.settings.masks == _PAPER:
             return dict(found)
-        self.report(f"\nFor comparison: {settings_name(_PAPER)}")
+        self.report(f"\nFor comparison: {_PAPER.name}")
         masks = self._make_masks(patterns, _PAPER, "proxy masks for comparison")
         return {layer: made.mean_iou for layer, made in masks.items()}
 
@@ -328,13 +304,10 @@ class TagRun(TrainingChain):
         settings = self.settings
         # Records of the masks' own file: the true masks are not within reach.
         data = load_coco(json_file, self.image_root)
-        content = {"part": "network", "backbone": settings.backbone}
-        content |= {"frozen_norm": settings.pretrained, "image_size": settings.image_size}
-        content |= {"test_sizes": settings.test_sizes, "crf": settings.masks.crf}
-        model = self._build(content)
+        form = {"test_sizes": settings.test_sizes, "crf": settings.masks.crf}
+        model, content = self._build("network", form)
         model.network.backbone.load_state_dict(start.classifier.backbone.state_dict())
-        mapper = ImageMapper(self.num_classes, size=settings.image_size, label_maps=True)
-        self._learn(model, name, content, data, mapper, identity)
+        self._learn(model, name, content, data, settings.segmenter_iterations, identity)
         return model
 
     def predict_training_images(self, model: SampleSegmenter) -> Path:
@@ -371,9 +344,15 @@ class TagRun(TrainingChain):
         labels = multi_hot([record["image_labels"] for record in records], self.num_classes)
         return evaluate_image_labels(prob, labels.numpy())["mAP"]
 
-    def _build(self, content: Mapping[str, Any], **options: bool) -> nn.Module:
-        torch.manual_seed(self.settings.seed)
-        return build_model(content, self.num_classes, **options)
+    def _build(
+        self, part: str, form: Mapping[str, Any] = MappingProxyType({}), **options: bool
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """Build a model, and say what :func:`build_model` needs to build it again."""
+        settings = self.settings
+        content = {"part": part, "backbone": settings.backbone, **form}
+        content |= {"frozen_norm": settings.pretrained, "image_size": settings.image_size}
+        torch.manual_seed(settings.seed)
+        return build_model(content, self.num_classes, **options), content
 
     def _learn(
         self,
@@ -381,19 +360,20 @@ class TagRun(TrainingChain):
         name: str,
         content: Mapping[str, Any],
         data: CocoData,
-        mapper: ImageMapper,
-        identity: Mapping[str, Any],
+        iterations: int,
+        identity: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         settings, part = self.settings, content["part"]
         rate, factor = _RATES[part]["imagenet" if settings.pretrained else "random"]
-        is_first = part == "classifier"
+        has_label_maps = part == "network"
+        mapper = ImageMapper(self.num_classes, size=settings.image_size, label_maps=has_label_maps)
         self._train(
             model,
             name,
             functools.partial(training_batches, data.records, mapper),
             identity,
             model_settings=content,
-            iterations=settings.iterations if is_first else settings.segmenter_iterations,
+            iterations=iterations,
             rate=rate,
             lr_multipliers={f"{part}.backbone.": factor},
         )
@@ -412,9 +392,6 @@ def build_model(
             ``image_size``; of a network ``test_sizes`` and ``crf`` as well.
         num_classes: K.
         pretrained: start from ImageNet weights.
-
-    Raises:
-        ValueError: a setting is missing or has no meaning.
     """
     try:
         backbone = build_backbone(
@@ -440,29 +417,10 @@ def build_model(
         ) from error
 
 
-def _last_layers(backbone: nn.Module) -> tuple[str, ...]:
-    """Names of the layers of the last stage, or where they have none of the last feature map."""
-    aliases = list(backbone.layer_aliases)
-    if not aliases:
-        return (f"outputs.{choose_feature(backbone)[0]}",)
-    stage = aliases[-1][:-1]
-    return tuple(alias for alias in aliases if alias.startswith(stage))
-
-
 def open_model(
     run: Run, device: torch.device | str, part: str = "network"
 ) -> SampleClassifier | SampleSegmenter:
-    """Load what a step trained.
-
-    Args:
-        run: the step.
-        device: where to compute.
-        part: that it is to be, see :func:`build_model`.
-
-    Raises:
-        FileNotFoundError: the weights are missing.
-        ValueError: the run folder is damaged, or of the other part.
-    """
+    """Load what a step trained; ``part`` is what it is to be, see :func:`build_model`."""
     found = run.settings.get("part")
     if (run.system, found) != (NAME, part):
         what = "folder 'classifier' in that" if part == "classifier" else "folder"
@@ -493,10 +451,6 @@ def open_tagged_images(
 
     Returns:
         The classifier, the records and the names of the classes.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is bad, or of other classes than the classifier.
     """
     run = read_run(folder)
     source = _source(open_model(run, device, "classifier"), str(folder))

@@ -10,9 +10,6 @@ import hashlib
 import json
 import os
 import re
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,29 +18,10 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike
 
-from maskx.core.files import write_json, written_whole
-
-__all__ = [
-    "ProjectionHistograms",
-    "check_projections",
-    "claim_folder",
-    "file_stem",
-    "has_pattern",
-    "otsu_threshold",
-    "projections_path",
-    "read_header",
-    "read_projections",
-    "standardise",
-    "start_projections",
-    "write_projections",
-]
+from maskx.core.files import read_json, write_json, written_whole
+from maskx.systems.class_patterns.pattern_moments import check_identity
 
 _MAX_DEVIATION = 8.0  # of histograms, in standard deviations; what lies beyond counts at the ends
-# What numpy raises for files broken in some way, for headers that claim more than there is, and for
-# an array in place of several.
-_UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, SyntaxError)
-_UNREADABLE += (AttributeError, TypeError, MemoryError, OverflowError, NotImplementedError)
-_UNREADABLE += (tokenize.TokenError,)
 
 
 # --- values
@@ -57,15 +35,12 @@ def standardise(
     Args:
         projections: (L, h, w), as `check_projections` returns them.
         labels: the L class indices, for errors.
-        height: to resize to.
-        width: likewise.
+        height: H.
+        width: W.
         stds: (L,) standard deviations by label, or one for all.
 
     Returns:
         (L, H, W) float32; all NaN for a label without a pattern.
-
-    Raises:
-        ValueError: a label has a pattern, but no usable standard deviation.
     """
     stds = np.broadcast_to(np.asarray(stds, np.float32), len(labels))
     is_bad = has_pattern(projections) & ~((stds > 0) & np.isfinite(stds))
@@ -76,11 +51,8 @@ def standardise(
             "0, finite, for each class with a pattern."
         )
     # Divided afterwards, so that signs are those of the projections themselves.
-    return _resize(projections, height, width) / stds[:, None, None]
-
-
-def _resize(maps: np.ndarray, height: int, width: int) -> np.ndarray:
-    return np.stack([cv2.resize(m, (width, height), interpolation=cv2.INTER_LINEAR) for m in maps])
+    resized = [cv2.resize(q, (width, height), interpolation=cv2.INTER_LINEAR) for q in projections]
+    return np.stack(resized) / stds[:, None, None]
 
 
 def has_pattern(projections: np.ndarray) -> np.ndarray:
@@ -89,18 +61,12 @@ def has_pattern(projections: np.ndarray) -> np.ndarray:
 
 
 def check_projections(projections: ArrayLike, labels: Sequence[int], where: str) -> np.ndarray:
-    """Check projections of one image.
+    """Check that projections fit the labels of an image and are finite, and return them as float32.
 
     Args:
         projections: (L, h, w), q of Eq. 3; the row of a label without a pattern is all NaN.
         labels: the L class indices.
         where: what they are called in errors.
-
-    Returns:
-        (L, h, w) float32.
-
-    Raises:
-        ValueError: they do not fit the labels, or a row is neither finite nor all NaN.
     """
     projections = np.asarray(projections, np.float32)
     if projections.ndim != 3 or len(projections) != len(labels):
@@ -129,15 +95,9 @@ def check_projections(projections: ArrayLike, labels: Sequence[int], where: str)
 class ProjectionHistograms:
     """Histograms of q / std by class, counted image by image, at the resolution of the features.
 
-    Counts of several processes are added with `merge`.
-
-    Args:
-        num_classes: K.
-        num_bins: over [-8, 8] standard deviations; what lies beyond is counted at the ends.
-
     Attributes:
         edges: (num_bins + 1,) of the bins, in standard deviations.
-        counts: (K, num_bins) int64, pixels.
+        counts: (K, num_bins) int64, pixels. What lies beyond the edges is counted at the ends.
     """
 
     def __init__(self, num_classes: int, num_bins: int = 512) -> None:
@@ -145,10 +105,7 @@ class ProjectionHistograms:
         self.counts = np.zeros((num_classes, num_bins), np.int64)
 
     def update(self, projections: ArrayLike, labels: Sequence[int], stds: ArrayLike) -> None:
-        """Count the pixels of one image; labels without a pattern are left out.
-
-        Arguments are as of :func:`standardise`.
-        """
+        """Count the pixels of one image, see :func:`standardise`, but labels without a pattern."""
         projections = check_projections(projections, labels, "The projections")
         if len(labels) == 0:
             return
@@ -159,19 +116,6 @@ class ProjectionHistograms:
                 place = (score + _MAX_DEVIATION) * (num_bins / (2 * _MAX_DEVIATION))
                 bins = np.clip(place, 0, num_bins - 1).astype(np.intp)
                 self.counts[label] += np.bincount(bins.ravel(), minlength=num_bins)
-
-    def merge(self, other: "ProjectionHistograms") -> None:
-        """Add the counts of other images.
-
-        Raises:
-            ValueError: the other histograms have other classes or bins.
-        """
-        if other.counts.shape != self.counts.shape:
-            raise ValueError(
-                f"Histograms of {other.counts.shape} (classes, bins) cannot be added to those of "
-                f"{self.counts.shape}. Count both in the same way."
-            )
-        self.counts += other.counts
 
     def thresholds(self) -> np.ndarray:
         """Return `otsu_threshold` of each class: (K,) in standard deviations."""
@@ -188,10 +132,10 @@ def otsu_threshold(counts: ArrayLike, edges: ArrayLike) -> float:
 
     Args:
         counts: (B,) of the bins.
-        edges: (B + 1,) of the bins, rising.
+        edges: (B + 1,), rising.
 
     Returns:
-        The threshold, or 0 where nothing can be split, as fewer than two bins have a value.
+        The threshold, or 0 where fewer than two bins have a value.
     """
     counts, edges = np.asarray(counts, np.float64), np.asarray(edges, np.float64)
     if np.count_nonzero(counts) < 2:
@@ -220,13 +164,8 @@ def start_projections(
 ) -> None:
     """Create a folder for projections, or see to it that an existing one is for the same.
 
-    Its `projections.json` says what the projections were made with. A network pass that was
-    interrupted goes on by skipping the images whose `projections_path` is there.
-
-    Args:
-        folder: to create; its parents too.
-        patterns: hash of the class patterns.
-        details: all else that changes the projections, such as the layer and the image size.
+    Its `projections.json` says what the projections were made with: the hash of the class patterns,
+    and in ``details`` all else that changes them, such as the layer and the image size.
     """
     header = {"class_names": list(class_names), "patterns": patterns, **details}
     claim_folder(Path(folder), "projections.json", header)
@@ -243,14 +182,7 @@ def write_projections(
     labels: Sequence[int],
     projections: ArrayLike,
 ) -> None:
-    """Write the projections of an image, whole or not at all.
-
-    Args:
-        folder: of `start_projections`.
-        image_id: as in the annotation file.
-        labels: its L class indices, all that the image has.
-        projections: (L, h, w), see `check_projections`; stored as float32.
-    """
+    """Write the (L, h, w) projections of an image on the patterns of all its labels."""
     projections = check_projections(projections, labels, f"The projections of image {image_id!r}")
     path = projections_path(folder, image_id)
     with written_whole(path) as scratch, scratch.open("wb") as file:
@@ -260,15 +192,7 @@ def write_projections(
 def read_projections(
     folder: str | os.PathLike[str], image_id: int | str
 ) -> tuple[list[int], np.ndarray]:
-    """Read what `write_projections` wrote.
-
-    Returns:
-        The labels, L class indices, and the projections, (L, h, w) float32.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged.
-    """
+    """Read what `write_projections` wrote: L class indices and (L, h, w) float32 projections."""
     path = projections_path(folder, image_id)
     where = f"{path} (image {image_id!r})"
     try:
@@ -281,7 +205,7 @@ def read_projections(
             f"{where}: there is no such file. Let the network write the projections of all images "
             "with labels first."
         ) from None
-    except _UNREADABLE as error:
+    except Exception as error:  # numpy has no class of errors of its own for damaged files
         raise ValueError(
             f"{where} cannot be read as projections ({error}). Delete it and let the network write "
             "it again."
@@ -306,9 +230,6 @@ def claim_folder(folder: Path, name: str, header: dict[str, Any]) -> None:
         folder: of files that are made with the same settings.
         name: of the header's file.
         header: the settings, as JSON can hold them.
-
-    Raises:
-        ValueError: the folder has another header, or files but none.
     """
     path = folder / name
     header = json.loads(json.dumps(header))  # tuples become lists, as in the file
@@ -319,39 +240,14 @@ def claim_folder(folder: Path, name: str, header: dict[str, Any]) -> None:
                 f"{folder} holds files ({others.name}) but no {name}, which says what they were "
                 "made with. Name an empty or a new folder."
             )
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(path, header)
         return
-    found = read_header(path)
-    differing = sorted(key for key in found.keys() | header if found.get(key) != header.get(key))
-    if differing:
-        differences = "; ".join(
-            f"{key}: {found.get(key)!r:.100}, now {header.get(key)!r:.100}" for key in differing
-        )
-        raise ValueError(
-            f"{folder} holds files made with other settings ({differences}). Name another folder, "
-            "or delete this one to make them again."
-        )
+    check_identity(path, read_header(path), header, "this run")
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read what `claim_folder` wrote.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
-    """
-    try:
-        header = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: there is no such file. Name the folder into which the network wrote the "
-            "projections."
-        ) from None
-    except ValueError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}). Delete its folder and make the files again."
-        ) from None
+    """Read what `claim_folder` wrote."""
+    header = read_json(path)
     if not isinstance(header, dict):
-        raise ValueError(f"{path} holds no dict. Delete its folder and make the files again.")
+        raise ValueError(f"'{path}' holds no dict. Delete its folder and make the files again.")
     return header

@@ -13,7 +13,7 @@ Shapes: L labels of the image, (h, w) of the features, (H, W) of the image, K cl
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
+from maskx.core.checks import check_choice
 from maskx.core.files import write_json
 from maskx.core.processes import run_jobs
-from maskx.core.text import listed
 from maskx.data.dense_crf import SEC_DSRG, CrfSettings, check_crf, refine
 from maskx.data.images import read_image
 from maskx.data.label_maps import ignore_label, read_label_map, write_label_map
@@ -40,16 +40,6 @@ from maskx.systems.class_patterns.projections import (
     read_projections,
     standardise,
 )
-
-__all__ = [
-    "MASKS_HEADER",
-    "ProxyMaskSettings",
-    "ProxyMaskSummary",
-    "make_proxy_masks",
-    "mask_path",
-    "proxy_label_map",
-    "write_proxy_json",
-]
 
 MASKS_HEADER = "proxy_masks.json"
 """File in a folder of masks that says what they were made with."""
@@ -73,12 +63,10 @@ def proxy_label_map(
 ) -> np.ndarray:
     """Make the label map of an image from its projections (Algorithm 1).
 
-    The projections are resized bilinearly (pixel centres at half-integers, as
-    `torch.nn.functional.interpolate` with `align_corners=False`), then compared to the thresholds.
-
-    Where a label has no pattern, its class may be anywhere: pixels in which no other class is
-    positive are ignored, never background. An image without labels is all background, so labels
-    have to be complete.
+    The projections are resized bilinearly, with pixel centres at half-integers, then compared to
+    the thresholds. Where a label has no pattern, its class may be anywhere: pixels in which no
+    other class is positive are ignored, never background. An image without labels is all
+    background, so labels have to be complete.
 
     Args:
         projections: (L, h, w), q of Eq. 3; the row of a label without a pattern is all NaN.
@@ -91,12 +79,8 @@ def proxy_label_map(
 
     Returns:
         (H, W), with types and values as of `maskx.data.label_maps.read_label_map`.
-
-    Raises:
-        ValueError: an argument does not fit the others, or a projection is not finite.
     """
-    if resolve not in _RESOLVE:
-        raise ValueError(f"resolve is {resolve!r}. Allowed: {listed(_RESOLVE)}.")
+    check_choice("resolve", resolve, _RESOLVE)
     projections = check_projections(projections, labels, "The projections")
     check_labels(labels, num_classes, "an image")
     ignore = ignore_label(num_classes)
@@ -126,10 +110,6 @@ class ProxyMaskSettings:
         threshold: "zero", or "otsu" for one of each class from all its projections.
         resolve: of pixels with several positive classes, see `proxy_label_map`.
         crf: whether masks of images with one label are refined by a dense CRF.
-        crf_settings: of the CRF.
-
-    Raises:
-        ValueError: a value is none of the allowed.
     """
 
     threshold: str = "zero"
@@ -138,9 +118,13 @@ class ProxyMaskSettings:
     crf_settings: CrfSettings = SEC_DSRG
 
     def __post_init__(self) -> None:
-        for name, allowed in (("threshold", _THRESHOLDS), ("resolve", _RESOLVE)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}. Allowed: {listed(allowed)}.")
+        check_choice("threshold", self.threshold, _THRESHOLDS)
+        check_choice("resolve", self.resolve, _RESOLVE)
+
+    @property
+    def name(self) -> str:
+        """Name in files: ``zero-ignore-crf`` are the paper's."""
+        return f"{self.threshold}-{self.resolve}{'-crf' if self.crf else ''}"
 
 
 @dataclass(frozen=True)
@@ -148,29 +132,25 @@ class ProxyMaskSummary:
     """What :func:`make_proxy_masks` made. Numbers of images, and pixels of all their masks.
 
     Attributes:
-        num_images: all records.
         num_kept: their masks were there already.
         num_redone: their masks were there, but not readable or of other image labels, and were made
             again.
         num_refined: they have one label, with a pattern, so their masks are refined by the CRF.
         num_without_labels: their masks are all background.
         num_without_pattern: a label of theirs has no pattern, so no pixel is background.
-        pixels: number of pixels.
-        background_pixels: how many of them are background.
-        undecided_pixels: how many of them are undecided.
         thresholds: by class index, in standard deviations.
     """
 
-    num_images: int
-    num_kept: int
-    num_redone: int
-    num_refined: int
-    num_without_labels: int
-    num_without_pattern: int
-    pixels: int
-    background_pixels: int
-    undecided_pixels: int
     thresholds: tuple[float, ...]
+    num_images: int = 0
+    num_kept: int = 0
+    num_redone: int = 0
+    num_refined: int = 0
+    num_without_labels: int = 0
+    num_without_pattern: int = 0
+    pixels: int = 0
+    background_pixels: int = 0
+    undecided_pixels: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,16 +164,6 @@ class _Job:
     projections_folder: Path
     mask: Path
     settings: ProxyMaskSettings
-
-    @property
-    def labels(self) -> list[int]:
-        """Class indices of the image."""
-        return list(self.record["image_labels"])
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the image."""
-        return self.record["height"], self.record["width"]
 
 
 def mask_path(folder: str | os.PathLike[str], image_id: int | str) -> Path:
@@ -219,9 +189,9 @@ def make_proxy_masks(
     label and 1 - p for the background, so that without it the same pixels are positive.
 
     The same call goes on after an interruption: masks that are there, complete and not older than
-    the projections of their image are kept. The
-    folder's `proxy_masks.json` says what they were made with; other settings, patterns or, with
-    Otsu's method, other images (thus thresholds) need another folder.
+    the projections of their image are kept. The folder's `proxy_masks.json` says what they were
+    made with; other settings, patterns or, with Otsu's method, other images (thus thresholds) need
+    another folder.
 
     Args:
         records: as `maskx.data.coco.load_coco` makes them.
@@ -229,11 +199,6 @@ def make_proxy_masks(
         output_folder: for the masks; it is created.
         stds: (K,) standard deviations of q by class; NaN for a class without a pattern.
         settings: how masks are made; None for the paper's.
-
-    Raises:
-        FileNotFoundError: an image, its projections or `projections.json` is missing.
-        ImportError: the settings ask for the CRF, which is not installed.
-        ValueError: the files are not of these classes, labels or settings, or damaged.
     """
     settings = settings or ProxyMaskSettings()
     projections_folder, output_folder = Path(projections_folder), Path(output_folder)
@@ -271,30 +236,23 @@ def make_proxy_masks(
     }
     claim_folder(output_folder, MASKS_HEADER, header)
 
-    jobs = []
-    for record in records:
-        labels = list(record["image_labels"])
-        jobs.append(
-            _Job(
-                record={k: v for k, v in record.items() if k != "annotations"},
-                thresholds=tuple(thresholds[labels].tolist()),
-                stds=tuple(stds[labels].tolist()),
-                num_classes=num_classes,
-                projections_folder=projections_folder,
-                mask=mask_path(output_folder, record["image_id"]),
-                settings=settings,
-            )
+    jobs = [
+        _Job(
+            record={k: v for k, v in record.items() if k != "annotations"},
+            thresholds=tuple(thresholds[record["image_labels"]].tolist()),
+            stds=tuple(stds[record["image_labels"]].tolist()),
+            num_classes=num_classes,
+            projections_folder=projections_folder,
+            mask=mask_path(output_folder, record["image_id"]),
+            settings=settings,
         )
+        for record in records
+    ]
     made: Counter[str] = Counter()
     masks = run_jobs(_make_mask, jobs, workers)
-    for counts in tqdm(
-        masks, total=len(jobs), desc="proxy masks", unit="img", disable=not progress
-    ):
+    for counts in tqdm(masks, "proxy masks", len(jobs), unit="img", disable=not progress):
         made.update(counts)
-    counted = [field.name for field in fields(ProxyMaskSummary) if field.name != "thresholds"]
-    return ProxyMaskSummary(
-        **{name: made[name] for name in counted}, thresholds=tuple(thresholds.tolist())
-    )
+    return ProxyMaskSummary(tuple(thresholds.tolist()), **made)
 
 
 def _find_thresholds(
@@ -322,12 +280,13 @@ def _read_for(
     return list(image_labels), projections[[labels.index(label) for label in image_labels]]
 
 
-def _make_mask(job: _Job) -> Counter[str]:
+def _make_mask(job: _Job) -> dict[str, int]:
     """Make the mask of an image unless it is there; return its share in the summary."""
-    labels, image_id = job.labels, job.record["image_id"]
+    record = job.record
+    labels, size = list(record["image_labels"]), (record["height"], record["width"])
     projections = np.zeros((0, 1, 1), np.float32)
     if labels:
-        _, projections = _read_for(image_id, labels, job.projections_folder)
+        _, projections = _read_for(record["image_id"], labels, job.projections_folder)
     lacks_pattern = not has_pattern(projections).all()
     is_refined = job.settings.crf and len(labels) == 1 and not lacks_pattern
 
@@ -339,49 +298,62 @@ def _make_mask(job: _Job) -> Counter[str]:
             label_map = _refined_map(job, projections)
         else:
             label_map = proxy_label_map(
-                *(projections, labels, *job.size),
+                *(projections, labels, *size),
                 num_classes=job.num_classes,
                 thresholds=job.thresholds,
                 stds=job.stds,
                 resolve=job.settings.resolve,
             )
         write_label_map(job.mask, label_map, num_classes=job.num_classes)
-    return Counter(
-        num_images=1,
-        num_kept=existing is not None,
-        num_redone=existing is None and was_there,
-        num_refined=is_refined,
-        num_without_labels=not labels,
-        num_without_pattern=lacks_pattern,
-        pixels=label_map.size,
-        background_pixels=int(np.count_nonzero(label_map == 0)),
-        undecided_pixels=int(np.count_nonzero(label_map == ignore_label(job.num_classes))),
-    )
+    return {
+        "num_images": 1,
+        "num_kept": existing is not None,
+        "num_redone": existing is None and was_there,
+        "num_refined": is_refined,
+        "num_without_labels": not labels,
+        "num_without_pattern": lacks_pattern,
+        "pixels": label_map.size,
+        "background_pixels": np.count_nonzero(label_map == 0),
+        "undecided_pixels": np.count_nonzero(label_map == ignore_label(job.num_classes)),
+    }
+
+
+def read_label_map_if_good(
+    path: Path, record: Mapping[str, Any], num_classes: int
+) -> np.ndarray | None:
+    """Read a label map of an image, of an earlier run; None if it is missing or damaged."""
+    try:
+        return read_label_map(
+            *(path, record["height"], record["width"]),
+            num_classes=num_classes,
+            image_id=record["image_id"],
+        )
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _read_existing(job: _Job) -> np.ndarray | None:
     """Read the mask of an earlier run; None if there is none of these image labels."""
-    image_id = job.record["image_id"]
-    try:
-        label_map = read_label_map(
-            job.mask, *job.size, num_classes=job.num_classes, image_id=image_id
-        )
-    except (FileNotFoundError, ValueError):
+    record = job.record
+    label_map = read_label_map_if_good(job.mask, record, job.num_classes)
+    if label_map is None:
         return None
-    if not job.labels:
+    if not record["image_labels"]:
         return None if label_map.any() else label_map
     # Projections are written again when the labels of their image have changed.
-    projections = projections_path(job.projections_folder, image_id)
+    projections = projections_path(job.projections_folder, record["image_id"])
     is_outdated = job.mask.stat().st_mtime_ns < projections.stat().st_mtime_ns
     return None if is_outdated else label_map
 
 
 def _refined_map(job: _Job, projections: np.ndarray) -> np.ndarray:
-    (score,) = standardise(projections, job.labels, *job.size, job.stds)
+    record, (label,) = job.record, job.record["image_labels"]
+    size = record["height"], record["width"]
+    (score,) = standardise(projections, [label], *size, job.stds)
     prob = 0.5 + 0.5 * np.tanh((score - job.thresholds[0]) / 2)  # sigmoid, without overflow
-    image = read_image(job.record["file_name"], *job.size, job.record["image_id"])
+    image = read_image(record["file_name"], *size, record["image_id"])
     background, foreground = refine(image, np.stack([1 - prob, prob]), job.settings.crf_settings)
-    return (foreground > background) * np.int32(job.labels[0] + 1)
+    return (foreground > background) * np.int32(label + 1)
 
 
 def write_proxy_json(
@@ -399,15 +371,11 @@ def write_proxy_json(
     Args:
         output: file to write.
         records: as `maskx.data.coco.load_coco` makes them.
-        masks_folder: of `make_proxy_masks`.
+        masks_folder: of `make_proxy_masks`, with the masks of all images.
         image_root: folder of the images, the same as for `load_coco`.
         category_ids: rising ids by class index, as `maskx.data.coco.CocoData` has them; None: 1
             to K.
         made_with: plain values that say how the masks were made, for the ``info`` of the file.
-
-    Raises:
-        FileNotFoundError: an image has no proxy mask.
-        ValueError: the ids do not rise, so that classes would change their index.
     """
     output, masks_folder = Path(output), Path(masks_folder)
     if category_ids is None:

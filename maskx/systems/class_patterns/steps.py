@@ -7,24 +7,22 @@ the projections of every image on them, :func:`make_masks` makes label maps of t
 Every step leaves files and goes on from them when it is called again after an interruption.
 """
 
-import glob
+import functools
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from maskx.core.digests import digest_of, network_hash
 from maskx.core.image_classifier import ImageClassifier, LayerTaps
 from maskx.core.processes import run_jobs
 from maskx.core.sample_models import SampleClassifier
-from maskx.data.label_maps import read_label_map, write_label_map
+from maskx.data.label_maps import write_label_map
 from maskx.systems.class_patterns.evaluation import evaluate_proxy_masks
 from maskx.systems.class_patterns.model import SampleSegmenter, predict_label_maps
 from maskx.systems.class_patterns.pattern_moments import check_identity, check_labels, merge_moments
@@ -50,21 +48,9 @@ from maskx.systems.class_patterns.proxy_masks import (
     ProxyMaskSummary,
     make_proxy_masks,
     mask_path,
+    read_label_map_if_good,
     write_proxy_json,
 )
-
-__all__ = [
-    "PATTERNS_NAME",
-    "ClassifierSource",
-    "LayerMasks",
-    "discover",
-    "format_masks",
-    "make_masks",
-    "masks_folder",
-    "predict_masks",
-    "project",
-    "projections_folder",
-]
 
 PATTERNS_NAME = "patterns.safetensors"
 """Name of the file of :func:`discover`."""
@@ -78,7 +64,6 @@ class ClassifierSource:
     """A trained image classifier and how its host feeds it.
 
     Attributes:
-        model: on any device.
         read_image: makes a sample from a record of :func:`maskx.data.coco.load_coco`.
         name: what messages call it, such as its folder.
         settings: plain values that change the features beside the weights, such as the size of
@@ -102,10 +87,8 @@ class LayerMasks:
 
     Attributes:
         json_file: COCO-format file with the masks as label maps, to train on.
-        summary: what was made.
-        evaluation: see
-            :func:`maskx.systems.class_patterns.evaluation.evaluate_proxy_masks`; None if no
-            record has a true mask.
+        evaluation: of :func:`maskx.systems.class_patterns.evaluation.evaluate_proxy_masks`; None
+            if no record has a true mask.
     """
 
     json_file: Path
@@ -166,16 +149,9 @@ def discover(
 
     Returns:
         The patterns; None for a shard.
-
-    Raises:
-        FileNotFoundError: an image is missing.
-        ValueError: a layer or a label is unknown, the features of an image are not finite, a
-            number is out of range, or the folder has other patterns.
     """
-    _check_classes(source, records, class_names)
-    with LayerTaps(source.classifier.backbone, layers):  # refuses layers that are not there
-        pass
-    _check_batch_size(batch_size)
+    _check(source, records, class_names, batch_size)
+    LayerTaps(source.classifier.backbone, layers)  # refuses layers that are not there
     index, count = shard or (0, workers)
     if not 0 <= index < count:
         raise ValueError(
@@ -210,21 +186,21 @@ def discover(
     # The name says what the moments are of: those of other runs are never mixed in.
     stem = f"moments-{digest_of([network, settings])[:12]}"
     if not merge:
+        run_pass = functools.partial(
+            _run_pass,
+            source=source,
+            layers=tuple(layers),
+            settings=settings,
+            batch_size=batch_size,
+            save_every=save_every,
+            threads=max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None,
+        )
         jobs = [
-            _Pass(
-                source=source,
-                used=used[number::count],
-                layers=tuple(layers),
-                checkpoint=path.with_name(f"{stem}-{number}-of-{count}.safetensors"),
-                settings=settings,
-                batch_size=batch_size,
-                save_every=save_every,
-                threads=max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None,
-            )
+            (used[number::count], path.with_name(f"{stem}-{number}-of-{count}.safetensors"))
             for number in (range(count) if shard is None else [index])
+            if number < len(used)  # there may be more shards than images
         ]
-        jobs = [job for job in jobs if job.used]  # more shards than images
-        for _ in run_jobs(_run_pass, jobs, workers):
+        for _ in run_jobs(run_pass, jobs, workers):
             pass
         if shard is not None:
             report(f"Wrote shard {index} of {count}, {len(used[index::count])} images.")
@@ -247,42 +223,36 @@ def discover(
     return patterns
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """One process' share of the images; `threads` None: as PyTorch has it."""
-
-    source: ClassifierSource
-    used: Sequence[tuple[Record, list[int]]]
-    layers: tuple[str, ...]
-    checkpoint: Path
-    settings: Mapping[str, Any]
-    batch_size: int
-    save_every: int
-    threads: int | None
-
-
-def _run_pass(job: _Pass) -> None:
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
+def _run_pass(
+    job: tuple[Sequence[tuple[Record, list[int]]], Path],
+    *,
+    source: ClassifierSource,
+    settings: Mapping[str, Any],
+    batch_size: int,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Stream the images that a process uses into its checkpoint."""
+    used, checkpoint = job
+    if threads is not None:
+        torch.set_num_threads(threads)
 
     def batches(*, start: int) -> Iterator[list[dict[str, Any]]]:
-        for first in range(start, len(job.used), job.batch_size):
-            part = job.used[first : first + job.batch_size]
+        for first in range(start, len(used), batch_size):
             yield [
-                job.source.read_image(record)
+                source.read_image(record)
                 | {"image_labels": record["image_labels"], "labels_used": labels}
-                for record, labels in part
+                for record, labels in used[first : first + batch_size]
             ]
 
     discover_class_patterns(
-        job.source.classifier,
+        source.classifier,
         batches,
-        job.layers,
-        preprocess=job.source.model.preprocess,
-        total=len(job.used),
-        checkpoint=job.checkpoint,
-        save_every=job.save_every,
-        identity=job.settings,
+        preprocess=source.model.preprocess,
+        total=len(used),
+        checkpoint=checkpoint,
+        identity=settings,
+        **options,
     )
 
 
@@ -290,8 +260,8 @@ def _find_shards(folder: Path, stem: str, *, count: int | None, num_images: int)
     """Find the moments of all shards; `count` None: as many as the names of the files say."""
     counts = {count}
     if count is None:
-        found = [path.name for path in folder.glob(f"{glob.escape(stem)}-*-of-*.safetensors")]
-        counts = {int(re.search(r"-of-(\d+)", name).group(1)) for name in found}
+        found = folder.glob(f"{stem}-*-of-*.safetensors")
+        counts = {int(path.stem.rpartition("-")[2]) for path in found}
     if len(counts) != 1:
         raise ValueError(
             f"'{folder}' holds shards of {sorted(counts) or 'no'} runs with this classifier, these "
@@ -335,15 +305,9 @@ def project(
         layers: of the patterns.
         folder: gets one folder per layer, see :func:`projections_folder`.
         batch_size: images per forward pass.
-
-    Raises:
-        FileNotFoundError: an image is missing.
-        ValueError: the patterns are of another network or other settings, lack a layer, a label
-            is unknown, or the features of an image are not finite.
     """
     class_names = patterns.class_names
-    _check_classes(source, records, class_names)
-    _check_batch_size(batch_size)
+    _check(source, records, class_names, batch_size)
     network = network_hash(source.classifier)
     if patterns.network != network:
         raise ValueError(
@@ -391,7 +355,13 @@ def project(
                 labels = list(record["image_labels"])
                 for layer, of_layer in folders.items():
                     features = taps.features[layer][index]
-                    _check_finite(features, layer, record["image_id"])
+                    # All NaN would mean a class without a pattern.
+                    if not features.isfinite().all():
+                        raise ValueError(
+                            f"Features of layer {layer} of image {record['image_id']!r} hold NaN "
+                            "or infinite values. Look at the image and at the classifier's "
+                            "weights; leave the image out or repair it."
+                        )
                     q = project_features(features, patterns.layers[layer], labels)
                     write_projections(of_layer, record["image_id"], labels, q.cpu().numpy())
             progress.update(len(batch))
@@ -409,7 +379,7 @@ def projections_folder(folder: Path, layer: str) -> Path:
 
 def masks_folder(folder: Path, layer: str, settings: ProxyMaskSettings) -> Path:
     """Return the folder into which :func:`make_masks` writes those of a layer."""
-    return Path(folder) / "masks" / f"{layer}-{settings_name(settings)}"
+    return Path(folder) / "masks" / f"{layer}-{settings.name}"
 
 
 def _state_of_projections(folder: Path, record: Record) -> str:
@@ -420,15 +390,6 @@ def _state_of_projections(folder: Path, record: Record) -> str:
     except ValueError:
         return "damaged"
     return "complete" if sorted(labels) == sorted(record["image_labels"]) else "of other labels"
-
-
-def _check_finite(features: Tensor, layer: str, image_id: int | str) -> None:
-    # All NaN would mean a class without a pattern.
-    if not features.isfinite().all():
-        raise ValueError(
-            f"Features of layer {layer} of image {image_id!r} hold NaN or infinite values. Look at "
-            "the image and at the classifier's weights; leave the image out or repair it."
-        )
 
 
 # --- masks
@@ -458,18 +419,11 @@ def make_masks(
         patterns: that the projections were made with.
         layers: whose masks to make.
         folder: that :func:`project` wrote to; gets ``masks/`` and a JSON file per layer.
-        image_root: folder of the images, the same as for ``load_coco``.
-        category_ids: rising ids by class index, for the JSON files; None: 1 to K.
+        image_root: see :func:`write_proxy_json`, as for ``category_ids`` and ``made_with``.
         settings: how masks are made; None for the paper's.
-        made_with: see :func:`write_proxy_json`.
 
     Returns:
         What was made, by layer.
-
-    Raises:
-        FileNotFoundError: projections or an image are missing.
-        ImportError: the settings ask for the CRF, which is not installed.
-        ValueError: files do not belong to these records, patterns or settings.
     """
     settings = settings or ProxyMaskSettings()
     folder = Path(folder)
@@ -477,7 +431,6 @@ def make_masks(
     known = [r for r in records if r["supervision"] == "mask"]
     made = {}
     for layer in layers:
-        stem = f"{layer}-{settings_name(settings)}"
         masks = masks_folder(folder, layer, settings)
         summary = make_proxy_masks(
             records,
@@ -489,7 +442,7 @@ def make_masks(
             workers=workers,
             progress=True,
         )
-        json_file = folder / f"{stem}.json"
+        json_file = folder / f"{masks.name}.json"
         write_proxy_json(
             json_file,
             records,
@@ -505,11 +458,6 @@ def make_masks(
         made[layer] = LayerMasks(json_file, summary, evaluation)
     report(format_masks(made))
     return made
-
-
-def settings_name(settings: ProxyMaskSettings) -> str:
-    """Name the settings in files: ``zero-ignore-crf`` are the paper's."""
-    return f"{settings.threshold}-{settings.resolve}{'-crf' if settings.crf else ''}"
 
 
 def format_masks(made: Mapping[str, LayerMasks]) -> str:
@@ -553,29 +501,19 @@ def predict_masks(
 ) -> None:
     """Predict label maps of training images, of nothing but the labels of each, to train on.
 
-    Those that are there and readable are kept.
-
-    Args:
-        model: the trained network.
-        records: as of :func:`maskx.data.coco.load_coco`, whose labels are complete.
-        folder: of the label maps, at :func:`mask_path`.
-        read_image: see :func:`predict_label_maps`.
+    Those that are there, at :func:`mask_path` of the folder, and readable are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     num_classes = model.num_classes
-
-    def is_missing(record: Record) -> bool:
-        path, image_id = mask_path(folder, record["image_id"]), record["image_id"]
-        size = record["height"], record["width"]
-        try:
-            read_label_map(path, *size, num_classes=num_classes, image_id=image_id)
-        except (FileNotFoundError, ValueError):
-            return True
-        return False
-
+    missing = [
+        record
+        for record in records
+        if read_label_map_if_good(mask_path(folder, record["image_id"]), record, num_classes)
+        is None
+    ]
     found = predict_label_maps(
         model,
-        [record for record in records if is_missing(record)],
+        missing,
         read_image=read_image,
         only_image_labels=True,
         description="training images",
@@ -587,9 +525,14 @@ def predict_masks(
 # --- checks
 
 
-def _check_classes(
-    source: ClassifierSource, records: Sequence[Record], class_names: Sequence[str]
+def _check(
+    source: ClassifierSource,
+    records: Sequence[Record],
+    class_names: Sequence[str],
+    batch_size: int,
 ) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 image, got {batch_size}.")
     num_classes = source.classifier.num_classes
     if len(class_names) != num_classes:
         raise ValueError(
@@ -600,13 +543,6 @@ def _check_classes(
         check_labels(record["image_labels"], num_classes, f"image {record['image_id']!r}")
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1 image, got {batch_size}.")
-
-
 def _patterns_hash(patterns: LayerPatterns) -> str:
-    digest = hashlib.sha256()
-    for name in ("mean", "direction"):
-        digest.update(getattr(patterns, name).numpy().tobytes())
-    return digest.hexdigest()
+    both = torch.stack([patterns.mean, patterns.direction])
+    return hashlib.sha256(both.numpy().tobytes()).hexdigest()

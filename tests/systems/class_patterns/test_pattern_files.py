@@ -125,7 +125,9 @@ def test_files_with_missing_or_misshaped_tensors_are_refused(patterns, tmp_path)
     for name, dtype in (("valid", torch.float32), ("std", torch.float64)):
         other = tensors[f"C41/{name}"].to(dtype)
         write_tensors(path, tensors | {f"C41/{name}": other}, "class patterns", STATE)
-        with pytest.raises(ValueError, match=f"damaged: {name} of layer 'C41' is .* of {dtype}. Allowed"):
+        with pytest.raises(
+            ValueError, match=f"damaged: {name} of layer 'C41' is .* of {dtype}. Allowed"
+        ):
             read(path)
 
 

@@ -59,10 +59,7 @@ from maskx.systems.class_patterns.steps import (
     predict_masks,
     project,
     projections_folder,
-    settings_name,
 )
-
-__all__ = ["TagChain", "format_results", "open_classifier"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +94,6 @@ def open_classifier(
     Returns:
         The classifier on ``MODEL.DEVICE``, the records in the form of
         :func:`maskx.data.coco.load_coco`, and the names of the classes.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the configuration is not of an image classifier or does not fit its data, the
-            weights are of another network, or no image has known labels.
     """
     cfg = read_config(Path(config_file), opts)
     register_all()
@@ -200,11 +192,6 @@ class TagChain:
         max_images_per_class: see :func:`maskx.systems.class_patterns.steps.discover`.
         classifier_opts: KEY VALUE pairs over its file.
         segmenter_opts: KEY VALUE pairs over its file.
-
-    Raises:
-        FileNotFoundError: a file that a configuration names is missing.
-        ImportError: the dense CRF is asked for, but not installed.
-        ValueError: something does not fit; the message names it and the remedy.
     """
 
     def __init__(
@@ -231,7 +218,7 @@ class TagChain:
         self.classifier = Stage(classifier_config, output / "classifier", tuple(classifier_opts))
         self._check()
 
-        proxy_masks = self._proxy / f"{layer}-{settings_name(masks)}.json"
+        proxy_masks = self._proxy / f"{layer}-{masks.name}.json"
         self.segmenter = self._segmenter_stage("segmenter", _DATA[0], proxy_masks)
         predicted = output / "retraining" / "masks.json"
         self.retrained = self._segmenter_stage("retrained", _DATA[1], predicted)
@@ -250,10 +237,6 @@ class TagChain:
             Measures in percent by folder, None for NaN; also written to ``results.json``. Those of
             ``proxy`` are of the training images, if those have true masks: ``mIoU`` (an undecided
             pixel is missed), ``mIoU_decided_only`` and ``undecided``.
-
-        Raises:
-            FileNotFoundError: what a finished step was made of is gone.
-            ValueError: a step was made with other settings, or was interrupted, without ``resume``.
         """
         stages = (self.classifier, self.segmenter, self.retrained)
         with _forgotten_afterwards(_DATA):
@@ -323,7 +306,7 @@ class TagChain:
 
     def _proxy_run(self) -> Run:
         json_file = self.segmenter.data.json_file.name
-        settings = {"layer": self._layer, "masks": settings_name(self._masks)}
+        settings = {"layer": self._layer, "masks": self._masks.name}
         settings["max_images_per_class"] = self._max_images_per_class
         return self._made_run(json_file, settings, "classifier", self.classifier)
 
