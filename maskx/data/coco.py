@@ -5,7 +5,6 @@ The reader finds every bad entry and names it; nothing is dropped silently. Name
 category ids (Detectron2's rule, so that indices agree on both hosts).
 """
 
-import logging
 import os
 import struct
 from array import array
@@ -35,6 +34,7 @@ __all__ = [
     "OUTSIDE_TOLERANCE",
     "AnnotationProblem",
     "CocoData",
+    "check_coco",
     "check_coco_structure",
     "in_class_list",
     "load_coco",
@@ -43,8 +43,6 @@ __all__ = [
     "read_mask",
     "supervision_of",
 ]
-
-logger = logging.getLogger(__name__)
 
 _KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
 _CHUNK = 50_000  # annotations that are decoded at a time
@@ -121,27 +119,78 @@ def load_coco(
         ValueError: If the file is not valid JSON, its parts do not fit together, most boxes are
             not where their masks are, nothing is left, or, with `strict`, an entry is bad.
     """
-    json_file = Path(json_file)
+    report = Report(Path(json_file), strict=strict)
+    content = not strict if check_content is None else check_content
     with paused_collector():
         dataset, rows = read_json_rows(json_file, "annotations", _KEYS, "segmentation", what=_WHAT)
-        report = Report(json_file, strict=strict)
-        structure = read_structure(dataset, rows, report, need_files=True)
-        records = [_new_record(image, structure, image_root) for image in structure.images]
-        if check_images:
-            content = not strict if check_content is None else check_content
-            records = find_images(records, Path(image_root), report, check_content=content)
-        num_found, num_rows = len(records), 0 if rows is None else len(rows)
-        claims = BoxesAndMasks(json_file)
-        _read_annotations(rows, records, structure, report, claims)
-        claims.check()
-        report.finish()
-        for record in records:
-            shown = {annotation["class_index"] for annotation in record["annotations"]}
-            tags_given = record.pop("tags_given")
-            record["image_labels"] = sorted(shown.union(record["image_labels"]))
-            record["supervision"] = supervision_of(record, tags_given=tags_given)
-    _check_something_is_left(records, num_found, num_rows, json_file)
-    data = CocoData(
+        return _read(
+            dataset, rows, report, image_root, check_images=check_images, check_content=content
+        )
+
+
+def check_coco(
+    json_file: str | os.PathLike[str], image_root: str | os.PathLike[str] | None = None
+) -> tuple[CocoData | None, Report]:
+    """Read a file as `load_coco` does, but go on wherever that is possible.
+
+    Args:
+        json_file: Annotation file.
+        image_root: Folder of the images, which are looked at too; None leaves them alone.
+
+    Returns:
+        What could be read, with all images, and all that was found; None and why, if nothing could.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    report = Report(Path(json_file), collect=True)
+    with paused_collector():
+        try:
+            dataset, rows = read_json_rows(
+                json_file, "annotations", _KEYS, "segmentation", what=_WHAT
+            )
+            looked_at = image_root is not None
+            data = _read(
+                *(dataset, rows, report, image_root or ""),
+                check_images=looked_at,
+                check_content=looked_at,
+            )
+        except ValueError as error:
+            report.stop(error)
+            data = None
+    return data, report
+
+
+def _read(
+    dataset: Any,
+    rows: Rows | None,
+    report: Report,
+    image_root: str | os.PathLike[str],
+    *,
+    check_images: bool,
+    check_content: bool,
+) -> CocoData:
+    json_file = report.source
+    structure = read_structure(dataset, rows, report, need_files=True)
+    records = [_new_record(image, structure, image_root) for image in structure.images]
+    if check_images:
+        records = find_images(records, Path(image_root), report, check_content=check_content)
+    num_found, num_rows = len(records), len(rows)
+    claims = BoxesAndMasks(report)
+    _read_annotations(rows, records, structure, report, claims)
+    claims.check()
+    report.finish()
+    for record in records:
+        shown = {annotation["class_index"] for annotation in record["annotations"]}
+        tags_given = record.pop("tags_given")
+        record["image_labels"] = sorted(shown.union(record["image_labels"]))
+        record["supervision"] = supervision_of(record, tags_given=tags_given)
+    _check_something_is_left(records, num_found, num_rows, report)
+    about = dataset.get("info")
+    is_guess = isinstance(about, Mapping) and about.get("label_maps") == "predicted"
+    if check_images and not is_guess:  # those of people claim what they show
+        check_label_maps(records, structure.class_names, report)
+    return CocoData(
         json_file=json_file,
         records=records,
         class_names=structure.class_names,
@@ -149,11 +198,6 @@ def load_coco(
         problems=report.problems,
         notes=report.notes,
     )
-    about = dataset.get("info")
-    is_guess = isinstance(about, Mapping) and about.get("label_maps") == "predicted"
-    if check_images and not is_guess:  # those of people claim what they show
-        check_label_maps(data.records, data.class_names, json_file)
-    return data
 
 
 def read_coco_json(json_file: str | os.PathLike[str], *, strict: bool = True) -> dict[str, Any]:
@@ -549,24 +593,26 @@ def _pack_polygons(parts: Any) -> list[bytes] | None:
 
 
 def _check_something_is_left(
-    records: list[dict[str, Any]], num_images: int, num_rows: int, json_file: Path
+    records: list[dict[str, Any]], num_images: int, num_rows: int, report: Report
 ) -> None:
     """Name a file that nothing can be learned from."""
     annotations = [a for record in records for a in record["annotations"]]
     has_other = any(r["image_labels"] or "label_map_file_name" in r for r in records)
     if num_rows and not annotations and not has_other:
-        raise ValueError(
-            f"{json_file}: none of its {num_rows} annotations can be used. Correct the file, or "
-            "remove them if the images show nothing."
+        report.refuse(
+            "nothing_left",
+            f"none of its {num_rows} annotations can be used",
+            "Correct the file, or remove them if the images show nothing",
         )
-    if num_images and not annotations and not has_other:
-        logger.warning(
-            "%s: it has no annotation, image label or label map: nothing but background can be "
+    elif num_images and not annotations and not has_other:
+        report.warn(
+            "no_labels",
+            "it has no annotation, image label or label map: nothing but background can be "
             "learned from it.",
-            json_file,
         )
     elif annotations and all(annotation["iscrowd"] for annotation in annotations):
-        logger.warning(
-            "%s: all of its %d annotations are crowd regions (iscrowd 1), which teach no object.",
-            *(json_file, len(annotations)),
+        report.warn(
+            "all_crowd",
+            f"all of its {len(annotations)} annotations are crowd regions (iscrowd 1), which teach "
+            "no object.",
         )

@@ -1,20 +1,17 @@
 """Claims of an annotation file, compared: boxes with masks, image labels with label maps."""
 
 import heapq
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from maskx.core.text import listed
+from maskx.data.coco_structure import Report
 
 __all__ = ["BoxesAndMasks", "check_label_maps"]
-
-logger = logging.getLogger(__name__)
 
 _FITS, _DISAGREES = 0.75, 0.5  # IoU of a box and the extent of its mask: from there on, below
 _MIN_DISTANCE = 2.0  # pixels that sides must be apart too, as small boxes are rounded
@@ -31,8 +28,8 @@ _READINGS = {
 class BoxesAndMasks:
     """Compares the boxes of a file with the extents of their masks."""
 
-    def __init__(self, json_file: Path) -> None:
-        self._json_file = json_file
+    def __init__(self, report: Report) -> None:
+        self._report = report
         self._counts: Counter[str] = Counter()
         self._worst: list[tuple[float, int, str]] = []
         self._rows: list[tuple[Sequence[float], Sequence[float], Sequence[float]]] = []
@@ -67,36 +64,40 @@ class BoxesAndMasks:
         counts = self._counts
         compared, boxes = counts["compared"], counts["boxes"]
         if boxes and counts["in one pixel"] > boxes / 2:
-            self._refuse(
+            return self._refuse(
                 f"{counts['in one pixel']} of {boxes} boxes lie within one pixel of the corner of "
                 f"their image: they look like {_READINGS['shares']}"
             )
         if compared and counts["fits"] < compared / 2:
             best = max(_READINGS, key=lambda reading: counts[reading])
             if counts[best] >= 0.8 * compared:
-                self._refuse(
+                return self._refuse(
                     f"{compared - counts['fits']} of {compared} boxes do not fit their masks, but "
                     f"{counts[best]} would as {_READINGS[best]}"
                 )
         if boxes and counts["outside"] > boxes / 2 and counts["inside as corners"] == boxes:
-            self._refuse(
+            return self._refuse(
                 f"{counts['outside']} of {boxes} boxes leave their image, but none would as "
                 f"{_READINGS['corners']}"
             )
         examples = "; ".join(text for _, _, text in sorted(self._worst, reverse=True))
         found = f"{counts['disagree']} of {compared} boxes are not where their masks are"
         if compared > 1 and counts["disagree"] > compared / 2:
-            raise ValueError(
-                f"{self._json_file}: {found}, such as {examples}. Correct the boxes, or remove "
-                "them: strict=False (--skip-bad) takes missing boxes from the masks."
+            return self._report.refuse(
+                "boxes_apart_from_masks",
+                f"{found}, such as {examples}",
+                "Correct the boxes, or remove them: strict=False (--skip-bad) takes missing boxes "
+                "from the masks",
             )
         if counts["disagree"]:
-            logger.warning("%s: %s: %s", self._json_file, found, examples)
+            self._report.warn("box_apart_from_mask", f"{found}: {examples}")
+        return None
 
     def _refuse(self, found: str) -> None:
-        raise ValueError(
-            f"{self._json_file}: {found}. Allowed are [x, y, width, height] in pixels, x, y in the "
-            "upper left; convert them."
+        self._report.refuse(
+            "boxes_of_another_form",
+            found,
+            "Allowed are [x, y, width, height] in pixels, x, y in the upper left; convert them",
         )
 
     def _add(self, given: Any, extents: Any, sizes: Any, indices: Any, ids_of: Any) -> None:
@@ -154,7 +155,7 @@ def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def check_label_maps(
-    records: Sequence[Mapping[str, Any]], class_names: Sequence[str], json_file: Path
+    records: Sequence[Mapping[str, Any]], class_names: Sequence[str], report: Report
 ) -> None:
     """Compare image labels with label maps, in a few images.
 
@@ -164,10 +165,10 @@ def check_label_maps(
     mapped = [record for record in records if "label_map_file_name" in record]
     labelled = [record for record in mapped if record["image_labels"]]
     if mapped and not any(record["image_labels"] for record in records):
-        logger.warning(
-            "%s: %d images have a label map, but none has image_labels. What learns from tags "
-            "needs them: the ids of the categories that the label map shows.",
-            *(json_file, len(mapped)),
+        report.warn(
+            "label_maps_without_image_labels",
+            f"{len(mapped)} images have a label map, but none has image_labels. What learns from "
+            "tags needs them: the ids of the categories that the label map shows.",
         )
         return
     step = max(1, len(labelled) // _NUM_LABEL_MAPS)
@@ -186,18 +187,23 @@ def check_label_maps(
     names = listed([class_names[label] for label in record["image_labels"]])
     hint = ""
     if values <= {0, 255}:
-        hint = " 255 means unknown: is a class drawn as 255?"
+        hint = "255 means unknown: is a class drawn as 255? "
     elif all(_values(r["label_map_file_name"]) >= set(r["image_labels"]) for r in contradicting):
-        hint = " Do the label maps count the classes from 0? 0 is the background, class index + 1."
+        hint = "Do the label maps count the classes from 0? 0 is the background, class index + 1. "
     found = (
-        f"{json_file}: {len(contradicting)} of {len(chosen)} label maps show no class that their "
+        f"{len(contradicting)} of {len(chosen)} label maps show no class that their "
         f"image_labels name, such as {record['label_map_file_name']} of image "
         f"{record['image_id']!r}: {names}; the values there are "
-        f"{listed([str(value) for value in sorted(_values(record['label_map_file_name']))])}.{hint}"
+        f"{listed([str(value) for value in sorted(_values(record['label_map_file_name']))])}"
     )
     if len(contradicting) > len(chosen) / 2:
-        raise ValueError(f"{found} Correct the label maps or the image labels.")
-    logger.warning(found)
+        report.refuse(
+            "label_maps_contradict",
+            found,
+            f"{hint}Correct the label maps or the image labels",
+        )
+    else:
+        report.warn("label_map_contradicts", f"{found}. {hint}".strip())
 
 
 def _values(path: str) -> set[int] | None:

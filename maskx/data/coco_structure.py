@@ -5,21 +5,41 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from maskx.data.coco_shapes import AnnotationProblem
 from maskx.data.json_files import MISSING, Rows
 
-__all__ = ["Report", "Structure", "read_structure"]
+__all__ = ["Finding", "Report", "Structure", "read_structure"]
 
 logger = logging.getLogger(__name__)
 
-_NUM_EXAMPLES = 5  # bad annotations quoted in an error
+_NUM_EXAMPLES = 5  # quoted of bad annotations, and of each kind of finding
 _MAX_SIDE = 1_000_000  # pixels; numbers of pixels stay far below 2^63
 
 _REQUIRED_KEYS = {"images": ("id", "height", "width"), "categories": ("id", "name")}
 _ROW_KEYS = ("id", "image_id", "category_id")
+
+
+@dataclass
+class Finding:
+    """Entries of a file that share a fault, or something else to be said of them.
+
+    Attributes:
+        level: "problem", which strict reading refuses, "warning" or "note".
+        count: Number of entries.
+        examples: The first few.
+        remedy: What is allowed, or to be done.
+        done: Number of entries by what is done to them without `strict`.
+    """
+
+    level: str
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+    remedy: str = ""
+    done: Counter[str] = field(default_factory=Counter)
 
 
 class Report:
@@ -29,30 +49,46 @@ class Report:
         source: File, or another name of the data.
         strict: Whether what is wrong is an error.
         quiet: Whether nothing is logged.
+        collect: Whether reading goes on wherever it can, so that all is found at once: nothing is
+            logged, and what is wrong is an error only where nothing more can be read.
 
     Attributes:
-        problems: Numbers by kind.
-        notes: Numbers by what they are.
+        findings: By kind, in the order in which they were met.
     """
 
-    def __init__(self, source: Path, *, strict: bool, quiet: bool = False) -> None:
-        self.source, self.strict, self._quiet = source, strict, quiet
-        self.problems: Counter[str] = Counter()
-        self.notes: Counter[str] = Counter()
-        self._done: Counter[str] = Counter()
+    def __init__(
+        self, source: Path, *, strict: bool = False, quiet: bool = False, collect: bool = False
+    ) -> None:
+        self.source, self.strict, self.collect = source, strict, collect
+        self._quiet = quiet or collect
+        self.findings: dict[str, Finding] = {}
         self._examples: list[str] = []
-        self._noted: dict[str, str] = {}
+
+    @property
+    def problems(self) -> Counter[str]:
+        """Numbers of bad entries by kind."""
+        return self._counts("problem")
+
+    @property
+    def notes(self) -> Counter[str]:
+        """Numbers of entries by what they are read as."""
+        return self._counts("note")
 
     def note(self, what: str, example: Any) -> None:
         """Count what is read as it is meant."""
-        self.notes[what] += 1
-        self._noted.setdefault(what, f"{example!r:.60}")
+        self._add("note", what, f"{example!r:.60}")
+
+    def warn(self, kind: str, text: str) -> None:
+        """Say what is no error, but hardly meant."""
+        self._add("warning", kind, text)
+        if not self._quiet:
+            logger.warning("%s: %s", self.source, text)
 
     def entry(self, kind: str, found: str, remedy: str) -> None:
         """Count an entry that is left out; raise, if that is an error."""
         if self.strict:
             self.fail(found, remedy)
-        self._count(kind, f"{found[0].upper()}{found[1:]}", "left out")
+        self._count(kind, f"{found[0].upper()}{found[1:]}", remedy, "left out")
 
     def annotation(
         self, annotation: dict[str, Any], name: str, problem: AnnotationProblem, done: str
@@ -62,13 +98,15 @@ class Report:
             f"annotation {annotation['id']!r} of image {annotation['image_id']!r}, category "
             f"{name!r}: {problem}"
         )
-        self._count(problem.kind, text, done)
+        self._count(problem.kind, text, f"Allowed: {problem.allowed}", done)
 
     def finish(self) -> None:
         """Raise or log what was counted."""
-        total = self.problems.total()
-        kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(self.problems.items()))
-        done = ", ".join(f"{count} {done}" for done, count in sorted(self._done.items()))
+        problems = self.problems
+        total = problems.total()
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(problems.items()))
+        all_done = sum((finding.done for finding in self.findings.values()), Counter())
+        done = ", ".join(f"{count} {done}" for done, count in sorted(all_done.items()))
         if total and self.strict:
             more = [f"and {total - len(self._examples)} more"] * (total > len(self._examples))
             listing = "".join(f"\n  {line}" for line in [*self._examples, *more])
@@ -86,20 +124,44 @@ class Report:
             )
         if self.notes:
             listing = "; ".join(
-                f"{count} x {what}, such as {self._noted[what]}"
+                f"{count} x {what}, such as {self.findings[what].examples[0]}"
                 for what, count in sorted(self.notes.items())
             )
             logger.warning("%s is read as it is meant: %s.", self.source, listing)
+
+    def refuse(self, kind: str, found: str, remedy: str) -> None:
+        """Raise the error of a bad file, from which reading can only go on to look for more."""
+        if not self.collect:
+            self.fail(found, remedy)
+        self._count(kind, f"{found[0].upper()}{found[1:]}", remedy, "refused")
+
+    def stop(self, error: Exception) -> None:
+        """Keep the error that ended the reading."""
+        text = str(error).removeprefix(f"{os.fspath(self.source)}: ")
+        self._count(
+            "not_readable", text, "Nothing more could be read; correct this first", "refused"
+        )
 
     def fail(self, found: str, remedy: str) -> NoReturn:
         """Raise the error of a bad file: where, what was found, what is allowed or to be done."""
         raise ValueError(f"{os.fspath(self.source)}: {found}. {remedy}.")
 
-    def _count(self, kind: str, text: str, done: str) -> None:
-        self.problems[kind] += 1
-        self._done[done] += 1
+    def _counts(self, level: str) -> Counter[str]:
+        return Counter({k: f.count for k, f in self.findings.items() if f.level == level})
+
+    def _count(self, kind: str, text: str, remedy: str, done: str) -> None:
+        finding = self._add("problem", kind, text)
+        finding.remedy = finding.remedy or remedy
+        finding.done[done] += 1
         if len(self._examples) < _NUM_EXAMPLES:
             self._examples.append(text)
+
+    def _add(self, level: str, kind: str, example: str) -> Finding:
+        finding = self.findings.setdefault(kind, Finding(level))
+        finding.count += 1
+        if len(finding.examples) < _NUM_EXAMPLES:
+            finding.examples.append(example)
+        return finding
 
 
 class Structure:
@@ -142,7 +204,7 @@ class Structure:
                 "annotation_malformed", f"annotations[{position}] is {row!r:.80}", "Allowed: a dict"
             )
         for key in _ROW_KEYS:
-            if key not in row and (key != "id" or report.strict):
+            if key not in row and (key != "id" or report.strict or report.collect):
                 return report.entry(
                     f"annotation_without_{key}",
                     f"annotations[{position}] (id {row.get('id')!r:.80}) lacks the key {key!r}",
@@ -185,10 +247,12 @@ class Structure:
         for value in category_ids if isinstance(category_ids, list) else [None]:
             id_ = _resolved(value, self.class_index)
             if id_ is None:
-                self._report.fail(
+                self._report.refuse(
+                    "image_labels_unknown",
                     f"image {image['id']!r} has image_labels {category_ids!r:.200}",
                     f"Allowed: a list of ids of the file's {len(self.class_index)} categories",
                 )
+                continue
             labels.add(self.class_index[id_])
         return labels
 
@@ -196,7 +260,12 @@ class Structure:
         """Return the id; a new one where it is missing or stands for another annotation too."""
         id_ = row.get("id", MISSING)
         if id_ is not MISSING and type(id_) not in (int, str):
-            self._report.fail(f"annotations have the id {id_!r:.80}", "Allowed: integer or string")
+            self._report.refuse(
+                "annotation_id",
+                f"annotations have the id {id_!r:.80}",
+                "Allowed: integer or string",
+            )
+            id_ = MISSING
         if not self.has_repeated_ids and id_ is not MISSING:
             return id_
         content = [row.get(key) for key in ("image_id", "category_id", "bbox", "segmentation")]
@@ -207,7 +276,14 @@ class Structure:
             return self._report.entry(
                 "annotation_repeated", f"annotation {id_!r} stands twice", "Remove one"
             )
-        self._report.note("annotation without an id of its own (numbered)", row.get("id"))
+        if self._report.collect and id_ is not MISSING:
+            self._report.refuse(
+                "annotation_id_repeated",
+                f"annotations repeat the id {id_!r}",
+                "Give every entry of 'annotations' its own id",
+            )
+        else:
+            self._report.note("annotation without an id of its own (numbered)", row.get("id"))
         self._next_id += 1
         return self._next_id - 1
 
@@ -218,7 +294,10 @@ class Structure:
         if value is None or value in ("0", "1", "", False, True, 0.0, 1.0):
             self._report.note("iscrowd that is no 0 or 1 (null counts as 0)", value)
             return int(value or 0)
-        self._report.fail(f"annotation {id_!r} has iscrowd {value!r:.80}", "Allowed: 0 or 1")
+        self._report.refuse(
+            "iscrowd", f"annotation {id_!r} has iscrowd {value!r:.80}", "Allowed: 0 or 1"
+        )
+        return 0
 
 
 def read_structure(
@@ -277,9 +356,14 @@ def _images(entries: list[Any], report: Report, need_files: bool) -> list[dict[s
         images.append(image)
     kinds = sorted({type(image["id"]).__name__ for image in images})
     if len(kinds) > 1:
-        report.fail(f"has image ids of the kinds {kinds}", "Allowed: all int, or all str")
+        report.refuse(
+            "image_ids_of_two_kinds",
+            f"has image ids of the kinds {kinds}",
+            "Allowed: all int, or all str",
+        )
     if not images:
-        report.fail(
+        report.refuse(
+            "no_images",
             f"has no images ({len(entries)} entries in 'images')",
             "Give a file with at least one",
         )
@@ -324,30 +408,40 @@ def _image_problem(position: int, entry: Any, need_files: bool) -> tuple[str, st
 def _categories(
     entries: list[Any], images: list[Any], rows: Rows, report: Report
 ) -> list[dict[str, Any]]:
-    for position, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            report.fail(f"categories[{position}] is {entry!r:.80}", "Allowed: a dict")
-        for key in _REQUIRED_KEYS["categories"]:
-            if key not in entry:
-                report.fail(
-                    f"categories[{position}] (id {entry.get('id')!r:.80}) lacks the key {key!r}",
-                    f"Required are {', '.join(map(repr, _REQUIRED_KEYS['categories']))}",
-                )
     categories = []
-    for entry in entries:
-        id_ = _as_integer(entry["id"])
-        if id_ is None or not isinstance(entry["name"], str):
-            report.fail(f"has the category {entry}", "Allowed: an integer id, a string name")
+    for position, entry in enumerate(entries):
+        problem = _category_problem(position, entry)
+        if problem is not None:
+            report.refuse("category_malformed", *problem)
+            continue
         if type(entry["id"]) is not int:
             report.note("category id that is no integer (read as one)", entry["id"])
         name = unicodedata.normalize("NFC", entry["name"])
-        categories.append({**entry, "id": id_, "name": name})
+        categories.append({**entry, "id": _as_integer(entry["id"]), "name": name})
     if not categories:
-        report.fail("has no categories", "Give the list of the classes, with id and name")
+        report.refuse(
+            "no_categories", "has no categories", "Give the list of the classes, with id and name"
+        )
     _check_unique("categories", "id", categories, report)
     categories = _without_groups(categories, images, rows, report)
     _check_unique("categories", "name", categories, report)
     return categories
+
+
+def _category_problem(position: int, entry: Any) -> tuple[str, str] | None:
+    """Return what is wrong with a category: what was found, what is allowed."""
+    if not isinstance(entry, dict):
+        return f"categories[{position}] is {entry!r:.80}", "Allowed: a dict"
+    keys = _REQUIRED_KEYS["categories"]
+    for key in keys:
+        if key not in entry:
+            return (
+                f"categories[{position}] (id {entry.get('id')!r:.80}) lacks the key {key!r}",
+                f"Required are {', '.join(map(repr, keys))}",
+            )
+    if _as_integer(entry["id"]) is None or not isinstance(entry["name"], str):
+        return f"has the category {entry}", "Allowed: an integer id, a string name"
+    return None
 
 
 def _without_groups(
@@ -380,7 +474,8 @@ def _check_unique(
 ) -> None:
     repeated = [value for value, n in Counter(entry[key] for entry in entries).items() if n > 1]
     if repeated:
-        report.fail(
+        report.refuse(
+            f"{section}_repeat_{key}",
             f"{section} repeat the {key} {repeated[0]!r} ({len(repeated)} are not unique)",
             f"Give every entry of {section!r} its own {key}",
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from maskx.data.images import is_broken
+from maskx.data.images import is_broken, problem_of_size
 
 if TYPE_CHECKING:
     from maskx.data.coco_structure import Report
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["find_images"]
 
 _NUM_THREADS = 16  # they wait for the disk
+_NUM_NEAR = 5  # missing files of which a similar one is looked for
 
 
 def find_images(
@@ -34,16 +35,17 @@ def find_images(
         check_content: Whether broken images are looked for too.
 
     Returns:
-        The records whose image is there.
+        The records whose image is there; all, if the report only collects.
 
     Raises:
         FileNotFoundError: The root or all images are missing; with strict reading, any file.
     """
     if not image_root.is_dir():
-        raise FileNotFoundError(
-            f"{image_root}: there is no such image folder, but {report.source} names "
-            f"{len(records)} images in it. Check the path."
-        )
+        found = f"there is no such image folder, but {report.source} names {len(records)} images in"
+        if not report.collect:
+            raise FileNotFoundError(f"{image_root}: {found} it. Check the path.")
+        report.refuse("no_image_folder", f"{image_root}: {found} it", "Check the path")
+        return records
     folders = _Folders()
     missing = [record for record in records if not os.path.isfile(record["file_name"])]
     lost, used = [], None
@@ -64,27 +66,48 @@ def find_images(
         for key in ("sem_seg_file_name", "label_map_file_name")
         if key in record and not os.path.isfile(record[key])
     ]
-    if report.strict or len(lost) == len(records):
+    if not report.collect and (report.strict or len(lost) == len(records)):
         _refuse_missing(records, lost, parts, image_root, report, folders)
     for record, key in parts:
         report.entry("label_map_missing", f"{record.pop(key)} does not exist", "Restore it")
-    for record in lost:
-        report.entry("image_missing", f"image {record['file_name']} does not exist", "Restore it")
+    for index, record in enumerate(lost):
+        near = _near(record["file_name"], image_root, folders) if index < _NUM_NEAR else ""
+        report.entry(
+            "image_missing",
+            f"image {record['file_name']} does not exist{f', but {near} does' if near else ''}",
+            "Check the image folder, correct the names, or remove these images from the file",
+        )
     gone = {id(record) for record in lost}
     if check_content:
         found = [record for record in records if id(record) not in gone]
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
             broken = list(pool.map(lambda record: is_broken(record["file_name"]), found))
+            if report.collect:
+                _check_sizes(found, broken, pool, report)
         for record, problem in zip(found, broken, strict=True):
             if problem:
                 report.entry("image_broken", f"image {record['file_name']} {problem}", "Restore it")
                 gone.add(id(record))
-        if len(gone) == len(records) > 0:
+        if len(gone) == len(records) > 0 and not report.collect:
             raise ValueError(
                 f"{report.source}: none of its {len(records)} images is whole; the first, "
                 f"{records[0]['file_name']}, {is_broken(records[0]['file_name'])}. Restore them."
             )
-    return [record for record in records if id(record) not in gone]
+    return [record for record in records if report.collect or id(record) not in gone]
+
+
+def _check_sizes(
+    records: list[dict[str, Any]], broken: list[str], pool: ThreadPoolExecutor, report: "Report"
+) -> None:
+    whole = [record for record, problem in zip(records, broken, strict=True) if not problem]
+    problems = pool.map(lambda r: problem_of_size(r["file_name"], r["height"], r["width"]), whole)
+    for record, problem in zip(whole, problems, strict=True):
+        if problem:
+            report.refuse(
+                "image_of_other_size",
+                f"image {record['file_name']} {problem}",
+                "Correct width and height in the annotation file, or restore the original image",
+            )
 
 
 def _refuse_missing(

@@ -28,6 +28,7 @@ MAX_PIXELS = 2**28
 """Pixels of an image at most, 268 million: a small file may hold billions, all alike."""
 
 _TAIL = 4096  # bytes in which the end of an image must be
+_ORIENTATION = 0x0112  # EXIF; above 4 the sides are the other way round
 _MAX_RATIO = 200  # of the sides; a thinner image has no pixel left at the size of a network
 
 
@@ -107,6 +108,21 @@ def is_broken(path: str | os.PathLike[str]) -> str:
         head = file.read(16)
         file.seek(max(0, os.path.getsize(path) - _TAIL))
         return problem_of(head, file.read())
+
+
+def problem_of_size(path: str | os.PathLike[str], height: int, width: int) -> str:
+    """Say that an image, turned as its EXIF tag says, has another size; nothing if it has not."""
+    try:
+        with Image.open(path) as image:
+            found = image.size
+            # Of a PNG file this would read all of it, to look for the tag behind the pixels.
+            if image.format == "JPEG" and image.getexif().get(_ORIENTATION, 1) > 4:
+                found = found[::-1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return ""  # not of a kind that Pillow knows; OpenCV may
+    if found == (width, height):
+        return ""
+    return f"is {found[0]} x {found[1]} pixels, but its annotations say {width} x {height}"
 
 
 def problem_of(head: bytes, tail: bytes) -> str:
