@@ -12,6 +12,7 @@ __all__ = ["VERBS", "main"]
 
 # In the order of the work. A help text names all, so what they do stands here.
 VERBS = {
+    "check": "say what an annotation file holds, what is wrong with it, and what learns from it",
     "train": "train one of the five systems on own data, or on generated scenes",
     "complete": "give objects with boxes alone masks, by a trained run or a teacher",
     "serve": "try a trained run on a local page: drop a photograph, see its masks",

@@ -40,7 +40,7 @@ class AnnotationProblem(ValueError):
 
     def __init__(self, kind: str, found: str, allowed: str) -> None:
         super().__init__(f"{found}; allowed: {allowed}")
-        self.kind, self.allowed = kind, allowed
+        self.kind = kind
 
 
 class Shapes(NamedTuple):

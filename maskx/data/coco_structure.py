@@ -98,7 +98,7 @@ class Report:
             f"annotation {annotation['id']!r} of image {annotation['image_id']!r}, category "
             f"{name!r}: {problem}"
         )
-        self._count(problem.kind, text, f"Allowed: {problem.allowed}", done)
+        self._count(problem.kind, text, "Correct them in the file", done)
 
     def finish(self) -> None:
         """Raise or log what was counted."""

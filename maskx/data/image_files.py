@@ -41,10 +41,15 @@ def find_images(
         FileNotFoundError: The root or all images are missing; with strict reading, any file.
     """
     if not image_root.is_dir():
-        found = f"there is no such image folder, but {report.source} names {len(records)} images in"
         if not report.collect:
-            raise FileNotFoundError(f"{image_root}: {found} it. Check the path.")
-        report.refuse("no_image_folder", f"{image_root}: {found} it", "Check the path")
+            raise FileNotFoundError(
+                f"{image_root}: there is no such image folder, but {report.source} names "
+                f"{len(records)} images in it. Check the path."
+            )
+        found = (
+            f"the image folder {image_root} does not exist; {len(records)} images are to be in it"
+        )
+        report.refuse("no_image_folder", found, "Check the path")
         return records
     folders = _Folders()
     missing = [record for record in records if not os.path.isfile(record["file_name"])]

@@ -54,6 +54,8 @@ class System:
         box_masks: segments given objects: called with the model, a sample, (R, 4) XYXY boxes in
             pixels of the file and (R,) class indices; None for a system that makes label maps.
         takes_concepts: whether a predictor can be asked for ``concepts`` by name.
+        learns_from: kinds of half-labelled data that it is for, see
+            :data:`maskx.data.overview.KINDS`.
         options: names of the options of the quick start that have a meaning for it alone.
         build: makes a model of settings and class names.
         samples: makes, of the same and the category split, what makes training samples.
@@ -67,6 +69,7 @@ class System:
     prediction: "Callable[[Mapping[str, Any], Sequence[str]], Prediction] | None" = None
     box_masks: "Callable[[nn.Module, Mapping[str, Any], Tensor, Tensor], PastedMasks] | None" = None
     takes_concepts: bool = False
+    learns_from: tuple[str, ...] = ()
     options: frozenset[str] = frozenset()
     build: "Callable[[Mapping[str, Any], Sequence[str]], nn.Module] | None" = None
     samples: "Callable[[Mapping[str, Any], Sequence[str], CategorySplit], RecordMapper] | None" = (

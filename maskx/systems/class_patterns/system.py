@@ -87,5 +87,6 @@ SYSTEM = System(
     pipeline=quickstart_class_patterns,
     open=open_model,
     prediction=label_map_prediction,
+    learns_from=("tags",),
     options=frozenset(["threshold", "resolve", "crf", "multi_scale", "layer", "max_images"]),
 )

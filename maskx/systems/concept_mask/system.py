@@ -201,6 +201,7 @@ SYSTEM = System(
     pipeline=_pipeline,
     open=lambda run, device: open_checkpoint(run.weights_file, device=device),
     prediction=_prediction,
+    learns_from=("tags_boxes_and_masks",),
     takes_concepts=True,
     options=frozenset(["masks_for", "concept_split", "tags"]),
 )

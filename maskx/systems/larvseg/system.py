@@ -78,5 +78,6 @@ SYSTEM = System(
     pipeline=quickstart_larvseg,
     open=lambda run, device: open_larvseg(run.folder, device),
     prediction=label_map_prediction,
+    learns_from=("tags_and_masks", "many_tags_and_masks"),
     options=frozenset(["masks_for"]),
 )

@@ -13,4 +13,5 @@ SYSTEM = System(
     prediction=instances_prediction,
     box_masks=masks_of_boxes,
     options=frozenset(["annotated_boxes", "compare", "masks_for"]),
+    learns_from=("boxes_and_masks", "masks"),
 )

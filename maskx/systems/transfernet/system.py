@@ -106,5 +106,6 @@ SYSTEM = System(
     pipeline=_pipeline,
     open=open_transfer_model,
     prediction=label_map_prediction,
+    learns_from=("tags_and_masks",),
     options=frozenset(["compare", "masks_for", "crf", "target_train"]),
 )
