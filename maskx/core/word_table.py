@@ -33,6 +33,10 @@ __all__ = [
 ]
 
 _KIND = "word table"
+# What the tensors of a file hold; those of a table from tags are in its file alone.
+_DTYPES = {"vectors": torch.float32, "idf": torch.float32}
+_PMI_DTYPES = {"eigenvalues": torch.float64, "counts": torch.int64}
+_PMI_TYPES = {"num_images": int, "positive": bool, "smoothing": float, "squared_norm": float}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +111,18 @@ class WordTable:
                 f"{what} has {unusable.sum()} vectors that are all zeros or hold NaN or infinity: "
                 f"{listed([names[i] for i in np.flatnonzero(unusable)])}. Remove these words."
             )
-        if self.eigenvalues is not None and np.shape(self.eigenvalues) != vectors.shape[1:]:
+        values = self.eigenvalues
+        if values is not None and not (
+            np.shape(values) == vectors.shape[1:] and (np.asarray(values) > 0).all()
+        ):
             raise ValueError(
                 f"{what} has vectors of length {vectors.shape[1]}, but eigenvalues of shape "
-                f"{np.shape(self.eigenvalues)}. Allowed: one per column."
+                f"{np.shape(values)} or not above 0. Allowed: one per column."
+            )
+        if self.pmi is not None and np.shape(self.pmi.counts) != (len(names),):
+            raise ValueError(
+                f"{what} has {len(names)} words, but counts of shape {np.shape(self.pmi.counts)}. "
+                "Allowed: one per word."
             )
         for field, value in (("names", names), ("vectors", vectors), ("idf", idf)):
             object.__setattr__(self, field, value)
@@ -344,25 +356,35 @@ def load_word_table(path: str | os.PathLike[str]) -> WordTable:
             f"There is no word table '{path}'. Correct the path, or make it with "
             "tools/learn_word_vectors.py."
         )
-    damaged = f"'{path}' is no word table, or is damaged"
-    remedy = "Make it with tools/learn_word_vectors.py."
     try:
-        content = read_content(path, _KIND)
-        tensors = {name: values.numpy() for name, values in read_tensors(path).items()}
-    except ValueError as error:
-        raise ValueError(f"{damaged}: {error} {remedy}") from error
-    try:
-        pmi = content.get("pmi")
+        content = read_content(path, _KIND, {"names": list, "source": str, "hash": str})
+        tensors, pmi = read_tensors(path), content.get("pmi")
+        if not all(isinstance(name, str) for name in content["names"]):
+            raise ValueError(f"its names are {content['names']!r:.100}. Allowed: words.")
+        dtypes = _DTYPES if pmi is None else _DTYPES | _PMI_DTYPES
+        for name, needed in dtypes.items():
+            found = tensors[name].dtype if name in tensors else "not there"
+            if found != needed:
+                raise ValueError(f"its {name} are {found}. Allowed: {needed}.")
+        arrays = {name: values.numpy() for name, values in tensors.items()}
+        if pmi is not None:
+            is_whole = isinstance(pmi, dict) and pmi.keys() == _PMI_TYPES.keys()
+            if not is_whole or not all(isinstance(pmi[k], t) for k, t in _PMI_TYPES.items()):
+                raise ValueError(f"its pmi is {pmi!r:.100}. Allowed: {', '.join(_PMI_TYPES)}.")
+            pmi = PmiStatistics(counts=arrays["counts"], **pmi)
         table = WordTable(
             names=tuple(content["names"]),
-            vectors=tensors["vectors"],
-            idf=tensors["idf"],
-            eigenvalues=tensors.get("eigenvalues"),
+            vectors=arrays["vectors"],
+            idf=arrays["idf"],
+            eigenvalues=arrays.get("eigenvalues"),
             source=content["source"],
-            pmi=None if pmi is None else PmiStatistics(counts=tensors["counts"], **pmi),
+            pmi=pmi,
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{damaged}: {error!r}. {remedy}") from error
-    if table.hash != content.get("hash"):
-        raise ValueError(f"{damaged}: names and vectors do not have the hash it states. {remedy}")
+        if table.hash != content["hash"]:
+            raise ValueError("names and vectors do not have the hash it states.")
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' is no word table, or is damaged: {error} Make it with "
+            "tools/learn_word_vectors.py."
+        ) from error
     return table

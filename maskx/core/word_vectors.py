@@ -122,9 +122,13 @@ def _parse_vector(where: str, values: list[str], length: int | None) -> np.ndarr
 def _read_npy(path: Path, wanted: set[str]) -> tuple[list[str], dict[str, np.ndarray]]:
     try:
         table = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not an .npy file of numbers: {error}") from None
+    except Exception as error:  # NumPy lets through whatever the parser of a header raises
+        raise ValueError(
+            f"{path} is not an .npy file of numbers: {error or type(error).__name__}"
+        ) from None
     text, names = _read_names(path)
+    if not isinstance(table, np.ndarray):
+        raise ValueError(f"{path} is not an .npy file of numbers, but an archive of arrays.")
     if table.ndim != 2 or len(table) != len(names) or table.shape[1] == 0:
         raise ValueError(
             f"{path} has shape {table.shape}, but {text} lists {len(names)} words. Allowed: "
@@ -139,17 +143,20 @@ def _read_npy(path: Path, wanted: set[str]) -> tuple[list[str], dict[str, np.nda
 
 def _read_names(path: Path) -> tuple[Path, list[str]]:
     """Read the words beside an array, and say in which file they are."""
-    if (text := path.with_suffix(".txt")).is_file():
-        return text, text.read_text(encoding="utf-8").splitlines()
-    if not (text := path.with_suffix(".json")).is_file():
+    text, listed = path.with_suffix(".txt"), path.with_suffix(".json")
+    if not (text.is_file() or listed.is_file()):
         raise FileNotFoundError(
-            f"{path} needs its words beside it: {path.stem}.txt (one per line) or "
-            f"{path.stem}.json (a list)."
+            f"{path} needs its words beside it: {text.name} (one per line) or {listed.name} (a "
+            "list)."
         )
+    text, kind = (text, "text in UTF-8") if text.is_file() else (listed, "JSON")
     try:
-        names = json.loads(text.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{text} is not JSON: {error}.") from None
+        names = text.read_text(encoding="utf-8")
+        names = json.loads(names) if text is listed else names.splitlines()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{text} is not {kind}: {error}. Allowed: the words of {path.name}, one per row."
+        ) from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{text} must hold a list of words, one per row of {path.name}.")
     return text, names

@@ -113,7 +113,7 @@ def read_vocabulary(path: str | os.PathLike[str]) -> tuple[str, ...]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         words = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"'{path}' is no vocabulary: {error}. Allowed: one word per line, or a JSON list in a "
             "file that ends with .json."
@@ -318,7 +318,7 @@ def _is_json_lines(path: Path) -> bool:
         first = next((line for line in file if line.strip()), b"")
     try:
         content = json.loads(first.decode("utf-8-sig"))
-    except ValueError:
+    except (ValueError, RecursionError):
         # A COCO file begins with an open bracket or the key of a list; a broken line does not.
         return b'"tags"' in first
     return not (isinstance(content, dict) and "images" in content)
@@ -333,7 +333,7 @@ def _json_lines(path: Path) -> Iterator[tuple[Callable[[], str], str | int, list
                 continue
             try:
                 entry = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"'{path}', line {number} is not JSON: {error}. {_ALLOWED}."
                 ) from None

@@ -18,6 +18,7 @@ from maskx.core.word_table import (
 
 NAMES = ("cat", "fire truck", "dog", "sky")
 VECTORS = np.array([[1, 0, 0], [0, 2, 0], [3, 1, 0], [0, -1, 1]], np.float32)
+PMI = {"num_images": 9, "positive": True, "smoothing": 1.0, "squared_norm": 2.0}
 
 
 def make_table(names=NAMES, vectors=VECTORS, **fields):
@@ -160,7 +161,7 @@ def test_a_file_that_is_no_word_table_is_refused(tmp_path, table):
     content = {"names": NAMES, "source": "", "hash": table.hash}
     tensors = {"vectors": torch.tensor(VECTORS + 1), "idf": torch.tensor(table.idf)}
     write_tensors(path, {"idf": tensors["idf"]}, "word table", content)
-    with pytest.raises(ValueError, match="damaged: KeyError"):
+    with pytest.raises(ValueError, match="damaged: its vectors are not there"):
         load_word_table(path)
     write_tensors(path, tensors, "word table", content)
     with pytest.raises(ValueError, match="do not have the hash it states"):
@@ -168,6 +169,45 @@ def test_a_file_that_is_no_word_table_is_refused(tmp_path, table):
     save_word_table(path, table)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match="is no word table, or is damaged"):
+        load_word_table(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "tensors", "message"),
+    [
+        ({"names": [1, 2, 3, 4]}, {}, r"its names are \[1, 2, 3, 4\]\. Allowed: words\."),
+        ({"names": "abcd"}, {}, r"its names is 'abcd'\. Allowed: a list"),
+        ({"names": ["cat"]}, {}, r"1 words, but vectors of shape \(4, 3\)"),
+        ({"source": 3}, {}, r"its source is 3\. Allowed: a str"),
+        ({"hash": None}, {}, r"its hash is None\. Allowed: a str"),
+        ({}, {"vectors": None}, r"its vectors are not there\. Allowed: torch\.float32"),
+        ({}, {"vectors": torch.ones(4, 3, dtype=torch.bool)}, r"vectors are torch\.bool\."),
+        ({}, {"vectors": torch.ones(4, 3, dtype=torch.bfloat16)}, r"vectors are torch\.bfloat16"),
+        ({}, {"vectors": torch.ones(12)}, r"vectors of shape \(12,\)"),
+        ({}, {"idf": torch.ones(4, 1)}, r"an idf of shape \(4, 1\)"),
+        ({}, {"eigenvalues": -torch.ones(3, dtype=torch.float64)}, "or not above 0"),
+        ({}, {"counts": None}, r"its counts are not there\. Allowed: torch\.int64"),
+        ({}, {"counts": torch.ones(2, 2, dtype=torch.int64)}, r"counts of shape \(2, 2\)"),
+        ({"pmi": [1]}, {}, r"its pmi is \[1\]\. Allowed: num_images, positive, smoothing"),
+        ({"pmi": {"num_images": 3}}, {}, r"its pmi is \{'num_images': 3\}\. Allowed"),
+        ({"pmi": PMI | {"num_images": "x"}}, {}, r"its pmi is \{'num_images': 'x'"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(tmp_path, content, tensors, message):
+    """Whole files, of which the digests are right: what is in them is not what belongs there."""
+    path = tmp_path / "table.safetensors"
+    whole = {"names": NAMES, "source": "", "hash": make_table().hash, "pmi": PMI}
+    parts = {
+        "vectors": torch.tensor(VECTORS),
+        "idf": torch.ones(4),
+        "eigenvalues": torch.ones(3, dtype=torch.float64),
+        "counts": torch.ones(4, dtype=torch.int64),
+    }
+    write_tensors(path, parts, "word table", whole)
+    assert load_word_table(path).names == NAMES
+    parts = {name: values for name, values in (parts | tensors).items() if values is not None}
+    write_tensors(path, parts, "word table", whole | content)
+    with pytest.raises(ValueError, match=rf"table\.safetensors' is no word table.*{message}"):
         load_word_table(path)
 
 

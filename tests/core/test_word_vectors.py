@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -154,10 +155,36 @@ def test_a_bad_row_of_a_class_that_is_not_wanted_does_no_harm(tmp_path):
     assert load_class_vectors(tmp_path / "table.npy", ["cat"]).tolist() == [[1, 2]]
 
 
-@pytest.mark.parametrize("content", [b"", b"cat 1 2\n"])
+def npy_header(text):
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"cat 1 2\n",
+        npy_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 2)"),
+        # Claims 3 EiB.
+        npy_header(
+            b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 1000000000), }"
+        ),
+    ],
+)
 def test_a_file_that_is_no_array_is_named(tmp_path, content):
     (tmp_path / "table.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"table\.npy is not an \.npy file of numbers"):
+        load_class_vectors(tmp_path / "table.npy", ["cat"])
+
+
+def test_an_archive_and_words_that_are_no_text_are_named(tmp_path):
+    with (tmp_path / "table.npy").open("wb") as file:
+        np.savez(file, vectors=np.ones((1, 2)))
+    (tmp_path / "table.txt").write_bytes("caf\xe9".encode("latin1"))
+    with pytest.raises(ValueError, match=r"table\.txt is not text in UTF-8: .*words of table\.npy"):
+        load_class_vectors(tmp_path / "table.npy", ["cat"])
+    (tmp_path / "table.txt").write_text("cat")
+    with pytest.raises(ValueError, match=r"table\.npy is not an .npy file .* archive of arrays"):
         load_class_vectors(tmp_path / "table.npy", ["cat"])
 
 
@@ -167,6 +194,7 @@ def test_a_file_that_is_no_array_is_named(tmp_path, content):
         ("[cat", r"table\.json is not JSON: "),
         ('{"cat": 0, "dog": 1}', r"table\.json must hold a list of words, one per row of table"),
         ('["cat", 3]', r"table\.json must hold a list of words"),
+        ("[" * 10_000, r"table\.json is not JSON: maximum recursion depth"),
     ],
 )
 def test_bad_word_lists_are_named(tmp_path, listed, words):

@@ -161,7 +161,7 @@ def read_concept_split(
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Concept split {path} is not valid JSON: {error}.") from error
     required, others = {"boxed", "masked"}, {"vocabulary", "unseen"}
     if not isinstance(content, dict) or not required <= set(content) <= required | others:

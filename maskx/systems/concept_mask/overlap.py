@@ -29,6 +29,9 @@ __all__ = [
 _MAX_PENDING = 2**20  # pairs of images that are held before they are summed up, 24 MB
 _MAX_RATIO = 0.5  # Eq. 4: pairs that overlap as much or more are no negatives
 _ARRAYS = ("rows", "columns", "intersection", "area")
+# What is in a file: kind of number in NumPy's letters, and in words.
+_KINDS = {"names": ("U", "name"), "rows": ("i", "index"), "columns": ("i", "index")}
+_KINDS |= dict.fromkeys(("intersection", "area"), ("f", "number"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,19 +121,40 @@ def load_overlap(path: str | os.PathLike[str], names: Sequence[str]) -> Overlap:
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no zip archive")
         with np.load(path, allow_pickle=False) as file:
-            found = file["names"].tolist()
-            arrays = {key: file[key] for key in _ARRAYS}
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+            found = {key: np.asarray(file[key]) for key in _KINDS}  # bytes where it is no array
+    except Exception as error:  # NumPy lets through whatever the parsers of its parts raise
         raise ValueError(
-            f"{path} is no overlap file ({error}). Make one with tools/concept_overlap.py."
+            f"{path} is no overlap file ({error or type(error).__name__}). Make one with "
+            "tools/concept_overlap.py."
         ) from None
-    difference = vocabulary_difference(found, names)
+
+    def check(key: str, is_right: Any, allowed: str) -> None:
+        if not np.all(is_right):
+            values = " ".join(str(found[key]).split())
+            raise ValueError(
+                f"{path}: its '{key}' is {found[key].dtype} {values:.60}. Allowed: {allowed}. Make "
+                "the file again with tools/concept_overlap.py."
+            )
+
+    for key, (kind, what) in _KINDS.items():
+        shape = found["names" if key == "names" else "rows"].shape
+        is_right = found[key].dtype.kind == kind and len(shape) == 1 and found[key].shape == shape
+        check(key, is_right, f"one {what} for each {'concept' if key == 'names' else 'pair'}")
+    difference = vocabulary_difference(found["names"].tolist(), names)
     if difference is not None:
         raise ValueError(
             f"{path} is of another vocabulary: {difference}. Make it again for this one with "
             "tools/concept_overlap.py."
         )
-    return Overlap(len(names), **arrays)
+    count, (rows, columns, intersection, area) = len(names), (found[key] for key in _ARRAYS)
+    for key in ("rows", "columns"):
+        inside = (found[key] >= 0) & (found[key] < count)
+        check(key, inside, f"concept indices from 0 to {count - 1}")
+    check("columns", rows != columns, "another concept than in 'rows'")
+    check("rows", np.diff(rows * count + columns) > 0, "ascending pairs, each once")
+    check("area", (area > 0) & np.isfinite(area), "finite numbers above 0")
+    check("intersection", (intersection >= 0) & (intersection <= area * 1.001), "from 0 to 'area'")
+    return Overlap(count, rows, columns, intersection, area)
 
 
 def _pairs_of_image(record: Mapping[str, Any], num_concepts: int) -> np.ndarray:

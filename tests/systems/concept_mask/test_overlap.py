@@ -1,5 +1,7 @@
 """Overlap of concepts: exact areas, sums over images, weights of negatives, files."""
 
+import zipfile
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -237,3 +239,68 @@ def test_other_files_are_refused_and_no_code_of_them_runs(tmp_path):
         np.save(file, np.zeros(3))
     with pytest.raises(ValueError, match="is no overlap file"):
         load_overlap(path, NAMES)
+
+
+WHOLE = {
+    "names": np.array(["a", "b"]),
+    "rows": np.array([0, 1]),
+    "columns": np.array([1, 0]),
+    "intersection": np.array([1.0, 1.0]),
+    "area": np.array([2.0, 4.0]),
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "allowed"),
+    [
+        ("names", np.zeros(2), "one name for each concept"),
+        ("names", np.array([["a", "b"]]), "one name for each concept"),
+        ("rows", np.zeros(2), "one index for each pair"),
+        ("rows", np.array([0, 7]), "concept indices from 0 to 1"),
+        ("rows", np.array([-1, 1]), "concept indices from 0 to 1"),
+        ("rows", np.array([1, 0]), "another concept than in 'rows'"),
+        ("columns", np.array([1, 9]), "concept indices from 0 to 1"),
+        ("columns", np.array([1]), "one index for each pair"),
+        ("intersection", np.array(["1", "1"]), "one number for each pair"),
+        ("intersection", np.array([[1.0], [1.0]]), "one number for each pair"),
+        ("intersection", np.array([-1.0, 1.0]), "from 0 to 'area'"),
+        ("intersection", np.array([3.0, 1.0]), "from 0 to 'area'"),
+        ("intersection", np.array([np.nan, 1.0]), "from 0 to 'area'"),
+        ("area", np.array([0.0, 4.0]), "finite numbers above 0"),
+        ("area", np.array([np.inf, 4.0]), "finite numbers above 0"),
+    ],
+)
+def test_arrays_that_are_no_overlaps_are_named(tmp_path, key, values, allowed):
+    path = tmp_path / "overlap.npz"
+    np.savez(path, **WHOLE)
+    assert len(load_overlap(path, ["a", "b"]).rows) == 2
+    np.savez(path, **{**WHOLE, key: values})
+    name = "columns" if "another concept" in allowed else key
+    with pytest.raises(ValueError, match=rf"overlap\.npz: its '{name}' is .*Allowed: {allowed}"):
+        load_overlap(path, ["a", "b"])
+
+
+def test_pairs_are_in_order_and_each_is_there_once(tmp_path):
+    path = tmp_path / "overlap.npz"
+    np.savez(path, **WHOLE | {"rows": np.array([1, 0]), "columns": np.array([0, 1])})
+    with pytest.raises(ValueError, match=r"its 'rows' is .*Allowed: ascending pairs, each once"):
+        load_overlap(path, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"junk",
+        b"\x93NUMPY\x01\x00\x3b\x00{'descr': '<f8', 'fortran_order': False, 'shape': (2, ",
+        # Claims 7 EiB.
+        b"\x93NUMPY\x01\x00\x4c\x00{'descr': '<f8', 'fortran_order': False, 'shape': "
+        b"(1000000000, 1000000000), }",
+    ],
+)
+def test_headers_that_lie_are_refused(tmp_path, content):
+    path = tmp_path / "overlap.npz"
+    np.savez(path, **{key: values for key, values in WHOLE.items() if key != "area"})
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("area.npy", content)
+    with pytest.raises(ValueError, match=r"overlap\.npz(: its 'area'| is no overlap file)"):
+        load_overlap(path, ["a", "b"])
