@@ -13,7 +13,7 @@ from maskx.core.word_table import WordTable
 from maskx.systems.concept_mask.concept_sets import ConceptSplit
 from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel, SegmentationModel
 from maskx.systems.concept_mask.network import ConceptEmbedding, ConceptSegmenter
-from maskx.systems.concept_mask.query import ConceptQuery, concept_query
+from maskx.systems.concept_mask.query import ConceptQuery
 
 # Length of the word vectors; channels of the refinement; boxed concepts, of the paper.
 _DIM, _HIDDEN, _NUM_BOXED = 512, 1024, 750
@@ -207,7 +207,7 @@ def _query(network: EmbeddingModel, num_concepts: int) -> ConceptQuery:
     """Ask for concepts that lie far apart in the table: boxed ones first, others after them."""
     indices = torch.linspace(0, len(network.vectors) - 1, num_concepts).long()
     device = network.vectors.device
-    return concept_query(indices.to(device), network.vectors[indices.to(device)])
+    return ConceptQuery(indices.to(device), network.vectors[indices.to(device)])
 
 
 def _unfolded(network: RefinementModel, embedding_map: Tensor, concepts: Tensor) -> Tensor:

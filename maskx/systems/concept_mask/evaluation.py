@@ -22,7 +22,7 @@ from maskx.data.label_maps import read_label_map
 from maskx.systems.concept_mask.concept_sets import ConceptSplit, fully_masked
 from maskx.systems.concept_mask.model import EmbeddingModel
 from maskx.systems.concept_mask.network import normalise_maps, resize_maps
-from maskx.systems.concept_mask.query import UNSEEN, ConceptQuery, concept_query
+from maskx.systems.concept_mask.query import UNSEEN, ConceptQuery
 from maskx.systems.concept_mask.samples import read_sample, union_mask
 
 __all__ = [
@@ -342,7 +342,7 @@ class ConceptTest:
         rows = [*classes, *again]
         names = [self.names[c] for c in classes] + [BLENDED.format(self.names[c]) for c in again]
         blended = np.arange(len(rows)) >= len(classes)
-        return concept_query(self.indices[rows], self.vectors[rows], blended=blended, names=names)
+        return ConceptQuery(self.indices[rows], self.vectors[rows], blended=blended, names=names)
 
     def asked(self, record: Record) -> list[int]:
         """List the class indices that can be asked for and may have a true mask in an image."""
@@ -555,7 +555,7 @@ def _own_and_nearest(
             continue
         query = test.query(list(truths))
         if by_vector:
-            query = concept_query([UNSEEN] * len(truths), query.vectors)
+            query = ConceptQuery([UNSEEN] * len(truths), query.vectors)
         maps = model.embedding_maps(model.normalise(read(record))[None])
         size = (record["height"], record["width"])
         own, nearest = (
@@ -576,7 +576,7 @@ def _existence_scores(
     by_vector: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score the vocabulary, or its concepts as if they were unseen: (N, V), and what is there."""
-    queries = [concept_query([UNSEEN] * len(chunk), chunk) for chunk in model.vectors.split(_CHUNK)]
+    queries = [ConceptQuery([UNSEEN] * len(chunk), chunk) for chunk in model.vectors.split(_CHUNK)]
     scores = np.zeros((len(test.records), len(model.vectors)), np.float32)
     present = np.zeros(scores.shape, bool)
     for row, record in enumerate(tqdm(test.records, desc=description, unit="img")):

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskx.core.checks import check_choice
 from maskx.core.extra_state import EXTRA_STATE, pack_state, unpack_state
@@ -47,7 +47,7 @@ from maskx.systems.concept_mask.network import (
     resize_maps,
     soft_topics,
 )
-from maskx.systems.concept_mask.query import ConceptQuery, checked_query, concept_query, named_query
+from maskx.systems.concept_mask.query import ConceptQuery, named_query
 
 __all__ = [
     "ATTENTION_KINDS",
@@ -237,6 +237,9 @@ class EmbeddingModel(SampleModel):
         image = self.normalise(sample)[None]
         size = (sample.get("height", image.shape[2]), sample.get("width", image.shape[3]))
         maps = self.embedding_maps(image)
+        thresholds, threshold = self.existence_thresholds, self.existence_threshold_unseen
+        if self.stage == 1:  # where all scores are cosines
+            thresholds = threshold.expand(len(self.vectors))
         if query is None and "concepts" in sample:
             query = self.ask(sample["concepts"])
         asked = (query, sample.get("query"), self.query)
@@ -244,12 +247,12 @@ class EmbeddingModel(SampleModel):
         if query is None:
             self._warn_of_thresholds()
             existence = self.vocabulary_existence(maps)[0]
-            (indices,) = (existence > self._thresholds()).nonzero(as_tuple=True)
+            (indices,) = (existence > thresholds).nonzero(as_tuple=True)
             existence = existence[indices]
-            query = concept_query(indices, self.vectors[indices])
+            query = ConceptQuery(indices, self.vectors[indices])
         else:
             existence = self.existence(maps, query)[0]
-        query = checked_query(query, self.vectors)
+        query = query.checked(self.vectors)
         attention = self.attention(maps, query, kind=kind)
         initial = self.attention(maps, query, kind="initial")
         initial = normalise_maps(self._mean(initial, size))[0]
@@ -259,8 +262,7 @@ class EmbeddingModel(SampleModel):
         else:
             masks_prob = mean_maps(attention, size)[0]
         known = query.indices >= 0
-        thresholds = self._thresholds()[query.indices.clamp(min=0)]
-        thresholds = torch.where(known, thresholds, self.existence_threshold_unseen)
+        thresholds = torch.where(known, thresholds[query.indices.clamp(min=0)], threshold)
         is_initial = (self.stage == 1 or kind == "initial") | (~known & (share == 1))
         return {
             "concepts": list(query.names or self._names(query.indices)),
@@ -314,7 +316,7 @@ class EmbeddingModel(SampleModel):
         """
         if kind == "nearest":
             raise ValueError("Stage 1 of ConceptMask has no refined maps. Allowed: own, initial.")
-        query = checked_query(query, self.vectors)
+        query = query.checked(self.vectors)
         maps = [initial_attention(each, query.vectors) for each in maps]
         return maps if kind == "initial" else [normalise_maps(each) for each in maps]
 
@@ -325,7 +327,7 @@ class EmbeddingModel(SampleModel):
             (N, C): the maximum of the refined maps of all attention sizes; for unseen words, and
             for all in stage 1, the largest cosine of the embedding of a position and the vector.
         """
-        vectors = checked_query(query, self.vectors).vectors
+        vectors = query.checked(self.vectors).vectors
         scores = [_maxima(initial_attention(each, vectors, cosine=True)) for each in maps]
         return torch.stack(scores).amax(dim=0)
 
@@ -400,10 +402,6 @@ class EmbeddingModel(SampleModel):
             self.table.names[index] if index >= 0 else f"vector {place}"
             for place, index in enumerate(indices.tolist())
         ]
-
-    def _thresholds(self) -> Tensor:
-        """Return the (V,) existence thresholds; in stage 1 all scores are cosines."""
-        return self.existence_threshold_unseen.expand(len(self.vectors))
 
     def _all_maps(self, embedding_map: Tensor) -> Iterator[Tensor]:
         """Yield the maps of all concepts that :meth:`existence` takes the maxima of, in chunks."""
@@ -513,6 +511,8 @@ class EmbeddingModel(SampleModel):
 class _RefinedModel(EmbeddingModel):
     """What stages 2 and 3 share: refined maps, blended where a concept has no boxes."""
 
+    frozen: ClassVar[tuple[str, ...]] = ()
+
     def __init__(
         self, embedding: ConceptEmbedding, *, hidden_channels: int = 1024, **shared: Any
     ) -> None:
@@ -522,15 +522,15 @@ class _RefinedModel(EmbeddingModel):
     def train(self, mode: bool = True) -> "_RefinedModel":
         """Set the mode; what is frozen stays in evaluation mode."""
         super().train(mode)
-        for module in self._frozen():
-            module.eval()
+        for name in self.frozen:
+            getattr(self, name).requires_grad_(False).eval()
         return self
 
     def attention(
         self, maps: Sequence[Tensor], query: ConceptQuery, *, kind: str = "blended"
     ) -> list[Tensor]:
         """See :meth:`EmbeddingModel.attention`."""
-        query = checked_query(query, self.vectors)
+        query = query.checked(self.vectors)
         if kind == "initial":
             return super().attention(maps, query, kind=kind)
         known = query.indices >= 0
@@ -546,7 +546,7 @@ class _RefinedModel(EmbeddingModel):
 
     def existence(self, maps: Sequence[Tensor], query: ConceptQuery) -> Tensor:
         """See :meth:`EmbeddingModel.existence`."""
-        query = checked_query(query, self.vectors)
+        query = query.checked(self.vectors)
         cosines, rows = super().existence(maps, query), query.indices.clamp(min=0)
         refined = torch.stack([_maxima(self._refined(each, rows)) for each in maps]).amax(dim=0)
         return torch.where(query.indices >= 0, refined, cosines)
@@ -562,23 +562,11 @@ class _RefinedModel(EmbeddingModel):
         unseen = torch.where(query.blended, self.theta_unseen, 1)
         return torch.where(boxed, 1, torch.where(known, self.theta_image, unseen))
 
-    def _thresholds(self) -> Tensor:
-        return self.existence_thresholds
-
     def _all_maps(self, embedding_map: Tensor) -> Iterator[Tensor]:
         hidden = self.refinement.hidden(embedding_map, self.vectors)
         every_concept = torch.arange(len(self.vectors), device=hidden.device)
         for concepts in every_concept.split(_VOCABULARY_CHUNK):
             yield self.refinement.logits(hidden, concepts).sigmoid()
-
-    def _frozen(self) -> Sequence[nn.Module]:
-        """List what this stage does not train."""
-        raise NotImplementedError
-
-    def _freeze(self) -> None:
-        for module in self._frozen():
-            module.requires_grad_(False)
-        self.train()
 
     def _pairs(self, samples: Sequence[Sample], level: str) -> tuple[Tensor, Tensor]:
         """Return the (P,) image and the (P,) concept of each pair."""
@@ -612,6 +600,7 @@ class RefinementModel(_RefinedModel):
 
     stage = 2
     targets = ("concepts", "boxes", "box_rows")
+    frozen = ("original",)
     _before: ClassVar = {"refinement.": None, "original.": "embedding."}
 
     def __init__(
@@ -645,7 +634,7 @@ class RefinementModel(_RefinedModel):
         for (name, dtype), values in zip(dtypes.items(), gamma or (None,) * 3, strict=True):
             values = None if values is None else torch.as_tensor(values, dtype=dtype)
             self.register_buffer(f"gamma_{name}", values, persistent=False)
-        self._freeze()
+        self.train()
 
     def losses(self, images: Tensor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Compute the losses of (N, 3, H, W) normalised images and samples of ConceptMapper."""
@@ -674,9 +663,6 @@ class RefinementModel(_RefinedModel):
             )
         return losses
 
-    def _frozen(self) -> Sequence[nn.Module]:
-        return [self.original]
-
 
 class SegmentationModel(_RefinedModel):
     """Stage 3: masks of an image and the attention maps of a concept, whichever it is.
@@ -693,6 +679,7 @@ class SegmentationModel(_RefinedModel):
 
     stage = 3
     targets = ("concepts", "masks")
+    frozen = ("embedding", "refinement")
     _before: ClassVar = {"segmenter.": None}
 
     def __init__(
@@ -713,7 +700,7 @@ class SegmentationModel(_RefinedModel):
             )
         self.size = mask_size
         self.segmenter = segmenter
-        self._freeze()
+        self.train()
 
     def losses(self, images: Tensor, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Compute the loss of (N, 3, H, W) normalised images and samples of ConceptMapper.
@@ -755,9 +742,6 @@ class SegmentationModel(_RefinedModel):
             logits = self.segmenter(images, normalise_maps(maps), rows[chosen])
             prob[chosen] = resize_maps(logits[:, None], size)[:, 0].sigmoid()
         return prob.unflatten(0, (num_images, num_concepts))
-
-    def _frozen(self) -> Sequence[nn.Module]:
-        return [self.embedding, self.refinement]
 
 
 def read_description(state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,9 +4,9 @@ Shape legend:
     V: concepts of the word table; k: length of a word vector; C: asked concepts.
 """
 
+import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,6 @@ from maskx.data.tag_lists import read_vocabulary
 __all__ = [
     "UNSEEN",
     "ConceptQuery",
-    "checked_query",
-    "concept_query",
     "named_query",
     "read_unseen_words",
 ]
@@ -29,67 +27,55 @@ UNSEEN = -1
 """Index of a concept that is asked for by its vector."""
 
 
-@dataclass(frozen=True)
 class ConceptQuery:
-    """Concepts that are asked for.
+    """C concepts that are asked for.
 
-    Attributes:
-        indices: (C,) int64, rows of the word table; -1 for an unseen word.
-        vectors: (C, k) float, read for unseen words only.
-        blended: (C,) bool, whether the map of an unseen word is blended with that of the nearest
-            concept with boxes, where the paper takes that of Eq. 1 alone.
+    Args:
+        indices: (C,) rows of the word table; -1 for an unseen word.
+        vectors: (C, k), read for unseen words only.
+        blended: (C,), or one for all: whether the map of an unseen word is blended with that of the
+            nearest concept with boxes, where the paper takes that of Eq. 1 alone.
         names: C names; None for those of the word table.
     """
 
-    indices: Tensor
-    vectors: Tensor
-    blended: Tensor
-    names: tuple[str, ...] | None = None
+    def __init__(
+        self,
+        indices: Sequence[int] | np.ndarray | Tensor,
+        vectors: np.ndarray | Tensor,
+        *,
+        blended: bool | Sequence[bool] | np.ndarray = False,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.indices = torch.as_tensor(indices, dtype=torch.int64)
+        self.vectors = torch.as_tensor(vectors, dtype=torch.float32)
+        blended = torch.as_tensor(blended, dtype=torch.bool, device=self.indices.device)
+        self.blended = blended.expand(len(self))
+        self.names = None if names is None else tuple(names)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-
-def concept_query(
-    indices: Sequence[int] | np.ndarray | Tensor,
-    vectors: np.ndarray | Tensor,
-    *,
-    blended: bool | Sequence[bool] | np.ndarray = False,
-    names: Sequence[str] | None = None,
-) -> ConceptQuery:
-    """Make a :class:`ConceptQuery`, as of what ``WordTable.resolve`` returns.
-
-    `blended` is of all unseen words, or of each.
-    """
-    indices = torch.as_tensor(indices, dtype=torch.int64)
-    return ConceptQuery(
-        indices,
-        torch.as_tensor(vectors, dtype=torch.float32),
-        torch.as_tensor(blended, dtype=torch.bool, device=indices.device).expand(len(indices)),
-        None if names is None else tuple(names),
-    )
-
-
-def checked_query(query: ConceptQuery, table: Tensor) -> ConceptQuery:
-    """Bring a query to the device of the (V, k) word table, with its vectors for what is in it."""
-    indices, vectors = query.indices, query.vectors
-    if len(indices) == 0 and vectors.ndim == 2:
-        vectors = table[:0]
-    if vectors.shape != (len(indices), table.shape[1]):
-        raise ValueError(
-            f"A query of {len(indices)} concepts has vectors of shape {tuple(vectors.shape)}. "
-            f"Needed: ({len(indices)}, {table.shape[1]}), as in the word table."
-        )
-    outside = indices[(indices < UNSEEN) | (indices >= len(table))]
-    if len(outside):
-        raise ValueError(
-            f"The query has the concept indices {sorted(set(outside.tolist()))}. Allowed: 0 "
-            f"to {len(table) - 1}, and -1 for an unseen word with its vector."
-        )
-    indices = indices.to(table.device)
-    vectors = vectors.to(table.device, table.dtype)
-    vectors = torch.where((indices >= 0)[:, None], table[indices.clamp(min=0)], vectors)
-    return ConceptQuery(indices, vectors, query.blended.to(table.device), query.names)
+    def checked(self, table: Tensor) -> "ConceptQuery":
+        """Return it on the device of the (V, k) word table, with the vectors of what is in it."""
+        indices, vectors = self.indices, self.vectors
+        if len(indices) == 0 and vectors.ndim == 2:
+            vectors = table[:0]
+        if vectors.shape != (len(indices), table.shape[1]):
+            raise ValueError(
+                f"A query of {len(indices)} concepts has vectors of shape {tuple(vectors.shape)}. "
+                f"Needed: ({len(indices)}, {table.shape[1]}), as in the word table."
+            )
+        outside = indices[(indices < UNSEEN) | (indices >= len(table))]
+        if len(outside):
+            raise ValueError(
+                f"The query has the concept indices {sorted(set(outside.tolist()))}. Allowed: 0 "
+                f"to {len(table) - 1}, and -1 for an unseen word with its vector."
+            )
+        query = copy.copy(self)
+        query.indices, query.blended = indices.to(table.device), self.blended.to(table.device)
+        own, vectors = table[query.indices.clamp(min=0)], vectors.to(table.device, table.dtype)
+        query.vectors = torch.where((query.indices >= 0)[:, None], own, vectors)
+        return query
 
 
 def named_query(
@@ -125,7 +111,7 @@ def named_query(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"'{twice[0]}' is asked for twice. Name each concept once.")
-    return concept_query(indices, vectors, blended=blended, names=names)
+    return ConceptQuery(indices, vectors, blended=blended, names=names)
 
 
 def read_unseen_words(path: str | os.PathLike[str], table: WordTable) -> WordTable:

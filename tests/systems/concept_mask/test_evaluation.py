@@ -20,7 +20,7 @@ from maskx.systems.concept_mask.evaluation import (
 )
 from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel
 from maskx.systems.concept_mask.network import ConceptEmbedding, normalise_maps, resize_maps
-from maskx.systems.concept_mask.query import concept_query
+from maskx.systems.concept_mask.query import ConceptQuery
 
 NAMES = ("cat", "dog", "fire truck", "green")
 RNG = np.random.default_rng(0)
@@ -218,7 +218,7 @@ def test_fitted_values_are_the_best_of_their_grids(model, records):
     test = concept_test(records, CLASSES, SPLIT, TABLE, UNSEEN, source="x")
     expected = {}
     for name, index in (("theta_image", 3), ("theta_unseen", -1)):
-        query = concept_query([index], TABLE.vectors[[3]])
+        query = ConceptQuery([index], TABLE.vectors[[3]])
         means = {}
         for theta in np.linspace(0.05, 1, 20):
             scores = []
@@ -254,7 +254,7 @@ def test_fitted_values_are_the_best_of_their_grids(model, records):
     present = np.array([[labels.get(c) in r["image_labels"] for c in range(4)] for r in records])
     of_all = fit_existence_threshold(scores.ravel(), present.ravel())
     assert model.existence_thresholds[2].item() == pytest.approx(of_all)
-    query = concept_query([-1] * 4, TABLE.vectors)
+    query = ConceptQuery([-1] * 4, TABLE.vectors)
     cosines = torch.cat([model.existence(each, query) for each in maps]).detach().numpy()
     unseen = fit_existence_threshold(cosines.ravel(), present.ravel())
     assert unseen != pytest.approx(of_all)

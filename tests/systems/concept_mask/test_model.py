@@ -17,7 +17,7 @@ from maskx.systems.concept_mask.model import (
     read_description,
 )
 from maskx.systems.concept_mask.network import ConceptEmbedding, ConceptSegmenter, normalise_maps
-from maskx.systems.concept_mask.query import concept_query
+from maskx.systems.concept_mask.query import ConceptQuery
 
 V, DIM = 9, 5
 NAMES = tuple("abcdefghi")
@@ -150,7 +150,7 @@ def unfolded_logits(net, embedding_map):
 def query_of(indices, vectors=None):
     if vectors is None:
         vectors = torch.zeros(len(indices), DIM)
-    return concept_query(indices, vectors)
+    return ConceptQuery(indices, vectors)
 
 
 def cross_entropy(logit, target):
@@ -505,7 +505,7 @@ def test_blending_by_hand():
     set_refined(net, probs)
     unseen = torch.tensor([0.0, 9, 1, 0, 0])  # nearest to 0
     vectors = torch.stack([unseen * 0, unseen * 0, unseen])
-    query = concept_query([2, 1, -1], vectors, blended=True)
+    query = ConceptQuery([2, 1, -1], vectors, blended=True)
 
     maps = net.embedding_maps(make_images())
     assert net.nearest_boxed(torch.stack([table[2], table[1], unseen])).tolist() == [2, 2, 0]
@@ -541,7 +541,7 @@ def test_blending_by_hand():
 def test_without_fitted_theta_maps_are_not_blended():
     net = make_net(3).eval()
     maps = net.embedding_maps(make_images())
-    query = concept_query([0, 1, -1], torch.ones(3, DIM), blended=True)
+    query = ConceptQuery([0, 1, -1], torch.ones(3, DIM), blended=True)
     for own, blended in zip(
         net.attention(maps, query, kind="own"), net.attention(maps, query), strict=True
     ):
@@ -557,7 +557,7 @@ def test_two_unseen_words_are_told_apart_by_their_own_evidence():
     assert len(set(net.nearest_boxed(words).tolist())) == 1
     alone = predict(net, make_images()[0], query_of([-1, -1], words))["attention"]
     assert (alone[0] - alone[1]).abs().max() > 0.05
-    blended = predict(net, make_images()[0], concept_query([-1, -1], words, blended=True))
+    blended = predict(net, make_images()[0], ConceptQuery([-1, -1], words, blended=True))
     assert (blended["attention"][0] - blended["attention"][1]).abs().max() < 0.06
     assert blended["borrowed"] == ["c", "c"]
 
@@ -716,7 +716,7 @@ def test_all_concepts_above_their_threshold():
 
 
 def test_the_query_of_the_model_is_for_samples_without_one():
-    net = make_net(3, query=concept_query([4], torch.zeros(1, DIM), names=["asked"])).eval()
+    net = make_net(3, query=ConceptQuery([4], torch.zeros(1, DIM), names=["asked"])).eval()
     assert predict(net, make_images()[0])["concepts"] == ["asked"]
     assert predict(net, make_images()[0], query_of([1]))["concepts"] == ["b"]
     (found,) = net([{"image": make_images()[0], "query": query_of([2, 3])}])

@@ -4,8 +4,7 @@ import torch
 
 from maskx.core.word_table import WordTable, save_word_table
 from maskx.systems.concept_mask.query import (
-    checked_query,
-    concept_query,
+    ConceptQuery,
     named_query,
     read_unseen_words,
 )
@@ -18,20 +17,20 @@ UNSEEN = WordTable(("owl",), RNG.standard_normal((1, 6)), np.ones(1))
 
 
 def test_a_query_is_made_of_arrays():
-    query = concept_query(np.array([2, -1]), np.ones((2, 3)))
+    query = ConceptQuery(np.array([2, -1]), np.ones((2, 3)))
     assert len(query) == 2
     assert (query.indices.dtype, query.vectors.dtype) == (torch.int64, torch.float32)
 
 
 def test_only_unseen_words_keep_the_vectors_of_the_query():
-    query = concept_query([3, -1, 0], torch.full((3, 3), 9.0))
-    found = checked_query(query, VECTORS)
+    query = ConceptQuery([3, -1, 0], torch.full((3, 3), 9.0))
+    found = query.checked(VECTORS)
     assert found.indices.tolist() == [3, -1, 0]
     assert found.vectors.tolist() == [[9.0, 10, 11], [9, 9, 9], [0, 1, 2]]
 
 
 def test_a_query_of_nothing_has_vectors_of_the_length_of_the_table():
-    assert checked_query(concept_query([], torch.zeros(0, 0)), VECTORS).vectors.shape == (0, 3)
+    assert ConceptQuery([], torch.zeros(0, 0)).checked(VECTORS).vectors.shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -44,14 +43,14 @@ def test_a_query_of_nothing_has_vectors_of_the_length_of_the_table():
 )
 def test_queries_that_do_not_fit_the_table(indices, shape, message):
     with pytest.raises(ValueError, match=message):
-        checked_query(concept_query(indices, torch.zeros(shape)), VECTORS)
+        ConceptQuery(indices, torch.zeros(shape)).checked(VECTORS)
 
 
 def test_names_and_blending_go_along():
-    query = concept_query([2, -1], np.ones((2, 3)), blended=[False, True], names=["a", "b"])
-    found = checked_query(query, VECTORS)
+    query = ConceptQuery([2, -1], np.ones((2, 3)), blended=[False, True], names=["a", "b"])
+    found = query.checked(VECTORS)
     assert (found.names, found.blended.tolist()) == (("a", "b"), [False, True])
-    assert concept_query([2, -1], np.ones((2, 3)), blended=True).blended.tolist() == [True, True]
+    assert ConceptQuery([2, -1], np.ones((2, 3)), blended=True).blended.tolist() == [True, True]
 
 
 def test_names_numbers_and_vectors_are_asked_for_by_name():
