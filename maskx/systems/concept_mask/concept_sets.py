@@ -27,20 +27,6 @@ from maskx.data.scenes.concepts import scene_concept_lists
 from maskx.data.tag_lists import TagList
 from maskx.supervision import Supervision
 
-__all__ = [
-    "ConceptListSummary",
-    "ConceptSets",
-    "ConceptSplit",
-    "choose_concepts",
-    "concept_sets",
-    "format_concept_lists",
-    "fully_masked",
-    "read_concept_split",
-    "scene_concept_split",
-    "vocabulary_difference",
-    "write_concept_split",
-]
-
 logger = logging.getLogger(__name__)
 
 _BOX_KEYS = ("id", "bbox", "iscrowd")
@@ -57,7 +43,6 @@ class ConceptSplit:
 
     Attributes:
         vocabulary: all concepts with tags, by concept index.
-        boxed: those with boxes.
         masked: those with masks; they have boxes too.
         unseen: concepts of the data sets that training is to know nothing of, not in the
             vocabulary; what is labelled as one is withheld.
@@ -206,7 +191,6 @@ class ConceptSets:
     `annotations` and, unless they are of a tag list, `height` and `width`.
 
     Attributes:
-        split: what training may see.
         tagged: images with tags, without annotations.
         boxed: images with boxes of boxed concepts; their annotations are `id`, `bbox`
             ([x1, y1, x2, y2], absolute pixels), `class_index` (a concept index) and `iscrowd`.
@@ -238,11 +222,8 @@ def concept_sets(
     may serve for all three.
 
     Args:
-        split: what training may see.
         tags: a file of whose images the `image_labels` are taken, or a tag list, whose images have
             neither `height` nor `width`.
-        boxes: for stage 2.
-        masks: for stage 3.
         tag_images: folder of the images of a tag list, joined to its image ids.
     """
     withheld: Counter[str] = Counter()
@@ -424,9 +405,6 @@ def choose_concepts(
     so that what is labelled as one is withheld.
 
     Args:
-        vocabulary: names of a word table.
-        boxes: COCO files; that of masks counts too.
-        masks: COCO file.
         min_images: images with a box that a category needs, over all files. 8 is the least in the
             paper, which does not say where it drew the line.
     """

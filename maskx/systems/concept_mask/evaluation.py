@@ -25,23 +25,6 @@ from maskx.systems.concept_mask.network import normalise_maps, resize_maps
 from maskx.systems.concept_mask.query import UNSEEN, ConceptQuery
 from maskx.systems.concept_mask.samples import read_sample, union_mask
 
-__all__ = [
-    "LEVELS",
-    "ConceptScores",
-    "ConceptTest",
-    "ThetaFit",
-    "concept_test",
-    "concept_truths",
-    "evaluate_concepts",
-    "evaluate_existence",
-    "fit_concepts",
-    "fit_existence_threshold",
-    "fit_theta",
-    "format_concept_table",
-    "pointing_hit",
-    "soft_iou",
-]
-
 logger = logging.getLogger(__name__)
 
 LEVELS = ("mask", "box", "image", "unseen", "unseen_blended")
@@ -119,11 +102,9 @@ class ConceptScores:
         """Measure one concept in one image that shows it; the precision of an empty mask is 0.
 
         Args:
-            concept: its name.
             attention: (H, W) in [0, 1].
             mask: (H, W) bool.
             truth: (H, W) bool, not empty.
-            image_id: for errors.
         """
         if concept not in self._row:
             raise ValueError(
@@ -322,7 +303,6 @@ class ConceptTest:
     """Images with true masks of concepts, and what these are to a model.
 
     Attributes:
-        records: images.
         names: concepts by class index of the records.
         indices: (K,) row of each in the word table; -1 for an unseen one, -2 for one that is
             neither in the table nor has a vector, which is not measured.
@@ -414,10 +394,7 @@ def concept_test(
     """Match the classes of a data set with the concepts of a model by name.
 
     Args:
-        records: images with true masks.
         class_names: by class index of the records.
-        split: levels of the vocabulary.
-        table: vectors of the vocabulary.
         unseen: vectors of concepts that training knew nothing of.
         source: name of the data set, for messages.
     """
@@ -457,10 +434,8 @@ def evaluate_concepts(
 
     Args:
         model: of any stage, of RGB images.
-        test: images with true masks.
         kind: of attention, see :meth:`EmbeddingModel.attention`.
         segment: make masks with the segmentation network, not of the attention.
-        description: label of the progress bar.
 
     Returns:
         What :meth:`ConceptScores.evaluate` returns.

@@ -49,15 +49,6 @@ from maskx.systems.concept_mask.network import (
 )
 from maskx.systems.concept_mask.query import ConceptQuery, named_query
 
-__all__ = [
-    "ATTENTION_KINDS",
-    "SYSTEM_NAME",
-    "EmbeddingModel",
-    "RefinementModel",
-    "SegmentationModel",
-    "read_description",
-]
-
 logger = logging.getLogger(__name__)
 
 SYSTEM_NAME = "concept_mask"
@@ -81,7 +72,6 @@ class EmbeddingModel(SampleModel):
     this very stage was.
 
     Args:
-        embedding: the network of stage 1.
         table: word vectors; concept indices count its names.
         split: which of its names have boxes, and which masks.
         attention_sizes: sides of the squares in pixels that the image is warped to for the
@@ -92,7 +82,6 @@ class EmbeddingModel(SampleModel):
         query: what to look for in a sample that does not say; None for all that exists.
         architecture: what else the network is built from, as JSON can hold it, for its checkpoints.
         pixel_mean: by channel, in the order of the images, of values from 0 to 255.
-        pixel_std: likewise.
     """
 
     stage: ClassVar[int] = 1
@@ -302,8 +291,6 @@ class EmbeddingModel(SampleModel):
         """Make the attention maps of concepts.
 
         Args:
-            maps: of :meth:`embedding_maps`.
-            query: C concepts.
             kind: ``initial``: of Eq. 1, any values. All others are in [0, 1]. ``own``: the refined
                 map; for an unseen word and in stage 1 the initial map brought to [0, 1].
                 ``nearest``: the refined map of the boxed concept with the nearest word vector.
@@ -589,7 +576,6 @@ class RefinementModel(_RefinedModel):
     stage 1, which does not change.
 
     Args:
-        embedding: the network of stage 1.
         gamma: weights of Eq. 4 as the (indptr, indices, weights) of a sparse (V, V) matrix by
             rows; None trains without the spatial discrimination loss.
         num_matched: N of Eq. 2, at most half of V is used.
@@ -670,7 +656,6 @@ class SegmentationModel(_RefinedModel):
     Embedding and refinement stay as they are.
 
     Args:
-        embedding: the network of stage 1.
         segmenter: for as many maps as there are attention sizes.
         mask_size: M, side of the square that the image is warped to for the segmenter, best the
             side of the masks in training.

@@ -21,21 +21,6 @@ from maskx.core.layers import convolution_like, msra_fill
 from maskx.core.losses import label_pairs
 from maskx.core.timm_backbones import TimmBackbone
 
-__all__ = [
-    "AttentionRefinement",
-    "ConceptEmbedding",
-    "ConceptSegmenter",
-    "build_encoder",
-    "concept_segmentation_loss",
-    "embedding_loss",
-    "full_precision",
-    "initial_attention",
-    "mean_maps",
-    "normalise_maps",
-    "resize_maps",
-    "soft_topics",
-]
-
 
 class ConceptEmbedding(nn.Module):
     """A backbone and three fully connected layers, each with batch norm, into the word space.
@@ -45,11 +30,7 @@ class ConceptEmbedding(nn.Module):
 
     Args:
         backbone: maps (N, 3, H, W) images to a dictionary of feature maps.
-        in_feature: name of the feature map that is embedded.
-        in_channels: of that feature map.
-        dim: k.
         stride: of the feature map in pixels; None to ask the backbone's ``feature_shapes``.
-        hidden_channels: of the layers before the last.
         final_relu: ReLU after the last layer too, as the paper has it. No embedding then has a
             negative entry, which word vectors do have.
     """
@@ -176,10 +157,6 @@ class AttentionRefinement(nn.Module):
     In evaluation mode and without a gradient the product is computed once and used until either
     factor changes. Changes that PyTorch does not count, through ``.data`` or a NumPy view, need a
     call of ``train()`` or ``eval()``. The product is no part of the state dict.
-
-    Args:
-        num_concepts: V.
-        hidden_channels: of the layer that all concepts share.
     """
 
     def __init__(self, num_concepts: int, *, hidden_channels: int = 1024) -> None:
@@ -216,7 +193,6 @@ class AttentionRefinement(nn.Module):
         """Compute the (N, C, h, w) logits of some concepts.
 
         Args:
-            hidden: of :meth:`hidden`.
             concepts: (C,) concept indices, or (N, C) others for each image; None for all V.
         """
         weight, bias = self.conv2.weight.flatten(1), self.conv2.bias
@@ -339,7 +315,6 @@ class ConceptSegmenter(nn.Module):
 
     Args:
         encoder: of :func:`build_encoder`. Its first convolution becomes ``image_stem``.
-        num_maps: A.
         decoder_channels: of the decoder, from the deepest feature map of the encoder to the
             output of its first convolution.
     """

@@ -18,14 +18,6 @@ from tqdm import tqdm
 from maskx.core.files import written_whole
 from maskx.systems.concept_mask.concept_sets import vocabulary_difference
 
-__all__ = [
-    "Overlap",
-    "concept_overlap",
-    "load_overlap",
-    "negative_weights",
-    "save_overlap",
-]
-
 _MAX_PENDING = 2**20  # pairs of images that are held before they are summed up, 24 MB
 _MAX_RATIO = 0.5  # Eq. 4: pairs that overlap as much or more are no negatives
 _ARRAYS = ("rows", "columns", "intersection", "area")

@@ -62,24 +62,6 @@ from maskx.systems.concept_mask.system import (
 )
 from maskx.systems.concept_mask.tag_vectors import fold_in_words, learn_word_vectors
 
-__all__ = [
-    "QUICK",
-    "ConceptData",
-    "ConceptMaskChain",
-    "ConceptMaskMethod",
-    "ConceptMaskSettings",
-    "coco_concept_data",
-    "draw_test_concepts",
-    "fit_run",
-    "format_concept_mask",
-    "learn_concept_mask",
-    "make_scene_data",
-    "own_concept_data",
-    "quickstart_concept_mask",
-    "save_fitted",
-    "scene_concept_data",
-]
-
 CONCEPT_SCENES, TAG_SCENES = 2000, 4000
 
 # Peaks of Adam: of the embedding from random weights and from ImageNet's, in stage 1 and in stage
@@ -99,9 +81,7 @@ class ConceptMaskSettings:
     """What a chain of trainings is defined by.
 
     Attributes:
-        network: of all stages.
         embedding_iterations: steps of stage 1; the others are of stages 2 and 3.
-        batch_size: images per step.
         max_concepts: most concepts of an image in a step of stage 3.
         matching_weight: c of Eq. 2.
         discrimination_weight: of the spatial discrimination loss.
@@ -177,8 +157,6 @@ class ConceptData:
             with their true masks of image-level concepts and all their tags of the vocabulary; not
             with anything of an unseen concept.
         val: images with true masks.
-        split: levels of the concepts.
-        table: vectors of the vocabulary.
         unseen: vectors of the concepts that are not in it.
         tags: images, in the folder `tag_images`, to learn tags from; None for those of `train`.
         files: what all this is from, by what it is for.
@@ -316,13 +294,8 @@ def scene_concept_data(
     """Generate scenes with concepts of every level, and learn word vectors from tags of others.
 
     Args:
-        folder: of the files; it is created.
-        num_train: scenes to train on.
-        num_val: scenes to measure on.
         num_tags: lists of tags, of scenes of which there is no image. Of the same lists with the
             names of the unseen concepts, the vectors of these are folded in.
-        size: of the scenes in pixels.
-        seed: of everything.
     """
     files = []
     for part, (name, count) in enumerate((("train", num_train), ("val", num_val))):
@@ -376,11 +349,9 @@ def own_concept_data(
 
     Args:
         train: images with boxes and masks, and with tags where there is no list of them.
-        val: images to measure on, with true masks.
         split_file: see :func:`read_concept_split`; its vocabulary is that of the tags if it lists
             none.
         tags: of images in the folder `tag_images`; those of `train` without.
-        tag_images: folder.
     """
     tags_here = tags or _tags_of(train)
     counts = tags_here.counts()
@@ -564,11 +535,8 @@ def fit_run(
     """Fit theta and the thresholds of a finished run, and write them to its checkpoint.
 
     Args:
-        run: folder of the run.
         json_file: COCO-format file with tags and true masks of concepts.
-        image_root: folder of its images.
         strict: see :func:`maskx.data.coco.load_coco`.
-        device: where to compute.
 
     Returns:
         What :func:`fit_concepts` returns.

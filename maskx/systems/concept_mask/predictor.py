@@ -19,14 +19,6 @@ from maskx.evaluation.figures import (
 )
 from maskx.systems.concept_mask.model import EmbeddingModel
 
-__all__ = [
-    "ConceptPredictor",
-    "ConceptRow",
-    "FoundConcept",
-    "draw_concepts",
-    "segment_files",
-]
-
 _TILE_SIDE = 256
 _ORDERS = ("RGB", "BGR")
 
@@ -61,7 +53,6 @@ class ConceptPredictor:
     """Finds concepts in images.
 
     Args:
-        model: a trained model.
         blend_unseen: blend maps of unseen words with those of the nearest concept with boxes.
         model_format: order of channels that the model takes, "RGB" or "BGR".
         order: that of the images.
@@ -166,7 +157,6 @@ def segment_files(
     Args:
         predictor: of RGB images.
         images: files with different names.
-        output: folder to write to; it is created.
         concepts: names; None for all that seem to exist.
 
     Returns:

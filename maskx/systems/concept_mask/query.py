@@ -16,13 +16,6 @@ from torch import Tensor
 from maskx.core.word_table import WordTable, load_word_table, spelled, word_table_from_file
 from maskx.data.tag_lists import read_vocabulary
 
-__all__ = [
-    "UNSEEN",
-    "ConceptQuery",
-    "named_query",
-    "read_unseen_words",
-]
-
 UNSEEN = -1
 """Index of a concept that is asked for by its vector."""
 
@@ -88,11 +81,9 @@ def named_query(
     """Resolve what a user asks for.
 
     Args:
-        table: of the model.
         unseen: words that are not in it, found by their vectors alone.
         concepts: names of either table, concept indices, or vectors, whose names are "vector" and
             their position.
-        blended: see :class:`ConceptQuery`.
     """
     extra = {} if unseen is None else dict(zip(unseen.names, unseen.vectors, strict=True))
     both = sorted(set(extra) & set(table.names))

@@ -18,8 +18,6 @@ from maskx.data.images import read_image_sample, read_rgb
 from maskx.data.masks import decode_segmentation
 from maskx.systems.concept_mask.concept_sets import fully_masked
 
-__all__ = ["ConceptMapper", "box_target", "mask_target", "read_sample", "union_mask"]
-
 Record = Mapping[str, Any]
 
 
@@ -33,7 +31,6 @@ class ConceptMapper:
             and `size`, as the network makes smaller ones of them itself.
         masked: concept indices whose masks are learned from; of stage 3 alone.
         max_concepts: most concepts of an image, chosen at random; of stage 3 alone.
-        flip: mirror half of the samples.
     """
 
     def __init__(

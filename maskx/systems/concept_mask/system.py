@@ -27,19 +27,6 @@ from maskx.systems.concept_mask.model import (
 from maskx.systems.concept_mask.network import ConceptEmbedding, ConceptSegmenter, build_encoder
 from maskx.systems.concept_mask.predictor import ConceptPredictor
 
-__all__ = [
-    "STAGES",
-    "STAGE_FOLDERS",
-    "SYSTEM",
-    "UNSEEN_NAME",
-    "WORDS_NAME",
-    "ConceptNetwork",
-    "build_model",
-    "open_checkpoint",
-    "open_model",
-    "open_predictor",
-]
-
 STAGES = (EmbeddingModel, RefinementModel, SegmentationModel)
 """The networks of stage 1, 2 and 3."""
 STAGE_FOLDERS = ("embedding", "refinement", "segmentation")
@@ -56,13 +43,10 @@ class ConceptNetwork:
         backbone: of the embedding, see :func:`maskx.core.backbone_choice.build_backbone`.
         pretrained: start from ImageNet weights, which are downloaded; their norms stay.
         final_relu: the embedding ends with a ReLU, as the paper has it.
-        hidden_channels: of the embedding's two hidden layers.
         image_size: side of the squares that images are warped to for the segmentation network.
         embedding_size: side of the squares that the embedding is trained on, in stages 1 and 2.
         attention_sizes: see :class:`maskx.systems.concept_mask.model.EmbeddingModel`.
         encoder: see :func:`maskx.systems.concept_mask.network.build_encoder`.
-        encoder_widths: of the encoder ``small``.
-        decoder_channels: of the segmentation network.
     """
 
     backbone: str = "resnet50"
@@ -96,10 +80,6 @@ def build_model(
     """Build the network of stage 1, 2 or 3.
 
     Args:
-        settings: what to build.
-        stage: 1, 2 or 3.
-        table: vectors of the vocabulary.
-        split: levels of its concepts.
         initial: with the ImageNet weights, if the network starts from them; not if weights are
             loaded afterwards anyway.
         losses: arguments of :class:`RefinementModel` that training alone needs.

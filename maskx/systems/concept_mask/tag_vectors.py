@@ -33,19 +33,6 @@ from maskx.core.word_table import (
 from maskx.data.tag_lists import TagList
 from maskx.evaluation.plots import check_matplotlib
 
-__all__ = [
-    "CoCounts",
-    "FoldedWords",
-    "co_counts",
-    "fold_in",
-    "fold_in_words",
-    "format_neighbours",
-    "format_spectrum",
-    "learn_word_vectors",
-    "plot_spectrum",
-    "pmi_matrix",
-]
-
 logger = logging.getLogger(__name__)
 
 # Rows of the co-counts made at a time: 1000 x 18,000 counts are 0.2 GB if all of them are there.
@@ -97,9 +84,7 @@ def pmi_matrix(counted: CoCounts, *, positive: bool = True, smoothing: float = 1
     """Return the (V, V) float64 PMI of all pairs of words, as upper triangle with the diagonal.
 
     Args:
-        counted: see :func:`co_counts`.
         positive: set negative entries to 0 (PPMI). Otherwise only pairs never seen are 0.
-        smoothing: see :func:`learn_word_vectors`.
     """
     counts, total = counted.counts.astype(np.float64), counted.num_images
     matrix = counted.pairs.astype(np.float64)
@@ -197,7 +182,6 @@ def fold_in(
     than without, and than with damped ones (measured on the tags of generated scenes).
 
     Args:
-        table: a table from tags.
         pair_counts: (V,) images with the new word and each known one.
         count: images with the new word.
         among: (V,) images with each known word and number of images with any tag, of those that
@@ -247,7 +231,6 @@ def fold_in_words(table: WordTable, tags: TagList, words: Sequence[str]) -> Fold
     """Fold new words into a table from a list of images with them and with known words.
 
     Args:
-        table: a table from tags; it is not changed.
         tags: images, read without the vocabulary of the table, so that the new words are there.
         words: new words. One that is in the table already, is not among the tags or cannot be
             folded in is left out.

@@ -35,22 +35,6 @@ from maskx.systems.concept_mask.query import read_unseen_words
 from maskx.systems.concept_mask.samples import ConceptMapper
 from maskx.systems.concept_mask.tag_vectors import learn_word_vectors
 
-__all__ = [
-    "KEYS",
-    "MaskXConceptEvaluator",
-    "build_concept_loader",
-    "build_test_loader",
-    "check_concept_data",
-    "concept_records",
-    "concept_split",
-    "concept_table",
-    "concept_test_data",
-    "make_overlap",
-    "make_word_table",
-    "training_mapper",
-    "unseen_words",
-]
-
 logger = logging.getLogger(__name__)
 
 KEYS = "MODEL.MASKX.CONCEPT_MASK"
@@ -121,25 +105,32 @@ def check_concept_data(cfg: CfgNode) -> None:
             f"of {num_processes} from {2 * num_processes} on, since batch norm needs two images in "
             "each."
         )
-    if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
-        raise ValueError(
-            f"INPUT.RANDOM_FLIP is '{cfg.INPUT.RANDOM_FLIP}'. Allowed for ConceptMask: "
-            "horizontal, none."
-        )
-    for name, value in (
-        ("INPUT.MASKX.SIZE", cfg.INPUT.MASKX.SIZE),
-        (f"{KEYS}.MAX_CONCEPTS", keys.MAX_CONCEPTS),
+    flip, size = cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MASKX.SIZE
+    for name, value, is_right, allowed in (
+        ("INPUT.RANDOM_FLIP", flip, flip in ("horizontal", "none"), "horizontal, none"),
+        ("INPUT.MASKX.SIZE", size, size >= 1, "1 or more"),
+        (f"{KEYS}.MAX_CONCEPTS", keys.MAX_CONCEPTS, keys.MAX_CONCEPTS >= 1, "1 or more"),
+        (f"{KEYS}.NUM_MATCHED", keys.NUM_MATCHED, keys.NUM_MATCHED >= 1, "1 or more"),
     ):
-        if value < 1:
-            raise ValueError(f"{name} is {value}. Allowed: 1 or more.")
+        if not is_right:
+            raise ValueError(f"{name} is {value!r}. Allowed for ConceptMask: {allowed}.")
 
 
-def concept_records(cfg: CfgNode) -> list[dict[str, Any]]:
+def concept_records(cfg: CfgNode, split: ConceptSplit | None = None) -> list[dict[str, Any]]:
     """Read what the stage learns from of all data sets of ``DATASETS.TRAIN``.
 
     See :class:`maskx.systems.concept_mask.concept_sets.ConceptSets`.
     """
-    return _records(cfg, concept_split(cfg))
+    argument, chosen = _STAGE_SETS[architecture_of(cfg).stage]
+    split = split or concept_split(cfg)
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN is empty. Name at least one registered data set.")
+    records = []
+    for name in cfg.DATASETS.TRAIN:
+        data = _read(name, split, argument)
+        folder = MetadataCatalog.get(name).image_root if isinstance(data, TagList) else ""
+        records += getattr(concept_sets(split, **{argument: data}, tag_images=folder), chosen)
+    return records
 
 
 def training_mapper(cfg: CfgNode) -> ConceptMapper:
@@ -174,14 +165,8 @@ def concept_test_data(cfg: CfgNode, dataset_name: str, *, with_records: bool = T
     """
     class_names = class_names_of(dataset_name)
     records = records_of(dataset_name) if with_records else []
-    return concept_test(
-        records,
-        class_names,
-        concept_split(cfg),
-        concept_table(cfg),
-        unseen_words(cfg),
-        source=f"data set '{dataset_name}'",
-    )
+    known = (concept_split(cfg), concept_table(cfg), unseen_words(cfg))
+    return concept_test(records, class_names, *known, source=f"data set '{dataset_name}'")
 
 
 def make_word_table(cfg: CfgNode, path: Path) -> None:
@@ -198,7 +183,7 @@ def make_word_table(cfg: CfgNode, path: Path) -> None:
             f"a split, or '{SCENES_SPLIT}' for generated scenes."
         )
     split = scene_concept_split() if spec == SCENES_SPLIT else read_concept_split(spec)
-    labels = [record["image_labels"] for record in _records(cfg, split)]
+    labels = [record["image_labels"] for record in concept_records(cfg, split)]
     source = f"tags of {', '.join(cfg.DATASETS.TRAIN)}"
     save_word_table(path, learn_word_vectors(tag_list(labels, split.vocabulary, source=source)))
 
@@ -207,9 +192,8 @@ def make_overlap(cfg: CfgNode, path: Path) -> None:
     """Write Eq. 3 of the boxes of ``DATASETS.TRAIN``; a file that is there is kept."""
     if path.is_file():
         return
-    split = concept_split(cfg)
-    overlap = concept_overlap(_records(cfg, split), len(split.vocabulary), progress=True)
-    save_overlap(path, overlap, split.vocabulary)
+    names = concept_table(cfg).names
+    save_overlap(path, concept_overlap(concept_records(cfg), len(names), progress=True), names)
 
 
 class MaskXConceptEvaluator(DatasetEvaluator):
@@ -218,8 +202,6 @@ class MaskXConceptEvaluator(DatasetEvaluator):
     The measures are means over the images of a concept, then over the concepts of a level.
 
     Args:
-        dataset_name: of the data set.
-        test: of :func:`concept_test_data`.
         distributed: add up the measures of all processes; otherwise each evaluates its own images.
     """
 
@@ -279,19 +261,6 @@ class MaskXConceptEvaluator(DatasetEvaluator):
             for measure, value in (found or {}).items()
         }
         return {"concepts": measures}
-
-
-def _records(cfg: CfgNode, split: ConceptSplit) -> list[dict[str, Any]]:
-    argument, chosen = _STAGE_SETS[architecture_of(cfg).stage]
-    if not cfg.DATASETS.TRAIN:
-        raise ValueError("DATASETS.TRAIN is empty. Name at least one registered data set.")
-    records = []
-    for name in cfg.DATASETS.TRAIN:
-        data = _read(name, split, argument)
-        folder = MetadataCatalog.get(name).image_root if isinstance(data, TagList) else ""
-        sets = concept_sets(split, **{argument: data}, tag_images=folder)
-        records += getattr(sets, chosen)
-    return records
 
 
 def _read(name: str, split: ConceptSplit, argument: str) -> CocoData | TagList:

@@ -49,18 +49,6 @@ from maskx.systems.concept_mask.overlap import load_overlap, negative_weights
 from maskx.systems.concept_mask.query import named_query
 from maskx.systems.concept_mask.samples import read_sample
 
-__all__ = [
-    "ConceptPredictor",
-    "MaskXConceptEmbedding",
-    "MaskXConceptRefinement",
-    "MaskXConceptSegmentation",
-    "check_concept_stages",
-    "concept_stages",
-    "fit_checkpoint",
-    "trained_config",
-]
-
-
 _TABLE, _OVERLAP = f"{KEYS}.WORD_TABLE", f"{KEYS}.OVERLAP"
 WORDS_NAME, OVERLAP_NAME = "words.safetensors", "overlap.npz"
 """Files in the output folder that are made where a configuration names none."""
@@ -77,8 +65,6 @@ _SHARED_KEYS = (
 def _check(cfg: CfgNode) -> None:
     """Check the keys of ConceptMask that its modules do not check, and the data."""
     keys = cfg.MODEL.MASKX.CONCEPT_MASK
-    if keys.NUM_MATCHED < 1:
-        raise ValueError(f"{KEYS}.NUM_MATCHED is {keys.NUM_MATCHED}. Allowed: from 1.")
     if keys.ENCODER_PRETRAINED and architecture_of(cfg).stage == 3:
         if keys.ENCODER == "small":
             raise ValueError(
@@ -293,10 +279,7 @@ def concept_stages(
     Args:
         stage1: YAML file of the embedding, or its weights (any other file); None where stage 2 is
             weights.
-        stage2: YAML file of the refinement, or its weights.
-        stage3: YAML file of the segmentation.
         output: folder of the runs ``stage1``, ``stage2`` and ``stage3``.
-        opts: KEY VALUE pairs for all of them.
     """
     if "MODEL.WEIGHTS" in opts[::2]:
         raise ValueError(

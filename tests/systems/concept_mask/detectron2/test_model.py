@@ -213,7 +213,7 @@ def test_gamma_is_that_of_the_file(make_concept_cfg, concept_files):
 @pytest.mark.parametrize(
     ("stage", "opts", "words"),
     [
-        (2, (KEYS + "NUM_MATCHED", 0), r"NUM_MATCHED is 0. Allowed: from 1"),
+        (2, (KEYS + "NUM_MATCHED", 0), r"NUM_MATCHED is 0\. Allowed for ConceptMask: 1 or"),
         (3, (KEYS + "ENCODER_PRETRAINED", True), r"but ENCODER is small, for which there are no"),
         (
             3,
