@@ -14,7 +14,7 @@ import torch
 
 from maskx.core.images import warp_image
 from maskx.core.sample_models import Sample
-from maskx.data.images import read_image_sample, read_rgb
+from maskx.data.images import read_image
 from maskx.data.masks import decode_segmentation
 from maskx.systems.concept_mask.concept_sets import fully_masked
 
@@ -85,10 +85,12 @@ def read_sample(record: Record) -> Sample:
         ``image`` (3, H, W) uint8 RGB, ``height``, ``width``, ``image_id``, ``file_name``. An image
         of a tag list, whose size is not known before, has that of its file.
     """
-    if "height" not in record:
-        height, width = read_rgb(record["file_name"]).shape[:2]
-        record = {**record, "height": height, "width": width}
-    return read_image_sample(record) | {"file_name": os.fspath(record["file_name"])}
+    file, image_id = os.fspath(record["file_name"]), record["image_id"]
+    image = read_image(file, record.get("height"), record.get("width"), image_id)
+    height, width = image.shape[:2]
+    pixels = torch.from_numpy(np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1)))
+    about = {"height": height, "width": width, "image_id": image_id, "file_name": file}
+    return {"image": pixels, **about}
 
 
 def box_target(

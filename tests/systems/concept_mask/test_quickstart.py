@@ -47,10 +47,20 @@ def test_generated_data_to_metrics_and_picture_and_again_when_resumed(tiny):
     assert "27 training images with tags of 66 concepts" in "\n".join(lines)
     run_file = read_run(tiny["output"])
     assert (run_file.system, len(run_file.class_names)) == ("concept_mask", 66)
+    assert run_file.folder == tiny["output"] / "segmentation"
     photo = tiny["output"] / "scenes" / "val" / "images" / "000000.png"
     found = open_run(tiny["output"], "cpu")(photo, concepts=["grass", "crescent"])
     assert found.names == ["grass", "crescent"]  # of the table, and unseen
     assert found.masks.shape == (2, 64, 64)
+    # Each stage says of itself what it is, and is opened alone.
+    assert run_file.settings["network"]["attention_sizes"] == [32, 64]
+    for stage, folder in enumerate(("embedding", "refinement", "segmentation"), start=1):
+        about = read_run(tiny["output"] / folder)
+        assert about.settings["training"]["iterations"] == 2
+        assert ("start" in about.started_from) == (stage > 1)
+        opened = open_run(tiny["output"] / folder, "cpu")
+        assert opened.model.stage == stage
+        assert opened(photo, concepts=["grass", "crescent"]).masks.shape == (2, 64, 64)
     again = run(tiny, resume=True)
     for key in ("levels", "concepts", "fitted", "existence"):
         assert str(first[key]) == str(again[key])
