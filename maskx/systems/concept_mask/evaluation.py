@@ -289,8 +289,8 @@ def concept_truths(record: Record, num_classes: int) -> Iterator[tuple[int, np.n
     which nothing is visible.
     """
     if "label_map_file_name" in record:
-        label_map = _label_map(record, num_classes)
-        yield from ((label - 1, label_map == label) for label in _labels(label_map, num_classes))
+        label_map, labels = _label_map(record, num_classes)
+        yield from ((label - 1, label_map == label) for label in labels)
         return
     for index in fully_masked(record["annotations"]):
         truth = union_mask(record, index)
@@ -327,8 +327,7 @@ class ConceptTest:
     def asked(self, record: Record) -> list[int]:
         """List the class indices that can be asked for and may have a true mask in an image."""
         if "label_map_file_name" in record:
-            label_map = _label_map(record, len(self.names))
-            found = [label - 1 for label in _labels(label_map, len(self.names))]
+            found = [label - 1 for label in _label_map(record, len(self.names))[1]]
         else:
             found = fully_masked(record["annotations"])
         return [c for c in found if self.indices[c] >= UNSEEN]
@@ -566,12 +565,11 @@ def _existence_scores(
     return scores, present
 
 
-def _label_map(record: Record, num_classes: int) -> np.ndarray:
+def _label_map(record: Record, num_classes: int) -> tuple[np.ndarray, list[int]]:
+    """Read a label map, and list its labels without background and what is unknown."""
     size = (record["height"], record["width"])
     file, image_id = record["label_map_file_name"], record["image_id"]
-    return read_label_map(file, *size, num_classes=num_classes, image_id=image_id)
-
-
-def _labels(label_map: np.ndarray, num_classes: int) -> list[int]:
-    """List the labels of classes, without background and what is unknown."""
-    return [label for label in np.unique(label_map).tolist() if 1 <= label <= num_classes]
+    label_map = read_label_map(file, *size, num_classes=num_classes, image_id=image_id)
+    return label_map, [
+        label for label in np.unique(label_map).tolist() if 1 <= label <= num_classes
+    ]
