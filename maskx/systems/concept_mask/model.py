@@ -472,27 +472,23 @@ class EmbeddingModel(SampleModel):
             )
         before = {n.removeprefix(prefix): v for n, v in state_dict.items() if n.startswith(prefix)}
         handed, own = self.state_dict(), {"vectors", "idf", EXTRA_STATE}
-        given = {name for name in before.keys() - own if not name.startswith("original.")}
-        misfits = set()
+        sources = {}  # names of weights in the stage before
         for name in handed.keys() - own:
             start = next((start for start in self._before if name.startswith(start)), "")
-            source = self._before.get(start, "")
-            if source is None:
-                continue
-            source += name.removeprefix(start)
-            given.discard(source)
-            if source in before and before[source].shape == handed[name].shape:
-                handed[name] = before[source]
-            else:
+            if self._before.get(start, "") is not None:
+                sources[name] = self._before.get(start, "") + name.removeprefix(start)
+        left = before.keys() - own - set(sources.values())
+        misfits = {name for name in left if not name.startswith("original.")}
+        for name, source in sources.items():
+            if source not in before or before[source].shape != handed[name].shape:
                 misfits.add(name)
-        misfits = sorted(misfits | given)
         if misfits:
             raise ValueError(
-                f"{wrong}, but does not fit this network: {', '.join(misfits[:5])}"
+                f"{wrong}, but does not fit this network: {', '.join(sorted(misfits)[:5])}"
                 f"{' ...' if len(misfits) > 5 else ''}. Build both stages with the same settings "
                 "of embedding and refinement."
             )
-        return handed
+        return handed | {name: before[source] for name, source in sources.items()}
 
 
 class _RefinedModel(EmbeddingModel):
