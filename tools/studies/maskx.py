@@ -16,9 +16,9 @@ import torch
 
 from maskx.core.word_vectors import load_class_vectors
 from maskx.data.coco import load_coco
-from maskx.data.grabcut_coco import write_grabcut_json
 from maskx.data.splits import resolve_split
 from maskx.engine.batches import training_batches
+from maskx.engine.completion import CompletionOptions, complete
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import choose_image_size, load_data
 from maskx.engine.training import TrainingSettings, select_device, train
@@ -165,13 +165,14 @@ class _SeedRuns:
         images = images or self.train_data.json_file.parent
         with process_lock(self.folder / "grabcut"):
             if not path.exists():
-                write_grabcut_json(
-                    self.train_data.json_file,
-                    images,
-                    path,
-                    split=self.split.name,
-                    strict=not self.options.skip_bad,
-                    progress=True,
+                complete(
+                    CompletionOptions(
+                        data=(self.train_data.json_file, images),
+                        output=path,
+                        teacher="grabcut",
+                        withhold=self.split.name,
+                        skip_bad=self.options.skip_bad,
+                    )
                 )
         return load_coco(path, images).records, everything
 
