@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskx.core.global_mean import global_mean
+
 
 def pixel_loss(logits: Tensor, label_maps: Tensor, *, ignore: int) -> Tensor:
     """Mean cross-entropy over the known pixels of the batch.
@@ -23,11 +25,11 @@ def pixel_loss(logits: Tensor, label_maps: Tensor, *, ignore: int) -> Tensor:
         size = label_maps.shape[-2:]
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
     total = F.cross_entropy(logits, label_maps, ignore_index=ignore, reduction="sum")
-    return total / (label_maps != ignore).sum().clamp(min=1)
+    return global_mean(total, (label_maps != ignore).sum())
 
 
 def multi_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean binary cross-entropy over images and classes.
+    """Binary cross-entropy, mean over images and classes.
 
     Args:
         logits: (N, K).
@@ -36,9 +38,8 @@ def multi_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar. Zero, with a graph through everything that made ``logits``, when N is 0.
     """
-    if logits.numel() == 0:
-        return logits.sum() * 0
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+    return global_mean(total / max(logits.shape[1], 1), len(logits))
 
 
 class LabelPairs(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskx.core.global_mean import global_mean
 from maskx.systems.concept_mask.network import full_precision, initial_attention
 
 
@@ -55,10 +56,9 @@ def box_maps(
 
 def box_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean binary cross-entropy of (P, h, w) logits and {0, 1} targets (first term of Eq. 2)."""
-    if logits.numel() == 0:
-        return logits.sum() * 0
     logits = full_precision(logits)
-    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
+    total = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
+    return global_mean(total, logits.numel())
 
 
 @torch.no_grad()
@@ -104,14 +104,14 @@ def matching_loss(
         The sum over cells and concepts, the mean over images, without the weight c.
     """
     if logits.numel() == 0:
-        return logits.sum() * 0
+        return global_mean(logits.sum() * 0, len(logits))
     logits = full_precision(logits)
     with torch.no_grad():
         original = full_precision(initial_attention(embedding_map, vectors[concepts]))
         std, mean = torch.std_mean(original, dim=(2, 3), correction=0, keepdim=True)
         targets = original > mean + std
     total = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
-    return total / len(logits)
+    return global_mean(total, len(logits))
 
 
 def negative_concepts(
@@ -158,9 +158,9 @@ def discrimination_loss(
     weights = pair_weights.to(losses.dtype)
     num_cells = cells.sum(dim=1, keepdim=True)
     num_negatives = (weights > 0).sum(dim=1, keepdim=True)
-    count = ((num_cells > 0) & (num_negatives > 0)).sum().clamp(min=1)
+    count = ((num_cells > 0) & (num_negatives > 0)).sum()
     cells, weights = cells / num_cells.clamp(min=1), weights / num_negatives.clamp(min=1)
     # The pairs are summed before the logits are read: (N, U, P) instead of (P, U, h * w).
     member = pair_images == torch.arange(len(logits), device=logits.device)[:, None]
     share = (member[:, None] * weights.T) @ cells
-    return (losses * share).sum() / count
+    return global_mean((losses * share).sum(), count)

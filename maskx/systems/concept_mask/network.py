@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskx.core.backbones import SmallResNet, check_feature, named_feature
+from maskx.core.global_mean import global_mean
 from maskx.core.layers import convolution_like, msra_fill
 from maskx.core.losses import label_pairs
 from maskx.core.timm_backbones import TimmBackbone
@@ -125,7 +126,7 @@ def embedding_loss(embeddings: Tensor, topics: Tensor) -> Tensor:
     embeddings = full_precision(embeddings)
     known = (topics != 0).any(dim=1)
     cosines = F.cosine_similarity(embeddings, topics.to(embeddings.dtype), dim=1, eps=1e-6)
-    return ((1 - cosines) * known).sum() / known.sum().clamp(min=1)
+    return global_mean(((1 - cosines) * known).sum(), known.sum())
 
 
 def full_precision(values: Tensor) -> Tensor:
@@ -405,4 +406,4 @@ def concept_segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """
     logits = full_precision(logits)
     total = F.binary_cross_entropy_with_logits(logits, masks.to(logits.dtype), reduction="sum")
-    return total / max(logits.numel(), 1)
+    return global_mean(total, logits.numel())

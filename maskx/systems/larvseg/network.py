@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from maskx.core.backbones import named_feature
 from maskx.core.checks import check_choice
+from maskx.core.global_mean import global_mean
 from maskx.core.losses import LabelPairs, label_pairs, pixel_loss
 from maskx.systems.larvseg.attention import (
     MemoryBank,
@@ -229,20 +230,28 @@ def segmentation_loss(
     return pixel_loss(logits, label_maps[:, rows[:, None], columns], ignore=ignore)
 
 
-def image_level_loss(factors: LogitFactors, pairs: LabelPairs) -> Tensor:
+def image_level_loss(
+    factors: LogitFactors, pairs: LabelPairs, *, takes_part: bool = True
+) -> Tensor:
     """Cross-entropy of each label to the logits of its image, averaged over the tokens.
 
     The other labels of the image are left out of the softmax.
+
+    Args:
+        factors: of the logits of the batch.
+        pairs: labels of the batch.
+        takes_part: see :func:`maskx.core.global_mean.global_mean`.
 
     Returns:
         Scalar, the mean over the pairs. Zero, with a graph through everything that made the logits,
         when there is none.
     """
     if pairs.num_slots == 0:
-        return factors.zero()
+        return global_mean(factors.zero(), 0, takes_part=takes_part)
     pooled = factors.tokens.mean(dim=(2, 3))
     logits = factors.pooled_logits(pooled, pooled.new_ones(len(pooled)))
-    return _label_losses(logits[pairs.images], pairs).mean()
+    losses = _label_losses(logits[pairs.images], pairs)
+    return global_mean(losses.sum(), len(losses), takes_part=takes_part)
 
 
 def attentive_loss(
@@ -252,6 +261,7 @@ def attentive_loss(
     ready: Tensor,
     *,
     pooling: str = "weighted",
+    takes_part: bool = True,
 ) -> Tensor:
     """Cross-entropy of each label to the logits of its image, weighted by its attention (Eq. 5).
 
@@ -263,6 +273,7 @@ def attentive_loss(
         pooling: ``weighted``, the mean over the tokens of logit * A as in the paper; or
             ``normalised``, their sum over the sum of A, so that logits keep their size when A is
             small.
+        takes_part: see :func:`maskx.core.global_mean.global_mean`.
 
     Returns:
         Scalar, the sum over the ready pairs by the number of all pairs. Zero, with a graph through
@@ -270,7 +281,7 @@ def attentive_loss(
     """
     check_choice("pooling of the attentive loss", pooling, POOLINGS)
     if pairs.num_slots == 0:
-        return factors.zero()
+        return global_mean(factors.zero(), 0, takes_part=takes_part)
     attention = attention.detach()
     if pooling == "weighted":
         weights = attention / attention.shape[-1]
@@ -278,7 +289,8 @@ def attentive_loss(
         weights = attention / attention.sum(dim=-1, keepdim=True).clamp(min=1e-6)
     pooled = pairs.unpad(factors.pool(pairs.pad(weights)))
     logits = factors.pooled_logits(pooled, weights.sum(dim=-1))
-    return (_label_losses(logits, pairs) * ready).mean()
+    losses = _label_losses(logits, pairs) * ready
+    return global_mean(losses.sum(), len(losses), takes_part=takes_part)
 
 
 def _label_losses(logits: Tensor, pairs: LabelPairs) -> Tensor:
@@ -430,10 +442,11 @@ class LarvSeg(nn.Module):
         class_vectors = self.classifier.class_vectors(class_indices)
         factors = self.classifier.factors(tokens, class_vectors)
         losses = {
-            "loss_pixels": factors.zero()
+            "loss_pixels": global_mean(factors.zero(), 0, takes_part=False)
             if label_maps is None
             else segmentation_loss(factors.dense(), label_maps, ignore=ignore, size=loss_size),
-            "loss_labels": self.image_weight * image_level_loss(factors, pairs),
+            "loss_labels": self.image_weight
+            * image_level_loss(factors, pairs, takes_part=image_labels is not None),
         }
         if self.memory != "none":
             if not attention:
@@ -442,7 +455,12 @@ class LarvSeg(nn.Module):
                 tokens, class_vectors, pairs, class_indices, every_class if single_label else None
             )
             losses["loss_attention"] = self.attentive_weight * attentive_loss(
-                factors, pairs, maps, ready, pooling=self.pooling
+                factors,
+                pairs,
+                maps,
+                ready,
+                pooling=self.pooling,
+                takes_part=attention and image_labels is not None,
             )
         return losses
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from maskx.core.global_mean import global_mean
+
 # The right, lower left, lower and lower right neighbour: with their mirror images, all eight.
 _NEIGHBOURS = ((0, 1), (1, -1), (1, 0), (1, 1))
 
@@ -88,7 +90,7 @@ def projection_loss(mask_logits: Tensor, across: Tensor, down: Tensor) -> Tensor
     losses = _dice(mask_logits.amax(1).sigmoid(), across) + _dice(
         mask_logits.amax(2).sigmoid(), down
     )
-    return losses.sum() / max(len(losses), 1)
+    return global_mean(losses.sum(), len(losses))
 
 
 def _dice(prob: Tensor, target: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def pairwise_loss(
         )
         total = total - (log_prob * used).sum()
         pairs = pairs + used.sum()
-    return total / pairs.clamp(min=1)
+    return global_mean(total, pairs.long())
 
 
 def _near(grid: Tensor, row: int, column: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from maskx.core.backbones import named_feature
 from maskx.core.checks import check_choice
+from maskx.core.global_mean import global_mean
 from maskx.systems.transfernet.attention import (
     attended_features,
     attention_weights,
@@ -60,7 +61,8 @@ def label_loss(class_logits: Tensor, pair_labels: Tensor) -> Tensor:
     Returns:
         Scalar. Zero, with a graph through everything that made ``class_logits``, when P is 0.
     """
-    return F.cross_entropy(class_logits, pair_labels, reduction="sum") / max(len(pair_labels), 1)
+    total = F.cross_entropy(class_logits, pair_labels, reduction="sum")
+    return global_mean(total, len(pair_labels))
 
 
 def mask_loss(mask_logits: Tensor, targets: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def mask_loss(mask_logits: Tensor, targets: Tensor) -> Tensor:
         known.
     """
     total = F.cross_entropy(mask_logits, targets, ignore_index=_UNKNOWN, reduction="sum")
-    return total / (targets != _UNKNOWN).sum().clamp(min=1)
+    return global_mean(total, (targets != _UNKNOWN).sum())
 
 
 def foreground_prob(mask_logits: Tensor) -> Tensor:
