@@ -43,7 +43,9 @@ class InstanceMapper:
             What `read_image_sample` returns, with ``image`` (3, H, W) of the size that ``sizes``
             allow, and ``instances`` in its pixels: ``gt_boxes`` (N, 4) XYXY, ``gt_classes`` (N,)
             class indices, ``gt_has_mask`` (N,) bool and ``gt_masks`` (N, H, W) bool, all zero where
-            there is no mask, or none is left at this size.
+            there is no mask, or none is left at this size. ``gt_boxes_complete`` (N,), all False,
+            is there only if the record has ``boxes_complete`` False: objects without a box may be
+            anywhere, so nothing may be taken for background.
         """
         sample = read_image_sample(record)
         of_file = height, width = sample["height"], sample["width"]
@@ -64,6 +66,8 @@ class InstanceMapper:
             "gt_has_mask": masks.flatten(1).any(dim=1),
             "gt_masks": masks,
         }
+        if not record.get("boxes_complete", True):
+            instances["gt_boxes_complete"] = torch.zeros(len(boxes), dtype=torch.bool)
         if self.flip and random_state.randint(2):
             sample["image"] = sample["image"].flip(-1)
             instances["gt_masks"] = instances["gt_masks"].flip(-1)
@@ -80,9 +84,6 @@ def given_boxes(samples: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tens
 
     Returns:
         A pair per sample; None if the samples have no such keys, so that objects are to be found.
-
-    Raises:
-        ValueError: only some samples have them, or a box has no class.
     """
     given = ["given_boxes" in sample for sample in samples]
     if not any(given):

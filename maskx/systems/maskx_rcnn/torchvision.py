@@ -12,6 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign
 from tqdm import tqdm
 
@@ -117,11 +118,7 @@ def detect(
     """Run a model over records, in evaluation mode.
 
     Args:
-        model: the model.
-        records: of :func:`maskx.data.coco.load_coco`.
         category_ids: id in the file by class index.
-        batch_size: images at a time.
-        description: label of the progress bar.
 
     Returns:
         Detections in COCO's results format.
@@ -143,40 +140,74 @@ def detect(
 
 
 def _target(instances: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {
+    target = {
         "boxes": instances["gt_boxes"].to(device),
         "labels": instances["gt_classes"].to(device) + 1,
         "masks": instances["gt_masks"].to(device, torch.uint8),
         "has_masks": instances["gt_has_mask"].to(device),
     }
+    if "gt_boxes_complete" in instances:
+        target["boxes_complete"] = instances["gt_boxes_complete"].to(device)
+    return target
 
 
-class MaskXRoIHeads(RoIHeads):
-    """Torchvision's RoI heads with the mask branch of Mask^X R-CNN.
+def _is_complete(target: dict[str, Tensor]) -> bool:
+    """Whether all objects of an image have a box, so that the rest of it is background."""
+    return "boxes_complete" not in target
 
-    The box branch is torchvision's own. The K-channel mask branch of the base class stays off:
-    here only RoIs that have a mask enter the branch in training, and only the logits of the class
-    that a RoI needs are computed.
+
+class MaskXRPN(RegionProposalNetwork):
+    """Torchvision's RPN, whose losses leave images with incomplete boxes out.
+
+    They are means over the anchors of the others, zero with graph without any.
 
     Args:
-        roi_heads: the RoI heads of a torchvision detector, whose box branch is taken over.
-        mask_roi_pool: pools (R, C, P, P) features for the mask branch.
-        mask_head: the shared mask head.
-        gt_boxes_only: train the mask branch on the ground-truth boxes instead of the sampled
-            proposals (found to help unseen categories by Deep-MAC, Birodkar et al., ICCV 2021).
-        freeze_detector: compute the mask loss only; the rest is frozen by
-            :func:`add_mask_branch`.
+        rpn: of a torchvision detector, whose layers are taken over.
     """
 
-    def __init__(
+    def __init__(self, rpn: RegionProposalNetwork) -> None:
+        super().__init__(
+            rpn.anchor_generator,
+            rpn.head,
+            rpn.proposal_matcher.high_threshold,
+            rpn.proposal_matcher.low_threshold,
+            rpn.fg_bg_sampler.batch_size_per_image,
+            rpn.fg_bg_sampler.positive_fraction,
+            rpn._pre_nms_top_n,
+            rpn._post_nms_top_n,
+            rpn.nms_thresh,
+            rpn.score_thresh,
+        )
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Label anchors; those of incomplete images are ignored (-1)."""
+        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
+        pairs = zip(labels, targets, strict=True)
+        return [x if _is_complete(t) else torch.full_like(x, -1) for x, t in pairs], boxes
+
+    def compute_loss(
         self,
-        roi_heads: RoIHeads,
-        *,
-        mask_roi_pool: MultiScaleRoIAlign,
-        mask_head: MaskXHead,
-        gt_boxes_only: bool = False,
-        freeze_detector: bool = False,
-    ) -> None:
+        objectness: Tensor,
+        pred_bbox_deltas: Tensor,
+        labels: list[Tensor],
+        regression_targets: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the losses of objectness and of boxes; see the class."""
+        if not any((x >= 0).any() for x in labels):
+            return objectness.sum() * 0, pred_bbox_deltas.sum() * 0
+        return super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+
+
+class BoxRoIHeads(RoIHeads):
+    """Torchvision's RoI heads, whose box branch learns nothing from images with incomplete boxes.
+
+    Args:
+        roi_heads: of a torchvision detector, whose box branch is taken over.
+    """
+
+    def __init__(self, roi_heads: RoIHeads) -> None:
         super().__init__(
             roi_heads.box_roi_pool,
             roi_heads.box_head,
@@ -190,20 +221,63 @@ class MaskXRoIHeads(RoIHeads):
             roi_heads.nms_thresh,
             roi_heads.detections_per_img,
         )
+        self._training_samples: tuple[list[Tensor], ...] | None = None
+
+    def select_training_samples(
+        self, proposals: list[Tensor], targets: list[dict[str, Tensor]] | None
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Sample as torchvision does, and keep the sample for a mask branch."""
+        samples = super().select_training_samples(proposals, targets)
+        self._training_samples = samples[:3]
+        complete = [_is_complete(target) for target in targets]
+        return tuple(
+            [x if keep else x[:0] for x, keep in zip(part, complete, strict=True)]
+            for part in samples
+        )
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Run the box branch; its losses are zero with graph where no image is complete."""
+        if not self.training or targets is None or any(map(_is_complete, targets)):
+            return super().forward(features, proposals, image_shapes, targets)
+        self.select_training_samples(proposals, targets)
+        branch = (*self.box_head.parameters(), *self.box_predictor.parameters())
+        zero = sum(parameter.sum() for parameter in branch) * 0
+        return [], {"loss_classifier": zero, "loss_box_reg": zero}
+
+
+class MaskXRoIHeads(BoxRoIHeads):
+    """Torchvision's RoI heads with the mask branch of Mask^X R-CNN.
+
+    The K-channel mask branch of torchvision stays off: here only RoIs that have a mask enter the
+    branch in training, and only the logits of the class that a RoI needs are computed.
+
+    Args:
+        mask_roi_pool: pools (R, C, P, P) features for the mask branch.
+        gt_boxes_only: train the mask branch on the ground-truth boxes instead of the sampled
+            proposals (found to help unseen categories by Deep-MAC, Birodkar et al., ICCV 2021).
+    """
+
+    def __init__(
+        self,
+        roi_heads: RoIHeads,
+        *,
+        mask_roi_pool: MultiScaleRoIAlign,
+        mask_head: MaskXHead,
+        gt_boxes_only: bool = False,
+        freeze_detector: bool = False,
+    ) -> None:
+        super().__init__(roi_heads)
         # Without a mask_predictor has_mask() is false, so the base class runs no mask branch.
         self.mask_roi_pool = mask_roi_pool
         self.mask_head = mask_head
         self.gt_boxes_only = gt_boxes_only
         self.freeze_detector = freeze_detector
-        self._training_samples: tuple[list[Tensor], list[Tensor], list[Tensor]] | None = None
-
-    def select_training_samples(
-        self, proposals: list[Tensor], targets: list[dict[str, Tensor]] | None
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Sample as torchvision does, and keep the sample for the mask branch."""
-        samples = super().select_training_samples(proposals, targets)
-        self._training_samples = samples[:3]
-        return samples
 
     def forward(
         self,
@@ -220,15 +294,12 @@ class MaskXRoIHeads(RoIHeads):
             image_shapes: likewise.
             targets: in training, per image ``boxes`` (N, 4), ``labels`` (N,) in [1, K] and, where
                 there are masks, ``masks`` (N, H, W) and ``has_masks`` (N,) bool. A row of
-                ``masks`` counts where ``has_masks`` is true.
+                ``masks`` counts where ``has_masks`` is true. One with ``boxes_complete`` (N,), all
+                False, trains the mask branch alone.
 
         Returns:
             Detections with ``boxes``, ``labels``, ``scores`` and, as probabilities, ``masks``
             (R, 1, M, M) at inference; losses, with ``loss_mask``, in training.
-
-        Raises:
-            ValueError: ``masks`` or ``has_masks`` stands alone or has not one row per box, or a
-                label is out of range.
         """
         if not self.training:
             found, losses = super().forward(features, proposals, image_shapes, targets)
@@ -312,7 +383,7 @@ class MaskXRoIHeads(RoIHeads):
 
 def _only_masked(target: dict[str, Tensor]) -> dict[str, Tensor]:
     has_masks = _has_masks(target)
-    keys = target.keys() & {"boxes", "labels", "masks", "has_masks"}
+    keys = target.keys() & {"boxes", "labels", "masks", "has_masks", "boxes_complete"}
     return {key: target[key][has_masks] for key in keys}
 
 
@@ -328,13 +399,12 @@ def _check_target(image: int, target: dict[str, Tensor], num_classes: int) -> No
         if len(target[key]) != len(target["boxes"]):
             raise ValueError(
                 f"{where} {len(target['boxes'])} boxes but {len(target[key])} rows of '{key}'. "
-                "There must be one row per box; where a box has no mask, any row with has_masks "
-                "false."
+                "There must be one row per box, any with has_masks false where there is no mask."
             )
     if "masks" in target and "has_masks" not in target:
         raise ValueError(
-            f"{where} masks but no has_masks. Without it masks that are to be withheld, or do not "
-            "exist, would train the model. Set has_masks, a bool per box."
+            f"{where} masks but no has_masks: masks that are to be withheld, or do not exist, "
+            "would train the model. Set has_masks, a bool per box."
         )
     if "masks" not in target and _has_masks(target).any():
         raise ValueError(
@@ -344,7 +414,7 @@ def _check_target(image: int, target: dict[str, Tensor], num_classes: int) -> No
     if ((labels < 1) | (labels > num_classes)).any():
         raise ValueError(
             f"{where} the labels {labels.tolist()}. Allowed: 1 to {num_classes}; 0 is the "
-            "background, of which there are no boxes."
+            "background."
         )
 
 
@@ -359,26 +429,20 @@ def add_mask_branch(
     """Give a torchvision Faster R-CNN the mask branch of Mask^X R-CNN, in place.
 
     Works with any backbone and with pretrained detectors, e.g.
-    ``add_mask_branch(fasterrcnn_resnet50_fpn(weights="DEFAULT"))``: the box branch stays as it is,
-    and mask weights of every class, seen with masks or not, come from its box predictor.
+    ``add_mask_branch(fasterrcnn_resnet50_fpn(weights="DEFAULT"))``: the box branch stays as it is.
 
     Args:
         detector: with torchvision's box predictor. A new one, such as after a change of the
             number of classes, needs :func:`init_box_predictor` first.
         gt_boxes_only: see :class:`MaskXRoIHeads`.
         freeze_detector: train nothing but the mask branch (the second stage of stage-wise
-            training, section 2.2). The rest needs no gradient and stays in evaluation mode, and
-            its losses are not computed.
+            training, section 2.2). The rest stays in evaluation mode, without losses.
         pool_size: P, resolution of the pooled features; masks have twice this resolution.
         **mask_head: arguments of :class:`maskx.systems.maskx_rcnn.mask_head.MaskXHead`.
 
     Returns:
         The same detector. In training it takes targets with ``masks`` and ``has_masks``, see
         :meth:`MaskXRoIHeads.forward`; at inference it returns ``masks`` as Mask R-CNN does.
-
-    Raises:
-        ValueError: the detector has no box branch, one with another box predictor, or further
-            branches already; or an argument of the mask head is out of range.
     """
     box = getattr(detector, "roi_heads", None)
     if not isinstance(box, RoIHeads) or box.has_mask() or box.has_keypoint():
@@ -390,10 +454,10 @@ def add_mask_branch(
     if not (hasattr(predictor, "cls_score") and hasattr(predictor, "bbox_pred")):
         raise ValueError(
             f"A mask branch reads cls_score.weight and bbox_pred.weight of the box predictor, but "
-            f"{type(predictor).__name__} has none. Use torchvision's FastRCNNPredictor, or name "
-            "the layers of your own so."
+            f"{type(predictor).__name__} has none. Use torchvision's FastRCNNPredictor."
         )
     _warn_of_default_weights(predictor.cls_score)
+    detector.rpn = MaskXRPN(detector.rpn)
     num_rows, detector_channels = predictor.cls_score.weight.shape
     detector.roi_heads = MaskXRoIHeads(
         box,
@@ -416,7 +480,9 @@ def add_mask_branch(
     )
     if freeze_detector:
         for part in (detector.backbone, detector.rpn, box.box_head, box.box_predictor):
-            _freeze(part)
+            part.requires_grad_(False).eval()
+            # Also when the model around it is put into training mode.
+            part.train = functools.partial(_stay_in_evaluation_mode, part)
     return detector
 
 
@@ -433,7 +499,6 @@ def faster_rcnn(
     """A Faster R-CNN with a feature pyramid, for a mask branch or as it is.
 
     Args:
-        num_classes: number of classes *with* background, as everywhere in torchvision.
         backbone: ``small``, which learns small scenes from scratch in minutes on a CPU, or a model
             of timm, see :func:`maskx.core.backbone_choice.build_backbone`.
         pretrained: start from ImageNet weights; then the layers up to the first feature map stay
@@ -443,8 +508,6 @@ def faster_rcnn(
             for ``small``, else 800.
         max_size: longest side of the resized image in pixels. None: 1333 for 800 pixels, else
             twice the shorter side.
-        **detector: further arguments of torchvision's ``FasterRCNN``.
-
     """
     small = backbone == "small"
     features = build_pyramid(
@@ -468,6 +531,7 @@ def faster_rcnn(
     }
     has_predictor = arguments.get("box_predictor") is not None
     model = FasterRCNN(features, None if has_predictor else num_classes, **arguments)
+    model.rpn, model.roi_heads = MaskXRPN(model.rpn), BoxRoIHeads(model.roi_heads)
     init_box_predictor(model)
     return model
 
@@ -484,8 +548,6 @@ def maskx_rcnn(
     Args:
         num_classes: *with* background.
         backbone: with ``small`` the mask head is small too, unless ``mask_branch`` says otherwise.
-        detector: further arguments of :func:`faster_rcnn`.
-        **mask_branch: arguments of :func:`add_mask_branch`.
     """
     model = faster_rcnn(num_classes, backbone=backbone, **(detector or {}))
     if backbone == "small":
@@ -552,12 +614,6 @@ def _warn_of_default_weights(layer: nn.Linear) -> None:
             "little: the masks of categories without masks come out empty. Call "
             "maskx.torchvision.init_box_predictor(detector) before training."
         )
-
-
-def _freeze(module: nn.Module) -> None:
-    """Keep a module as it is, also when the model around it is put into training mode."""
-    module.requires_grad_(False).eval()
-    module.train = functools.partial(_stay_in_evaluation_mode, module)
 
 
 def _stay_in_evaluation_mode(module: nn.Module, mode: bool = True) -> nn.Module:

@@ -96,6 +96,36 @@ def test_the_mask_loss_is_the_mean_over_masked_rois(make_detector, scenes, split
     torch.testing.assert_close(loss, torch.stack(parts).mean())
 
 
+def test_an_image_with_incomplete_boxes_trains_the_mask_branch_alone(make_detector, scenes, split):
+    """What it has boxes of, or not, is nothing to the detector; its masks are learned from."""
+    model = make_detector()
+    complete, incomplete = make_samples(scenes, split.indices_with_masks)
+    marked = InstanceMapper(split.indices_with_masks, flip=False)(
+        scenes.records[1] | {"boxes_complete": False}, np.random.RandomState(0)
+    )
+    assert marked["instances"].keys() - incomplete["instances"].keys() == {"gt_boxes_complete"}
+    fewer = copy.deepcopy(marked)
+    fewer["instances"] = {key: value[:1] for key, value in fewer["instances"].items()}
+    found, without = (losses_of(model, [complete, x]) for x in (marked, fewer))
+    as_complete = losses_of(model, [complete, incomplete])
+    for name in found.keys() - {"loss_mask"}:
+        torch.testing.assert_close(found[name], without[name])
+        assert not torch.isclose(found[name], as_complete[name], rtol=1e-3), name
+    assert found["loss_mask"] > 0
+    torch.testing.assert_close(found["loss_mask"], as_complete["loss_mask"], rtol=0.2, atol=0)
+
+    alone = losses_of(model, [marked])
+    assert alone["loss_mask"] > 0
+    gradients = gradients_of(model, sum(alone.values()))
+    for name, loss in alone.items():
+        assert name == "loss_mask" or loss == 0, name
+    for name, parameter in model.named_parameters():
+        assert gradients[name] is not None or not parameter.requires_grad, name
+    detector = faster_rcnn(len(scenes.class_names) + 1, min_size=64)
+    losses = losses_of(type(model)(detector), [marked])
+    assert all(loss == 0 and loss.requires_grad for loss in losses.values())
+
+
 @pytest.mark.parametrize("stop_gradient", [True, False])
 @pytest.mark.parametrize("gt_boxes_only", [True, False])
 def test_what_a_masked_batch_teaches(make_detector, scenes, split, stop_gradient, gt_boxes_only):
