@@ -32,11 +32,6 @@ def training_batches(
     Args:
         records: images to learn from, at least one.
         mapper: such as :class:`InstanceMapper` or :class:`maskx.data.images.ImageMapper`.
-        batch_size: images per iteration.
-        seed: of the order and of what is random in a sample.
-        start: first iteration.
-        stop: iteration after the last.
-        num_workers: processes that make samples; 0 makes them in this one.
 
     Returns:
         An iterable of lists of ``batch_size`` samples.
@@ -50,12 +45,7 @@ def training_batches(
 
 
 class MappedRecords(Dataset):
-    """Training samples by the keys of :class:`SeededBatches`.
-
-    Args:
-        records: images to learn from.
-        mapper: makes a sample of a record.
-    """
+    """Training samples by the keys of :class:`SeededBatches`."""
 
     def __init__(self, records: Sequence[dict], mapper: RecordMapper) -> None:
         self.records, self.mapper = records, mapper
@@ -75,16 +65,7 @@ class SeededBatches(Sampler):
     each gets its part of a batch: together they see what one process would have seen.
 
     Args:
-        num_records: number of records, at least 1.
         batch_size: records per iteration, of all processes together.
-        seed: what a batch is depends on the seed and the number of the iteration alone.
-        start: first iteration.
-        stop: iteration after the last.
-        rank: number of this process.
-        num_processes: how many there are.
-
-    Raises:
-        ValueError: the batch cannot be divided among the processes.
     """
 
     def __init__(
@@ -121,11 +102,7 @@ class SeededBatches(Sampler):
 
 
 def part_of_batch(batch_size: int, rank: int, num_processes: int) -> slice:
-    """Return which samples of a batch a process gets.
-
-    Raises:
-        ValueError: the batch cannot be divided among the processes.
-    """
+    """Return which samples of a batch a process gets."""
     if batch_size % num_processes:
         raise ValueError(
             f"The batch size is {batch_size}, which {num_processes} processes cannot share. "
@@ -142,7 +119,6 @@ class SeededLoader:
         dataset: gives a sample by its key, such as :class:`MappedRecords`.
         batches: called with ``start`` and ``stop``, makes the lists of keys of these iterations,
             such as :class:`SeededBatches` with its other arguments bound.
-        num_workers: processes that make samples; 0 makes them in this one.
 
     Attributes:
         start: iteration of the first batch of an iterator; to be set before that is made, so that

@@ -19,24 +19,11 @@ from torch import Tensor
 from maskx.core.files import remove_leftovers, written_whole
 from maskx.core.text import listed
 
-__all__ = [
-    "check_finite",
-    "find_damage",
-    "locked",
-    "newest_whole",
-    "read_archive",
-    "write_checkpoint",
-]
-
 _LOCK_NAME = ".lock"
 
 
 def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
     """Write a checkpoint whole, and read it back, before it replaces the one of that name.
-
-    Args:
-        path: file to write.
-        content: plain values and tensors.
 
     Raises:
         OSError: it cannot be written; the file of that name is as it was.
@@ -59,12 +46,7 @@ def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -
 
 
 def read_archive(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Any:
-    """Read a file of ``torch.save``, after its checksums were compared; it runs no code.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or holds something else than plain values and tensors.
-    """
+    """Read a file of ``torch.save``, after its checksums were compared; it runs no code."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no checkpoint '{path}'. Train first, or correct it.")
     damage = find_damage(path)
@@ -107,8 +89,6 @@ def check_finite(weights: Mapping[str, Any], *, when: str, images: Iterable[Any]
 
     Args:
         weights: tensors by name; anything else among them is passed over.
-        when: such as "after iteration 59".
-        images: that were learned from last.
 
     Raises:
         FloatingPointError: some are not; the message names them, the step and the images.
@@ -134,15 +114,7 @@ def check_finite(weights: Mapping[str, Any], *, when: str, images: Iterable[Any]
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a run folder, so that no other process writes into it; what killed ones left goes.
 
-    A process may hold a folder several times over. The lock is free when the process ends, in
-    whatever way.
-
-    Args:
-        folder: it is made.
-
-    Raises:
-        OSError: the folder cannot be made or written to.
-        ValueError: another process holds it.
+    A process may hold a folder several times over. The lock is free when the process ends.
     """
     folder = Path(folder)
     lock = _lock(str(folder.resolve() / _LOCK_NAME), os.getpid())

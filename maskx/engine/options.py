@@ -8,8 +8,6 @@ from pathlib import Path
 
 from maskx.engine.system import find_system, system_names
 
-__all__ = ["QuickstartOptions", "check_options"]
-
 
 @dataclass(frozen=True)
 class QuickstartOptions:
@@ -23,10 +21,7 @@ class QuickstartOptions:
             even.
         compare: train one more baseline in the same way: of ``maskx`` the class-agnostic one, with
             GrabCut in the boxes that Mask^X finds evaluated too; of ``transfernet`` DecoupledNet.
-        resume: go on with an interrupted run.
-        device: ``auto``, ``cpu`` or ``cuda``.
         coco_train: annotation file and image folder to train on instead of generated scenes.
-        coco_val: annotation file and image folder to evaluate on.
         target_train: of ``transfernet``, annotation file and image folder of the target, with tags;
             ``coco_train`` is then the source. Their classes are joined by name.
         masks_for: category split, see :func:`maskx.data.splits.resolve_split`: the categories
@@ -90,11 +85,7 @@ class QuickstartOptions:
 
 
 def check_options(system: str, options: QuickstartOptions) -> None:
-    """Refuse options that have no meaning for a system.
-
-    Raises:
-        ValueError: there is one; the message says for which systems it has a meaning.
-    """
+    """Refuse options that have no meaning for a system."""
     owners: dict[str, list[str]] = {}
     for name in system_names():
         for option in find_system(name).options:

@@ -3,21 +3,21 @@
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from maskx.data.coco import CocoData
 from maskx.data.images import read_image_sample
-from maskx.data.splits import resolve_split
-from maskx.engine.batches import training_batches
+from maskx.engine.batches import RecordMapper, training_batches
 from maskx.engine.options import QuickstartOptions, check_options
-from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
+from maskx.engine.quickstart import choose_image_size, load_split_data, write_metrics
 from maskx.engine.runs import Run, origin_of
 from maskx.engine.system import Scores, System, find_system
 from maskx.engine.training import TrainingSettings, load_weights, select_device, train
-
-__all__ = ["one_stage_system", "predict_and_score"]
 
 
 def one_stage_system(name: str, title: str, *, training: Mapping[str, Any], **parts: Any) -> System:
@@ -27,11 +27,8 @@ def one_stage_system(name: str, title: str, *, training: Mapping[str, Any], **pa
     ``pretrained``; the run folder is the output folder.
 
     Args:
-        name: see :class:`maskx.engine.system.System`, under which it must be registered.
-        title: likewise.
         training: of :class:`maskx.engine.training.TrainingSettings`, with ``iterations`` and
             ``batch_size`` where the options say nothing.
-        **parts: ``build``, ``samples``, ``scores`` and ``prediction`` of the system.
     """
     return System(
         name=name,
@@ -54,9 +51,8 @@ def _pipeline(
     check_options(name, options)
     device = select_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
-    train_data, val_data = load_data(options)
     default_split = "all" if options.coco_train else "scenes_half"
-    split = resolve_split(options.masks_for or default_split, train_data.class_names)
+    train_data, val_data, split = load_split_data(options, default_split)
     report(
         f"{len(train_data.records)} training and {len(val_data.records)} validation images, "
         f"{len(split.with_masks)} of {len(split.class_names)} categories with masks, on {device}"
@@ -68,38 +64,63 @@ def _pipeline(
     }
     chosen = {"iterations": options.iterations, "batch_size": options.batch_size}
     chosen = {key: value for key, value in chosen.items() if value is not None}
-    training = TrainingSettings(seed=options.seed, **{**training, **chosen})
-    run = Run(
-        system=name,
-        host="pip",
-        class_names=train_data.class_names,
-        settings=settings,
-        split=split,
-        started_from={"annotations": origin_of(train_data.json_file, options.output)},
-    )
-    torch.manual_seed(options.seed)
-    model = system.build(settings, train_data.class_names)
-    history = train(
-        model,
-        functools.partial(
-            training_batches,
-            train_data.records,
-            system.samples(settings, train_data.class_names, split),
-            batch_size=training.batch_size,
-            seed=training.seed,
-            num_workers=options.workers,
+    model, history = train_one(
+        Run(
+            system=name,
+            host="pip",
+            class_names=train_data.class_names,
+            settings=settings,
+            split=split,
         ),
-        training,
-        output_dir=options.output,
-        run=run,
-        resume=options.resume,
+        train_data,
+        options,
+        TrainingSettings(seed=options.seed, **{**training, **chosen}),
+        folder=options.output,
+        build=system.build,
+        mapper=lambda _: system.samples(settings, train_data.class_names, split),
         device=device,
     )
     scores = system.scores(split.class_names, split)
     metrics = {"system": name, "losses": history[-1]}
     metrics |= predict_and_score(model, val_data.records, scores)
-    metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
-    return write_metrics(options, metrics, started=started, pictures=(), report=report)
+    return write_metrics(options, metrics, started=started, split=split, pictures=(), report=report)
+
+
+def train_one(
+    run: Run,
+    data: CocoData,
+    options: QuickstartOptions,
+    training: TrainingSettings,
+    *,
+    folder: Path,
+    build: Callable[[Mapping[str, Any], Sequence[str]], nn.Module],
+    mapper: Callable[[nn.Module], RecordMapper],
+    device: torch.device,
+    description: str = "training",
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train the model of a run on data; return it and the history of its losses."""
+    run = replace(run, started_from={"annotations": origin_of(data.json_file, folder)})
+    torch.manual_seed(options.seed)
+    model = build(run.settings, run.class_names)
+    batches = functools.partial(
+        training_batches,
+        data.records,
+        mapper(model),
+        batch_size=training.batch_size,
+        seed=training.seed,
+        num_workers=options.workers,
+    )
+    history = train(
+        model,
+        batches,
+        training,
+        output_dir=folder,
+        run=run,
+        resume=options.resume,
+        device=device,
+        description=description,
+    )
+    return model, history
 
 
 def _open(run: Run, device: torch.device) -> nn.Module:
@@ -113,13 +134,7 @@ def _open(run: Run, device: torch.device) -> nn.Module:
 def predict_and_score(
     model: nn.Module, records: Sequence[Mapping[str, Any]], scores: Scores
 ) -> dict[str, Any]:
-    """Evaluate a model on records, one image at a time.
-
-    Args:
-        model: maps samples to results; it is put into evaluation mode.
-        records: as of :func:`maskx.data.coco.load_coco`.
-        scores: empty counts.
-    """
+    """Evaluate a model on records, one image at a time."""
     model.eval()
     for record in records:
         (result,) = model([read_image_sample(record)])

@@ -12,11 +12,6 @@ from maskx.data.images import ImageMapper
 from maskx.data.label_maps import semantic_label_map
 from maskx.evaluation.mean_iou import MeanIoU
 
-__all__ = [
-    "evaluate_label_maps",
-    "predict_image_labels",
-]
-
 
 @torch.inference_mode()
 def predict_image_labels(
@@ -27,12 +22,6 @@ def predict_image_labels(
     description: str = "image labels",
 ) -> np.ndarray:
     """Predict which classes images have.
-
-    Args:
-        model: the model; it is put into evaluation mode.
-        records: as of :func:`maskx.data.coco.load_coco`.
-        batch_size: images at a time.
-        description: label of the progress bar.
 
     Returns:
         (number of records, K) float32 probabilities.
@@ -62,16 +51,9 @@ def evaluate_label_maps(
 
     Args:
         predictions: image id and (H, W) label map of each record once, in any order.
-        records: as of :func:`maskx.data.coco.load_coco`.
-        num_classes: number of classes, without the background.
-        groups: class indices by name, as `CategorySplit.groups` gives them.
 
     Returns:
         What `MeanIoU.evaluate` returns.
-
-    Raises:
-        ValueError: an image is not among the records, was predicted twice or never, or a label map
-            does not fit its image.
     """
     missing = {record["image_id"]: record for record in records}
     counts = MeanIoU(num_classes)

@@ -18,8 +18,6 @@ from maskx.engine.runs import Run, read_run
 from maskx.engine.system import System, find_system
 from maskx.engine.training import select_device
 
-__all__ = ["Predictor", "open_run", "rgb_sample"]
-
 # By host the module whose `open_model` opens a run, where that is no matter of the system.
 _HOSTS = {"pip": None, "detectron2": "maskx.detectron2.runs"}
 
@@ -27,17 +25,7 @@ Sample = dict[str, Any]
 
 
 class Predictor:
-    """A trained model that is asked image by image; see :func:`open_run`.
-
-    Args:
-        run: what it was trained as.
-        system: the system of the run.
-        model: maps samples to results, in evaluation mode.
-        prepare: makes the sample of an (H, W, 3) uint8 RGB image.
-
-    Attributes:
-        class_names: of the model, by class index.
-    """
+    """A trained model that is asked image by image; see :func:`open_run`."""
 
     def __init__(
         self, run: Run, system: System, model: nn.Module, prepare: Callable[[np.ndarray], Sample]
@@ -54,14 +42,9 @@ class Predictor:
         """Predict an image.
 
         Args:
-            image: file, or (H, W, 3) uint8.
             order: of the channels of an array; OpenCV reads BGR. A file has an order of its own.
             **asked: what else the system is told of the image, such as the ``concepts`` that
                 ConceptMask is to look for or the ``image_labels`` that TransferNet knows.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the image cannot be read, or the array is no image.
         """
         pixels = _pixels(image, order)
         with torch.inference_mode():
@@ -112,10 +95,6 @@ class Predictor:
 
 def open_run(folder: str | os.PathLike[str], device: str = "auto") -> Predictor:
     """Open the trained model of a run folder, of any system and either host.
-
-    Args:
-        folder: output folder of a training or of a quick start.
-        device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
         FileNotFoundError: there is no run in the folder, its weights are not there, or a file

@@ -8,19 +8,9 @@ from typing import Any
 from maskx.core.files import write_json
 from maskx.data.coco import CocoData, in_class_list, load_coco
 from maskx.data.scenes.generator import generate_scenes
+from maskx.data.splits import check_masks, resolve_split
 from maskx.engine.options import QuickstartOptions
-
-__all__ = [
-    "SCENE_SIZE",
-    "SPARSE_SCENES",
-    "SPARSE_STYLE",
-    "TRAIN_SCENES",
-    "VAL_SCENES",
-    "choose_image_size",
-    "load_data",
-    "nan_to_null",
-    "write_metrics",
-]
+from maskx.supervision import CategorySplit
 
 TRAIN_SCENES, VAL_SCENES = 3000, 200
 SCENE_SIZE = 128
@@ -30,11 +20,7 @@ _COCO_SIZE = 256
 
 
 def choose_image_size(options: QuickstartOptions) -> int:
-    """Return the size that is asked for, or the default of scenes and of COCO files.
-
-    Raises:
-        ValueError: the size is below 1.
-    """
+    """Return the size that is asked for, or the default of scenes and of COCO files."""
     if options.image_size is None:
         return _COCO_SIZE if options.coco_train else SCENE_SIZE
     if options.image_size < 1:
@@ -46,11 +32,7 @@ def load_data(options: QuickstartOptions, *, sparse: bool = False) -> tuple[Coco
     """Read the training and the validation data, or generate the scenes of the seed.
 
     Args:
-        options: what to read.
         sparse: generate fewer scenes, of few classes on quiet ground.
-
-    Raises:
-        ValueError: a file cannot be used, or the two do not fit together.
     """
     if (options.coco_train is None) != (options.coco_val is None):
         raise ValueError("COCO files are needed for training and for validation, got only one.")
@@ -74,27 +56,34 @@ def load_data(options: QuickstartOptions, *, sparse: bool = False) -> tuple[Coco
     return train_data, in_class_list(val_data, train_data)
 
 
+def load_split_data(
+    options: QuickstartOptions, default_split: str = "scenes_half", *, sparse: bool = False
+) -> tuple[CocoData, CocoData, CategorySplit]:
+    """Read the data and the split ``masks_for``, whose categories A must have masks in them."""
+    train_data, val_data = load_data(options, sparse=sparse)
+    split = resolve_split(options.masks_for or default_split, train_data.class_names)
+    check_masks(train_data.records, split)
+    return train_data, val_data, split
+
+
 def write_metrics(
     options: QuickstartOptions,
     metrics: Mapping[str, Any],
     *,
     started: float,
+    split: CategorySplit | None = None,
     pictures: Sequence[str] = ("predictions.png",),
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write ``metrics.json`` and say what the run has written.
 
-    Args:
-        options: of the run.
-        metrics: what it measured.
-        started: ``time.perf_counter()`` at its beginning.
-        pictures: names of the pictures that lie beside the file.
-        report: receives the line for the reader.
-
     Returns:
-        The metrics with ``seconds``, the time since the beginning.
+        The metrics with ``split``, and ``seconds`` since ``started``.
     """
-    metrics = dict(metrics) | {"seconds": round(time.perf_counter() - started, 1)}
+    metrics = dict(metrics)
+    if split is not None:
+        metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
+    metrics["seconds"] = round(time.perf_counter() - started, 1)
     write_json(options.output / "metrics.json", nan_to_null(metrics))
     written = [str(options.output / name) for name in ("metrics.json", *pictures)]
     report(f"\nWrote {', '.join(written)}")

@@ -12,8 +12,6 @@ from maskx.data.label_maps import ignore_label
 from maskx.data.masks import PastedMasks, decode_segmentation, encode_masks
 from maskx.evaluation.figures import draw_instances, draw_label_map, save_png
 
-__all__ = ["Prediction", "instances_prediction", "label_map_prediction"]
-
 _SIDE = 800  # of a drawing
 
 
@@ -22,7 +20,6 @@ class Prediction:
     """The instances of an image, or the label of each pixel, or both.
 
     Attributes:
-        class_names: by class index.
         boxes: (N, 4) XYXY in pixels; None where there are no instances, as for the next three.
         segmentations: mask of each instance, as a compressed run-length encoding of COCO.
         scores: (N,), from 0 to 1.
@@ -30,9 +27,6 @@ class Prediction:
         label_map: (H, W) integers: 0 is the background, c + 1 the class of index c, and
             ``ignore_label(K)`` of :mod:`maskx.data.label_maps` what is not known; or None.
         image: (H, W, 3) uint8 RGB, to draw on.
-
-    Raises:
-        ValueError: the parts do not fit together.
     """
 
     class_names: tuple[str, ...]
@@ -84,7 +78,6 @@ class Prediction:
         """Draw instances and label map over the image.
 
         Args:
-            path: PNG file to write; None for none.
             side: of the square picture, in pixels.
 
         Returns:
@@ -129,7 +122,6 @@ class Prediction:
         """Say it as results of COCO: one entry per instance or, of a label map, per class there.
 
         Args:
-            image_id: as in the annotation file.
             category_ids: by class index, as in the annotation file; None counts from 1.
         """
         if category_ids is None:
@@ -155,11 +147,7 @@ class Prediction:
         return entries
 
     def to_supervision(self) -> Any:
-        """Turn it into ``supervision.Detections``; of a label map one for each class there.
-
-        Raises:
-            ImportError: supervision is not installed.
-        """
+        """Turn it into ``supervision.Detections``; of a label map one for each class there."""
         try:
             from supervision import Detections
         except ImportError as error:

@@ -18,21 +18,6 @@ from maskx.core.files import read_json, write_json
 from maskx.core.text import listed
 from maskx.supervision import CategorySplit, split_one_side
 
-__all__ = [
-    "RUN_NAME",
-    "Origin",
-    "Run",
-    "RunState",
-    "check_same_run",
-    "flat_settings",
-    "is_below",
-    "link_run",
-    "origin_of",
-    "read_run",
-    "settings_difference",
-    "write_run",
-]
-
 RUN_NAME = "run.json"
 _FORMAT = 1
 _LINK = "run"
@@ -58,15 +43,12 @@ class Run:
     Attributes:
         system: its registered name.
         host: ``pip`` or ``detectron2``.
-        class_names: class list of the model, by class index.
         settings: plain values that the model and its training are made of, nested by part.
         split: which classes have masks in training; None where that is no matter of classes.
         started_from: files and weights by what they are for, such as ``annotations``.
         weights: file name of the trained weights.
         results: what the evaluation at its end measured; None until it is finished.
         seconds: of all sessions so far that were not killed.
-        version: of maskx.
-        folder: where it was read from.
     """
 
     system: str
@@ -92,11 +74,7 @@ class Run:
 
     @property
     def weights_file(self) -> Path:
-        """The trained weights.
-
-        Raises:
-            FileNotFoundError: they are not there.
-        """
+        """The trained weights."""
         path = self._folder / self.weights
         if not path.is_file():
             raise FileNotFoundError(
@@ -151,15 +129,7 @@ class Run:
 
     @classmethod
     def from_json(cls, content: Any, source: str | os.PathLike[str]) -> "Run":
-        """Make a run of what :meth:`as_json` gave.
-
-        Args:
-            content: plain values.
-            source: where they are from, for messages.
-
-        Raises:
-            ValueError: they are of another version, or no run.
-        """
+        """Make a run of what :meth:`as_json` gave."""
         found = content.get("format") if isinstance(content, dict) else None
         if not isinstance(found, int):
             raise ValueError(f"'{source}' does not describe a run of maskx. Give a run folder.")
@@ -198,22 +168,12 @@ def write_run(folder: str | os.PathLike[str], run: Run) -> None:
 
 
 def link_run(folder: str | os.PathLike[str], run_folder: str) -> None:
-    """Say in the folder of a chain of runs which of them is its result.
-
-    Args:
-        folder: of the chain.
-        run_folder: name of the run's folder in it.
-    """
+    """Say in the folder of a chain of runs which of them is its result."""
     write_json(Path(folder) / RUN_NAME, {"format": _FORMAT, _LINK: run_folder})
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
-    """Read what a run folder, or the folder of a chain of runs, says of itself.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no ``run.json`` in it.
-        ValueError: it is damaged, of another version, or no run.
-    """
+    """Read what a run folder, or the folder of a chain of runs, says of itself."""
     folder = Path(folder)
     path = folder / RUN_NAME
     if not folder.is_dir():
@@ -264,14 +224,7 @@ def check_same_run(
     """Refuse to go on with a run that is another one.
 
     Args:
-        then: what was started.
-        now: what is to go on.
-        source: where the former is from, for messages.
         free: dotted names of settings that do not change what is learned, and of those above them.
-        settings: compare the settings as well, not just data, classes and split.
-
-    Raises:
-        ValueError: something differs; the message names it, both values and the remedy.
     """
     started = f"the run in '{source}' was started"
     found = next(_differences(then, now, free if settings else None, started), None)
@@ -324,8 +277,6 @@ def settings_difference(
     """Find the first setting that two runs have otherwise.
 
     Args:
-        then: nested settings.
-        now: likewise.
         free: dotted names that may differ, and of those above them.
 
     Returns:
@@ -356,12 +307,6 @@ class RunState:
     """The run as a part of its checkpoints, for checkpointers that keep parts by name.
 
     To load it checks that the checkpoint is of the same run.
-
-    Args:
-        run: that is trained now.
-        source: of the checkpoint, for messages.
-        free: see :func:`check_same_run`.
-        settings: likewise.
     """
 
     def __init__(
@@ -379,10 +324,6 @@ class RunState:
         return self.run.as_json()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check what a checkpoint says.
-
-        Raises:
-            ValueError: it is of another run.
-        """
+        """Check what a checkpoint says."""
         then = Run.from_json(state, self.source)
         check_same_run(then, self.run, source=self.source, free=self.free, settings=self.settings)

@@ -18,8 +18,6 @@ from maskx.core.files import read_json
 from maskx.engine.checkpoints import find_damage, locked
 from maskx.engine.runs import RUN_NAME, Run, check_same_run, read_run, write_run
 
-__all__ = ["StageState", "begin_stage", "run_stage", "stage_state", "timed_stage"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -35,7 +33,6 @@ def stage_state(folder: Path, run: Run, *, free: Collection[str] = ()) -> StageS
     """Say how far a stage is, and refuse a folder of another run.
 
     Args:
-        folder: of the stage; it need not exist.
         run: what the stage is; ``weights`` is the file that it makes.
         free: settings that may differ, see :func:`maskx.engine.runs.check_same_run`.
 
@@ -66,17 +63,8 @@ def stage_state(folder: Path, run: Run, *, free: Collection[str] = ()) -> StageS
 def begin_stage(folder: Path, run: Run, *, resume: bool, free: Collection[str] = ()) -> Run | None:
     """Claim the folder of a stage, unless it is finished.
 
-    Args:
-        folder: of the stage; it is made.
-        run: what the stage is.
-        resume: whether an interrupted one may go on; otherwise it is an error.
-        free: settings that may differ, see :func:`maskx.engine.runs.check_same_run`.
-
     Returns:
         None where it is finished; else the run with the seconds that were spent on it so far.
-
-    Raises:
-        ValueError: the folder holds another run, or an interrupted one without ``resume``.
     """
     state = stage_state(folder, run, free=free)
     if state is StageState.FINISHED:
@@ -95,10 +83,6 @@ def begin_stage(folder: Path, run: Run, *, resume: bool, free: Collection[str] =
 @contextlib.contextmanager
 def timed_stage(folder: Path, run: Run) -> Iterator[dict[str, Any]]:
     """Write into ``run.json`` how long the work inside took, and what it fills in as results.
-
-    Args:
-        folder: of the stage.
-        run: of :func:`begin_stage`.
 
     Yields:
         A dictionary to put the results into. It counts when the work ends without an error.
@@ -125,19 +109,13 @@ def run_stage(
     """Do a stage in this process, unless it is finished.
 
     Args:
-        folder: of the stage; it is made.
         run: what the stage is; ``weights`` is the file that it makes.
         work: makes the file and returns results as JSON has them. What an interrupted call left in
             the folder is there.
         resume: whether an interrupted stage may go on; otherwise it is an error.
-        report: told what happens, in sentences.
 
     Returns:
         The results.
-
-    Raises:
-        ValueError: the folder holds another run, or an interrupted one without ``resume``, or
-            another process is at work in it.
     """
     with locked(folder):
         begun = begin_stage(folder, run, resume=resume)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:  # a help text waits for none of these
 
     MakeSamples = Callable[[Mapping[str, Any], Sequence[str], CategorySplit], RecordMapper]
 
-__all__ = ["Scores", "System", "find_system", "register_system", "system_names"]
-
 
 class Scores(Protocol):
     """Counts of an evaluation, which stream and merge."""
@@ -45,8 +43,6 @@ class System:
     :func:`maskx.detectron2.adapters.hooks_of_system` trains it on Detectron2.
 
     Attributes:
-        name: by which it is asked for.
-        title: its name in prose.
         pipeline: the quick start: from data to ``metrics.json``, called with options and with what
             receives the lines for the reader.
         open: loads the trained model of a run folder of the embedded host onto a device.
@@ -85,11 +81,7 @@ def register_system(name: str, system: System | str) -> None:
     """Make a system known; again with the same does nothing.
 
     Args:
-        name: by which it is asked for.
         system: the system, or "module:attribute", which is imported when it is asked for.
-
-    Raises:
-        ValueError: the name stands for another system.
     """
     if _SYSTEMS.setdefault(name, system) != system:
         raise ValueError(f"The system {name!r} is registered already, as {_SYSTEMS[name]!r}.")
@@ -107,11 +99,7 @@ def _imported(path: str) -> System:
 
 
 def find_system(name: str) -> System:
-    """Return a system.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """Return a system."""
     if name not in _SYSTEMS:
         raise ValueError(
             f"There is no system {name!r}. Allowed: {', '.join(_SYSTEMS)}. One of another package "

@@ -40,24 +40,17 @@ class TrainingSettings:
     """What a run is defined by; a resumed run must have the same settings.
 
     Attributes:
-        iterations: number of steps.
-        batch_size: images per step.
         learning_rate: peak of the schedule.
         weight_decay: for weights of convolutions and linear layers; not for biases and norms. Both
             optimizers add it to the gradient.
         warmup_fraction: share of the steps in which the learning rate rises linearly; then it
             falls to 0.
         seed: of initial weights, data order and sampling.
-        checkpoint_every: steps between checkpoints.
         optimizer: "sgd", with momentum 0.9, or "adam", with betas 0.9 and 0.999.
         lr_multipliers: factors of the learning rate by prefix of the parameter's name, such as
             {"network.backbone.": 0.05}. Of several prefixes that fit a name the longest counts;
             a parameter without one has factor 1.
         decay: how the learning rate falls: "cosine", or "poly", as (1 - share of the rest)^0.9.
-
-    Raises:
-        ValueError: there is no step to make, no image in a step, no such optimizer or decay, or a
-            factor is not a positive number.
     """
 
     iterations: int
@@ -104,11 +97,7 @@ class TrainingSettings:
 
 
 def select_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu`` or ``cuda`` into a device.
-
-    Raises:
-        ValueError: there is no such kind of device, or a GPU is asked for and there is none.
-    """
+    """Turn ``auto``, ``cpu`` or ``cuda`` into a device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -142,23 +131,18 @@ def train(
     checkpoint, and no other process writes into the folder meanwhile.
 
     Args:
-        model: the network, on any device; it is moved to ``device``.
         batches: called with the keywords ``start`` and ``stop``, makes the batches of these steps.
-        settings: what the run is defined by.
         output_dir: run folder, where the checkpoint and ``run.json`` are written.
         run: what the run is, beside ``settings``; a resumed run must be the same.
         resume: go on from the checkpoint in ``output_dir`` if there is one. Else such a checkpoint
             is kept as ``previous_checkpoint.pth``, in the place of an older one.
-        device: where to train.
-        description: label of the progress bar.
 
     Returns:
         The losses every 20 steps and at the last: ``iteration``, each loss and their ``total``, as
         means over the steps since the row before.
 
     Raises:
-        ValueError: the checkpoint is damaged, belongs to another run or to another model, another
-            process is at work in the folder, or a prefix of `lr_multipliers` fits no parameter.
+        ValueError: the checkpoint is not of this run, or another process is at work in the folder.
         FloatingPointError: a loss, a gradient or a weight is not finite.
         OSError: the disk is full or cannot be written to; the last checkpoint is as it was.
     """
@@ -190,7 +174,10 @@ class _Loop:
         self.run, self.device = run, device
         model.to(device).train()
         groups, self.lr_multipliers = _parameter_groups(model, settings)
-        self.optimizer = _make_optimizer(groups, settings)
+        if settings.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(groups, lr=settings.learning_rate)
+        else:
+            self.optimizer = torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
         self.losses = _MeanLosses()
         self.iteration, self.history = 0, []
@@ -248,12 +235,9 @@ class _Loop:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def _parts(self) -> dict[str, Any]:
-        names = ("model", "optimizer", "scaler", "losses")
-        return {name: getattr(self, name) for name in names}
-
     def _save(self) -> None:
-        content = {name: part.state_dict() for name, part in self._parts().items()}
+        parts = ("model", "optimizer", "scaler", "losses")
+        content = {name: getattr(self, name).state_dict() for name in parts}
         when = f"after iteration {self.iteration - 1}"
         check_finite(content["model"], when=when, images=self.losses.images)
         content |= {
@@ -282,44 +266,17 @@ class _Loop:
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Load the weights of a finished or running training for inference.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint of this loop, or of another model.
-    """
+    """Load the weights of a finished or running training for inference."""
     model.eval()
     load_state(model, read_checkpoint(checkpoint, "cpu")["model"], checkpoint)
-
-
-def _make_optimizer(groups: list[dict], settings: TrainingSettings) -> torch.optim.Optimizer:
-    if settings.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=settings.learning_rate, betas=(0.9, 0.999))
-    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9)
 
 
 def _parameter_groups(
     model: nn.Module, settings: TrainingSettings
 ) -> tuple[list[dict], list[float]]:
     """Group parameters by what the optimizer does with them; the factors are by group."""
-    # A prefix may be that of a frozen backbone: it fits, and has nothing to do.
-    factor_of = _lr_multipliers(
-        [name for name, _ in model.named_parameters()], settings.lr_multipliers
-    )
-    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups, factors = [], []
-    for factor in sorted({1.0, *(factor_of[name] for name, _ in learned)}):
-        chosen = [p for name, p in learned if factor_of[name] == factor]
-        groups += [
-            {"params": [p for p in chosen if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in chosen if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        factors += [factor, factor]
-    return groups, factors
-
-
-def _lr_multipliers(names: list[str], factors: Mapping[str, float]) -> dict[str, float]:
-    for prefix in factors:
+    names, factors = [name for name, _ in model.named_parameters()], settings.lr_multipliers
+    for prefix in factors:  # which may be that of a frozen backbone: it has nothing to do
         if not any(name.startswith(prefix) for name in names):
             shown = ", ".join([*names[:3], *names[3:][-3:]])
             raise ValueError(
@@ -331,7 +288,16 @@ def _lr_multipliers(names: list[str], factors: Mapping[str, float]) -> dict[str,
         fitting = [prefix for prefix in factors if name.startswith(prefix)]
         return float(factors[max(fitting, key=len)]) if fitting else 1.0
 
-    return {name: factor_of(name) for name in names}
+    learned = [(factor_of(name), p) for name, p in model.named_parameters() if p.requires_grad]
+    groups, multipliers = [], []
+    for factor in sorted({1.0, *(factor for factor, _ in learned)}):
+        chosen = [p for own, p in learned if own == factor]
+        groups += [
+            {"params": [p for p in chosen if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in chosen if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        multipliers += [factor, factor]
+    return groups, multipliers
 
 
 class _MeanLosses:
@@ -383,12 +349,7 @@ class _MeanLosses:
 
 
 def read_checkpoint(path: Path, device: torch.device | str) -> dict:
-    """Read a checkpoint of :func:`train`: ``model``, ``run``, ``iteration`` and more.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint of this loop, or damaged.
-    """
+    """Read a checkpoint of :func:`train`: ``model``, ``run``, ``iteration`` and more."""
     content = read_archive(path, device)
     if not isinstance(content, dict) or not {"model", "run", "iteration"} <= content.keys():
         raise ValueError(
@@ -400,29 +361,24 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict:
 
 def _misfit(own: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
     """Say which weights do not fit: of a checkpoint of another network there are hundreds."""
-    shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    sentences = [
-        f"{words} ({len(found)}): {', '.join(found[:3])}{' and more' if len(found) > 3 else ''}."
-        for words, found in (
-            ("Missing", [name for name in own if name not in weights]),
-            ("Not of this model", [name for name in weights if name not in own]),
-            ("Of another shape", shapes),
-        )
-        if found
-    ]
-    return " ".join(sentences)
+    found = {
+        "Missing": [name for name in own if name not in weights],
+        "Not of this model": [name for name in weights if name not in own],
+        "Of another shape": [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in weights and weights[name].shape != value.shape
+        ],
+    }
+    return " ".join(
+        f"{words} ({len(names)}): {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}."
+        for words, names in found.items()
+        if names
+    )
 
 
 def load_state(model: nn.Module, weights: dict, path: Path) -> None:
-    """Load weights into a model.
-
-    Raises:
-        ValueError: they do not fit; the message names ``path``, where they are from.
-    """
+    """Load weights into a model."""
     try:
         model.load_state_dict(weights)
     except ValueError as error:  # of a module, which says more than names

@@ -14,21 +14,12 @@ from torch import nn
 from maskx.engine.runs import Origin, Run
 from maskx.engine.training import TrainingSettings, train
 
-__all__ = ["TrainingChain"]
-
 
 class TrainingChain:
     """Trainings of one seed; each leaves its checkpoint in a folder of its own.
 
     Args:
-        settings: what to do; all trainings have its ``batch_size``, ``seed`` and ``workers``.
-        output: folder of the checkpoints.
-        resume: go on from the checkpoints that are there.
         run: what all trainings have in common: system, class list, split, data.
-        device: where to compute.
-
-    Attributes:
-        seconds: time of each step by its name.
     """
 
     def __init__(
@@ -66,20 +57,7 @@ class TrainingChain:
         lr_multipliers: Mapping[str, float] | None = None,
         description: str | None = None,
     ) -> None:
-        """Train a model, in the folder ``name``, and leave it in evaluation mode.
-
-        Args:
-            model: to train.
-            name: of the training and its folder.
-            batches: see :func:`maskx.engine.training.train`.
-            identity: what else this training is defined by, as plain values.
-            model_settings: what the model is built of, for who opens the folder.
-            started_from: digests of what it started from, by name.
-            iterations: number of steps.
-            rate: peak of the learning rate.
-            lr_multipliers: see :class:`maskx.engine.training.TrainingSettings`.
-            description: label of the progress bar.
-        """
+        """Train a model, in the folder ``name``, and leave it in evaluation mode."""
         settings, run = self.settings, self.run
         origins = {key: Origin(digest) for key, digest in (started_from or {}).items()}
         run = replace(

@@ -24,8 +24,9 @@ from maskx.core.text import listed
 from maskx.core.word_table import spelled
 from maskx.data.coco import CocoData, read_coco_json
 from maskx.data.scenes.concepts import scene_concept_lists
+from maskx.data.splits import check_masks
 from maskx.data.tag_lists import TagList
-from maskx.supervision import Supervision
+from maskx.supervision import Supervision, split_one_side
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +231,9 @@ def concept_sets(
     tagged = [] if tags is None else _tagged(split, tags, tag_images, withheld)
     boxed = [] if boxes is None else _annotated(split, boxes, Supervision.BOX, withheld)
     masked = [] if masks is None else _annotated(split, masks, Supervision.MASK, withheld)
+    if masks is not None:
+        claimed = split_one_side("masked", split.vocabulary, with_masks=split.masked)
+        check_masks(masked, claimed)
     withheld = +withheld  # without zeros
     if withheld:
         counts = ", ".join(f"{number} {kind}" for kind, number in withheld.items())

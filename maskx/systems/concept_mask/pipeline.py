@@ -17,7 +17,6 @@ from maskx.core.digests import network_hash
 from maskx.core.word_table import WordTable, save_word_table, spelled
 from maskx.data.coco import CocoData, load_coco
 from maskx.data.scenes.concepts import generate_concept_scenes, write_scene_tags
-from maskx.data.splits import resolve_split
 from maskx.data.tag_lists import TagList, read_tag_list, tag_list
 from maskx.engine.batches import training_batches
 from maskx.engine.checkpoints import write_checkpoint
@@ -27,6 +26,7 @@ from maskx.engine.quickstart import (
     VAL_SCENES,
     choose_image_size,
     load_data,
+    load_split_data,
     write_metrics,
 )
 from maskx.engine.runs import Origin, Run, link_run, origin_of
@@ -614,10 +614,9 @@ def make_scene_data(folder: Path, seed: int) -> ConceptData:
 def _load(options: QuickstartOptions) -> ConceptData:
     if options.coco_train is None and options.coco_val is None:
         return make_scene_data(options.output / "scenes", options.seed)
-    train, val = load_data(options)
     if options.concept_split is None:
-        split = resolve_split(options.masks_for or "coco_voc", train.class_names)
-        return coco_concept_data(train, val, split)
+        return coco_concept_data(*load_split_data(options, "coco_voc"))
+    train, val = load_data(options)
     tags, images = options.tags or (None, "")
     if tags is not None:
         tags = read_tag_list(tags, strict=not options.skip_bad)

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from maskx.core.extra_state import EXTRA_STATE
 from maskx.core.text import listed
 from maskx.data.images import read_image_sample
-from maskx.data.splits import resolve_split
+from maskx.data.splits import check_masks, resolve_split
 from maskx.detectron2.adapters import in_format, seed_of, test_loader
 from maskx.detectron2.datasets import class_names_of, records_of
+from maskx.detectron2.evaluation import MaskXSemSegEvaluator
 from maskx.detectron2.hooks import Detectron2Hooks
-from maskx.detectron2.image_model import choose_feature, pixel_arguments
-from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
+from maskx.detectron2.whole_images import choose_feature, pixel_arguments
 from maskx.engine.batches import SeededLoader
 from maskx.evaluation.mean_iou import format_table
 from maskx.supervision import CategorySplit, Supervision
@@ -218,6 +218,9 @@ def joint_sets_from_config(cfg: CfgNode) -> JointSets:
                     f"Data set '{each.name}' (DATASETS.TRAIN): '{record['file_name']}' lacks "
                     "image_id, height or width. Give each record all three."
                 )
+        split = split_of_dataset(cfg, each.name) if each.supervision == _MASK else None
+        if split is not None and split.class_names == each.class_names:
+            check_masks(each.records, split)
     sets = joint_sets(data_sets, class_names=model_class_names(cfg))
     for each in sets.data_sets:
         logger.info(

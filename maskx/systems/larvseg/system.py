@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from maskx.data.splits import resolve_split
 from maskx.engine.options import QuickstartOptions, check_options
-from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
+from maskx.engine.quickstart import choose_image_size, load_split_data, write_metrics
 from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
 from maskx.engine.training import select_device
@@ -51,8 +50,7 @@ def quickstart_larvseg(options: QuickstartOptions, report: Callable[[str], None]
         **{name: value for name, value in chosen.items() if value is not None},
     )
     options.output.mkdir(parents=True, exist_ok=True)
-    train_data, val_data = load_data(options, sparse=True)
-    split = resolve_split(options.masks_for or "scenes_half", train_data.class_names)
+    train_data, val_data, split = load_split_data(options, sparse=True)
     report(
         f"{len(train_data.records)} training and {len(val_data.records)} validation images, on "
         f"{device}"
@@ -68,8 +66,7 @@ def quickstart_larvseg(options: QuickstartOptions, report: Callable[[str], None]
         device=device,
         report=report,
     )
-    metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
-    return write_metrics(options, metrics, started=started, report=report)
+    return write_metrics(options, metrics, started=started, split=split, report=report)
 
 
 SYSTEM = System(

@@ -3,9 +3,7 @@
 "Learning to Segment Every Thing" (Hu et al., CVPR 2018), sections 3.1-3.3; trunk of Mask R-CNN.
 
 Every predictor computes the logits of the one class a RoI needs (its ground-truth class in
-training, its predicted class at inference): the weights of that class are gathered, then applied
-in a batched product. The usual K-channel output, of which all but one channel would be thrown
-away, is never made, so cost and memory per RoI do not depend on K.
+training, its predicted class at inference), so cost and memory per RoI do not depend on K.
 
 Shape legend:
     R: number of RoIs; K: number of foreground classes; C: channels of the mask head;
@@ -22,6 +20,7 @@ from torchvision.ops import roi_align
 
 from maskx.core.checks import check_choice, default_of
 from maskx.core.extra_state import EXTRA_STATE, pack_state, unpack_state
+from maskx.core.global_mean import global_mean
 from maskx.core.layers import msra_fill
 from maskx.systems.maskx_rcnn.mask_trunks import trunk_layers
 from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, WeightTransfer
@@ -54,9 +53,10 @@ def mask_loss(mask_logits: Tensor, mask_targets: Tensor) -> Tensor:
         Scalar. Zero, with a graph through everything that made ``mask_logits``, when R is 0, so
         that every rank of a distributed run has a gradient for every parameter.
     """
-    if mask_logits.numel() == 0:
-        return mask_logits.sum() * 0
-    return F.binary_cross_entropy_with_logits(mask_logits, mask_targets.to(mask_logits.dtype))
+    mask_logits = mask_logits.to(torch.promote_types(mask_logits.dtype, torch.float32))
+    targets = mask_targets.to(mask_logits.dtype)
+    total = F.binary_cross_entropy_with_logits(mask_logits, targets, reduction="sum")
+    return global_mean(total, mask_logits.numel())
 
 
 def crop_mask_targets(masks: Tensor, boxes: Tensor, mask_indices: Tensor, size: int) -> Tensor:
@@ -66,7 +66,6 @@ def crop_mask_targets(masks: Tensor, boxes: Tensor, mask_indices: Tensor, size: 
         masks: (N, H, W) masks of one image, bool or {0, 1}.
         boxes: (R, 4) XYXY absolute pixels.
         mask_indices: (R,) which mask belongs to each box.
-        size: M.
 
     Returns:
         (R, M, M) bool; a target pixel is on where at least half of its area is.
@@ -124,8 +123,6 @@ def make_predictor(
     """Make a mask predictor.
 
     Args:
-        name: ``transfer``, ``class_agnostic`` or ``class_specific``.
-        channels: C.
         num_classes: K; may be None where nothing is learned or stored per class.
         **transfer: further arguments of :class:`WeightTransfer`, for ``transfer`` only.
     """
@@ -145,8 +142,6 @@ class MaskMLP(nn.Module):
     It sees the whole box at once and catches its gist, where the FCN catches its details.
 
     Args:
-        channels: C.
-        mask_size: M.
         branch: ``single_fc`` is the paper's single layer C * M * M -> M * M (157.4 M parameters at
             C = 256, M = 28); ``bottleneck`` first reduces the features to 8 channels (4.9 M).
     """
@@ -175,28 +170,16 @@ class MaskXHead(nn.Module):
     initialise the trunk ``conv`` and the upsampling.
 
     Args:
-        in_channels: channels of the pooled RoI features.
         num_classes: K; None in a model that learns nothing per class, as with a text classifier:
             its checkpoints fit any class list.
-        pool_size: P, resolution of the pooled RoI features.
-        channels: C.
         trunk: layers before the upsampling: ``conv`` (Mask R-CNN's), ``residual`` or
             ``hourglass``, see :func:`maskx.systems.maskx_rcnn.mask_trunks.trunk_layers`.
         num_convs: number of 3x3 convolutions of the trunk; per resolution and direction in an
             hourglass.
-        norm: makes the normalisation layer of a convolution from its channels; None for none.
         predictor: ``transfer`` (Mask^X), ``class_agnostic`` (baseline) or ``class_specific``
             (Mask R-CNN, the oracle when all categories have masks).
         mlp: fused MLP branch: ``none``, ``single_fc`` or ``bottleneck``, see :class:`MaskMLP`.
         transfer_inputs: see :class:`WeightTransfer`, like the arguments that follow.
-        transfer_layers: number of layers of T.
-        transfer_activation: activation between the layers of T.
-        stop_gradient: detach the detector weights that enter T.
-        detector_channels: D, channels that enter the box predictor.
-        class_vectors: (K, E) fixed vectors for ``transfer_inputs="vectors"``.
-
-    Raises:
-        ValueError: an argument is out of range; on loading, a checkpoint of another architecture.
     """
 
     def __init__(
@@ -301,15 +284,13 @@ class MaskXHead(nn.Module):
         """
         found, own = unpack_state(state, version=_VERSION, what="a mask head"), self.architecture
         ignored = set()
-        # K may differ where nothing depends on it. It may for fine-tuning, since weights that do
-        # not depend on it are worth keeping, but a model that is to be evaluated must match in K.
+        # K may differ where nothing depends on it, and for fine-tuning, but not in evaluation.
         if self.training or own["num_classes"] is None:
             ignored = {"num_classes"}
         if any(found.get(key) != own.get(key) for key in (found.keys() | own.keys()) - ignored):
             raise ValueError(
                 "The checkpoint was made by another mask head.\n"
-                f"  checkpoint: {_describe_architecture(found)}\n"
-                f"  this model: {_describe_architecture(own)}\n"
+                f"  checkpoint: {_describe(found)}\n  this model: {_describe(own)}\n"
                 "Use the configuration that the checkpoint was trained with, or another checkpoint."
             )
 
@@ -325,7 +306,5 @@ def _init_predictor(layer: nn.Conv2d | nn.Linear) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def _describe_architecture(architecture: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {'any' if value is None else value}" for key, value in architecture.items()
-    )
+def _describe(architecture: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {'any' if v is None else v}" for k, v in architecture.items())

@@ -53,19 +53,13 @@ def trunk_layers(
     Args:
         trunk: ``conv`` (3x3 convolutions in a row), ``residual`` (the same in pairs with a skip,
             see :class:`ResidualPair`) or ``hourglass`` (see :class:`Hourglass`).
-        in_channels: of the pooled RoI features.
-        channels: C.
         num_convs: number of 3x3 convolutions; per resolution and direction in an hourglass. Even
             and at least 2 but for ``conv``.
         pool_size: P; at least 7 for ``hourglass``.
-        norm: makes the normalisation layer of a convolution from its channels; None for none.
 
     Returns:
         The layers by name, which together map (R, in_channels, P, P) to (R, C, P, P) features.
         Those of ``conv`` carry the names of Detectron2's ``MaskRCNNConvUpsampleHead``.
-
-    Raises:
-        ValueError: an argument is out of range.
     """
     check_choice("mask trunk", trunk, TRUNKS)
     if trunk == "conv":
@@ -121,12 +115,9 @@ class Hourglass(nn.Module):
     nearest-neighbour interpolation doubles, and features of one resolution are added.
 
     Args:
-        in_channels: channels of the features that come in.
-        channels: C, the same at every resolution.
         num_convs: number of 3x3 convolutions on the way down, on the way up, and at the smallest
             resolution.
         size: P. It is halved, rounded up, while at least 4 is left: 14, 7, 4.
-        norm: makes the normalisation layer of a convolution from its channels; None for none.
     """
 
     def __init__(

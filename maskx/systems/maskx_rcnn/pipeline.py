@@ -12,12 +12,11 @@ from maskx.data.coco import CocoData
 from maskx.data.grabcut import grabcut_masks
 from maskx.data.images import read_image_sample
 from maskx.data.masks import encode_masks
-from maskx.data.splits import check_masks, resolve_split
-from maskx.engine.batches import training_batches
 from maskx.engine.options import QuickstartOptions, check_options
-from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
-from maskx.engine.runs import Run, link_run, origin_of
-from maskx.engine.training import TrainingSettings, load_weights, select_device, train
+from maskx.engine.pipeline import train_one
+from maskx.engine.quickstart import choose_image_size, load_split_data, write_metrics
+from maskx.engine.runs import Run, link_run
+from maskx.engine.training import TrainingSettings, load_weights, select_device
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.instance_figures import save_pictures
 from maskx.supervision import CategorySplit
@@ -45,32 +44,18 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
     """Run Mask^X R-CNN from data to ``metrics.json`` and ``predictions.png``.
 
     To compare, ``comparison.png`` shows the same images with the masks of each method in a row.
-
-    Args:
-        options: what to do.
-        report: receives the lines for the reader.
-
-    Returns:
-        The content of ``metrics.json``.
-
-    Raises:
-        ValueError: an option, an annotation or a checkpoint cannot be used; the message says why.
     """
     started = time.perf_counter()
     check_options("maskx", options)
     device = select_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
-    train_data, val_data = load_data(options)
     default_split = "all" if options.coco_train else "scenes_half"
-    split = resolve_split(options.masks_for or default_split, train_data.class_names)
+    train_data, val_data, split = load_split_data(options, default_split)
     report(
         f"{len(train_data.records)} training and {len(val_data.records)} validation images, "
         f"{len(split.with_masks)} categories with masks (A), {len(split.without_masks)} with "
         f"boxes only (B), on {device}"
     )
-
-    check_masks(train_data.records, split)
-
     link_run(options.output, "maskx")
     metrics: dict[str, Any] = {"system": "maskx"}
     detections: dict[str, list[dict[str, Any]]] = {}
@@ -86,10 +71,10 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
         detections["grabcut"] = with_grabcut_masks(val_data, detections["maskx"])
         found = detections["grabcut"]
         metrics["grabcut"] = _evaluate("grabcut", val_data, found, split, report, **limit)
-    pictures = save_pictures(options.output, val_data, detections, split)
-    metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
-    names = [path.name for path in pictures]
-    return write_metrics(options, metrics, started=started, pictures=names, report=report)
+    pictures = [path.name for path in save_pictures(options.output, val_data, detections, split)]
+    return write_metrics(
+        options, metrics, started=started, split=split, pictures=pictures, report=report
+    )
 
 
 def train_detector(
@@ -99,64 +84,43 @@ def train_detector(
     split: CategorySplit,
     device: torch.device,
 ) -> tuple[SampleDetector, dict[str, Any]]:
-    """Train one method in a folder of its name, and say what it cost.
-
-    Args:
-        name: ``maskx`` or ``class_agnostic``.
-        options: what to do.
-        data: to train on.
-        split: which categories have masks.
-        device: where to train.
-    """
+    """Train one of ``MASK_BRANCHES`` in a folder of its name, and say what it cost."""
     iterations = _ITERATIONS if options.iterations is None else options.iterations
     batch_size = _BATCH_SIZE if options.batch_size is None else options.batch_size
-    training = TrainingSettings(
-        iterations=iterations,
-        batch_size=batch_size,
-        learning_rate=_LEARNING_RATES.get(options.backbone, 0.00125) * batch_size,
-        seed=options.seed,
-        checkpoint_every=max(100, iterations // 50),
-    )
-    folder = options.output / name
-    run = Run(
-        system="maskx",
-        host="pip",
-        class_names=data.class_names,
-        split=split,
-        settings={
-            "backbone": options.backbone,
-            "frozen_norm": options.pretrained is not False,
-            "image_size": choose_image_size(options),
-            "mask_branch": MASK_BRANCHES[name]
-            | ({"gt_boxes_only": True} if options.annotated_boxes else {}),
-        },
-        started_from={"annotations": origin_of(data.json_file, folder)},
-    )
-    torch.manual_seed(options.seed)
-    model = build_detector(run.settings, run.class_names, pretrained=options.pretrained)
-    batches = functools.partial(
-        training_batches,
-        data.records,
-        InstanceMapper(split.indices_with_masks, sizes=model.sizes),
-        batch_size=training.batch_size,
-        seed=training.seed,
-        num_workers=options.workers,
-    )
+    branch = MASK_BRANCHES[name] | ({"gt_boxes_only": True} if options.annotated_boxes else {})
+    settings = {
+        "backbone": options.backbone,
+        "frozen_norm": options.pretrained is not False,
+        "image_size": choose_image_size(options),
+        "mask_branch": branch,
+    }
     started = time.perf_counter()
-    history = train(
-        model,
-        batches,
-        training,
-        output_dir=folder,
-        run=run,
-        resume=options.resume,
+    model, history = train_one(
+        Run(
+            system="maskx",
+            host="pip",
+            class_names=data.class_names,
+            split=split,
+            settings=settings,
+        ),
+        data,
+        options,
+        TrainingSettings(
+            iterations=iterations,
+            batch_size=batch_size,
+            learning_rate=_LEARNING_RATES.get(options.backbone, 0.00125) * batch_size,
+            seed=options.seed,
+            checkpoint_every=max(100, iterations // 50),
+        ),
+        folder=options.output / name,
+        build=functools.partial(build_detector, pretrained=options.pretrained),
+        mapper=lambda model: InstanceMapper(split.indices_with_masks, sizes=model.sizes),
         device=device,
         description=f"{name}: training",
     )
-    seconds = time.perf_counter() - started
     return model, {
-        "training_seconds": round(seconds, 1),
-        "iterations": training.iterations,
+        "training_seconds": round(time.perf_counter() - started, 1),
+        "iterations": iterations,
         "losses": {"start": history[0], "end": history[-1]},
     }
 
@@ -170,11 +134,6 @@ def build_detector(
         settings: ``backbone`` with ``frozen_norm``; ``image_size`` in pixels of the shorter side;
             ``mask_branch``, arguments of :func:`maskx.torchvision.add_mask_branch`, None for a
             detector without masks.
-        class_names: by class index.
-        pretrained: start from ImageNet weights.
-
-    Raises:
-        ValueError: there are no pretrained weights of the backbone.
     """
     size, branch = settings["image_size"], settings["mask_branch"]
     backbone, num_classes = settings["backbone"], len(class_names) + 1
@@ -191,12 +150,7 @@ def build_detector(
 
 
 def open_detector(run: Run, device: torch.device) -> SampleDetector:
-    """Open the trained detector of a run, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: its weights are not there.
-        ValueError: they are damaged.
-    """
+    """Open the trained detector of a run, in evaluation mode."""
     model = build_detector(run.settings, run.class_names).to(device)
     load_weights(model, run.weights_file)
     return model.eval()
@@ -217,9 +171,13 @@ def _evaluate(
         category_ids=data.category_ids,
         groups=split.groups(),
         max_detections=max_detections,
+        image_ids=[record["image_id"] for record in data.records],
     )
     report(f"\n{name}, average precision in percent\n{format_table(results)}")
-    return _without_class_lists(results)
+    return {  # without the lists by class
+        task: {group: values for group, values in groups.items() if isinstance(values, dict)}
+        for task, groups in results.items()
+    }
 
 
 def with_grabcut_masks(
@@ -239,10 +197,3 @@ def with_grabcut_masks(
         masks = encode_masks(grabcut_masks(image, boxes))
         replaced += [d | {"segmentation": m} for d, m in zip(found, masks, strict=True)]
     return replaced
-
-
-def _without_class_lists(results: dict[str, Any]) -> dict[str, Any]:
-    return {
-        task: {group: values for group, values in groups.items() if isinstance(values, dict)}
-        for task, groups in results.items()
-    }

@@ -67,9 +67,6 @@ class WeightTransfer(nn.Module):
 
     T is applied to the distinct classes of a batch, of each once, and its rows are handed to the
     RoIs: 2 * (E * C + C * C) operations per class (2.8 MFLOP at the paper's sizes) whatever K is.
-    No tensor grows with K, and there is no table of mask weights that could go stale.
-
-    There is no activation on the output and no normalisation of the input.
 
     Args:
         inputs: what describes a class: ``cls`` (classifier row), ``box`` (regressor row),
@@ -77,15 +74,9 @@ class WeightTransfer(nn.Module):
             embeddings) or ``randn`` (fixed random vectors, the control of the paper). Fixed
             vectors are part of a checkpoint: loading one replaces them.
         out_channels: C, length of the predicted mask weight; also the hidden width.
-        detector_channels: D; needed for inputs from the detector.
-        num_classes: K; needed for ``randn``.
-        class_vectors: (K, E) fixed vectors; needed for ``vectors``.
         num_layers: 1, 2 or 3 fully connected layers.
         activation: between layers: ``leaky_relu`` (slope 0.1) or ``relu``.
         stop_gradient: keep the mask loss from changing the detector weights (section 3.1).
-
-    Raises:
-        ValueError: an argument is out of range, or one that ``inputs`` needs is missing.
     """
 
     def __init__(
@@ -113,7 +104,9 @@ class WeightTransfer(nn.Module):
         else:
             if inputs == "randn":
                 _check_given(inputs, "num_classes", num_classes)
-                class_vectors = _random_class_vectors(num_classes)
+                generator = torch.Generator().manual_seed(0)
+                shape = (num_classes, _RANDN_CHANNELS)
+                class_vectors = torch.randn(shape, generator=generator) * _RANDN_STD
             _check_given(inputs, "class_vectors", class_vectors)
             in_channels = class_vectors.shape[1]
         self.register_buffer("class_vectors", class_vectors)
@@ -134,7 +127,7 @@ class WeightTransfer(nn.Module):
         if detector is None or detector.cls is None:
             raise ValueError(
                 f"Weight transfer from '{self.inputs}' needs the weights of the box predictor, "
-                "got none. Pass detector_weights(...) of the model's box predictor."
+                "got none. Pass detector_weights(...) of it."
             )
         if detector.box is None and self.inputs != "cls":
             raise ValueError(class_agnostic_box_message(self.inputs))
@@ -180,8 +173,3 @@ def _init_linear(linear: nn.Linear) -> None:
 def _check_given(inputs: str, argument: str, value: object) -> None:
     if value is None:
         raise ValueError(f"Weight transfer from '{inputs}' needs the argument {argument}.")
-
-
-def _random_class_vectors(num_classes: int) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(num_classes, _RANDN_CHANNELS, generator=generator) * _RANDN_STD

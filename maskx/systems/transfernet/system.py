@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from maskx.data.coco import CocoData, load_coco
-from maskx.data.splits import resolve_split
+from maskx.data.splits import check_masks
 from maskx.engine.options import QuickstartOptions, check_options
-from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
+from maskx.engine.quickstart import choose_image_size, load_split_data, write_metrics
 from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
 from maskx.engine.training import select_device
@@ -64,16 +64,14 @@ def _pipeline(options: QuickstartOptions, report: Callable[[str], None]) -> dict
         device=device,
         report=report,
     )
-    metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
-    return write_metrics(options, metrics, started=started, report=report)
+    return write_metrics(options, metrics, started=started, split=split, report=report)
 
 
 def _load(options: QuickstartOptions) -> tuple[CocoData, CocoData, CategorySplit, list[int]]:
     """Return training and validation data, the split, and the classes of the validation data."""
     if options.target_train is None:
-        train, val = load_data(options, sparse=True)
+        train, val, split = load_split_data(options, sparse=True)
         train, val = (replace(d, records=_labelled(d)) for d in (train, val))
-        split = resolve_split(options.masks_for or "scenes_half", train.class_names)
         return train, val, split, list(range(len(split.class_names)))
     if options.coco_train is None or options.coco_val is None or options.masks_for:
         raise ValueError(
@@ -88,6 +86,7 @@ def _load(options: QuickstartOptions) -> tuple[CocoData, CocoData, CategorySplit
         records_in_union(_labelled(d), d.class_names, split.class_names)
         for d in (source, target, val)
     ]
+    check_masks(united[0], split)
     return (
         replace(source, records=united[0] + united[1], class_names=split.class_names),
         replace(val, records=united[2], class_names=split.class_names),

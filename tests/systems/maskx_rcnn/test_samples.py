@@ -8,7 +8,6 @@ import torch
 from maskx.core.seeds import step_seed
 from maskx.data.images import read_image_sample
 from maskx.data.masks import decode_segmentation, encode_masks
-from maskx.data.splits import check_masks
 from maskx.engine.batches import training_batches
 from maskx.systems.maskx_rcnn.samples import InstanceMapper, masks_of_boxes
 
@@ -168,27 +167,6 @@ def test_training_on_the_shrunk_photograph_is_training_on_it(photograph, make_de
     torch.testing.assert_close(
         whole_targets[0]["boxes"], shrunk_targets[0]["boxes"], atol=0.5, rtol=0
     )
-
-
-def test_claims_of_masks_are_compared_with_the_data(scenes, split, caplog):
-    check_masks(scenes.records, split)
-    assert not caplog.records
-    without = copy.deepcopy(scenes.records)
-    first = split.indices_with_masks[0]
-    count = 0
-    for annotation in (a for record in without for a in record["annotations"]):
-        if annotation["class_index"] == first:
-            del annotation["segmentation"]
-            count += 1
-    check_masks(without, split)
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert f"1 of them have none in the training data: '{split.with_masks[0]} ({count} b" in message
-    for annotation in (a for record in without for a in record["annotations"]):
-        annotation.pop("segmentation", None)
-    with pytest.raises(
-        ValueError, match=r"4 categories have masks \(A\), but no annotation of the"
-    ):
-        check_masks(without, split)
 
 
 def test_masks_of_given_boxes(scenes, make_detector):

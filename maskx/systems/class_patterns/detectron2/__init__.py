@@ -5,9 +5,8 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 
-from maskx.detectron2.image_hooks import image_hooks
-from maskx.detectron2.image_model import choose_feature, pixel_arguments
-from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
+from maskx.detectron2.evaluation import MaskXSemSegEvaluator
+from maskx.detectron2.whole_images import choose_feature, image_hooks, pixel_arguments
 from maskx.systems.class_patterns.model import DeepLab, SampleSegmenter
 
 __all__ = ["MaskXDeepLab"]

@@ -30,8 +30,6 @@ from maskx.detectron2.datasets import (
     records_of,
     training_class_names,
 )
-from maskx.detectron2.image_classifier import MaskXImageClassifier
-from maskx.detectron2.image_mapper import image_mapper
 from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.stagewise import (
     MadeData,
@@ -42,6 +40,7 @@ from maskx.detectron2.stagewise import (
     stage_is_finished,
 )
 from maskx.detectron2.trainer import check_config, load_trained
+from maskx.detectron2.whole_images import MaskXImageClassifier, image_mapper
 from maskx.engine.runs import Run, origin_of
 from maskx.engine.stages import run_stage as run_work
 from maskx.engine.stages import stage_state

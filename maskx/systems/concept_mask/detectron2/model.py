@@ -18,10 +18,10 @@ from maskx.detectron2.backbones import check_images
 from maskx.detectron2.config import read_config
 from maskx.detectron2.datasets import register_from_config
 from maskx.detectron2.hooks import Detectron2Hooks, architecture_of
-from maskx.detectron2.image_model import choose_feature, pixel_arguments
 from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.stagewise import Stage, build_on_cpu, check_chain
 from maskx.detectron2.trainer import check_config, load_trained
+from maskx.detectron2.whole_images import choose_feature, pixel_arguments
 from maskx.engine.checkpoints import write_checkpoint
 from maskx.systems.concept_mask import predictor
 from maskx.systems.concept_mask.detectron2.data import (

@@ -31,15 +31,12 @@ from maskx.core.text import listed
 from maskx.data.coco import AnnotationProblem, read_mask
 from maskx.data.images import read_image, read_rgb
 from maskx.data.masks import decode_segmentation
-from maskx.data.splits import check_masks
 from maskx.detectron2.adapters import AspectGroupedBatches, SeededMapper, seeded_train_loader
-from maskx.detectron2.datasets import record_from_detectron2, split_from_config
+from maskx.detectron2.datasets import split_from_config
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
-from maskx.detectron2.hooks import Detectron2Hooks, check_num_classes, set_default_hooks
+from maskx.detectron2.hooks import Detectron2Hooks, check_classes, set_default_hooks
 from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXRPN, check_can_freeze, predicts_masks
 from maskx.systems.maskx_rcnn.detectron2.roi_heads import MaskXROIHeadsMixin
-
-__all__ = ["HOOKS", "MaskXDatasetMapper"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +59,8 @@ class MaskXDatasetMapper(DatasetMapper):
     masks (``recompute_boxes``), which only some instances have.
 
     Args:
-        is_train: whether it is used in training.
         classes_with_masks: class indices (A) whose masks are used; None for all. The masks of all
             other classes are removed before anything is computed from them.
-        **kwargs: arguments of :class:`DatasetMapper`.
 
     Attributes:
         lost_masks: number of masks that could not be used, by reason. Each worker of the loader
@@ -84,8 +79,7 @@ class MaskXDatasetMapper(DatasetMapper):
         if self.recompute_boxes:
             raise ValueError(
                 "recompute_boxes would fit boxes of instances with a mask to what a crop leaves of "
-                "it, those of the others not, so the detector would learn from two kinds of "
-                "boxes. Set recompute_boxes=False: all boxes are clipped alike."
+                "it, those of the others not. Set recompute_boxes=False: all are clipped alike."
             )
         self.classes_with_masks = (
             None if classes_with_masks is None else frozenset(classes_with_masks)
@@ -193,12 +187,6 @@ def _transform_mask(
 ) -> list[np.ndarray] | np.ndarray | None:
     """Transform the mask of an annotation.
 
-    Args:
-        segmentation: polygons, an RLE dict, an (H, W) array, or None if there is no mask.
-        transforms: what was done to the image.
-        record: with ``height`` and ``width`` of the image as in its file.
-        image_shape: (H, W) of the transformed image.
-
     Returns:
         Polygons, each (2 * points,), or an (H, W) bool array, in pixels of the transformed image;
         None if there is no mask.
@@ -215,7 +203,9 @@ def _transform_mask(
     if isinstance(mask, list):
         polygons = [np.asarray(p, dtype=np.float64).reshape(-1, 2) for p in mask]
         mask = [p.reshape(-1) for p in transforms.apply_polygons(polygons)]
-        inside = _any_inside(mask, image_shape)
+        # Rotation can turn all of them out of the image.
+        (h, w), sides = image_shape, [(p[0::2], p[1::2]) for p in mask]
+        inside = any(x.max() > 0 and x.min() < w and y.max() > 0 and y.min() < h for x, y in sides)
     else:
         # Some transforms pad with 255, which stands for "ignore" in semantic segmentation.
         mask = transforms.apply_segmentation(mask.astype(np.uint8)) == 1
@@ -247,15 +237,6 @@ def _read_mask(segmentation: Any, height: int, width: int) -> list | np.ndarray 
     return decode_segmentation(mask, height, width) if isinstance(mask, dict) else mask
 
 
-def _any_inside(polygons: list[np.ndarray], image_shape: tuple[int, int]) -> bool:
-    """Whether a polygon reaches into the image; rotation can turn all of them out of it."""
-    height, width = image_shape
-    return any(
-        p[0::2].max() > 0 and p[0::2].min() < width and p[1::2].max() > 0 and p[1::2].min() < height
-        for p in polygons
-    )
-
-
 def _collect_masks(
     masks: list[list[np.ndarray] | np.ndarray | None],
     image_shape: tuple[int, int],
@@ -282,18 +263,12 @@ def _train_loader(cfg: CfgNode) -> Any:
         filter_empty=keys.FILTER_EMPTY_ANNOTATIONS,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
-    if cfg.MODEL.MASK_ON:
-        check_masks(map(record_from_detectron2, records), split_from_config(cfg))
     batches = None
     if keys.ASPECT_RATIO_GROUPING:
         is_wide = [record["width"] > record["height"] for record in records]
         batches = functools.partial(AspectGroupedBatches, is_wide)
-    return seeded_train_loader(cfg, records, SeededMapper(mapper), batches)
-
-
-def _test_loader(cfg: CfgNode, dataset_name: str) -> Any:
-    mapper = MaskXDatasetMapper(cfg, is_train=False)
-    return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    split = split_from_config(cfg) if cfg.MODEL.MASK_ON else None
+    return seeded_train_loader(cfg, records, SeededMapper(mapper), batches, split=split)
 
 
 def _evaluator(cfg: CfgNode, dataset_name: str) -> MaskXCOCOEvaluator:
@@ -310,7 +285,8 @@ def _evaluator(cfg: CfgNode, dataset_name: str) -> MaskXCOCOEvaluator:
 def _check(cfg: CfgNode) -> None:
     check_can_freeze(cfg)
     _check_text_classifier(cfg)
-    check_num_classes(cfg, "MODEL.ROI_HEADS.NUM_CLASSES")
+    text = cfg.MODEL.MASKX.TEXT_CLASSIFIER
+    check_classes(cfg, "MODEL.ROI_HEADS.NUM_CLASSES", text.CLASSES if text.VECTORS else ())
     if not cfg.MODEL.MASKX.FREEZE_DETECTOR:
         _check_incomplete_boxes(cfg)
 
@@ -367,7 +343,9 @@ def _started(cfg: CfgNode, model: nn.Module, missing: Sequence[str]) -> None:
 HOOKS = Detectron2Hooks(
     system="maskx",
     train_loader=_train_loader,
-    test_loader=_test_loader,
+    test_loader=lambda cfg, name: build_detection_test_loader(
+        cfg, name, mapper=MaskXDatasetMapper(cfg, is_train=False)
+    ),
     evaluator=_evaluator,
     check=_check,
     started=_started,

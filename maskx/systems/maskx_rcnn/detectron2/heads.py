@@ -5,7 +5,6 @@ Shape legend:
     of the vector of a class.
 """
 
-import inspect
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,17 +26,9 @@ from maskx.detectron2.known_datasets import register_all
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead, mask_loss
 from maskx.systems.maskx_rcnn.weight_transfer import DETECTOR_INPUTS, DetectorWeights
 
-__all__ = [
-    "MaskHeadProtocol",
-    "MaskXMaskHead",
-    "MaskXTextOutputLayers",
-    "TextClassifier",
-    "class_names_from_config",
-]
-
 
 class MaskHeadProtocol(Protocol):
-    """What :class:`MaskXROIHeadsMixin` expects of a mask head, which must be an ``nn.Module``.
+    """What :class:`MaskXROIHeadsMixin` expects of a mask head.
 
     To train another head on partial supervision, subclass it; without a use for ``detector``::
 
@@ -70,11 +61,6 @@ class MaskHeadProtocol(Protocol):
         """
 
 
-def takes_detector_weights(mask_head: nn.Module) -> bool:
-    """Whether a mask head follows :class:`MaskHeadProtocol`."""
-    return "detector" in inspect.signature(mask_head.forward).parameters
-
-
 @ROI_MASK_HEAD_REGISTRY.register()
 class MaskXMaskHead(MaskXHead):
     """Mask head for partial supervision; to be driven by ``MaskXROIHeads``.
@@ -83,8 +69,6 @@ class MaskXMaskHead(MaskXHead):
     model zoo load: whole into the predictor ``class_specific``, the trunk into the others.
 
     Args:
-        input_shape: shape of the pooled RoI features.
-        loss_weight: multiplier of the mask loss.
         **kwargs: arguments of :class:`maskx.systems.maskx_rcnn.mask_head.MaskXHead`.
     """
 
@@ -123,9 +107,8 @@ class MaskXMaskHead(MaskXHead):
         """Compute the mask loss, or predict masks; see :class:`MaskHeadProtocol`."""
         if detector is None:
             raise ValueError(
-                "MaskXMaskHead got no weights of the box predictor: another RoI head than "
-                "MaskXROIHeads drives it, which would train on masks that do not exist. Set "
-                "MODEL.ROI_HEADS.NAME MaskXROIHeads."
+                "MaskXMaskHead got no weights of the box predictor: other RoI heads would train on "
+                "masks that do not exist. Set MODEL.ROI_HEADS.NAME MaskXROIHeads."
             )
         if not self.training:
             class_indices = torch.cat([x.pred_classes for x in instances])
@@ -192,8 +175,7 @@ def _check_config(cfg: CfgNode) -> None:
         )
     if not head.POOLER_TYPE:
         raise ValueError(
-            "MODEL.ROI_MASK_HEAD.POOLER_TYPE is empty, but MaskXMaskHead needs pooled features. "
-            "Allowed: ROIAlign, ROIAlignV2 or ROIPool."
+            "MODEL.ROI_MASK_HEAD.POOLER_TYPE is empty. Allowed: ROIAlign, ROIAlignV2 or ROIPool."
         )
 
 
@@ -216,7 +198,7 @@ def _class_vectors(cfg: CfgNode) -> Tensor:
     if not path:
         raise ValueError(
             "MODEL.MASKX.TRANSFER.INPUTS is 'vectors', but MODEL.MASKX.TRANSFER.VECTORS is empty. "
-            "Give the path of a file with one vector per class name, or transfer from 'cls+box'."
+            "Give a file with a vector per class name, or transfer from 'cls+box'."
         )
     return torch.from_numpy(load_class_vectors(path, class_names_from_config(cfg)))
 
@@ -228,13 +210,9 @@ class TextClassifier(nn.Module):
     vector, so its logit is always 0 (Detic, Zhou et al., ECCV 2022).
 
     Args:
-        in_channels: D.
         class_vectors: (K, E), not all zero in a row; kept normalised to length 1. They are no part
             of a checkpoint, so that one with other classes loads.
         temperature: multiplier of the cosine, above 0; 50 in Detic.
-
-    Raises:
-        ValueError: the temperature is out of range.
     """
 
     def __init__(
@@ -267,15 +245,8 @@ class MaskXTextOutputLayers(FastRCNNOutputLayers):
     checkpoint and detects other classes, and weight transfer from ``cls`` gives them masks.
 
     Args:
-        input_shape: shape of the features that enter the box predictor.
         class_vectors: (K, E), by class index, as a tensor or as the array of
             :func:`maskx.core.word_vectors.load_class_vectors`.
-        temperature: see :class:`TextClassifier`.
-        **kwargs: arguments of ``FastRCNNOutputLayers``.
-
-    Raises:
-        ValueError: there is not one usable vector per class, or box regression is to be
-            class-specific.
     """
 
     @configurable
@@ -293,9 +264,8 @@ class MaskXTextOutputLayers(FastRCNNOutputLayers):
         _check_vectors(class_vectors, num_classes)
         if not cls_agnostic_bbox_reg:
             raise ValueError(
-                "A text classifier needs class-agnostic box regression: there are no learned "
-                "weights per class. Set MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True "
-                "(cls_agnostic_bbox_reg=True without a configuration)."
+                "A text classifier needs class-agnostic box regression. Set "
+                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG (cls_agnostic_bbox_reg) True."
             )
         super().__init__(input_shape, num_classes=num_classes, cls_agnostic_bbox_reg=True, **kwargs)
         self.cls_score = TextClassifier(
@@ -323,11 +293,7 @@ def text_vectors_from_config(cfg: CfgNode) -> Tensor:
 
 
 def class_names_from_config(cfg: CfgNode) -> list[str]:
-    """Return the class list of the model: that of the text classifier, or of the training data.
-
-    Raises:
-        ValueError: there is none, or it has another length than ``MODEL.ROI_HEADS.NUM_CLASSES``.
-    """
+    """Return the class list of the model: that of the text classifier, or of the training data."""
     names, source = list(cfg.MODEL.MASKX.TEXT_CLASSIFIER.CLASSES), "TEXT_CLASSIFIER.CLASSES"
     if not names:
         # A model is built from the configuration alone, before anybody registered its data sets.
@@ -351,6 +317,6 @@ def _check_vectors(class_vectors: Tensor, num_classes: int) -> None:
     zero = (class_vectors == 0).all(dim=1).nonzero().flatten().tolist()
     if zero:
         raise ValueError(
-            f"The vectors of class indices {zero} are all zero, which is the vector of the "
-            "background. Give every class a vector of its own."
+            f"The vectors of class indices {zero} are all zero, as that of the background. Give "
+            "every class a vector of its own."
         )

@@ -1,12 +1,8 @@
 """PointRend's mask head, trained by partial supervision: weight transfer point by point.
 
-"PointRend: Image Segmentation as Rendering" (Kirillov et al., CVPR 2020). A coarse mask is
-predicted from the whole box; a point head then predicts single points from fine features, in
-training at points where the coarse mask is uncertain, at inference where an upsampled mask is.
-
-Here the coarse mask is class-agnostic, and the last layer of the point head, which has one row per
-class in PointRend, is a mask predictor of maskx: only the logit of the class that a RoI needs is
-computed, with weights from weight transfer, for example.
+"PointRend: Image Segmentation as Rendering" (Kirillov et al., CVPR 2020). Here the coarse mask is
+class-agnostic, and the last layer of the point head, which has one row per class in PointRend, is a
+mask predictor of maskx: only the logit of the class that a RoI needs is computed.
 
 Shape legend:
     R: number of RoIs; C: channels that enter the predictor; N: number of points; S: resolution of
@@ -37,15 +33,11 @@ from maskx.systems.maskx_rcnn.detectron2.heads import (
 from maskx.systems.maskx_rcnn.mask_head import make_predictor, mask_loss
 from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights
 
-__all__ = ["MaskXPointRendMaskHead", "PointLayers"]
-
 
 class PointLayers(nn.Module):
     """Fully connected layers of the point head. Parameter names are those of PointRend's.
 
     Args:
-        in_channels: of the fine features.
-        fc_dims: output channels of each layer.
         coarse_each_layer: append the coarse prediction to the output of each layer, not to the
             fine features only.
     """
@@ -84,19 +76,14 @@ class MaskXPointRendMaskHead(nn.Module):
         input_shape: shapes of the feature maps by name.
         predictor: predicts one logit per point from ``point_layers.out_channels`` channels: a
             predictor of :mod:`maskx.systems.maskx_rcnn.mask_head`, such as ``TransferPredictor``.
-        point_layers: layers of the point head before the predictor.
-        point_in_features: names of the feature maps that points are sampled from.
         coarse_head: predicts (R, 1, S, S) logits from features on a regular grid of each box;
             PointRend's ``ConvFCHead``.
-        coarse_in_features: names of the feature maps that the grid is sampled from.
-        coarse_pool_size: points on a side of the grid.
         num_points: N in training.
         oversample_ratio: k of the paper: N points are chosen from k * N.
         importance_sample_ratio: beta of the paper: share of uncertain points among the N.
         coarsest_size: resolution of the mask that subdivision starts from.
         subdivision_steps: number of times that the mask is doubled, M = coarsest_size * 2**steps.
         subdivision_num_points: points that are predicted anew after each doubling.
-        loss_weight: multiplier of both losses.
     """
 
     @configurable
@@ -147,8 +134,11 @@ class MaskXPointRendMaskHead(nn.Module):
         there; else their defaults hold, which are those of the paper.
         """
         _check_config(cfg)
-        keys = cfg.MODEL if "POINT_HEAD" in cfg.MODEL else _point_rend_defaults().MODEL
-        coarse, point = keys.ROI_MASK_HEAD, keys.POINT_HEAD
+        keys = cfg
+        if "POINT_HEAD" not in cfg.MODEL:
+            keys = get_detectron2_cfg()
+            _point_rend().add_pointrend_config(keys)
+        coarse, point = keys.MODEL.ROI_MASK_HEAD, keys.MODEL.POINT_HEAD
         pool_size = cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
         coarse_shape = ShapeSpec(
             channels=_channels(input_shape, coarse.IN_FEATURES), height=pool_size, width=pool_size
@@ -204,9 +194,8 @@ class MaskXPointRendMaskHead(nn.Module):
         class_indices = torch.cat([x.gt_classes for x in rois])
         coarse_logits = self._coarse_logits(features, boxes)
         coords, labels = self._training_points(coarse_logits, rois, boxes)
-        point_logits = self._point_logits(
-            features, boxes, coords, coarse_logits, class_indices, detector
-        )
+        head = (coarse_logits, class_indices, detector)
+        point_logits = self._point_logits(features, boxes, coords, *head)
         get_event_storage().put_scalar("maskx/num_mask_rois", len(class_indices))
         size, device = coarse_logits.shape[-1], coarse_logits.device
         losses = {
@@ -312,21 +301,15 @@ def _point_rend() -> ModuleType:
         from detectron2.projects import point_rend
     except ImportError as error:
         raise ImportError(
-            "MaskXPointRendMaskHead needs Detectron2's project PointRend, which is not part of "
-            "this installation (detectron2.projects.point_rend). Install Detectron2 from its "
-            "source repository, or set MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead."
+            "MaskXPointRendMaskHead needs detectron2.projects.point_rend, which this installation "
+            "lacks. Install Detectron2 from its source repository, or set MODEL.ROI_MASK_HEAD.NAME "
+            "MaskXMaskHead."
         ) from error
     return point_rend
 
 
 def _point_features() -> ModuleType:
     return _point_rend().point_features
-
-
-def _point_rend_defaults() -> CfgNode:
-    cfg = get_detectron2_cfg()
-    _point_rend().add_pointrend_config(cfg)
-    return cfg
 
 
 def _channels(shapes: dict[str, ShapeSpec], names: Sequence[str]) -> int:

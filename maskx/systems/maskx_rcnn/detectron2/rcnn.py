@@ -16,44 +16,26 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from maskx.core.global_mean import global_mean
 from maskx.core.images import resized_image, scale_boxes
 from maskx.data.grabcut import grabcut_masks
 from maskx.data.masks import PastedMasks
 from maskx.systems.maskx_rcnn.samples import given_boxes
-
-__all__ = [
-    "MaskXGrabCutRCNN",
-    "MaskXRCNN",
-    "MaskXRPN",
-    "check_can_freeze",
-    "has_complete_boxes",
-    "predicts_masks",
-]
 
 
 @META_ARCH_REGISTRY.register()
 class MaskXRCNN(GeneralizedRCNN):
     """Detectron2's ``GeneralizedRCNN``, whose masks are pasted one at a time, when asked for.
 
-    ``pred_masks`` of its results are :class:`maskx.data.masks.PastedMasks`, so a photograph
-    costs what its detections do, not its pixels times their number. Samples may have
+    ``pred_masks`` of its results are :class:`maskx.data.masks.PastedMasks`. Samples may have
     ``given_boxes``, see :func:`maskx.systems.maskx_rcnn.samples.given_boxes`.
 
-    It also trains both stages of stage-wise training ("Learning to Segment Every Thing", Hu et al.,
-    CVPR 2018, section 2.2): first a detector on the boxes of all categories, then only the mask
-    branch.
-
     Args:
-        freeze_detector: train nothing but ``roi_heads.mask_head``. The rest needs no gradient and
-            stays in evaluation mode, so that its normalisation statistics do not change; its
-            losses are not computed, and proposals are made as at inference.
-        **kwargs: arguments of ``GeneralizedRCNN``; ``roi_heads`` must be built with the same
-            ``freeze_detector``, so that they skip the box branch where it is frozen, and only
-            there.
-
-    Raises:
-        ValueError: with ``freeze_detector``, there is no mask branch that could train; or without,
-            the RoI heads would not train the box branch.
+        freeze_detector: train nothing but ``roi_heads.mask_head``: the second stage of stage-wise
+            training (section 2.2 of the paper). The rest stays in evaluation mode, its losses are
+            not computed, and proposals are made as at inference.
+        **kwargs: arguments of ``GeneralizedRCNN``; ``roi_heads`` must have the same
+            ``freeze_detector``.
     """
 
     @configurable
@@ -70,9 +52,8 @@ class MaskXRCNN(GeneralizedRCNN):
             if not heads_freeze:
                 raise ValueError(
                     f"The detector is to be frozen, but {type(self.roi_heads).__name__} have no "
-                    "mask branch of maskx that trains on a frozen detector: nothing would be left "
-                    "to train. Set MODEL.ROI_HEADS.NAME MaskXROIHeads (freeze_detector=True "
-                    "without a configuration), or MODEL.MASKX.FREEZE_DETECTOR False."
+                    "mask branch that trains on a frozen detector. Set MODEL.ROI_HEADS.NAME "
+                    "MaskXROIHeads (freeze_detector=True), or MODEL.MASKX.FREEZE_DETECTOR False."
                 )
             self.requires_grad_(False)
             self.roi_heads.mask_head.requires_grad_(True)
@@ -122,13 +103,7 @@ class MaskXRCNN(GeneralizedRCNN):
 def _in_pixels_of_the_file(
     sample: dict[str, Any], instances: Instances, *, keep_all: bool
 ) -> Instances:
-    """Do what ``detector_postprocess`` does, without pasting all masks.
-
-    Args:
-        sample: perhaps with ``height`` and ``width``.
-        instances: of the network, in pixels of the image of the sample.
-        keep_all: keep boxes without area, which Detectron2 leaves out.
-    """
+    """Do what ``detector_postprocess`` does, without pasting all masks."""
     sides = zip(("height", "width"), instances.image_size, strict=True)
     size = tuple(sample.get(key, side) for key, side in sides)
     fields = dict(instances.get_fields())
@@ -158,13 +133,9 @@ def check_can_freeze(cfg: CfgNode) -> None:
 
 @META_ARCH_REGISTRY.register()
 class MaskXGrabCutRCNN(GeneralizedRCNN):
-    """Detectron2's ``GeneralizedRCNN`` without a mask head; its masks are GrabCut's.
+    """The baseline "Faster R-CNN tested w/ GrabCut" of the paper: its masks are GrabCut's.
 
-    The baseline "Faster R-CNN tested w/ GrabCut" of the Mask^X R-CNN paper. Training it is
-    training Faster R-CNN, and weights of any Faster R-CNN load.
-
-    Args:
-        **kwargs: arguments of ``GeneralizedRCNN``.
+    Training it is training Faster R-CNN, and weights of any Faster R-CNN load.
     """
 
     @classmethod
@@ -172,9 +143,8 @@ class MaskXGrabCutRCNN(GeneralizedRCNN):
         """Read the arguments from a configuration, which must have no mask head."""
         if cfg.MODEL.MASK_ON:
             raise ValueError(
-                "MODEL.MASK_ON is True, but the masks of MaskXGrabCutRCNN are made by GrabCut, not "
-                "by a mask head. Set MODEL.MASK_ON False and MODEL.ROI_HEADS.NAME "
-                "StandardROIHeads, or another MODEL.META_ARCHITECTURE."
+                "MODEL.MASK_ON is True, but the masks of MaskXGrabCutRCNN are made by GrabCut. Set "
+                "MODEL.MASK_ON False and MODEL.ROI_HEADS.NAME StandardROIHeads."
             )
         return super().from_config(cfg)
 
@@ -184,11 +154,7 @@ class MaskXGrabCutRCNN(GeneralizedRCNN):
         detected_instances: list[Instances] | None = None,
         do_postprocess: bool = True,
     ) -> list[Any]:
-        """Detect, then cut each box out of the input image, at the size of the output.
-
-        See ``GeneralizedRCNN.inference``; ``pred_masks`` are (R, height, width) bool, and there are
-        none without ``do_postprocess``.
-        """
+        """Detect, then cut out each box; ``pred_masks`` are (R, height, width) bool."""
         outputs = super().inference(batched_inputs, detected_instances, do_postprocess)
         if do_postprocess:
             for sample, output in zip(batched_inputs, outputs, strict=True):
@@ -213,10 +179,6 @@ def has_complete_boxes(targets: Instances) -> bool:
 
     Where it is not, as on COCO images in a model of 3,000 classes, an object without a box is no
     background, so the image must not train the detector; its masks train the mask branch.
-
-    Args:
-        targets: instances of one image. :class:`MaskXDatasetMapper` gives those of an incomplete
-            image the field ``gt_boxes_complete``.
     """
     return not targets.has("gt_boxes_complete")
 
@@ -242,8 +204,10 @@ class MaskXRPN(RPN):
         if losses:
             # The base class divides by the number of all images.
             num_complete = sum(map(has_complete_boxes, gt_instances))
-            scale = len(gt_instances) / max(num_complete, 1)
-            losses = {name: loss * scale for name, loss in losses.items()}
+            losses = {
+                name: global_mean(loss * len(gt_instances), num_complete)
+                for name, loss in losses.items()
+            }
         return proposals, losses
 
     @torch.no_grad()
@@ -256,12 +220,9 @@ class MaskXRPN(RPN):
             anchors, [x for x, keep in zip(gt_instances, complete, strict=True) if keep]
         )
         per_image = zip(*sampled, strict=True)
-        nothing = self._nothing_to_learn(anchors)
+        all_anchors = torch.cat([x.tensor for x in anchors])
+        ignored = all_anchors.new_full((len(all_anchors),), -1, dtype=torch.int8)
+        nothing = ignored, torch.zeros_like(all_anchors)
         pairs = [next(per_image) if keep else nothing for keep in complete]
         labels, boxes = zip(*pairs, strict=True)
         return list(labels), list(boxes)
-
-    @staticmethod
-    def _nothing_to_learn(anchors: list[Boxes]) -> tuple[Tensor, Tensor]:
-        boxes = torch.cat([x.tensor for x in anchors])
-        return boxes.new_full((len(boxes),), -1, dtype=torch.int8), torch.zeros_like(boxes)

@@ -1,5 +1,6 @@
 """RoI heads of Detectron2 with a mask branch that learns from partial supervision."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from maskx.systems.maskx_rcnn.detectron2.heads import MaskXTextOutputLayers, takes_detector_weights
+from maskx.systems.maskx_rcnn.detectron2.heads import MaskXTextOutputLayers
 from maskx.systems.maskx_rcnn.detectron2.rcnn import check_can_freeze, has_complete_boxes
 from maskx.systems.maskx_rcnn.weight_transfer import (
     DETECTOR_INPUTS,
@@ -20,8 +21,6 @@ from maskx.systems.maskx_rcnn.weight_transfer import (
     class_agnostic_box_message,
     detector_weights,
 )
-
-__all__ = ["MaskXCascadeROIHeads", "MaskXROIHeads", "MaskXROIHeadsMixin"]
 
 
 class MaskXROIHeadsMixin:
@@ -33,14 +32,11 @@ class MaskXROIHeadsMixin:
         class MyMaskXROIHeads(MaskXROIHeadsMixin, MyROIHeads):
             pass
 
-    The box branch is that of the other class, which must take explicit arguments
-    (``@configurable``). Its mask branch stays off (``mask_on`` is False); here only RoIs that have
-    a mask are pooled and enter the branch in training, and only the logits of the class that a
-    RoI needs are computed. Images with incomplete boxes (see :func:`has_complete_boxes`) train the
-    mask branch and no other.
+    The other class must take explicit arguments (``@configurable``); its own mask branch stays off.
+    Here only RoIs that have a mask enter the branch in training. Images with incomplete boxes (see
+    :func:`has_complete_boxes`) train the mask branch and no other.
 
     Args:
-        mask_in_features: names of the feature maps of the mask branch.
         mask_head: the mask head; see :class:`MaskHeadProtocol`.
         mask_pooler: pools (R, C, P, P) features; None for a mask head that takes feature maps.
         gt_boxes_only: train the mask branch on the ground-truth boxes instead of the sampled
@@ -48,10 +44,6 @@ class MaskXROIHeadsMixin:
         freeze_detector: compute the mask loss only; see :class:`MaskXRCNN`. The mask branch then
             trains on proposals, also with ``train_on_pred_boxes``.
         **kwargs: arguments of the other class.
-
-    Raises:
-        ValueError: the mask head does not follow the protocol, or its weight transfer does not fit
-            the box predictor.
     """
 
     @configurable
@@ -66,7 +58,12 @@ class MaskXROIHeadsMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        _check_mask_head(mask_head)
+        if "detector" not in inspect.signature(mask_head.forward).parameters:
+            raise ValueError(
+                f"The mask head {type(mask_head).__name__} takes no weights of the box predictor. "
+                "Set MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead or MaskXPointRendMaskHead, or see "
+                "maskx.detectron2.MaskHeadProtocol for what a head of your own must do."
+            )
         self.mask_in_features = mask_in_features
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
@@ -118,7 +115,7 @@ class MaskXROIHeadsMixin:
         _check_targets(targets)
         if self.freeze_detector:
             # Objects without a mask would only take places in the sample.
-            targets = [_only_masked(x) for x in targets]
+            targets = [x[x.gt_has_mask.bool()] if x.has("gt_has_mask") else x[:0] for x in targets]
             instances, losses = self.label_and_sample_proposals(proposals, targets), {}
         else:
             instances, losses = super().forward(images, features, proposals, targets, **kwargs)
@@ -172,7 +169,10 @@ class MaskXROIHeadsMixin:
         targets: list[Instances],
     ) -> dict[str, Tensor]:
         if self.gt_boxes_only:
-            proposals = [_as_proposals(x) for x in targets]
+            proposals = [
+                Instances(x.image_size, **x.get_fields(), proposal_boxes=x.gt_boxes)
+                for x in targets
+            ]
         # Box-only RoIs are left out before pooling, so that they cost nothing.
         rois = [self._with_masks(x) for x in proposals]
         return self._run_mask_head(features, rois, [x.proposal_boxes for x in rois])
@@ -212,38 +212,19 @@ class MaskXCascadeROIHeads(MaskXROIHeadsMixin, CascadeROIHeads):
     """
 
 
-def _only_masked(targets: Instances) -> Instances:
-    return targets[targets.gt_has_mask.bool()] if targets.has("gt_has_mask") else targets[:0]
-
-
-def _as_proposals(targets: Instances) -> Instances:
-    return Instances(targets.image_size, **targets.get_fields(), proposal_boxes=targets.gt_boxes)
-
-
 def _check_targets(targets: list[Instances] | None) -> None:
     if targets is None:
         raise ValueError(
             "The training batch has no instances. Build the training loader with "
-            "maskx.detectron2.MaskXDatasetMapper(cfg, is_train=True), as maskx.detectron2.Trainer "
-            "does."
+            "maskx.detectron2.MaskXDatasetMapper(cfg, is_train=True)."
         )
     for image, instances in enumerate(targets):
         if instances.has("gt_masks") and not instances.has("gt_has_mask"):
             raise ValueError(
-                f"Image {image} of the batch has gt_masks but no gt_has_mask. Without it masks "
-                "that are to be withheld, or do not exist, would train the model. Build the "
-                "training loader with maskx.detectron2.MaskXDatasetMapper (as "
-                "maskx.detectron2.Trainer does), or set gt_has_mask, a bool per instance."
+                f"Image {image} of the batch has gt_masks but no gt_has_mask: masks that are to be "
+                "withheld, or do not exist, would train the model. Build the training loader with "
+                "maskx.detectron2.MaskXDatasetMapper, or set gt_has_mask, a bool per instance."
             )
-
-
-def _check_mask_head(mask_head: nn.Module) -> None:
-    if not takes_detector_weights(mask_head):
-        raise ValueError(
-            f"The mask head {type(mask_head).__name__} takes no weights of the box predictor. Set "
-            "MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead or MaskXPointRendMaskHead, or see "
-            "maskx.detectron2.MaskHeadProtocol for what a head of your own must do."
-        )
 
 
 def _check_rows(
@@ -253,15 +234,13 @@ def _check_rows(
     if cls is None:
         raise ValueError(
             f"The box predictor {name} has no cls_score.weight. Give it a method "
-            "detector_weights() that returns a DetectorWeights (maskx.systems.maskx_rcnn."
-            "weight_transfer) with one row per foreground class, and set "
-            "MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS to the length of a row."
+            "detector_weights() that returns a DetectorWeights with one row per foreground class, "
+            "and set MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS to the length of a row."
         )
     if len(cls) != num_classes:
         raise ValueError(
             f"The box predictor {name} gives the weights of {len(cls)} classes, but there are "
-            f"{num_classes}. Its detector_weights(), or cls_score.weight without the last row, "
-            "must have one row per foreground class (MODEL.ROI_HEADS.NUM_CLASSES)."
+            f"{num_classes} (MODEL.ROI_HEADS.NUM_CLASSES)."
         )
     first = torch.zeros(1, dtype=torch.long, device=cls.device)
     found = transfer.class_inputs(first, detector).shape[1]
@@ -289,9 +268,9 @@ def _text_predictors(cfg: CfgNode, built: dict[str, Any]) -> dict[str, Any]:
     if "box_predictor" in built:
         return {"box_predictor": MaskXTextOutputLayers(cfg, built["box_head"].output_shape)}
     raise ValueError(
-        f"MODEL.MASKX.TEXT_CLASSIFIER.VECTORS is set, but {cfg.MODEL.ROI_HEADS.NAME} make their "
-        "box predictor in another place than from_config, so it cannot be replaced. Set VECTORS "
-        "'', or make a maskx.detectron2.MaskXTextOutputLayers there."
+        f"MODEL.MASKX.TEXT_CLASSIFIER.VECTORS is set, but {cfg.MODEL.ROI_HEADS.NAME} do not make "
+        "their box predictor in from_config. Set VECTORS '', or make a "
+        "maskx.detectron2.MaskXTextOutputLayers there."
     )
 
 

@@ -14,10 +14,9 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from maskx.core.image_classifier import ImageClassifier
+from maskx.detectron2.evaluation import check_all_classes_known
 from maskx.detectron2.hooks import Detectron2Hooks
-from maskx.detectron2.image_classifier import MaskXImageClassifier
-from maskx.detectron2.image_label_evaluation import check_all_classes_known
-from maskx.detectron2.image_model import choose_feature, pixel_arguments
+from maskx.detectron2.whole_images import MaskXImageClassifier, choose_feature, pixel_arguments
 from maskx.systems.transfernet.detectron2.data import (
     MaskXTransferLabelEvaluator,
     MaskXTransferSemSegEvaluator,

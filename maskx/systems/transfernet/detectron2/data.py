@@ -23,9 +23,8 @@ from maskx.detectron2.datasets import (
     records_of,
     split_from_config,
 )
+from maskx.detectron2.evaluation import MaskXImageLabelEvaluator, MaskXSemSegEvaluator
 from maskx.detectron2.hooks import hooks_of
-from maskx.detectron2.image_label_evaluation import MaskXImageLabelEvaluator
-from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
 from maskx.supervision import CategorySplit
 from maskx.systems.transfernet.baselines import BASELINE_STAGES
 from maskx.systems.transfernet.samples import AlternatingBatches, TransferMapper
@@ -184,11 +183,13 @@ def train_loader(cfg: CfgNode) -> Any:
     sets, masks = transfer_records(cfg), hooks_of(cfg).learns_label_maps
     mapper = in_format(_mapper(cfg, masks=masks), cfg.INPUT.FORMAT)
     records, batches = [*sets.source, *sets.target], None
+    stage = cfg.MODEL.MASKX.TRANSFERNET.STAGE
+    split = transfer_split(cfg) if masks and stage != "target" else None
     if _alternates(cfg):
         batches = functools.partial(AlternatingBatches, len(sets.source), len(sets.target))
     elif masks:
-        records = getattr(sets, cfg.MODEL.MASKX.TRANSFERNET.STAGE)
-    return seeded_train_loader(cfg, records, mapper, batches)
+        records = getattr(sets, stage)
+    return seeded_train_loader(cfg, records, mapper, batches, split=split)
 
 
 def test_loader(cfg: CfgNode, dataset_name: str) -> Any:

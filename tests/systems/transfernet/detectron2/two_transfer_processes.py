@@ -1,18 +1,8 @@
-"""One of two CPU processes that train TransferNet together; rank 1 has no image with a label.
-
-test_training.py calls ``run`` for rank 0 and runs ``two_transfer_processes.py 1 <port>``
-beside it.
-"""
-
-import os
-import sys
-import warnings
-from datetime import timedelta
+"""One of two CPU processes that train TransferNet together; rank 1 has no image with a label."""
 
 import torch
-import torch.distributed as dist
 from detectron2.utils.events import EventStorage
-from torch.nn.parallel import DistributedDataParallel
+from two_ranks import be_one_of_two, train_together
 
 from maskx.core.image_classifier import ImageClassifier
 from maskx.detectron2 import MaskXSmallResNet, MaskXTransferNet
@@ -20,16 +10,6 @@ from maskx.systems.transfernet.attention import FactoredAttention
 from maskx.systems.transfernet.baselines import BaselineNet, DecoupledNet
 from maskx.systems.transfernet.decoder import TransposedDecoder
 from maskx.systems.transfernet.network import TransferNet
-
-
-def run(rank, port):
-    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=180)
-    dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
-    try:
-        for method in (TransferNet, BaselineNet, DecoupledNet):
-            take_steps(method, rank)
-    finally:
-        dist.destroy_process_group()
 
 
 def make_network(method):
@@ -64,27 +44,19 @@ def take_steps(method, rank):
         pixel_mean=[128.0] * 3,
         pixel_std=[58.0] * 3,
     )
-    # As Detectron2 wraps it: without find_unused_parameters a missing gradient is a hang.
-    parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-2)
+
+    def check(losses):
+        assert all((loss > 0) == (rank == 0) for loss in losses.values())
+
     torch.manual_seed(rank)
     with EventStorage():
-        for _ in range(2):
-            losses = parallel(make_batch(rank))
-            assert all((loss > 0) == (rank == 0) for loss in losses.values())
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
-            own = torch.cat([p.detach().flatten() for p in trained])
-            others = [torch.empty_like(own) for _ in range(2)]
-            dist.all_gather(others, own)
-            assert torch.isfinite(own).all()
-            assert torch.equal(*others)
+        train_together(model, [make_batch(rank) for _ in range(2)], check, lr=1e-2)
+
+
+def work(rank):
+    for method in (TransferNet, BaselineNet, DecoupledNet):
+        take_steps(method, rank)
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    run(int(sys.argv[1]), int(sys.argv[2]))
-    # Threads of gloo may abort the interpreter while it ends.
-    os._exit(0)
+    be_one_of_two(work)
