@@ -251,6 +251,44 @@ def supervision_of(record: Mapping[str, Any], *, tags_given: bool) -> str:
     return Supervision.BOX.value
 
 
+def check_same_categories(
+    names: Mapping[int, str], reference: Mapping[int, str], *, files: Sequence[str | os.PathLike]
+) -> None:
+    """Refuse categories of two files that cannot be matched by name.
+
+    Args:
+        names: By category id.
+        reference: Those of the other file.
+        files: What the two are called in messages.
+
+    Raises:
+        ValueError: A name is in one of the two only, or both have an id under different names, so
+            that one of them may be mistaken.
+    """
+    own, other = map(os.fspath, files)
+    pair = f"{own} and {other}"
+    for (side, file), (against, second) in (
+        ((names, own), (reference, other)),
+        ((reference, other), (names, own)),
+    ):
+        plain = {name.strip().casefold(): name for name in against.values()}
+        for name in side.values():
+            if name not in against.values():
+                close = plain.get(name.strip().casefold())
+                hint = f", which has {close!r}" if close else ""
+                raise ValueError(
+                    f"{pair} must have the same categories: {name!r} of {file} is not in "
+                    f"{second}{hint}. Rename or add it; a category needs no annotation."
+                )
+    for id_, name in reference.items():
+        if names.get(id_, name) != name:
+            raise ValueError(
+                f"{pair} give other names to the same category id: {id_} is {names[id_]!r} in the "
+                f"first, {name!r} in the second. Correct the one that is wrong, or number the "
+                "categories of both alike."
+            )
+
+
 def in_class_list(data: CocoData, reference: CocoData) -> CocoData:
     """Return data in the class list of another file, matched by name.
 
@@ -259,30 +297,16 @@ def in_class_list(data: CocoData, reference: CocoData) -> CocoData:
         reference: Such as of the training file, which has the same names.
 
     Raises:
-        ValueError: A name is in one of the two only, or both have an id under different names, so
-            that one of them may be mistaken.
+        ValueError: See :func:`check_same_categories`; or the order differs, and there are label
+            maps.
     """
     if data.class_names == reference.class_names:
         return data
-    names = dict(zip(data.category_ids, data.class_names, strict=True))
     pair = f"{data.json_file} and {reference.json_file}"
-    for side, other in ((data, reference), (reference, data)):
-        for name in side.class_names:
-            if name not in other.class_names:
-                plain = {n.strip().casefold(): n for n in other.class_names}
-                close = plain.get(name.strip().casefold())
-                hint = f", which has {close!r}" if close else ""
-                raise ValueError(
-                    f"{pair} must have the same categories: {name!r} of {side.json_file} is not in "
-                    f"{other.json_file}{hint}. Rename or add it; a category needs no annotation."
-                )
-    for id_, name in zip(reference.category_ids, reference.class_names, strict=True):
-        if names.get(id_, name) != name:
-            raise ValueError(
-                f"{pair} give other names to the same category id: {id_} is {names[id_]!r} in the "
-                f"first, {name!r} in the second. Correct the one that is wrong, or number the "
-                "categories of both alike."
-            )
+    check_same_categories(
+        *(dict(zip(d.category_ids, d.class_names, strict=True)) for d in (data, reference)),
+        files=(data.json_file, reference.json_file),
+    )
     position = {name: index for index, name in enumerate(reference.class_names)}
     new_index = [position[name] for name in data.class_names]
     for record in data.records:

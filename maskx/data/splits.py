@@ -102,12 +102,13 @@ def check_masks(records: Iterable[Mapping[str, Any]], split: CategorySplit) -> N
     """
     boxes, masks = Counter(), Counter()
     for record in records:
-        for annotation in record["annotations"]:
+        for annotation in record.get("annotations", ()):
             if not annotation["iscrowd"]:
                 boxes[annotation["class_index"]] += 1
                 masks[annotation["class_index"]] += bool(annotation.get("segmentation"))
         if "label_map_file_name" in record:
-            masks.update(record["image_labels"] or range(len(split.class_names)))
+            labels = record.get("image_labels", ())
+            masks.update(labels or range(len(split.class_names)))
     indices = split.indices_with_masks
     without = [index for index in indices if not masks[index]]
     if not without:
@@ -120,7 +121,7 @@ def check_masks(records: Iterable[Mapping[str, Any]], split: CategorySplit) -> N
             "polygons or RLE masks to the annotation file, or name categories that have some."
         )
     logger.warning(
-        "%s %d of them have none in the training data: %s. They learn from their boxes alone.",
+        "%s %d of them have none in the training data: %s. No example teaches their masks.",
         *(found, len(without), counts),
     )
 

@@ -20,15 +20,17 @@ from maskx.detectron2.datasets import (
     register_from_config,
     register_tag_list,
 )
-from maskx.detectron2.evaluation import MaskXCOCOEvaluator
+from maskx.detectron2.evaluation import (
+    MaskXCOCOEvaluator,
+    MaskXImageLabelEvaluator,
+    MaskXSemSegEvaluator,
+)
 from maskx.detectron2.hooks import Detectron2Hooks
-from maskx.detectron2.image_classifier import MaskXImageClassifier
-from maskx.detectron2.image_label_evaluation import MaskXImageLabelEvaluator
 from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.model_zoo import get_config_file
-from maskx.detectron2.sem_seg_evaluation import MaskXSemSegEvaluator
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
+from maskx.detectron2.whole_images import MaskXImageClassifier
 from maskx.systems.class_patterns.detectron2 import MaskXDeepLab
 from maskx.systems.concept_mask.detectron2.data import MaskXConceptEvaluator
 from maskx.systems.concept_mask.detectron2.model import (

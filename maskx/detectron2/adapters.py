@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_test_loader
-from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from torch.utils.data import Sampler
 
 from maskx.data.images import read_image_sample
-from maskx.detectron2.datasets import class_names_of, records_of, split_from_config
+from maskx.data.splits import check_masks
+from maskx.detectron2.datasets import (
+    class_names_of,
+    record_from_detectron2,
+    records_of,
+    split_from_config,
+)
+from maskx.detectron2.evaluation import ScoresEvaluator
 from maskx.detectron2.hooks import Detectron2Hooks
 from maskx.engine.batches import (
     MappedRecords,
@@ -23,18 +28,8 @@ from maskx.engine.batches import (
     SeededLoader,
     part_of_batch,
 )
-from maskx.engine.system import Scores, System
-
-__all__ = [
-    "AspectGroupedBatches",
-    "ScoresEvaluator",
-    "SeededMapper",
-    "hooks_of_system",
-    "in_format",
-    "seed_of",
-    "seeded_train_loader",
-    "test_loader",
-]
+from maskx.engine.system import System
+from maskx.supervision import CategorySplit
 
 Sample = dict[str, Any]
 
@@ -44,10 +39,6 @@ def in_format(read: Callable[..., Sample], image_format: str) -> Callable[..., S
 
     Args:
         read: makes a sample with ``image`` (3, H, W) RGB, of a record and whatever else.
-        image_format: ``INPUT.FORMAT``, "RGB" or "BGR".
-
-    Raises:
-        ValueError: there is no such format.
     """
     if image_format not in ("RGB", "BGR"):
         raise ValueError(f"INPUT.FORMAT is {image_format!r}. Allowed: RGB, BGR.")
@@ -64,11 +55,7 @@ class _InBGR:  # a class, as other processes read images
 
 
 class SeededMapper:
-    """Give a mapper of Detectron2, which draws from NumPy's global state, a state of its own.
-
-    Args:
-        mapper: maps a record to a sample.
-    """
+    """Give a mapper of Detectron2, which draws from NumPy's global state, a state of its own."""
 
     def __init__(self, mapper: Callable[[Mapping[str, Any]], Sample]) -> None:
         self.mapper = mapper
@@ -96,6 +83,8 @@ def seeded_train_loader(
     records: Sequence[Mapping[str, Any]],
     mapper: RecordMapper,
     batches: Callable[..., Iterable[list[Any]]] | None = None,
+    *,
+    split: CategorySplit | None = None,
 ) -> SeededLoader:
     """Make a training loader whose batches follow from ``SEED`` and the iteration alone.
 
@@ -103,14 +92,13 @@ def seeded_train_loader(
     interrupted one was.
 
     Args:
-        cfg: the configuration.
         records: images to learn from; they are held serialised.
         mapper: makes a sample, in the channel order of ``INPUT.FORMAT``.
         batches: as :class:`SeededBatches`, which is the default, but without ``num_records``.
-
-    Raises:
-        ValueError: ``SOLVER.IMS_PER_BATCH`` cannot be divided among the processes.
+        split: whose categories A must have masks in the records; None where none is learned from.
     """
+    if split is not None:
+        check_masks(map(record_from_detectron2, records), split)
     batches = functools.partial(SeededBatches, len(records)) if batches is None else batches
     processes = {"rank": comm.get_rank(), "num_processes": comm.get_world_size()}
     size = cfg.SOLVER.IMS_PER_BATCH
@@ -125,13 +113,7 @@ def seeded_train_loader(
 def test_loader(
     cfg: CfgNode, dataset_name: str, read: Callable[[Mapping[str, Any]], Sample]
 ) -> Any:
-    """Make the loader of a test set.
-
-    Args:
-        cfg: the configuration.
-        dataset_name: a registered data set.
-        read: makes a sample of a record, with its image in RGB.
-    """
+    """Make the loader of a test set."""
     return build_detection_test_loader(
         records_of(dataset_name),
         mapper=in_format(read, cfg.INPUT.FORMAT),
@@ -139,7 +121,7 @@ def test_loader(
     )
 
 
-class AspectGroupedBatches(Sampler):
+class AspectGroupedBatches(SeededBatches):
     """The batches of :class:`SeededBatches` in another order: wide images apart from high ones.
 
     That saves padding, as Detectron2's own grouping does. To start later the keys of all batches
@@ -147,31 +129,13 @@ class AspectGroupedBatches(Sampler):
 
     Args:
         is_wide: of each record, whether its image is wider than high.
-        batch_size: records per iteration, of all processes together.
-        seed: what a batch is depends on the seed and the number of the iteration alone.
-        start: first iteration.
-        stop: iteration after the last.
-        rank: number of this process.
-        num_processes: how many there are.
+        *args: of :class:`SeededBatches`, but for ``num_records``.
+        **kwargs: likewise.
     """
 
-    def __init__(
-        self,
-        is_wide: Sequence[bool],
-        batch_size: int,
-        seed: int,
-        start: int,
-        stop: int,
-        *,
-        rank: int = 0,
-        num_processes: int = 1,
-    ) -> None:
-        self.is_wide, self.batch_size, self.seed = is_wide, batch_size, seed
-        self.start, self.stop = start, stop
-        self.part = part_of_batch(batch_size, rank, num_processes)
-
-    def __len__(self) -> int:
-        return self.stop - self.start
+    def __init__(self, is_wide: Sequence[bool], *args: Any, **kwargs: Any) -> None:
+        super().__init__(len(is_wide), *args, **kwargs)
+        self.is_wide = is_wide
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         groups: dict[bool, list] = defaultdict(list)
@@ -188,54 +152,17 @@ class AspectGroupedBatches(Sampler):
                     return
 
 
-class ScoresEvaluator(DatasetEvaluator):
-    """Evaluates results by the counts of a system, gathered from all processes.
-
-    Args:
-        dataset_name: a registered data set, whose records hold the truth.
-        make_scores: makes empty counts, see :class:`maskx.engine.system.Scores`.
-    """
-
-    def __init__(self, dataset_name: str, make_scores: Callable[[], Scores]) -> None:
-        self._records = {r["image_id"]: r for r in records_of(dataset_name)}
-        self._make_scores = make_scores
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all results."""
-        self._scores = self._make_scores()
-
-    def process(self, inputs: list[Sample], outputs: list[Mapping[str, Any]]) -> None:
-        """Take in the results of a batch."""
-        for sample, result in zip(inputs, outputs, strict=True):
-            self._scores.update(self._records[sample["image_id"]], result)
-
-    def evaluate(self) -> dict[str, Any]:
-        """Return the metrics; nothing in processes other than the main one."""
-        first, *others = comm.gather(self._scores, dst=0) or (None,)
-        if first is None:
-            return {}
-        for other in others:
-            first.merge(other)
-        return first.results()
-
-
 def hooks_of_system(system: System, settings: Callable[[CfgNode], Any]) -> Detectron2Hooks:
-    """Make the hooks of a system that gives ``samples`` and ``scores``.
-
-    Args:
-        system: the system; its ``samples`` are made with a configuration's settings, its class
-            list and its split.
-        settings: reads the settings of a configuration.
-    """
+    """Make the hooks of a system that gives ``samples`` and ``scores``."""
 
     def class_names(cfg: CfgNode) -> Sequence[str]:
         return class_names_of((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[0])
 
     def train_loader(cfg: CfgNode) -> SeededLoader:
         records = [r for name in cfg.DATASETS.TRAIN for r in records_of(name)]
-        mapper = system.samples(settings(cfg), class_names(cfg), split_from_config(cfg))
-        return seeded_train_loader(cfg, records, in_format(mapper, cfg.INPUT.FORMAT))
+        split = split_from_config(cfg)
+        mapper = in_format(system.samples(settings(cfg), class_names(cfg), split), cfg.INPUT.FORMAT)
+        return seeded_train_loader(cfg, records, mapper, split=split)
 
     def evaluator(cfg: CfgNode, dataset_name: str) -> ScoresEvaluator:
         split = split_from_config(cfg)

@@ -12,8 +12,6 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from maskx.core.backbones import VGG16, Backbone, SmallResNet
 from maskx.core.timm_backbones import TimmBackbone, expected_pixels
 
-__all__ = ["MaskXSmallResNet", "MaskXTimm", "MaskXTimmFPN", "MaskXVGG16", "check_images"]
-
 # The networks of timm and torchvision expect it.
 _FORMAT = "RGB"
 
@@ -31,11 +29,7 @@ class _MaskXBackbone(Backbone, detectron2.modeling.Backbone):
 
 @BACKBONE_REGISTRY.register()
 class MaskXSmallResNet(SmallResNet, _MaskXBackbone):
-    """A network to train from scratch on a CPU: :class:`maskx.core.backbones.SmallResNet`.
-
-    Args:
-        **kwargs: arguments of ``SmallResNet``.
-    """
+    """A network to train from scratch on a CPU: :class:`maskx.core.backbones.SmallResNet`."""
 
     @configurable
     def __init__(self, **kwargs: Any) -> None:
@@ -43,11 +37,7 @@ class MaskXSmallResNet(SmallResNet, _MaskXBackbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """Read the arguments from a configuration.
-
-        Raises:
-            ValueError: ``MODEL.MASKX.BACKBONE`` asks for what this network does not have.
-        """
+        """Read the arguments from a configuration."""
         for key in ("PRETRAINED", "WEIGHTS"):
             _check_without(cfg, cls, key, "there are no weights for it")
         _check_without(cfg, cls, "FROZEN_NORM", "it is trained from scratch")
@@ -58,11 +48,7 @@ class MaskXSmallResNet(SmallResNet, _MaskXBackbone):
 
 @BACKBONE_REGISTRY.register()
 class MaskXVGG16(VGG16, _MaskXBackbone):
-    """VGG-16, convolutions only, with pool switches: :class:`maskx.core.backbones.VGG16`.
-
-    Args:
-        **kwargs: arguments of ``VGG16``.
-    """
+    """VGG-16, convolutions only, with pool switches: :class:`maskx.core.backbones.VGG16`."""
 
     @configurable
     def __init__(self, **kwargs: Any) -> None:
@@ -70,12 +56,7 @@ class MaskXVGG16(VGG16, _MaskXBackbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """Read the arguments from a configuration.
-
-        Raises:
-            ValueError: the images would not be those that the weights expect, or
-                ``MODEL.MASKX.BACKBONE`` asks for what this network does not have.
-        """
+        """Read the arguments from a configuration."""
         _check_without(cfg, cls, "FROZEN_NORM", "it has no batch norm")
         return _options(cfg, "vgg16")
 
@@ -86,10 +67,6 @@ class MaskXTimm(TimmBackbone, _MaskXBackbone):
 
     ``MODEL.MASKX.BACKBONE.NAME`` is its name. ``MODEL.RESNETS`` and ``MODEL.BACKBONE.FREEZE_AT``
     are not read.
-
-    Args:
-        name: of the model.
-        **kwargs: other arguments of ``TimmBackbone``.
     """
 
     @configurable
@@ -98,12 +75,7 @@ class MaskXTimm(TimmBackbone, _MaskXBackbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """Read the arguments from a configuration.
-
-        Raises:
-            ValueError: the images would not be those that the weights expect, or there is no such
-                model.
-        """
+        """Read the arguments from a configuration."""
         keys = cfg.MODEL.MASKX.BACKBONE
         return _options(cfg, keys.NAME) | {
             "name": keys.NAME,
@@ -117,11 +89,7 @@ class MaskXTimmFPN(FPN):
     """Detectron2's feature pyramid, ``p2`` to ``p6``, on :class:`MaskXTimm`.
 
     Args:
-        bottom_up: the network.
         in_features: its maps that the pyramid is built of, e.g. ``layer1`` to ``layer4``.
-        out_channels: of every level.
-        norm: as of Detectron2's ``FPN``.
-        fuse_type: likewise.
     """
 
     @configurable
@@ -141,11 +109,7 @@ class MaskXTimmFPN(FPN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """Read the arguments from a configuration.
-
-        Raises:
-            ValueError: the network has no such feature maps.
-        """
+        """Read the arguments from a configuration."""
         network, keys = MaskXTimm(cfg, input_shape), cfg.MODEL.FPN
         unknown = [name for name in keys.IN_FEATURES if name not in network.feature_shapes]
         if unknown or not keys.IN_FEATURES:
@@ -167,12 +131,7 @@ def check_images(cfg: CfgNode, name: str, key: str) -> None:
     """Refuse images that are not those that the weights of a backbone expect.
 
     Args:
-        cfg: the configuration.
-        name: of the backbone.
         key: what asks for the weights.
-
-    Raises:
-        ValueError: format, mean or deviation are others.
     """
     mean, std = map(list, expected_pixels(name))
     found = (cfg.INPUT.FORMAT, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD))

@@ -20,8 +20,6 @@ from maskx.engine.checkpoints import (
     write_checkpoint,
 )
 
-__all__ = ["FINAL_NAME", "MaskXCheckpointer"]
-
 logger = logging.getLogger(__name__)
 
 FINAL_NAME = "model_final.pth"
@@ -37,10 +35,7 @@ class MaskXCheckpointer(DetectionCheckpointer):
     hold is refused and not run.
 
     Args:
-        model: as for Detectron2's.
-        save_dir: run folder.
         images: names the images that were learned from last, for messages.
-        **checkpointables: as for Detectron2's.
     """
 
     def __init__(
@@ -55,13 +50,7 @@ class MaskXCheckpointer(DetectionCheckpointer):
         self._images = images
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            FloatingPointError: a weight is not finite; the checkpoint before stays. The message
-                names the images.
-            OSError: it cannot be written; likewise.
-        """
+        """Write a checkpoint; where that fails, or a weight is not finite, the last one stays."""
         if not self.save_dir or not self.save_to_disk:
             return
         weights = self.model.state_dict()

@@ -38,9 +38,6 @@ def add_maskx_config(cfg: CN) -> None:
     """Add the keys of maskx. Keys that are there already, and upstream defaults, stay as they are.
 
     It may therefore be called twice, after other projects' functions, or on a loaded config.
-
-    Args:
-        cfg: changed in place.
     """
     _add_missing(cfg, _defaults())
 
@@ -233,6 +230,9 @@ def _defaults() -> CN:
     keys.SOLVER.MASKX.OPTIMIZER = "sgd"
     # Multiplier of the learning rate of the backbone.
     keys.SOLVER.MASKX.BACKBONE_LR_FACTOR = 1.0
+    # False: a mean in a loss of maskx is over what all processes see. True: over what each sees
+    # alone, as in most public code, so that a process without masks halves the mask loss of two.
+    keys.SOLVER.MASKX.MEANS_PER_PROCESS = False
     # Power of SOLVER.LR_SCHEDULER_NAME "WarmupPolyLR", which goes from BASE_LR to BASE_LR_END.
     keys.SOLVER.MASKX.POLY_POWER = 0.9
 
@@ -287,12 +287,7 @@ def read_config(file: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CN:
     """Read a configuration file, and those it is based on, without running code from them.
 
     Args:
-        file: YAML file.
         opts: KEY VALUE pairs over the file, as on a command line.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no plain YAML, or a key does not exist or has a value of the wrong type.
     """
     file = os.fspath(file)
     if not PathManager.isfile(file):

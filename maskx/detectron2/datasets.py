@@ -14,27 +14,17 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
-from maskx.data.coco import CocoData, load_coco, read_coco_json, supervision_of
+from maskx.data.coco import (
+    CocoData,
+    check_same_categories,
+    load_coco,
+    read_coco_json,
+    supervision_of,
+)
 from maskx.data.splits import resolve_split
 from maskx.data.tag_lists import read_tag_list
 from maskx.data.things_and_stuff import things_and_stuff
 from maskx.supervision import CategorySplit, Supervision
-
-__all__ = [
-    "CocoSource",
-    "add_detectron2_keys",
-    "check_file",
-    "check_registered",
-    "class_names_of",
-    "record_from_detectron2",
-    "records_of",
-    "register_coco",
-    "register_from_config",
-    "register_source",
-    "register_tag_list",
-    "split_from_config",
-    "training_class_names",
-]
 
 
 @dataclass(frozen=True)
@@ -46,8 +36,6 @@ class CocoSource:
         class_names: gives the class list they belong to by name; None if they are the class list.
         stuff: without ``class_names``, the stuff of the file, classes after its categories; see
             :func:`maskx.data.things_and_stuff.things_and_stuff`.
-        labels_only: whether no more than image labels is kept.
-        prepare: called before a file is read.
     """
 
     json_file: str | os.PathLike
@@ -69,11 +57,7 @@ class CocoSource:
         }
 
     def classes(self, names: Mapping[int, str]) -> tuple[list[str], dict[int, int]]:
-        """Return the class list, and class indices by category id.
-
-        Args:
-            names: category names by id.
-        """
+        """Return the class list, and class indices by category id."""
         if self.class_names is not None:
             class_list = list(self.class_names())
         else:
@@ -98,24 +82,19 @@ def register_coco(
 
     With ``class_names`` the data set lives in a larger class list, so that it can train together
     with others of that list. If its file annotates only some of the classes, its boxes are
-    incomplete: an object of any other class may be anywhere without a box. Its records then have
-    ``boxes_complete`` False, and :class:`MaskXDatasetMapper` marks their instances with
-    ``gt_boxes_complete``, all False. Such an image trains the mask branch only: for the detector
-    every object of the other classes would be background.
+    incomplete: its records have ``boxes_complete`` False, and :class:`MaskXDatasetMapper` marks
+    their instances with ``gt_boxes_complete``, all False. Such an image trains the mask branch
+    only: for the detector every object of the other classes would be background.
 
     Args:
         name: name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``. Registering it again with the same
             arguments does nothing.
-        json_file: annotation file.
-        image_root: folder of the images.
         strict: whether a bad annotation is an error; see :func:`maskx.data.coco.load_coco`.
         class_names: class list, by class index, to which the categories of the file belong by
             name; None for the categories of the file, in the order of their ids.
 
     Raises:
-        FileNotFoundError: there is no such annotation file.
-        ValueError: the name stands for another data set, the file cannot be used, or it has a
-            category that is not in ``class_names``.
+        ValueError: the name stands for another data set, or a category is not in ``class_names``.
     """
     categories = _read_categories(json_file)
     source = CocoSource(
@@ -139,11 +118,7 @@ def register_tag_list(
     Args:
         name: name for ``DATASETS.TRAIN``. Registering it again with the same files does nothing.
         file: JSON lines with ``file_name`` and ``tags``; it is read when the data set is used.
-        image_root: folder of the images.
         remedy: what the message says if there is no such file.
-
-    Raises:
-        ValueError: the name stands for another data set.
     """
 
     def load() -> list[dict[str, Any]]:
@@ -169,13 +144,8 @@ def register_source(name: str, source: CocoSource, *, read_classes: bool = True)
     """Register a data set unless it is.
 
     Args:
-        name: name of the data set.
-        source: what it is read from.
         read_classes: whether the class list can be known now; otherwise it is known once the data
             set was read, or registered again when it can.
-
-    Raises:
-        ValueError: the name stands for another data set.
     """
 
     def load() -> list[dict[str, Any]]:
@@ -234,11 +204,10 @@ def _register(
 def register_from_config(cfg: CfgNode) -> None:
     """Register the data sets of ``DATASETS.MASKX.REGISTER``. Calling it again does nothing.
 
-    A file that ends with ``.jsonl`` is a tag list.
-
-    Raises:
-        ValueError: an entry is not of the form [name, json_file, image_root].
+    A file that ends with ``.jsonl`` is a tag list. A test set with the categories of the training
+    data in another order is registered in their order.
     """
+    train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
     for entry in cfg.DATASETS.MASKX.REGISTER:
         is_triple = isinstance(entry, list | tuple) and len(entry) == 3
         if not is_triple or not all(isinstance(part, str) for part in entry):
@@ -246,19 +215,58 @@ def register_from_config(cfg: CfgNode) -> None:
                 f"DATASETS.MASKX.REGISTER holds {entry!r}. Allowed: entries "
                 "[name, json_file, image_root], all three strings."
             )
+    is_test = {e[0]: e[0] in test and e[0] not in train for e in cfg.DATASETS.MASKX.REGISTER}
+    for entry in sorted(cfg.DATASETS.MASKX.REGISTER, key=lambda e: is_test[e[0]]):
         if entry[1].endswith(".jsonl"):
             register_tag_list(*entry)
-        else:
-            register_coco(*entry, strict=cfg.DATASETS.MASKX.STRICT)
+            continue
+        class_names = None
+        if is_test[entry[0]] and train and train[0] in DatasetCatalog:
+            found = _read_categories(entry[1])
+            names = MetadataCatalog.get(train[0]).get("thing_classes") or ()
+            if list(found.values()) != list(names) and set(found.values()) == set(names):
+                files = (f"data set '{entry[0]}'", f"'{train[0]}'")
+                check_same_categories(found, _names_by_id(train[0], names), files=files)
+                class_names = names
+        register_coco(*entry, strict=cfg.DATASETS.MASKX.STRICT, class_names=class_names)
+
+
+def check_class_list(name: str, class_names: Sequence[str], source: str) -> None:
+    """Refuse a data set whose class list is not that of the model.
+
+    Args:
+        name: of the data set.
+        class_names: of the model, by class index.
+        source: the data set that they are of; "" where they are of none.
+    """
+    own = class_names_of(name)
+    if list(own) == list(class_names):
+        return
+    other = f"'{source}'" if source else "the class list of the model"
+    check_same_categories(
+        _names_by_id(name, own),
+        _names_by_id(source, class_names),
+        files=(f"data set '{name}'", other),
+    )
+    index = next(i for i, each in enumerate(own) if each != class_names[i])
+    raise ValueError(
+        f"Data set '{name}' has the classes of {other} in another order: class {index} is "
+        f"{own[index]!r}, not {class_names[index]!r}. Register it with register_coco(..., "
+        "class_names=) in that order, or in DATASETS.MASKX.REGISTER."
+    )
+
+
+def _names_by_id(dataset_name: str, class_names: Sequence[str]) -> dict[Any, str]:
+    """Class names by category id, by themselves where the ids are not known."""
+    metadata = MetadataCatalog.get(dataset_name) if dataset_name else {}
+    class_index = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    if len(class_index) != len(class_names):
+        return dict(zip(class_names, class_names, strict=True))
+    return {id_: class_names[index] for id_, index in class_index.items()}
 
 
 def class_names_of(dataset_name: str) -> list[str]:
-    """Return the class list of a registered data set.
-
-    Raises:
-        FileNotFoundError: its class list is in a file that is missing.
-        ValueError: there is no such data set, or it has no class list.
-    """
+    """Return the class list of a registered data set."""
     check_registered(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
     if not metadata.get("thing_classes"):
@@ -272,11 +280,7 @@ def class_names_of(dataset_name: str) -> list[str]:
 
 
 def check_registered(dataset_name: str) -> None:
-    """Refuse the name of a data set that is not registered.
-
-    Raises:
-        ValueError: there is no such data set; the message names close ones.
-    """
+    """Refuse the name of a data set that is not registered."""
     # Not MetadataCatalog.get: it makes an empty entry for a misspelt name.
     if dataset_name not in DatasetCatalog:
         close = difflib.get_close_matches(dataset_name, DatasetCatalog.list(), n=3, cutoff=0.5)
@@ -289,32 +293,19 @@ def check_registered(dataset_name: str) -> None:
 
 
 def training_class_names(cfg: CfgNode) -> list[str]:
-    """Return the class list of the (first) data set of ``DATASETS.TRAIN``.
-
-    Raises:
-        ValueError: there is none, it is not registered, or it has no class list.
-    """
+    """Return the class list of the (first) data set of ``DATASETS.TRAIN``."""
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty. Name at least one registered data set.")
     return class_names_of(cfg.DATASETS.TRAIN[0])
 
 
 def split_from_config(cfg: CfgNode) -> CategorySplit:
-    """Resolve ``DATASETS.MASKX.SPLIT`` by the class list of the training data.
-
-    Raises:
-        FileNotFoundError: the split is neither a known name nor a file.
-        ValueError: it does not fit the class list, or there is no class list.
-    """
+    """Resolve ``DATASETS.MASKX.SPLIT`` by the class list of the training data."""
     return resolve_split(cfg.DATASETS.MASKX.SPLIT, training_class_names(cfg))
 
 
 def records_of(dataset_name: str) -> list[dict[str, Any]]:
-    """Read a registered data set, whoever registered it, in the form of ``load_coco``.
-
-    Raises:
-        ValueError: there is no such data set.
-    """
+    """Read a registered data set, whoever registered it, in the form of ``load_coco``."""
     check_registered(dataset_name)
     return [record_from_detectron2(record) for record in DatasetCatalog.get(dataset_name)]
 
@@ -324,9 +315,6 @@ def record_from_detectron2(record: Mapping[str, Any]) -> dict[str, Any]:
 
     A record of another reader that says nothing of what its image shows, neither by annotations
     nor by image labels, gets none of the keys that would say that it shows nothing.
-
-    Args:
-        record: of a data set that anybody registered with Detectron2.
     """
     annotations = record.get("annotations", ())
     is_ours = all("class_index" in annotation for annotation in annotations)

@@ -9,16 +9,8 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
-from maskx.detectron2.datasets import class_names_of, split_from_config
+from maskx.detectron2.datasets import check_class_list, class_names_of, split_from_config
 from maskx.supervision import CategorySplit
-
-__all__ = [
-    "Detectron2Hooks",
-    "architecture_of",
-    "check_num_classes",
-    "hooks_of",
-    "set_default_hooks",
-]
 
 
 def _nothing(*_: Any) -> None:
@@ -37,13 +29,8 @@ class Detectron2Hooks:
     Detectron2's own, is taken for instance segmentation.
 
     Attributes:
-        system: name of the system, see :func:`maskx.engine.system.find_system`.
-        train_loader: makes the training loader of a configuration.
-        test_loader: makes the loader of a test set, from a configuration and the set's name.
-        evaluator: makes the evaluator of a test set, from the same.
         check: refuses a configuration that would fail or mislead later, before anything is built.
             The data sets of ``DATASETS.MASKX.REGISTER`` are registered by then.
-        class_names: class list of the model.
         split: which classes have masks in training; None where that is no matter of classes.
         built: called with the configuration, the model and the training loader once they are made.
         started: called with the configuration, the model and the names of the weights that it
@@ -51,7 +38,7 @@ class Detectron2Hooks:
         for_inference: clears the keys of a configuration that only training reads, such as files
             to start from.
         learns_label_maps: whether it learns from pixels, not from image labels alone; see
-            :func:`maskx.detectron2.image_mapper.image_mapper`.
+            :func:`maskx.detectron2.whole_images.image_mapper`.
         files: dotted keys of the files, beside ``MODEL.WEIGHTS``, that a run is made from.
         matches_class_names: whether its model finds the classes of a checkpoint by name, so that
             it may be evaluated with another class list than it was trained with.
@@ -73,11 +60,7 @@ class Detectron2Hooks:
 
 
 def architecture_of(cfg: CfgNode) -> type:
-    """Return the meta-architecture of a configuration.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
+    """Return the meta-architecture of a configuration."""
     name = cfg.MODEL.META_ARCHITECTURE
     if name not in META_ARCH_REGISTRY:
         known = ", ".join(sorted(known for known, _ in META_ARCH_REGISTRY))
@@ -101,21 +84,25 @@ def hooks_of(cfg: CfgNode) -> Detectron2Hooks:
     return getattr(architecture_of(cfg), "maskx_hooks", None) or _default[0]
 
 
-def check_num_classes(cfg: CfgNode, key: str) -> None:
-    """Refuse data sets whose number of classes is not the model's, and a split that does not fit.
+def check_classes(cfg: CfgNode, key: str, class_names: Sequence[str] = ()) -> None:
+    """Refuse data sets of other classes than those of the model, and a split that does not fit.
 
     Args:
-        cfg: the configuration.
-        key: that holds the number of classes, such as "MODEL.ROI_HEADS.NUM_CLASSES".
+        key: that holds their number, such as "MODEL.ROI_HEADS.NUM_CLASSES".
+        class_names: of the model where they are not those of the training data, which then need
+            only be as many.
     """
-    num_classes = cfg
+    names, num_classes = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST), cfg
     for part in key.split("."):
         num_classes = num_classes[part]
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+    source = "" if class_names else "".join(names[:1])
+    for name in cfg.DATASETS.TRAIN if class_names else names[:1]:
         found = len(class_names_of(name))
         if found != num_classes:
             raise ValueError(
                 f"{key} is {num_classes}, but data set '{name}' has {found} classes. Set {key} "
                 f"{found}, or choose another data set."
             )
+    for name in cfg.DATASETS.TEST if class_names else names[1:]:
+        check_class_list(name, class_names or class_names_of(source), source)
     split_from_config(cfg)

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,6 @@ from maskx.detectron2.datasets import (
     register_tag_list,
 )
 
-__all__ = [
-    "KNOWN_DATASETS",
-    "KnownDataset",
-    "Scenes",
-    "concept_scene_dataset",
-    "register_all",
-    "scene_dataset",
-]
-
 # The other ids from 1 to 90 are those of the official files, in the order of the class list.
 _UNUSED_COCO_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
@@ -45,7 +36,6 @@ class Scenes:
     """Scenes that are generated when a data set is first used.
 
     Attributes:
-        parameters: keyword arguments of the generator.
         generate: the generator; it writes nothing where it finds its scenes.
     """
 
@@ -75,9 +65,6 @@ class KnownDataset:
         made_by: name and options of ``datasets/prepare.py``, which makes it; empty if it is
             published so, or generated.
         class_file: file that the classes are read from, if they are not known without.
-        class_names: the larger class list that the categories belong to.
-        stuff: names of classes after the categories.
-        labels_only: whether no more than image labels is kept.
     """
 
     json_file: str
@@ -93,11 +80,10 @@ class KnownDataset:
 
 
 def register_all(root: str | os.PathLike | None = None) -> None:
-    """Register the data sets that maskx knows: those of ``KNOWN_DATASETS``.
+    """Register the data sets of ``KNOWN_DATASETS``, which ``datasets/README.md`` describes.
 
-    Nothing is read but the class lists that are in files. Files are looked for when a data set is
-    used; a message says what writes them. ``datasets/README.md`` describes each. Calling it again
-    adds only what is new, such as class lists of what was prepared in the meantime.
+    Nothing is read but the class lists that are in files. Calling it again adds only what is new,
+    such as class lists of what was prepared in the meantime.
 
     Args:
         root: folder of the data sets; None for the environment variable ``DETECTRON2_DATASETS``
@@ -159,16 +145,9 @@ def _vg_names(root: Path) -> Sequence[str]:
     return read_class_names(root / _VG_CLASSES)
 
 
-def _numbered(names: Callable[[], Sequence[str]]) -> Callable[[Path], dict[int, str]]:
-    return lambda root: dict(enumerate(names(), start=1))
-
-
-def _ade20k_150_names() -> list[str]:
-    return [entry.name for entry in ade20k_150_classes()]
-
-
-def _ade20k_847_names() -> list[str]:
-    return [entry.name for entry in ade20k_847_classes()]
+def _numbered(names: Callable[[], Iterable[Any]]) -> Callable[[Path], dict[int, str]]:
+    """Number classes from 1; they are names, or have one."""
+    return lambda root: {i: getattr(c, "name", c) for i, c in enumerate(names(), start=1)}
 
 
 def _listed_categories(path: str) -> Callable[[Path], dict[int, str]]:
@@ -181,10 +160,7 @@ def scene_dataset(
     """Describe generated scenes.
 
     Args:
-        folder: where they are written, below the folder of the data sets.
         with_ground: whether the kinds of ground are classes too, so that every pixel has one.
-        labels_only: whether no more than image labels is kept.
-        **parameters: of :func:`maskx.data.scenes.generator.generate_scenes`.
     """
 
     def categories(root: Path) -> dict[int, str]:
@@ -297,8 +273,8 @@ KNOWN_DATASETS: dict[str, KnownDataset] = {
             made_by=(folder,),
         )
         for num_classes, folder, images, names in (
-            (150, "ade20k_150", "ADEChallengeData2016/images", _ade20k_150_names),
-            (847, "ade20k_full", "ade20k_full/images", _ade20k_847_names),
+            (150, "ade20k_150", "ADEChallengeData2016/images", ade20k_150_classes),
+            (847, "ade20k_full", "ade20k_full/images", ade20k_847_classes),
         )
         for part in ("train", "train_tags", "val")
     },

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.engine import DefaultTrainer
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from torch import nn
 
@@ -29,6 +29,7 @@ from maskx.detectron2.hooks import architecture_of, hooks_of
 from maskx.detectron2.known_datasets import register_all
 from maskx.engine.checkpoints import locked
 from maskx.engine.predictor import rgb_sample
+from maskx.engine.results import Prediction
 from maskx.engine.runs import (
     RUN_NAME,
     Origin,
@@ -39,19 +40,7 @@ from maskx.engine.runs import (
     read_run,
     write_run,
 )
-
-__all__ = [
-    "FREE_KEYS",
-    "LearnedRun",
-    "as_dict",
-    "check_resumable",
-    "config_of_run",
-    "free_keys",
-    "open_model",
-    "run_of",
-    "run_state",
-    "training_run",
-]
+from maskx.engine.stages import timed_stage
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +52,7 @@ FREE_KEYS = (
 
 
 def run_of(cfg: CfgNode) -> Run:
-    """Describe the training of a configuration, whose data sets are registered.
-
-    Raises:
-        ValueError: a data set or the split cannot be used.
-    """
+    """Describe the training of a configuration, whose data sets are registered."""
     hooks, folder = hooks_of(cfg), cfg.OUTPUT_DIR
     started_from: dict[str, Origin] = {}
     for key in ("MODEL.WEIGHTS", *hooks.files):
@@ -96,13 +81,7 @@ def free_keys(cfg: CfgNode) -> tuple[str, ...]:
 
 
 def check_resumable(cfg: CfgNode) -> None:
-    """Refuse to go on with the training in ``OUTPUT_DIR`` on other data, classes or masks.
-
-    Other settings may change, as Detectron2 allows it.
-
-    Raises:
-        ValueError: something differs; the message names it and the remedy.
-    """
+    """Refuse to go on in ``OUTPUT_DIR`` with other data, classes or masks; settings may change."""
     if (Path(cfg.OUTPUT_DIR) / RUN_NAME).is_file():
         then = read_run(cfg.OUTPUT_DIR)
         check_same_run(then, run_of(cfg), source=cfg.OUTPUT_DIR, settings=False)
@@ -114,11 +93,7 @@ def run_state(cfg: CfgNode) -> RunState:
 
 
 class LearnedRun:
-    """What a checkpoint says of its run, read when it is evaluated.
-
-    Args:
-        cfg: the configuration of the evaluation.
-    """
+    """What a checkpoint says of its run, read when it is evaluated."""
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
@@ -128,11 +103,7 @@ class LearnedRun:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Compare the class lists, and say which categories had masks where the split is another.
-
-        Raises:
-            ValueError: the model was trained on other classes.
-        """
+        """Compare the class lists, and say which categories had masks if the split is another."""
         then, hooks = Run.from_json(state, "the checkpoint"), hooks_of(self.cfg)
         class_names, split = tuple(hooks.class_names(self.cfg)), hooks.split(self.cfg)
         if class_names and not hooks.matches_class_names:
@@ -154,9 +125,6 @@ def training_run(trainer: DefaultTrainer) -> Iterator[None]:
     Args:
         trainer: whose checkpoints were loaded; ``checkpointer`` is a
             :class:`maskx.detectron2.checkpointer.MaskXCheckpointer`.
-
-    Raises:
-        ValueError: another process is at work in the folder.
     """
     cfg = trainer.cfg
     if not comm.is_main_process():
@@ -168,29 +136,15 @@ def training_run(trainer: DefaultTrainer) -> Iterator[None]:
         if trainer.start_iter > 0 and (folder / RUN_NAME).is_file():
             run = dataclasses.replace(run, seconds=read_run(folder).seconds)
         write_run(folder, run)
-        started, results = time.perf_counter(), None
-        try:
+        with timed_stage(folder, run) as results:
             if trainer.start_iter >= trainer.max_iter:
                 trainer.checkpointer.write_final()
             yield
-            results = _measures(trainer)
-        finally:
-            seconds = run.seconds + time.perf_counter() - started
-            with contextlib.suppress(OSError) if results is None else contextlib.nullcontext():
-                write_run(folder, dataclasses.replace(run, seconds=seconds, results=results))
+            results.update(_measures(trainer))
 
 
 def config_of_run(run: Run, device: torch.device | str = "cpu") -> CfgNode:
-    """Make the configuration of a trained model from its ``run.json``.
-
-    Args:
-        run: as of :func:`maskx.engine.runs.read_run`.
-        device: for the model.
-
-    Raises:
-        FileNotFoundError: a file that the model needs is gone.
-        ValueError: the configuration has keys that this version does not know.
-    """
+    """Make the configuration of a trained model from its ``run.json``."""
     cfg = get_cfg()
     try:
         cfg.merge_from_other_cfg(CfgNode(run.settings))
@@ -217,10 +171,6 @@ def open_model(
 
     Returns:
         The model in evaluation mode, and what makes its sample of an (H, W, 3) uint8 RGB image.
-
-    Raises:
-        FileNotFoundError: a file that the model needs is gone.
-        ValueError: the run is of another version, or its weights are damaged.
     """
     from maskx.detectron2.trainer import load_trained  # which imports this module
 
@@ -273,3 +223,21 @@ def _measures(trainer: DefaultTrainer) -> dict[str, float | None]:
         for name, (value, _) in storage.latest().items()
         if "/" in name and not hints[name]
     }
+
+
+def to_instances(prediction: Prediction) -> Instances:
+    """Turn the instances of a prediction of ``maskx.open_run`` into Detectron2's.
+
+    They have what the prediction has; ``pred_masks`` are (N, H, W) bool.
+    """
+    if prediction.class_indices is None:
+        raise ValueError("The prediction has no instances, but a label map. Use its label_map.")
+    instances = Instances(prediction.image_size)
+    instances.pred_classes = torch.as_tensor(prediction.class_indices)
+    if prediction.boxes is not None:
+        instances.pred_boxes = Boxes(torch.as_tensor(prediction.boxes))
+    if prediction.scores is not None:
+        instances.scores = torch.as_tensor(prediction.scores)
+    if prediction.segmentations is not None:
+        instances.pred_masks = torch.from_numpy(prediction.masks)
+    return instances

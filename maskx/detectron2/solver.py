@@ -13,8 +13,6 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["OPTIMIZERS", "POLY", "build_lr_scheduler", "build_optimizer"]
-
 OPTIMIZERS = ("sgd", "adam")
 """Values of ``SOLVER.MASKX.OPTIMIZER``."""
 POLY = "WarmupPolyLR"
@@ -27,13 +25,6 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     All of Detectron2's keys mean what they mean there, but MOMENTUM and NESTEROV, which Adam does
     not have. ``SOLVER.MASKX.BACKBONE_LR_FACTOR`` multiplies the learning rate of every parameter
     in a module named ``backbone``, or in the ``encoder`` of a network.
-
-    Args:
-        cfg: the configuration.
-        model: what is to be trained.
-
-    Raises:
-        ValueError: there is no such optimiser, the factor is negative, or there is no backbone.
     """
     check_solver(cfg)
     solver = cfg.SOLVER
@@ -71,17 +62,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
     """Make the schedule of the learning rate that ``SOLVER.LR_SCHEDULER_NAME`` asks for.
 
-    ``WarmupPolyLR`` goes from ``BASE_LR`` to ``BASE_LR_END``:
-    ``(BASE_LR - BASE_LR_END) * (1 - iteration / MAX_ITER) ** POLY_POWER + BASE_LR_END``, with the
-    warm-up of Detectron2's schedules before it.
-
-    Args:
-        cfg: the configuration.
-        optimizer: of :func:`build_optimizer`. A group with a learning rate of its own keeps its
-            ratio to ``BASE_LR``.
-
-    Raises:
-        ValueError: there is no such schedule, or its end or power is out of range.
+    ``WarmupPolyLR`` is, after the warm-up of Detectron2's schedules,
+    ``(BASE_LR - BASE_LR_END) * (1 - iteration / MAX_ITER) ** POLY_POWER + BASE_LR_END``. A group
+    with a learning rate of its own keeps its ratio to ``BASE_LR``.
     """
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != POLY:
@@ -98,12 +81,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRSche
 
 
 def check_solver(cfg: CfgNode) -> None:
-    """Refuse bad values of ``SOLVER.MASKX`` and of the schedule that maskx adds.
-
-    Raises:
-        ValueError: there is no such optimiser, a factor is negative, or a learning rate at the end
-            is above that at the start.
-    """
+    """Refuse bad values of ``SOLVER.MASKX`` and of the schedule that maskx adds."""
     keys = cfg.SOLVER.MASKX
     if keys.OPTIMIZER not in OPTIMIZERS:
         raise ValueError(

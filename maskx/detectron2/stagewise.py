@@ -28,18 +28,6 @@ from maskx.detectron2.trainer import Trainer, check_config, setup
 from maskx.engine.runs import Run, flat_settings, is_below, read_run
 from maskx.engine.stages import StageState, begin_stage, stage_state
 
-__all__ = [
-    "MadeData",
-    "Stage",
-    "build_on_cpu",
-    "check_chain",
-    "check_stages",
-    "config_values",
-    "run_stage",
-    "run_stages",
-    "stage_is_finished",
-]
-
 # What makes a detector compute what it was trained to compute; a key stands for those below it.
 _DETECTOR_KEYS = (
     *("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"),
@@ -52,15 +40,7 @@ _DETECTOR_KEYS = (
 
 
 class MadeData(NamedTuple):
-    """A data set that an earlier run makes, to train on.
-
-    What its files hold decides on what is learned, not where they are.
-
-    Attributes:
-        name: what it is registered as.
-        json_file: annotation file.
-        image_root: folder of the images.
-    """
+    """A data set that an earlier run makes: its registered name, annotations and images."""
 
     name: str
     json_file: Path
@@ -72,9 +52,7 @@ class Stage:
     """One training run.
 
     Attributes:
-        config_file: YAML file.
         output: folder of the run; takes the place of ``OUTPUT_DIR``.
-        opts: KEY VALUE pairs over the file, as on a command line.
         weights: initial weights, in place of ``MODEL.WEIGHTS``; None for those of the file.
         data: takes the place of ``DATASETS.TRAIN``; None for that of the file. It need not exist
             before the run.
@@ -94,34 +72,25 @@ class Stage:
         if self.data is not None:
             register = read_config(self.config_file, self.opts).DATASETS.MASKX.REGISTER
             paths = (str(path.resolve()) for path in (self.data.json_file, self.data.image_root))
-            register = [*_without(register, self.data.name), [self.data.name, *paths]]
+            kept = [e for e in register if not e or e[0] != self.data.name]
+            register = [*kept, [self.data.name, *paths]]
             data = ("DATASETS.TRAIN", (self.data.name,), "DATASETS.MASKX.REGISTER", register)
         return [*self.opts, *weights, *data, "OUTPUT_DIR", str(self.output.resolve())]
 
     @property
     def final_weights(self) -> Path:
-        """Where Detectron2 writes the weights when the training ends."""
+        """The weights when the training has ended."""
         return self.output / FINAL_NAME
 
     def describe(self) -> Run:
-        """Describe the run, by what the files it starts from hold now.
-
-        Raises:
-            FileNotFoundError: the data that an earlier run made for it are gone.
-        """
+        """Describe the run, by what the files it starts from hold now."""
         register_all()
         register_from_config(self.cfg)
         return run_of(self.cfg)
 
     @functools.cached_property
     def cfg(self) -> CfgNode:
-        """The configuration, frozen.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: a key does not exist or has a value of the wrong type, or one is set that
-                the tool sets itself.
-        """
+        """The configuration, frozen."""
         if "OUTPUT_DIR" in self.opts[::2]:
             raise ValueError("OUTPUT_DIR is made of --output for each run. Use --output instead.")
         read_config(self.config_file, self.opts)  # so that errors name the user's pairs alone
@@ -136,10 +105,6 @@ def check_stages(first: Stage | Path, second: Stage) -> None:
     Args:
         first: the first stage, or the weights that a first stage gave.
         second: the second stage; its weights need not exist yet.
-
-    Raises:
-        FileNotFoundError: a file that a configuration names is missing.
-        ValueError: something does not fit; the message names the key and the remedy.
     """
     register_all()
     if "MODEL.WEIGHTS" in second.opts[::2] and not (
@@ -176,16 +141,11 @@ def check_chain(
     """Check that stages fit together of which each starts from the weights of the one before.
 
     Args:
-        stages: in order.
         shared_keys: keys that a stage and the next must have alike; a key stands for those below
             it.
 
     Returns:
         Whether each was trained and evaluated before.
-
-    Raises:
-        FileNotFoundError: as :func:`stage_is_finished`.
-        ValueError: as it, or something does not fit; the message names the key and the remedy.
     """
     finished = [stage_is_finished(stage) for stage in stages]
     for first, second in itertools.pairwise(stages):
@@ -229,15 +189,7 @@ def run_stage(stage: Stage, *, num_gpus: int = 1, resume: bool = True) -> Run:
     """Train and evaluate a stage, unless that is done; an interrupted one goes on.
 
     Args:
-        stage: its configuration is checked again in each process.
-        num_gpus: number of processes, one per GPU.
         resume: whether an interrupted run may go on; otherwise it is an error.
-
-    Returns:
-        What the run was, with its ``results``.
-
-    Raises:
-        ValueError: the folder holds another run, or an interrupted one without ``resume``.
     """
     free = free_keys(stage.cfg)
     if begin_stage(stage.output, stage.describe(), resume=resume, free=free) is not None:
@@ -257,14 +209,7 @@ def run_stages(
     """Run the stages that are not finished, in order.
 
     Args:
-        stages: in the order in which they need each other.
         finished: of each, see :func:`stage_is_finished`; known of all before hours go into one.
-        num_gpus: see :func:`run_stage`, as for ``resume``.
-        resume: whether an interrupted run may go on.
-        report: told what happens, in sentences.
-
-    Raises:
-        ValueError: as :func:`run_stage`.
     """
     for stage, done in zip(stages, finished, strict=True):
         if done:
@@ -286,7 +231,7 @@ def _check_first(stage: Stage) -> None:
     if maskx.FREEZE_DETECTOR:
         raise ValueError(
             f"MODEL.MASKX.FREEZE_DETECTOR is True in {stage.config_file}, the config of stage 1, "
-            "which is to train the detector. Set it False, or exchange --stage1 and --stage2."
+            "which trains the detector. Set it False, or exchange --stage1 and --stage2."
         )
     if stage.cfg.MODEL.MASK_ON:
         raise ValueError(
@@ -304,9 +249,9 @@ def _check_second(stage: Stage) -> None:
         )
     if not stage.cfg.MODEL.MASKX.FREEZE_DETECTOR:
         raise ValueError(
-            f"MODEL.MASKX.FREEZE_DETECTOR is False in {stage.config_file}, the config of stage 2: "
-            "the detector of stage 1 would go on training. Set it True (with "
-            "MODEL.META_ARCHITECTURE MaskXRCNN), or train end to end with tools/train_net.py."
+            f"MODEL.MASKX.FREEZE_DETECTOR is False in {stage.config_file}, the config of stage 2. "
+            "Set it True (with MODEL.META_ARCHITECTURE MaskXRCNN), or train end to end with "
+            "tools/train_net.py."
         )
     cfg = stage.cfg.clone()
     cfg.defrost()
@@ -337,11 +282,6 @@ def config_values(cfg: CfgNode, keys: tuple[str, ...]) -> dict[str, Any]:
     """Values by dotted key of some keys and of all those below them."""
     values = flat_settings(as_dict(cfg))
     return {key: value for key, value in values.items() if is_below(key, keys)}
-
-
-def _without(register: Sequence[Sequence[str]], name: str) -> list[Sequence[str]]:
-    """Entries of ``DATASETS.MASKX.REGISTER`` but for those of a data set."""
-    return [e for e in register if not isinstance(e, list | tuple) or list(e[:1]) != [name]]
 
 
 @contextmanager

@@ -12,14 +12,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, default_setup
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.modeling import (
-    BACKBONE_REGISTRY,
-)
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from maskx.core.global_mean import means_per_process
 from maskx.core.seeds import step_seed
 from maskx.core.text import listed
 from maskx.detectron2.checkpointer import MaskXCheckpointer
@@ -30,8 +29,6 @@ from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.runs import LearnedRun, check_resumable, run_state, training_run
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer, check_solver
 
-__all__ = ["Trainer", "check_num_gpus", "evaluate", "load_trained", "setup"]
-
 
 class Trainer(DefaultTrainer):
     """Detectron2's trainer with the mappers, the evaluators and the optimisers of maskx.
@@ -39,12 +36,6 @@ class Trainer(DefaultTrainer):
     The meta-architecture says which; see :class:`maskx.detectron2.hooks.Detectron2Hooks`.
     Registers the data sets of ``DATASETS.MASKX.REGISTER`` and checks that the configuration and
     the data sets fit together before anything is built.
-
-    Args:
-        cfg: the configuration.
-
-    Raises:
-        ValueError: something does not fit; the message names the key and the remedy.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -52,6 +43,8 @@ class Trainer(DefaultTrainer):
             setup_logger(name="maskx")
         check_config(cfg)
         super().__init__(cfg)
+        if cfg.MODEL.DEVICE == "cpu":  # elsewhere a look at the gradients waits for the device
+            self.optimizer.register_step_pre_hook(_check_gradients)
         hooks_of(cfg).built(cfg, self.checkpointer.model, self.data_loader)
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -61,11 +54,6 @@ class Trainer(DefaultTrainer):
         number of classes in eval mode, whereas for fine-tuning they take what fits. With a
         ``SEED`` the batches, and what is random in a step, go on where the interrupted training
         was.
-
-        Raises:
-            ValueError: the detector, or the encoder or attention of TransferNet, is to stay frozen,
-                but not all of its weights were loaded; or a stage of ConceptMask lacks what it
-                starts from.
         """
         resume = resume and self.checkpointer.has_checkpoint()
         if resume:
@@ -92,7 +80,16 @@ class Trainer(DefaultTrainer):
     def train(self) -> Any:
         """Train; see :func:`maskx.detectron2.runs.training_run` for what it leaves."""
         with training_run(self):
-            return super().train()
+            try:
+                return super().train()
+            except Exception as error:
+                # After its last step Detectron2 evaluates also what has diverged, and fails there.
+                diverged, own = (
+                    isinstance(e, FloatingPointError) for e in (error.__context__, error)
+                )
+                if diverged and not own:
+                    raise error.__context__ from None
+                raise
 
     def run_step(self) -> None:
         """Make a step; what is random in it follows from ``SEED`` and the iteration."""
@@ -100,12 +97,13 @@ class Trainer(DefaultTrainer):
             # Rank 0 draws what the other host draws in this step.
             torch.manual_seed(step_seed(self.cfg.SEED, self.iter, *filter(None, [comm.get_rank()])))
         try:
-            super().run_step()
+            with means_per_process(self.cfg.SOLVER.MASKX.MEANS_PER_PROCESS):
+                super().run_step()
         except FloatingPointError as error:
             images = listed(getattr(self.data_loader, "images", ()))
             raise FloatingPointError(
-                f"{error} Lower the learning rate, or look at the images of that step"
-                f"{f' ({images})' if images else ''}."
+                f"Iteration {self.iter}: {error} Lower the learning rate, or look at the images of "
+                f"that step{f' ({images})' if images else ''}."
             ) from error
 
     @classmethod
@@ -142,9 +140,6 @@ class Trainer(DefaultTrainer):
 def setup(args: argparse.Namespace) -> CfgNode:
     """Make the configuration of a run from the arguments of Detectron2's command line.
 
-    Args:
-        args: of ``detectron2.engine.default_argument_parser()``.
-
     Returns:
         The frozen configuration. All data sets it names are registered, and it was checked. To
         resume, the run in ``OUTPUT_DIR`` is of the same data, classes and masks. An evaluation
@@ -167,19 +162,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def evaluate(cfg: CfgNode, *, resume: bool = False) -> dict[str, Any]:
-    """Evaluate a trained model on the data sets of ``DATASETS.TEST``.
-
-    Args:
-        cfg: the configuration that the model was trained with.
-        resume: evaluate the last checkpoint of the output folder, if there is one, instead of
-            ``MODEL.WEIGHTS``.
-
-    Returns:
-        What :meth:`DefaultTrainer.test` returns.
-
-    Raises:
-        ValueError: there are no weights, or they are not those of this model.
-    """
+    """Do :meth:`DefaultTrainer.test` with the model of :func:`load_trained`."""
     return Trainer.test(cfg, load_trained(cfg, resume=resume))
 
 
@@ -189,15 +172,11 @@ def load_trained(
     """Build a trained model in evaluation mode.
 
     Args:
-        cfg: the configuration that it was trained with.
         resume: load the last checkpoint of the output folder, if there is one, instead of
             ``MODEL.WEIGHTS``.
         exact: refuse weights that the model does not have.
         compare: refuse weights of another class list than that of ``cfg``, and warn of another
             split, where the checkpoint says what it was trained with.
-
-    Raises:
-        ValueError: there are no weights, or they are not those of this model.
     """
     model_cfg = cfg.clone()
     model_cfg.defrost()
@@ -234,11 +213,7 @@ def load_trained(
 
 
 def check_num_gpus(num_gpus: int) -> None:
-    """Refuse to start more processes than there are GPUs.
-
-    Args:
-        num_gpus: of the command line; 1 is allowed without a GPU, for ``MODEL.DEVICE cpu``.
-    """
+    """Refuse to start more processes than there are GPUs."""
     available = torch.cuda.device_count()
     if num_gpus > max(available, 1):
         raise ValueError(
@@ -248,16 +223,16 @@ def check_num_gpus(num_gpus: int) -> None:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Register the data sets of a configuration and check that all of it fits together.
-
-    Raises:
-        FileNotFoundError: a file that the configuration names is missing.
-        ValueError: something does not fit; the message names the key and the remedy.
-    """
+    """Register the data sets of a configuration and check that all of it fits together."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', but PyTorch sees no GPU here. Set MODEL.DEVICE "
             "cpu, or check the driver and that PyTorch was built for it."
+        )
+    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise ValueError(
+            f"SOLVER.AMP.ENABLED is True, but MODEL.DEVICE is '{cfg.MODEL.DEVICE}': mixed "
+            "precision needs a GPU in Detectron2. Set SOLVER.AMP.ENABLED False."
         )
     weights = cfg.MODEL.WEIGHTS
     # As in Detectron2, "?matching_heuristics=True" may follow the path.
@@ -274,6 +249,12 @@ def check_config(cfg: CfgNode) -> None:
     check_solver(cfg)
     register_from_config(cfg)
     hooks.check(cfg)
+
+
+def _check_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    if not all(p.grad.isfinite().all() for p in parameters if p.grad is not None):
+        raise FloatingPointError("A gradient is not finite.")
 
 
 @contextlib.contextmanager

@@ -85,6 +85,7 @@ def evaluate_detections(
     groups: Mapping[str, Iterable[int]],
     iou_types: Sequence[str] = ("bbox", "segm"),
     max_detections: int = 100,
+    image_ids: Iterable[int | str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Score detections as COCOeval does, once for each kind of IoU.
 
@@ -102,6 +103,8 @@ def evaluate_detections(
         groups: Class indices by name, e.g. {"all": ..., "A": ..., "B": ...}.
         iou_types: Of "bbox" and "segm".
         max_detections: Detections scored for each image and category.
+        image_ids: Images that were looked at; others, such as those that the reader left out, count
+            for nothing. None for all of the file.
 
     Returns:
         For each IoU type: for each group the `METRICS` in percent (0 without detections, NaN
@@ -117,6 +120,8 @@ def evaluate_detections(
     else:
         # As the reader of a training mends and leaves out, which has said so.
         ground_truth = read_coco_json(ground_truth, strict=False)
+    if image_ids is not None:
+        ground_truth = _of_images(ground_truth, set(image_ids))
     groups = {name: list(indices) for name, indices in groups.items()}
     _check_request(ground_truth, category_ids, groups, iou_types)
     _check_detections(detections, ground_truth, category_ids, iou_types)
@@ -155,6 +160,19 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         f"{iou_type:<4}  {name:<{width}}" + "".join(f"{cell:>8}" for cell in cells)
         for iou_type, name, cells in rows
     )
+
+
+def _of_images(ground_truth: Mapping[str, Any], image_ids: set[int | str]) -> dict[str, Any]:
+    """Ground truth of some images; how many others the file has is said."""
+    images = [image for image in ground_truth["images"] if image["id"] in image_ids]
+    left_out = len(ground_truth["images"]) - len(images)
+    if left_out:
+        logger.warning(
+            "%d of the %d images of the ground truth were not predicted: they are not scored.",
+            *(left_out, len(ground_truth["images"])),
+        )
+    annotations = [a for a in ground_truth["annotations"] if a["image_id"] in image_ids]
+    return {**ground_truth, "images": images, "annotations": annotations}
 
 
 def _mean_percent(precision: np.ndarray) -> float:

@@ -1,10 +1,6 @@
 import contextlib
 import functools
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -14,6 +10,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from two_ranks import run_as_two
 
 from maskx.core.word_table import save_word_table
 from maskx.data.coco import load_coco
@@ -153,35 +150,8 @@ def tiny_train(scenes):
 
 @pytest.fixture
 def run_two_processes():
-    """Run a script of this folder, or any, as two processes: ``run_two_processes(path)``.
-
-    The ranks are ``<script> 0 <port>`` and ``<script> 1 <port>``. None is the process of the tests:
-    Detectron2 keeps its process group, and the next test would get one that is no more.
-    """
-
-    def run(name):
-        script = str(Path(__file__).parent / name)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, script, str(rank), str(port)],
-                stderr=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-            )
-            for rank in range(2)
-        ]
-        try:
-            for process in ranks:
-                _, errors = process.communicate(timeout=240)
-                assert process.returncode == 0, errors[-3000:]
-        finally:
-            for process in ranks:
-                process.kill()
-
-    return run
+    """Run a script of this folder, or any, as two processes: ``run_two_processes(path)``."""
+    return lambda name: run_as_two(Path(__file__).parent / name)
 
 
 @pytest.fixture

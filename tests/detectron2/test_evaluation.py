@@ -86,6 +86,12 @@ def test_it_agrees_with_detectron2_and_with_cocoeval_on_the_categories(
                 assert found[metric] == pytest.approx(value, abs=1e-9, nan_ok=True), metric
 
 
+def test_images_that_the_reader_left_out_are_no_truth(predictions, tiny_train):
+    inputs, outputs = predictions(noise=0)
+    results = run(MaskXCOCOEvaluator(tiny_train), inputs[1:], outputs[1:])
+    assert results["bbox"]["AP"] == pytest.approx(100)
+
+
 def official(json_file, detections, task, category_ids):
     """The six numbers of COCOeval restricted to some categories, in percent."""
     keys = ("image_id", "category_id", "score", {"segm": "segmentation"}.get(task, task))
@@ -152,7 +158,9 @@ def test_processes_are_gathered(predictions, tiny_train, monkeypatch):
     expected = run(MaskXCOCOEvaluator(tiny_train), inputs, outputs)
     other = MaskXCOCOEvaluator(tiny_train)
     other.process(inputs[3:], outputs[3:])
-    monkeypatch.setattr(comm, "gather", lambda data, dst: [data, (other._results, 0)])
+    monkeypatch.setattr(
+        comm, "gather", lambda data, dst: [data, (other._results, 0, other._image_ids)]
+    )
     results = run(MaskXCOCOEvaluator(tiny_train), inputs[:3], outputs[:3])
     np.testing.assert_equal(results, expected)
     monkeypatch.setattr(comm, "gather", lambda data, dst: [])
@@ -207,7 +215,7 @@ def test_left_out_detections_of_all_processes_are_counted(
     for output in outputs:
         output["instances"].pred_classes[:] = 0
     evaluator = MaskXCOCOEvaluator("part")
-    monkeypatch.setattr(comm, "gather", lambda data, dst: [data, ([], 1000)])
+    monkeypatch.setattr(comm, "gather", lambda data, dst: [data, ([], 1000, [])])
     with caplog.at_level(logging.INFO):
         results = run(evaluator, inputs, outputs)
     total = 1000 + sum(len(output["instances"]) for output in outputs)

@@ -135,9 +135,10 @@ def test_bad_data_sets_are_named(images, tmp_path):
     register_coco("more", images, tmp_path, class_names=[*NAMES, "zebra"])
     with pytest.raises(ValueError, match=r"'more' annotates 4 of 5 classes: which of the others"):
         MaskXImageLabelEvaluator("more")
-    for number, record in enumerate(({"image_id": 1}, {"image_labels": []})):
+    lacks = {"without image_id": {"image_labels": []}, "with neither": {"image_id": 1}}
+    for number, (words, record) in enumerate(lacks.items()):
         name = f"bare{number}"
         DatasetCatalog.register(name, lambda record=record: [{"file_name": "1.png", **record}])
         MetadataCatalog.get(name).thing_classes = list(NAMES)
-        with pytest.raises(ValueError, match=rf"'{name}' has a record \(1\.png\) without image_id"):
+        with pytest.raises(ValueError, match=rf"'{name}' has a record \(1\.png\) {words}"):
             MaskXImageLabelEvaluator(name)

@@ -199,7 +199,7 @@ def test_evaluation_loads_no_imagenet_weights(
         (
             ("MODEL.MASKX.FREEZE_DETECTOR", True),
             ValueError,
-            r"FREEZE_DETECTOR is True, but MODEL\.META_ARCHITECTURE MaskX",
+            r"FREEZE_DETECTOR is True, but MaskX",
         ),
     ],
 )

@@ -1,20 +1,10 @@
-"""One of two CPU processes that train together; on rank 1 nothing is known of any pixel.
-
-test_image_training.py calls ``run`` for rank 0 and runs ``two_image_processes.py 1 <port>`` beside
-it.
-"""
-
-import os
-import sys
-import warnings
-from datetime import timedelta
+"""One of two CPU processes that train together; on rank 1 nothing is known of any pixel."""
 
 import torch
-import torch.distributed as dist
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from torch.nn.parallel import DistributedDataParallel
+from two_ranks import be_one_of_two, train_together
 
 from maskx.core.image_classifier import ImageClassifier
 from maskx.detectron2 import (
@@ -28,17 +18,12 @@ from maskx.systems.class_patterns.model import DeepLab
 NAMES = ["cat", "dog", "owl", "yak"]
 
 
-def run(rank, port):
-    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=180)
-    dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
-    try:
-        for make in (make_classifier, make_segmenter):
-            take_steps(make, rank)
-        evaluate(rank)
-    finally:
-        # Detectron2 keeps the group of its gathering; one that is left may abort at exit.
-        comm._get_global_gloo_group.cache_clear()
-        dist.destroy_process_group()
+def work(rank):
+    for make in (make_classifier, make_segmenter):
+        take_steps(make, rank)
+    evaluate(rank)
+    # Detectron2 keeps the group of its gathering; one that is left may abort at exit.
+    comm._get_global_gloo_group.cache_clear()
 
 
 def make_batch(rank):
@@ -65,22 +50,14 @@ def make_segmenter():
 def take_steps(make, rank):
     torch.manual_seed(0)
     model = make()
-    # As Detectron2 wraps it: without find_unused_parameters a missing gradient is a hang.
-    parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def check(losses):
+        (loss,) = losses.values()
+        assert (loss > 0) == (rank == 0 or make is make_classifier)
+
     torch.manual_seed(rank)
     with EventStorage():
-        for _ in range(2):
-            (loss,) = parallel(make_batch(rank)).values()
-            assert (loss > 0) == (rank == 0 or make is make_classifier)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            own = torch.cat([p.detach().flatten() for p in model.parameters()])
-            others = [torch.empty_like(own) for _ in range(2)]
-            dist.all_gather(others, own)
-            assert torch.isfinite(own).all()
-            assert torch.equal(*others)
+        train_together(model, [make_batch(rank) for _ in range(2)], check)
 
 
 def evaluate(rank):
@@ -102,7 +79,4 @@ def evaluate(rank):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    run(int(sys.argv[1]), int(sys.argv[2]))
-    # Threads of gloo may abort the interpreter while it ends.
-    os._exit(0)
+    be_one_of_two(work)

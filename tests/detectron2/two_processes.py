@@ -1,20 +1,14 @@
-"""One of two CPU processes that train together; on rank 1 there is no mask.
-
-test_roi_heads.py calls ``run`` for rank 0 and runs ``two_processes.py 1 <port>`` beside it.
-"""
+"""One of two CPU processes that train together; on rank 1 there is no mask."""
 
 import os
-import sys
-import warnings
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from torch.nn.parallel import DistributedDataParallel
+from two_ranks import be_one_of_two, mean_gradient, train_together
 
+from maskx.core.global_mean import means_per_process
 from maskx.detectron2 import get_cfg
 
 CONFIG = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "MaskX")
@@ -38,43 +32,49 @@ def make_batch(rank, has_objects):
     return [{"image": torch.rand(3, 64, 64) * 255, "instances": instances}]
 
 
-def run(rank, port):
-    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=180)
-    dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
-    try:
-        take_steps(rank)
-    finally:
-        dist.destroy_process_group()
-
-
-def take_steps(rank):
+def make_model(*opts):
     cfg = get_cfg()
     cfg.merge_from_file(
         os.path.join(CONFIG, "voc2nonvoc", "e2e", "clsbox_2_layer_mlp_R_50_FPN_1x.yaml")
     )
-    cfg.merge_from_list(list(TINY))
+    cfg.merge_from_list([*TINY, *opts])
     torch.manual_seed(0)
-    model = build_model(cfg).train()
-    # As Detectron2 wraps it: without find_unused_parameters a missing gradient is a hang.
-    parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    return build_model(cfg).train()
+
+
+def compare_with_one_process(rank):
+    """The mask loss of 2 and of 0 masks has the gradient that one process has of both images."""
+    model = make_model("MODEL.MASKX.GT_BOXES_ONLY", True)
+    parameters = list(model.roi_heads.mask_head.parameters())
+    batches = []
+    for index in range(2):
+        torch.manual_seed(index)
+        batches.append(make_batch(index, has_objects=True))
+    with EventStorage():
+        found = mean_gradient(model(batches[rank])["loss_mask"], parameters)
+        with means_per_process():
+            loss = model([*batches[0], *batches[1]])["loss_mask"]
+            expected = mean_gradient(loss, parameters)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def take_steps(rank):
+    model = make_model()
+
+    def check(losses):
+        assert (losses["loss_mask"] > 0) == (rank == 0)
+
     torch.manual_seed(rank)
     with EventStorage():
-        for has_objects in (True, rank == 0):  # in the second step rank 1 sees no object at all
-            losses = parallel(make_batch(rank, has_objects))
-            assert (losses["loss_mask"] > 0) == (rank == 0)
-            optimizer.zero_grad()
-            sum(losses.values()).backward()
-            optimizer.step()
-            own = torch.cat([p.detach().flatten() for p in model.parameters()])
-            others = [torch.empty_like(own) for _ in range(2)]
-            dist.all_gather(others, own)
-            assert torch.isfinite(own).all()
-            assert torch.equal(*others)
+        # In the second step rank 1 sees no object at all.
+        train_together(model, [make_batch(rank, x) for x in (True, rank == 0)], check)
+
+
+def work(rank):
+    compare_with_one_process(rank)
+    take_steps(rank)
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    run(int(sys.argv[1]), int(sys.argv[2]))
-    # Threads of gloo may abort the interpreter while it ends.
-    os._exit(0)
+    be_one_of_two(work)

@@ -221,6 +221,25 @@ def test_no_detections_score_0_or_nan():
         assert all(math.isnan(value) for value in result["one"].values())
 
 
+def test_only_images_that_were_looked_at_are_scored(caplog):
+    ground_truth, detections = toy_data(0)
+    seen = [image["id"] for image in ground_truth["images"][1:]]
+    detections = [d for d in detections if d["image_id"] in seen]
+    smaller = {
+        **ground_truth,
+        "images": [image for image in ground_truth["images"] if image["id"] in seen],
+        "annotations": [a for a in ground_truth["annotations"] if a["image_id"] in seen],
+    }
+    expected = numbers(evaluate(smaller, detections))
+    assert not caplog.records
+    np.testing.assert_allclose(
+        numbers(evaluate(ground_truth, detections, image_ids=seen)), expected
+    )
+    assert "1 of the 4 images of the ground truth were not predicted" in caplog.text
+    whole = numbers(evaluate(ground_truth, detections))
+    assert not np.allclose(whole, expected, equal_nan=True)
+
+
 def test_no_ground_truth_is_nan():
     results = evaluate(make_ground_truth([]), [])
     assert all(math.isnan(value) for value in results["segm"]["all"].values())

@@ -14,7 +14,7 @@ from maskx.core.images import warp_image
 from maskx.data.images import ImageMapper
 from maskx.data.label_maps import label_map_of_instances, write_label_map
 from maskx.detectron2 import Trainer, register_coco
-from maskx.detectron2.image_mapper import allowed_label_map, image_mapper, training_records
+from maskx.detectron2.whole_images import allowed_label_map, image_mapper, training_records
 
 NAMES = ("cat", "dog", "owl", "yak")
 SIZE = (12, 16)

@@ -1,30 +1,106 @@
-"""Samples of image classifiers and semantic segmentation, and which records they learn from."""
+"""Models of whole images on Detectron2: classifiers and semantic segmentation, of one class list.
+
+Their configuration, the samples and records that they learn from, and their hooks.
+"""
 
 import functools
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
-from detectron2.config import CfgNode
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 
+from maskx.core.image_classifier import ImageClassifier
+from maskx.core.sample_models import SampleClassifier
 from maskx.data.images import ImageMapper
 from maskx.data.label_maps import ignore_label, semantic_label_map
+from maskx.detectron2.adapters import in_format, seeded_train_loader, test_loader
 from maskx.detectron2.datasets import class_names_of, records_of, split_from_config
-from maskx.detectron2.hooks import hooks_of
-
-__all__ = ["allowed_label_map", "image_mapper", "training_records"]
+from maskx.detectron2.evaluation import MaskXImageLabelEvaluator, check_all_classes_known
+from maskx.detectron2.hooks import Detectron2Hooks, check_classes, hooks_of
 
 logger = logging.getLogger(__name__)
+
+
+def pixel_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Arguments of :class:`maskx.core.sample_models.SampleModel` but the size of images."""
+    return {"pixel_mean": cfg.MODEL.PIXEL_MEAN, "pixel_std": cfg.MODEL.PIXEL_STD}
+
+
+def choose_feature(backbone: Backbone, name: str) -> tuple[str, int]:
+    """Return the name and the channels of a feature map of a backbone.
+
+    What the feature map does not depend on is taken away (backbones of maskx) or frozen (others):
+    training by several processes stops where a parameter gets no gradient.
+
+    Args:
+        name: of the feature map; "" for the last.
+    """
+    shapes = backbone.output_shape()
+    if name and name not in shapes:
+        raise ValueError(
+            f"MODEL.MASKX.IN_FEATURE (in_feature) is '{name}', which {type(backbone).__name__} "
+            f"does not return. Allowed: {', '.join(shapes)}; '' for the last of them."
+        )
+    name = name or list(shapes)[-1]
+    if hasattr(backbone, "drop_layers_after"):
+        backbone.drop_layers_after(name)
+    elif len(shapes) > 1:
+        _freeze_unused(backbone, name)
+    return name, shapes[name].channels
+
+
+def _freeze_unused(backbone: Backbone, name: str) -> None:
+    """Freeze the parameters that have no part in a feature map, found by a small image."""
+    stride = max(shape.stride for shape in backbone.output_shape().values())
+    side = 2 * max(stride, backbone.size_divisibility)
+    trained = [p for p in backbone.parameters() if p.requires_grad]
+    if not trained:
+        return
+    is_training = backbone.training
+    backbone.eval()  # keeps the statistics of batch norm
+    image = trained[0].new_zeros(1, 3, side, side)
+    with torch.enable_grad():
+        found = torch.autograd.grad(backbone(image)[name].sum(), trained, allow_unused=True)
+    backbone.train(is_training)
+    for parameter, gradient in zip(trained, found, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
+@META_ARCH_REGISTRY.register()
+class MaskXImageClassifier(SampleClassifier):
+    """:class:`maskx.core.sample_models.SampleClassifier` with any backbone of Detectron2."""
+
+    @configurable
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read the arguments from a configuration."""
+        backbone = build_backbone(cfg)
+        in_feature, in_channels = choose_feature(backbone, cfg.MODEL.MASKX.IN_FEATURE)
+        classifier = ImageClassifier(
+            backbone,
+            in_feature=in_feature,
+            in_channels=in_channels,
+            num_classes=cfg.MODEL.MASKX.NUM_CLASSES,
+        )
+        return {
+            "classifier": classifier,
+            "size": cfg.INPUT.MASKX.SIZE,
+            **pixel_arguments(cfg),
+        }
 
 
 def image_mapper(cfg: CfgNode) -> ImageMapper:
     """Make what makes samples of records; see :func:`maskx.detectron2.adapters.in_format`.
 
     Where the split withholds masks, label maps are those of :func:`allowed_label_map`.
-
-    Raises:
-        ValueError: a key has no meaning for it.
     """
     flip = cfg.INPUT.RANDOM_FLIP
     if flip not in ("none", "horizontal"):
@@ -75,12 +151,6 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
 
     Detectron2's own rule, ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``, leaves out every image without
     a box, so all those that have only image labels or a label map; it is not used.
-
-    Args:
-        cfg: the configuration.
-
-    Raises:
-        ValueError: no image is left, or the data sets have different class lists.
     """
     names = cfg.DATASETS.TRAIN
     for name in names[1:]:
@@ -146,3 +216,45 @@ def _withhold(label_map: np.ndarray, allowed: Collection[int], num_classes: int)
         withheld |= label_map == 0
         return np.where(withheld, label_map.dtype.type(ignore), label_map)
     return label_map
+
+
+def image_hooks(
+    system: str,
+    evaluator: Callable[..., DatasetEvaluator],
+    *,
+    learns_label_maps: bool,
+    check: Callable[[CfgNode], None] | None = None,
+) -> Detectron2Hooks:
+    """Make the hooks of a model that :func:`image_mapper` makes samples for."""
+
+    def train_loader(cfg: CfgNode) -> Any:
+        mapper = in_format(image_mapper(cfg), cfg.INPUT.FORMAT)
+        split = split_from_config(cfg) if learns_label_maps else None
+        return seeded_train_loader(cfg, training_records(cfg), mapper, split=split)
+
+    def check_all(cfg: CfgNode) -> None:
+        if cfg.MODEL.MASKX.FREEZE_DETECTOR:
+            raise ValueError(
+                f"MODEL.MASKX.FREEZE_DETECTOR is True, but {cfg.MODEL.META_ARCHITECTURE} has no "
+                "detector. Set it to False."
+            )
+        check_classes(cfg, "MODEL.MASKX.NUM_CLASSES")
+        if check is not None:
+            check(cfg)
+
+    return Detectron2Hooks(
+        system=system,
+        train_loader=train_loader,
+        test_loader=lambda cfg, name: test_loader(cfg, name, image_mapper(cfg).read_image),
+        evaluator=lambda cfg, name: evaluator(name, split=cfg.DATASETS.MASKX.SPLIT),
+        check=check_all,
+        learns_label_maps=learns_label_maps,
+    )
+
+
+MaskXImageClassifier.maskx_hooks = image_hooks(
+    "image_classifier",
+    MaskXImageLabelEvaluator,
+    learns_label_maps=False,
+    check=lambda cfg: [check_all_classes_known(name) for name in cfg.DATASETS.TRAIN],
+)
