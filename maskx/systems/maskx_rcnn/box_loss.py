@@ -8,15 +8,81 @@ Shape legend:
     R: number of RoIs; M: resolution of the masks.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from maskx.core.global_mean import global_mean
 
 # The right, lower left, lower and lower right neighbour: with their mirror images, all eight.
 _NEIGHBOURS = ((0, 1), (1, -1), (1, 0), (1, 1))
+
+
+class BoxMaskLoss(nn.Module):
+    """The losses of a training step.
+
+    The pairwise term rises over the first steps: an empty mask has none of it either.
+
+    Args:
+        weight: of both terms.
+        warm_up: steps over which the weight of the pairwise term rises linearly.
+        max_rois: RoIs without a mask that enter the mask branch, per image.
+        dilation: see :func:`box_mask_losses`, like the next.
+        min_similarity: likewise.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        warm_up: int = 0,
+        max_rois: int = 16,
+        dilation: int = 1,
+        min_similarity: float = 0.3,
+    ) -> None:
+        super().__init__()
+        for name, value, lowest in (
+            ("weight", weight, 0),
+            ("warm_up", warm_up, 0),
+            ("max_rois", max_rois, 1),
+            ("dilation", dilation, 1),
+            ("min_similarity", min_similarity, 0),
+        ):
+            if not value >= lowest:
+                raise ValueError(f"{name} of the box loss must be at least {lowest}, got {value}.")
+        self.weight, self.warm_up, self.max_rois = weight, warm_up, max_rois
+        self.dilation, self.min_similarity = dilation, min_similarity
+        # In checkpoints, so that a resumed run goes on where it was.
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, mask_logits: Tensor, rois: Sequence[Tensor], boxes: Tensor, images: Tensor
+    ) -> Tensor:
+        """Compute the loss of a training step, a scalar.
+
+        Args:
+            mask_logits: (R, M, M), image by image.
+            rois: per image (R_i, 4).
+            boxes: (R, 4) ground-truth boxes.
+            images: (N, 3, H, W) RGB in [0, 1].
+        """
+        losses = box_mask_losses(
+            mask_logits,
+            torch.cat(list(rois)),
+            boxes,
+            roi_colours(images, list(rois), mask_logits.shape[-1]),
+            dilation=self.dilation,
+            min_similarity=self.min_similarity,
+        )
+        self.steps += 1
+        risen = (self.steps / max(self.warm_up, 1)).clamp(max=1)
+        return self.weight * (losses["projection"] + risen * losses["pairwise"])
 
 
 def box_mask_losses(

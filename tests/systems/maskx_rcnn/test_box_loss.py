@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from maskx.systems.maskx_rcnn.box_loss import (
+    BoxMaskLoss,
     box_mask_losses,
     box_projections,
     pairwise_loss,
@@ -158,3 +159,28 @@ def test_colours_of_a_roi_are_those_under_its_cells():
     assert colours.shape == (1, 3, M, M)
     torch.testing.assert_close(colours[0, :, :, :3], torch.zeros(3, M, 3))
     torch.testing.assert_close(colours[0, :, :, 3:], red[:, None, None].expand(3, M, 3))
+
+
+def test_the_pairwise_term_rises_and_a_resumed_run_goes_on_where_it_was():
+    logits, _ = draw()
+    rois = [torch.tensor([[0.0, 0.0, 9.0, 9.0]]).double().expand(3, 4)]
+    images = torch.full((1, 3, 12, 12), 0.5).double()
+    losses = box_mask_losses(logits, rois[0], rois[0], roi_colours(images, rois, M), dilation=1)
+    projection, pairwise = losses["projection"].item(), losses["pairwise"].item()
+    assert pairwise > 0
+    loss = BoxMaskLoss(weight=0.5, warm_up=4)
+    found = [loss(logits, rois, rois[0], images).item() for _ in range(2)]
+    resumed = BoxMaskLoss(weight=0.5, warm_up=4)
+    resumed.load_state_dict(loss.state_dict())
+    found += [resumed(logits, rois, rois[0], images).item() for _ in range(3)]
+    expected = [0.5 * (projection + share * pairwise) for share in (0.25, 0.5, 0.75, 1, 1)]
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("weight", -1), ("warm_up", -1), ("max_rois", 0), ("dilation", 0), ("min_similarity", -0.1)],
+)
+def test_options_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        BoxMaskLoss(**{name: value})
