@@ -97,6 +97,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fast, but detections get worse masks",
     )
     add(
+        "--box-loss",
+        type=float,
+        default=default.box_loss,
+        metavar="WEIGHT",
+        help="maskx: learn masks also from the boxes of objects without a mask (default: 0, off)",
+    )
+    add(
         "--crf",
         action="store_true",
         help="class_patterns, transfernet: dense CRF, needs the extra crf",

@@ -21,6 +21,7 @@ from maskx.systems.concept_mask.network import (
 )
 from maskx.systems.concept_mask.samples import ConceptMapper
 from maskx.systems.larvseg.network import LarvSeg
+from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
 from maskx.systems.maskx_rcnn.detectron2.heads import MaskXMaskHead, TextClassifier
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead
 from maskx.systems.maskx_rcnn.weight_transfer import WeightTransfer
@@ -65,6 +66,18 @@ def _defaults() -> CN:
     # True: only the mask branch trains, the detector stays as it was loaded (the second stage of
     # stage-wise training, section 2.2). Needs META_ARCHITECTURE "MaskXRCNN".
     keys.MODEL.MASKX.FREEZE_DETECTOR = False
+    # The mask loss of objects without a mask, by their boxes and the colours of the image (BoxInst,
+    # Tian et al., CVPR 2021); beyond the paper, which leaves them out of the mask branch.
+    keys.MODEL.MASKX.BOX_LOSS = CN()
+    keys.MODEL.MASKX.BOX_LOSS.WEIGHT = 0.0
+    # Iterations over which the weight of its pairwise term rises; 11 % of a training in BoxInst.
+    keys.MODEL.MASKX.BOX_LOSS.WARM_UP = default_of(BoxMaskLoss, "warm_up")
+    # RoIs without a mask that enter the mask branch, per image.
+    keys.MODEL.MASKX.BOX_LOSS.MAX_ROIS = default_of(BoxMaskLoss, "max_rois")
+    # Distance of neighbours that are compared, in cells of the mask.
+    keys.MODEL.MASKX.BOX_LOSS.DILATION = default_of(BoxMaskLoss, "dilation")
+    # They are alike where exp(-distance of their Lab colours / 2) is at least this.
+    keys.MODEL.MASKX.BOX_LOSS.MIN_SIMILARITY = default_of(BoxMaskLoss, "min_similarity")
     # Multiplier of the mask loss; 1 in the paper.
     keys.MODEL.MASKX.LOSS_WEIGHT = default_of(MaskXMaskHead, "loss_weight")
 

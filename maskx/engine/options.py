@@ -47,6 +47,8 @@ class QuickstartOptions:
         resolve: the same; None is "standardised", the paper has "ignore".
         annotated_boxes: of ``maskx``, train masks in annotated boxes alone, not in those that the
             detector proposes: ``gt_boxes_only`` of :func:`maskx.torchvision.add_mask_branch`.
+        box_loss: of ``maskx``, weight of the mask loss of objects that have a box only: ``weight``
+            of :class:`maskx.systems.maskx_rcnn.box_loss.BoxMaskLoss`; 0 trains on masks alone.
         crf: refine masks by a dense CRF: of ``class_patterns`` proxy masks of images with one
             label, and predictions; of ``transfernet`` predictions.
         multi_scale: of ``class_patterns``, test the segmentation network at three sizes, as the
@@ -78,6 +80,7 @@ class QuickstartOptions:
     threshold: str | None = None
     resolve: str | None = None
     annotated_boxes: bool = False
+    box_loss: float = 0.0
     crf: bool = False
     multi_scale: bool = False
     layer: str | None = None

@@ -32,6 +32,9 @@ class BoxMaskLoss(nn.Module):
         max_rois: RoIs without a mask that enter the mask branch, per image.
         dilation: see :func:`box_mask_losses`, like the next.
         min_similarity: likewise.
+        pixel_mean: subtracted of the images, of each channel in their order, white being 1.
+        pixel_std: by which they were divided then.
+        is_bgr: whether their channels are BGR, not RGB.
 
     Raises:
         ValueError: an argument is out of range.
@@ -45,6 +48,9 @@ class BoxMaskLoss(nn.Module):
         max_rois: int = 16,
         dilation: int = 1,
         min_similarity: float = 0.3,
+        pixel_mean: Sequence[float] = (0, 0, 0),
+        pixel_std: Sequence[float] = (1, 1, 1),
+        is_bgr: bool = False,
     ) -> None:
         super().__init__()
         for name, value, lowest in (
@@ -58,6 +64,7 @@ class BoxMaskLoss(nn.Module):
                 raise ValueError(f"{name} of the box loss must be at least {lowest}, got {value}.")
         self.weight, self.warm_up, self.max_rois = weight, warm_up, max_rois
         self.dilation, self.min_similarity = dilation, min_similarity
+        self.pixel_mean, self.pixel_std, self.is_bgr = pixel_mean, pixel_std, is_bgr
         # In checkpoints, so that a resumed run goes on where it was.
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
@@ -70,8 +77,13 @@ class BoxMaskLoss(nn.Module):
             mask_logits: (R, M, M), image by image.
             rois: per image (R_i, 4).
             boxes: (R, 4) ground-truth boxes.
-            images: (N, 3, H, W) RGB in [0, 1].
+            images: (N, 3, H, W), normalised.
         """
+        mean, std = (
+            images.new_tensor(values)[:, None, None] for values in (self.pixel_mean, self.pixel_std)
+        )
+        images = images * std + mean
+        images = images.flip(1) if self.is_bgr else images
         losses = box_mask_losses(
             mask_logits,
             torch.cat(list(rois)),

@@ -88,6 +88,9 @@ def train_detector(
     iterations = _ITERATIONS if options.iterations is None else options.iterations
     batch_size = _BATCH_SIZE if options.batch_size is None else options.batch_size
     branch = MASK_BRANCHES[name] | ({"gt_boxes_only": True} if options.annotated_boxes else {})
+    if options.box_loss:
+        # BoxInst's 11 % of a training, in round numbers.
+        branch |= {"box_loss": {"weight": options.box_loss, "warm_up": iterations // 10}}
     settings = {
         "backbone": options.backbone,
         "frozen_norm": options.pretrained is not False,

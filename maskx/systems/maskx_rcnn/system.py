@@ -12,6 +12,6 @@ SYSTEM = System(
     open=open_detector,
     prediction=instances_prediction,
     box_masks=masks_of_boxes,
-    options=frozenset(["annotated_boxes", "compare", "masks_for"]),
+    options=frozenset(["annotated_boxes", "box_loss", "compare", "masks_for"]),
     learns_from=("boxes_and_masks", "masks"),
 )

@@ -22,6 +22,7 @@ from maskx.core.images import scale_boxes, shrink_image
 from maskx.data.images import read_image_sample
 from maskx.data.masks import PastedMasks
 from maskx.engine.results import instances_prediction
+from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead, crop_mask_targets, mask_loss
 from maskx.systems.maskx_rcnn.samples import given_boxes
 from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, detector_weights
@@ -261,6 +262,11 @@ class MaskXRoIHeads(BoxRoIHeads):
         mask_roi_pool: pools (R, C, P, P) features for the mask branch.
         gt_boxes_only: train the mask branch on the ground-truth boxes instead of the sampled
             proposals (found to help unseen categories by Deep-MAC, Birodkar et al., ICCV 2021).
+        box_loss: trains the mask branch on objects without a mask, by their boxes and the colours
+            of the image; it needs :attr:`images`.
+
+    Attributes:
+        images: in training, the normalised batch (N, 3, H, W) that the features are of.
     """
 
     def __init__(
@@ -271,6 +277,7 @@ class MaskXRoIHeads(BoxRoIHeads):
         mask_head: MaskXHead,
         gt_boxes_only: bool = False,
         freeze_detector: bool = False,
+        box_loss: BoxMaskLoss | None = None,
     ) -> None:
         super().__init__(roi_heads)
         # Without a mask_predictor has_mask() is false, so the base class runs no mask branch.
@@ -278,6 +285,8 @@ class MaskXRoIHeads(BoxRoIHeads):
         self.mask_head = mask_head
         self.gt_boxes_only = gt_boxes_only
         self.freeze_detector = freeze_detector
+        self.box_loss = box_loss
+        self.images: Tensor | None = None
 
     def forward(
         self,
@@ -310,13 +319,23 @@ class MaskXRoIHeads(BoxRoIHeads):
         for image, target in enumerate(targets or []):  # the base class refuses None
             _check_target(image, target, num_classes)
         if self.freeze_detector:
-            # Objects without a mask would only take places in the sample.
-            targets = [_only_masked(target) for target in targets]
+            if self.box_loss is None:
+                # Objects without a mask would only take places in the sample.
+                targets = [_only_masked(target) for target in targets]
             self.select_training_samples(proposals, targets)
             detections, losses = [], {}
         else:
             detections, losses = super().forward(features, proposals, image_shapes, targets)
-        losses["loss_mask"] = self._mask_loss(features, image_shapes, targets)
+        samples = list(zip(*(self._training_samples or ()), strict=True))
+        self._training_samples = None
+        if self.gt_boxes_only:
+            samples = [
+                (t["boxes"], torch.arange(len(t["boxes"]), device=t["boxes"].device), t["labels"])
+                for t in targets
+            ]
+        losses["loss_mask"] = self._mask_loss(features, image_shapes, targets, samples)
+        if self.box_loss is not None:
+            losses["loss_mask_box"] = self._box_mask_loss(features, image_shapes, targets, samples)
         return detections, losses
 
     def _mask_loss(
@@ -324,20 +343,11 @@ class MaskXRoIHeads(BoxRoIHeads):
         features: dict[str, Tensor],
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]],
+        samples: list[tuple[Tensor, Tensor, Tensor]],
     ) -> Tensor:
-        samples = zip(*(self._training_samples or ()), strict=True)
-        self._training_samples = None
-        if self.gt_boxes_only:
-            samples = [
-                (t["boxes"], torch.arange(len(t["boxes"]), device=t["boxes"].device), t["labels"])
-                for t in targets
-            ]
         boxes, class_indices, mask_targets = [], [], []
         for target, (proposals, matched, labels) in zip(targets, samples, strict=True):
-            has_masks = _has_masks(target)
-            masked = labels > 0
-            if len(has_masks):  # else all samples are background, and match no row
-                masked = masked & has_masks[matched]
+            masked = _masked(target, matched, labels)
             boxes.append(proposals[masked])
             class_indices.append(labels[masked] - 1)
             if "masks" in target:
@@ -346,6 +356,29 @@ class MaskXRoIHeads(BoxRoIHeads):
                 mask_targets.append(crop_mask_targets(target["masks"], boxes[-1], rows, size))
         mask_logits = self._mask_logits(features, boxes, class_indices, image_shapes)
         return mask_loss(mask_logits, torch.cat(mask_targets) if mask_targets else mask_logits)
+
+    def _box_mask_loss(
+        self,
+        features: dict[str, Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
+        samples: list[tuple[Tensor, Tensor, Tensor]],
+    ) -> Tensor:
+        if self.images is None:
+            raise ValueError(
+                "The box loss reads the colours of the images, which the RoI heads were not given. "
+                "Make the detector by add_mask_branch, or set roi_heads.images before each step."
+            )
+        rois, class_indices, own_boxes = [], [], []
+        for target, (proposals, matched, labels) in zip(targets, samples, strict=True):
+            others = (labels > 0) & ~_masked(target, matched, labels)
+            rows = others.nonzero()[: self.box_loss.max_rois, 0]
+            rois.append(proposals[rows])
+            class_indices.append(labels[rows] - 1)
+            own_boxes.append(target["boxes"][matched[rows]])
+        mask_logits = self._mask_logits(features, rois, class_indices, image_shapes)
+        images, self.images = self.images, None
+        return self.box_loss(mask_logits, rois, torch.cat(own_boxes), images)
 
     def with_masks(
         self,
@@ -379,6 +412,19 @@ class MaskXRoIHeads(BoxRoIHeads):
         return detector_weights(
             predictor.cls_score.weight, predictor.bbox_pred.weight, background_row=0
         )
+
+
+def _keep_images(heads: MaskXRoIHeads, transform: nn.Module, _: object, outputs: tuple) -> None:
+    """After a detector's transform, give its batch of images to the RoI heads."""
+    if heads.training:
+        heads.images = outputs[0].tensors
+
+
+def _masked(target: dict[str, Tensor], matched: Tensor, labels: Tensor) -> Tensor:
+    """Which samples are of an object that has a mask."""
+    has_masks = _has_masks(target)
+    # Without any row all samples are background, and match none.
+    return (labels > 0) & has_masks[matched] if len(has_masks) else labels > 0
 
 
 def _only_masked(target: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -424,6 +470,7 @@ def add_mask_branch(
     gt_boxes_only: bool = False,
     freeze_detector: bool = False,
     pool_size: int = 14,
+    box_loss: Mapping[str, Any] | None = None,
     **mask_head: Any,
 ) -> FasterRCNN:
     """Give a torchvision Faster R-CNN the mask branch of Mask^X R-CNN, in place.
@@ -438,6 +485,8 @@ def add_mask_branch(
         freeze_detector: train nothing but the mask branch (the second stage of stage-wise
             training, section 2.2). The rest stays in evaluation mode, without losses.
         pool_size: P, resolution of the pooled features; masks have twice this resolution.
+        box_loss: arguments of :class:`maskx.systems.maskx_rcnn.box_loss.BoxMaskLoss`, to train
+            the mask branch on objects without a mask too; None trains on masks alone.
         **mask_head: arguments of :class:`maskx.systems.maskx_rcnn.mask_head.MaskXHead`.
 
     Returns:
@@ -459,6 +508,11 @@ def add_mask_branch(
     _warn_of_default_weights(predictor.cls_score)
     detector.rpn = MaskXRPN(detector.rpn)
     num_rows, detector_channels = predictor.cls_score.weight.shape
+    box_mask_loss = None
+    if box_loss is not None:
+        transform = detector.transform
+        pixels = {"pixel_mean": transform.image_mean, "pixel_std": transform.image_std}
+        box_mask_loss = BoxMaskLoss(**box_loss, **pixels)
     detector.roi_heads = MaskXRoIHeads(
         box,
         mask_roi_pool=MultiScaleRoIAlign(
@@ -477,7 +531,11 @@ def add_mask_branch(
         ),
         gt_boxes_only=gt_boxes_only,
         freeze_detector=freeze_detector,
+        box_loss=box_mask_loss,
     )
+    if box_mask_loss is not None:
+        heads = detector.roi_heads
+        detector.transform.register_forward_hook(functools.partial(_keep_images, heads))
     if freeze_detector:
         for part in (detector.backbone, detector.rpn, box.box_head, box.box_predictor):
             part.requires_grad_(False).eval()

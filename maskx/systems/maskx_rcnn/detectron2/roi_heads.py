@@ -12,8 +12,10 @@ from detectron2.modeling.roi_heads import CascadeROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
 from maskx.systems.maskx_rcnn.detectron2.heads import MaskXTextOutputLayers
 from maskx.systems.maskx_rcnn.detectron2.rcnn import check_can_freeze, has_complete_boxes
+from maskx.systems.maskx_rcnn.mask_head import MaskXHead
 from maskx.systems.maskx_rcnn.weight_transfer import (
     DETECTOR_INPUTS,
     DetectorWeights,
@@ -43,6 +45,8 @@ class MaskXROIHeadsMixin:
             proposals.
         freeze_detector: compute the mask loss only; see :class:`MaskXRCNN`. The mask branch then
             trains on proposals, also with ``train_on_pred_boxes``.
+        box_loss: trains the mask branch on objects without a mask too, by their boxes and the
+            colours of the image; for a :class:`MaskXMaskHead`.
         **kwargs: arguments of the other class.
     """
 
@@ -55,6 +59,7 @@ class MaskXROIHeadsMixin:
         mask_pooler: ROIPooler | None = None,
         gt_boxes_only: bool = False,
         freeze_detector: bool = False,
+        box_loss: BoxMaskLoss | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -69,6 +74,12 @@ class MaskXROIHeadsMixin:
         self.mask_head = mask_head
         self.gt_boxes_only = gt_boxes_only
         self.freeze_detector = freeze_detector
+        self.box_loss = box_loss
+        if box_loss is not None and not isinstance(mask_head, MaskXHead):
+            raise ValueError(
+                f"The mask head {type(mask_head).__name__} has no box loss. Set "
+                "MODEL.MASKX.BOX_LOSS.WEIGHT 0, or MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead."
+            )
         self._sampled: list[Instances] = []
         self._check_transfer()
 
@@ -81,6 +92,7 @@ class MaskXROIHeadsMixin:
             ret |= _text_predictors(cfg, ret)
         ret["gt_boxes_only"] = cfg.MODEL.MASKX.GT_BOXES_ONLY
         ret["freeze_detector"] = cfg.MODEL.MASKX.FREEZE_DETECTOR
+        ret["box_loss"] = _box_loss_from_config(cfg)
         return ret
 
     def label_and_sample_proposals(
@@ -114,14 +126,22 @@ class MaskXROIHeadsMixin:
             return super().forward(images, features, proposals, targets, **kwargs)
         _check_targets(targets)
         if self.freeze_detector:
-            # Objects without a mask would only take places in the sample.
-            targets = [x[x.gt_has_mask.bool()] if x.has("gt_has_mask") else x[:0] for x in targets]
+            if self.box_loss is None:
+                # Objects without a mask would only take places in the sample.
+                targets = [
+                    x[x.gt_has_mask.bool()] if x.has("gt_has_mask") else x[:0] for x in targets
+                ]
             instances, losses = self.label_and_sample_proposals(proposals, targets), {}
         else:
             instances, losses = super().forward(images, features, proposals, targets, **kwargs)
         # The other class need not sample: images with tags only, for example, have no boxes.
         sampled, self._sampled = self._sampled or proposals, []
-        losses.update(self._mask_losses(features, sampled, targets))
+        if self.gt_boxes_only:
+            sampled = [
+                Instances(x.image_size, **x.get_fields(), proposal_boxes=x.gt_boxes)
+                for x in targets
+            ]
+        losses.update(self._mask_losses(images, features, sampled))
         return instances, losses
 
     def forward_with_given_boxes(
@@ -163,19 +183,23 @@ class MaskXROIHeadsMixin:
                 )
 
     def _mask_losses(
-        self,
-        features: dict[str, Tensor],
-        proposals: list[Instances],
-        targets: list[Instances],
+        self, images: ImageList, features: dict[str, Tensor], proposals: list[Instances]
     ) -> dict[str, Tensor]:
-        if self.gt_boxes_only:
-            proposals = [
-                Instances(x.image_size, **x.get_fields(), proposal_boxes=x.gt_boxes)
-                for x in targets
-            ]
-        # Box-only RoIs are left out before pooling, so that they cost nothing.
-        rois = [self._with_masks(x) for x in proposals]
-        return self._run_mask_head(features, rois, [x.proposal_boxes for x in rois])
+        # RoIs without a mask are left out before pooling, so that they cost nothing.
+        rois = [self._select(x, with_masks=True) for x in proposals]
+        losses = self._run_mask_head(features, rois, [x.proposal_boxes for x in rois])
+        if self.box_loss is None:
+            return losses
+        rois = [self._select(x, with_masks=False)[: self.box_loss.max_rois] for x in proposals]
+        boxes = [x.proposal_boxes for x in rois]
+        pooled = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
+        class_indices = torch.cat([x.gt_classes for x in rois])
+        mask_logits = MaskXHead.forward(
+            self.mask_head, pooled, class_indices, self.detector_weights()
+        )
+        own_boxes = torch.cat([(x.gt_boxes if len(x) else x.proposal_boxes).tensor for x in rois])
+        loss = self.box_loss(mask_logits, [x.tensor for x in boxes], own_boxes, images.tensor)
+        return losses | {"loss_mask_box": loss}
 
     def _run_mask_head(
         self, features: dict[str, Tensor], instances: list[Instances], boxes: list[Boxes]
@@ -185,18 +209,18 @@ class MaskXROIHeadsMixin:
             features = self.mask_pooler(list(features.values()), boxes)
         return self.mask_head(features, instances, detector=self.detector_weights())
 
-    def _with_masks(self, proposals: Instances) -> Instances:
-        """Select the foreground proposals that have a mask."""
+    def _select(self, proposals: Instances, *, with_masks: bool) -> Instances:
+        """Select the foreground proposals that have a mask, or those that have none."""
         if not proposals.has("gt_has_mask"):
             # Sampled in an image without annotations, which have no gt_* but gt_classes, or not
-            # sampled at all. None has a mask.
+            # sampled at all. None is foreground.
             none = proposals[:0]
             if not none.has("gt_classes"):
                 none.gt_classes = none.proposal_boxes.tensor.new_empty(0, dtype=torch.long)
             return none
         classes = proposals.gt_classes
         foreground = (classes >= 0) & (classes != self.num_classes)
-        return proposals[foreground & proposals.gt_has_mask.bool()]
+        return proposals[foreground & (proposals.gt_has_mask.bool() == with_masks)]
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -252,6 +276,22 @@ def _check_rows(
             f"Set MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS {cls.shape[1]} (detector_channels without "
             "a configuration)."
         )
+
+
+def _box_loss_from_config(cfg: CfgNode) -> BoxMaskLoss | None:
+    options = cfg.MODEL.MASKX.BOX_LOSS
+    if not options.WEIGHT:
+        return None
+    return BoxMaskLoss(
+        weight=options.WEIGHT,
+        warm_up=options.WARM_UP,
+        max_rois=options.MAX_ROIS,
+        dilation=options.DILATION,
+        min_similarity=options.MIN_SIMILARITY,
+        pixel_mean=[value / 255 for value in cfg.MODEL.PIXEL_MEAN],
+        pixel_std=[value / 255 for value in cfg.MODEL.PIXEL_STD],
+        is_bgr=cfg.INPUT.FORMAT == "BGR",
+    )
 
 
 def _text_predictors(cfg: CfgNode, built: dict[str, Any]) -> dict[str, Any]:
