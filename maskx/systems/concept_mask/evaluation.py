@@ -455,9 +455,13 @@ def evaluate_existence(model: EmbeddingModel, test: ConceptTest) -> dict[str, fl
         ``precision`` and ``recall`` over all pairs of an image and a concept; NaN where nothing is
         said or there.
     """
-    scores, present = _existence_scores(model.eval(), test, read_sample, "existence")
-    said = scores > model.existence_thresholds.cpu().numpy()
-    hits, num_said, num_present = map(np.count_nonzero, (said & present, said, present))
+    hits = num_said = num_present = 0
+    thresholds = model.eval().existence_thresholds.cpu().numpy()
+    for scores, present in _existence(model, test, read_sample, "existence"):
+        said = scores > thresholds
+        hits += np.count_nonzero(said & present)
+        num_said += np.count_nonzero(said)
+        num_present += np.count_nonzero(present)
     return {
         "precision": hits / num_said if num_said else math.nan,
         "recall": hits / num_present if num_present else math.nan,
@@ -502,14 +506,16 @@ def fit_concepts(
             "None of the %d images has a mask of a concept with tags only: theta stays as it is.",
             len(test.records),
         )
-    scores, present = _existence_scores(model, test, read, "fitting existence")
+    found = zip(*_existence(model, test, read, "fitting existence"), strict=True)
+    scores, present = map(np.stack, found)
     of_all = fit_existence_threshold(scores.ravel(), present.ravel())
     thresholds = np.array(
         [fit_existence_threshold(*each) for each in zip(scores.T, present.T, strict=True)]
     )
     own = np.isfinite(thresholds)
-    cosines, is_there = _existence_scores(model, test, read, "fitting unseen", by_vector=True)
-    unseen = fit_existence_threshold(cosines.ravel(), is_there.ravel())
+    found = _existence(model, test, read, "fitting unseen", by_vector=True)
+    cosines = np.stack([scores for scores, _ in found])
+    unseen = fit_existence_threshold(cosines.ravel(), present.ravel())
     thresholds = torch.from_numpy(np.where(own, thresholds, of_all))
     model.set_fitted(**fitted, existence_thresholds=thresholds, existence_threshold_unseen=unseen)
     return fitted | {
@@ -541,28 +547,26 @@ def _own_and_nearest(
 
 
 @torch.inference_mode()
-def _existence_scores(
+def _existence(
     model: EmbeddingModel,
     test: ConceptTest,
     read: Read,
     description: str,
     *,
     by_vector: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Score the vocabulary, or its concepts as if they were unseen: (N, V), and what is there."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield of each image (V,) scores, perhaps as if all were unseen, and what it shows, bool."""
     queries = [ConceptQuery([UNSEEN] * len(chunk), chunk) for chunk in model.vectors.split(_CHUNK)]
-    scores = np.zeros((len(test.records), len(model.vectors)), np.float32)
-    present = np.zeros(scores.shape, bool)
-    for row, record in enumerate(tqdm(test.records, desc=description, unit="img")):
+    for record in tqdm(test.records, desc=description, unit="img"):
         maps = model.embedding_maps(model.normalise(read(record))[None])
         if by_vector:
-            found = torch.cat([model.existence(maps, query) for query in queries], dim=1)
+            scores = torch.cat([model.existence(maps, query) for query in queries], dim=1)
         else:
-            found = model.vocabulary_existence(maps)
-        scores[row] = found[0].cpu().numpy()
+            scores = model.vocabulary_existence(maps)
+        present = np.zeros(len(model.vectors), bool)
         shown = test.indices[list(record["image_labels"])]
-        present[row, shown[shown >= 0]] = True
-    return scores, present
+        present[shown[shown >= 0]] = True
+        yield scores[0].float().cpu().numpy(), present
 
 
 def _label_map(record: Record, num_classes: int) -> tuple[np.ndarray, list[int]]:

@@ -48,10 +48,11 @@ from maskx.systems.concept_mask.network import ConceptEmbedding, ConceptSegmente
 from maskx.systems.concept_mask.overlap import load_overlap, negative_weights
 from maskx.systems.concept_mask.query import named_query
 from maskx.systems.concept_mask.samples import read_sample
+from maskx.systems.concept_mask.system import WORDS_NAME
 
 _TABLE, _OVERLAP = f"{KEYS}.WORD_TABLE", f"{KEYS}.OVERLAP"
-WORDS_NAME, OVERLAP_NAME = "words.safetensors", "overlap.npz"
-"""Files in the output folder that are made where a configuration names none."""
+# Made in the output folder, as WORDS_NAME is, where a configuration names none.
+OVERLAP_NAME = "overlap.npz"
 
 # What every stage must have alike, to compute the same features of the same concepts.
 _SHARED_KEYS = (
