@@ -184,22 +184,15 @@ class ConceptScores:
         return {"levels": levels, "concepts": concepts}
 
 
-def format_concept_table(result: Mapping[str, Any], *, concepts: bool = False) -> str:
-    """Lay out what `ConceptScores.evaluate` returns as a Markdown table.
-
-    With `concepts` there is a row per concept too, the highest IoU first.
-    """
+def format_concept_table(result: Mapping[str, Any]) -> str:
+    """Lay out what `ConceptScores.evaluate` returns as a Markdown table, a row per level."""
     titles = ("pointing", "soft IoU", "precision", "recall", "IoU", "chance")
     lines = [f"| level | concepts | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for level, found in result["levels"].items():
-        if found is None:
-            lines.append(f"| {level} | 0 |{' - |' * len(titles)}")
-        else:
-            lines.append(f"| {level} | {found['num_concepts']} | {_cells(found)} |")
-    if concepts:
-        lines += ["", lines[0].replace("| level | concepts |", "| concept | level |"), lines[1]]
-        rows = sorted(result["concepts"].items(), key=lambda item: -item[1]["iou"])
-        lines += [f"| {name} | {found['level']} | {_cells(found)} |" for name, found in rows]
+        cells, count = ["-"] * len(titles), 0
+        if found is not None:
+            cells, count = [f"{found[name]:.3f}" for name in _MEASURES], found["num_concepts"]
+        lines.append(f"| {level} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -275,10 +268,6 @@ def fit_existence_threshold(scores: np.ndarray, present: np.ndarray) -> float:
 
 def _by_measure(means: np.ndarray) -> dict[str, float]:
     return dict(zip(_MEASURES, means.tolist(), strict=True))
-
-
-def _cells(found: Mapping[str, Any]) -> str:
-    return " | ".join(f"{found[measure]:.3f}" for measure in _MEASURES)
 
 
 def concept_truths(record: Record, num_classes: int) -> Iterator[tuple[int, np.ndarray]]:
