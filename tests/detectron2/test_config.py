@@ -1,4 +1,6 @@
+import argparse
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -21,6 +23,7 @@ from detectron2.utils.events import EventStorage
 from omegaconf import ListConfig
 
 import maskx
+from maskx.cli.main import VERBS
 from maskx.core.word_table import WordTable, save_word_table
 from maskx.data.large_vocabularies import ade20k_150_classes
 from maskx.data.prepare.coco_stuff import coco_stuff_names
@@ -316,6 +319,10 @@ def parse(tool, words, monkeypatch):
     """Arguments of a command, as the tool itself reads them."""
     if tool == "tools/train_net.py":
         return default_argument_parser().parse_args(words)
+    if tool in VERBS:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"maskx.cli.{tool}").add_arguments(parser)
+        return parser.parse_args(words)
     monkeypatch.setattr(sys, "argv", [tool, *words])
     return runpy.run_path(str(ROOT / tool))["parse_arguments"]()
 
@@ -323,8 +330,8 @@ def parse(tool, words, monkeypatch):
 def test_every_experiment_has_a_command_and_every_command_can_be_given(monkeypatch):
     outputs = {f"{load(name).OUTPUT_DIR}/model_final.pth" for name in EXPERIMENTS}
     trained, evaluated = set(), set()
-    for python, tool, *words in commands_of_page():
-        assert python == "python"
+    for program, tool, *words in commands_of_page():
+        assert program == ("maskx" if tool in VERBS else "python")
         arguments = parse(tool, words, monkeypatch)
         for path in re.findall(r"configs/\S+", " ".join(words)):
             assert [*ROOT.glob(path)], path
