@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from maskx.data.images import read_image_sample
 from maskx.data.splits import check_masks
 from maskx.detectron2.datasets import (
+    check_class_list,
     class_names_of,
     record_from_detectron2,
     records_of,
@@ -88,11 +89,9 @@ def seeded_train_loader(
 ) -> SeededLoader:
     """Make a training loader whose batches follow from ``SEED`` and the iteration alone.
 
-    All processes together see what one would have seen, and a resumed training goes on where the
-    interrupted one was.
+    All processes together see what one would have seen. Records are held serialised.
 
     Args:
-        records: images to learn from; they are held serialised.
         mapper: makes a sample, in the channel order of ``INPUT.FORMAT``.
         batches: as :class:`SeededBatches`, which is the default, but without ``num_records``.
         split: whose categories A must have masks in the records; None where none is learned from.
@@ -129,8 +128,7 @@ class AspectGroupedBatches(SeededBatches):
 
     Args:
         is_wide: of each record, whether its image is wider than high.
-        *args: of :class:`SeededBatches`, but for ``num_records``.
-        **kwargs: likewise.
+        *args: of :class:`SeededBatches`, but for ``num_records``, as are the keywords.
     """
 
     def __init__(self, is_wide: Sequence[bool], *args: Any, **kwargs: Any) -> None:
@@ -169,8 +167,14 @@ def hooks_of_system(system: System, settings: Callable[[CfgNode], Any]) -> Detec
         make_scores = functools.partial(system.scores, class_names_of(dataset_name), split)
         return ScoresEvaluator(dataset_name, make_scores)
 
+    def check(cfg: CfgNode) -> None:
+        first, *others = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+        for name in others:
+            check_class_list(name, class_names_of(first), first)
+
     return Detectron2Hooks(
         system=system.name,
+        check=check,
         train_loader=train_loader,
         test_loader=lambda cfg, name: test_loader(cfg, name, read_image_sample),
         evaluator=evaluator,

@@ -86,12 +86,11 @@ def register_coco(
     their instances with ``gt_boxes_complete``, all False. Such an image trains the mask branch
     only: for the detector every object of the other classes would be background.
 
+    Registering it again with the same arguments does nothing.
+
     Args:
-        name: name for ``DATASETS.TRAIN`` and ``DATASETS.TEST``. Registering it again with the same
-            arguments does nothing.
         strict: whether a bad annotation is an error; see :func:`maskx.data.coco.load_coco`.
-        class_names: class list, by class index, to which the categories of the file belong by
-            name; None for the categories of the file, in the order of their ids.
+        class_names: by class index; None for the categories of the file, in the order of their ids.
 
     Raises:
         ValueError: the name stands for another data set, or a category is not in ``class_names``.
@@ -116,7 +115,6 @@ def register_tag_list(
     the alphabet.
 
     Args:
-        name: name for ``DATASETS.TRAIN``. Registering it again with the same files does nothing.
         file: JSON lines with ``file_name`` and ``tags``; it is read when the data set is used.
         remedy: what the message says if there is no such file.
     """

@@ -120,12 +120,7 @@ class LearnedRun:
 
 @contextlib.contextmanager
 def training_run(trainer: DefaultTrainer) -> Iterator[None]:
-    """Write ``run.json`` around a training, and let no other process into its folder.
-
-    Args:
-        trainer: whose checkpoints were loaded; ``checkpointer`` is a
-            :class:`maskx.detectron2.checkpointer.MaskXCheckpointer`.
-    """
+    """Write ``run.json`` around a training, and let no other process into its folder."""
     cfg = trainer.cfg
     if not comm.is_main_process():
         yield

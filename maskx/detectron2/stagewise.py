@@ -100,12 +100,7 @@ class Stage:
 
 
 def check_stages(first: Stage | Path, second: Stage) -> None:
-    """Check that a second stage can follow, before hours are spent on the first.
-
-    Args:
-        first: the first stage, or the weights that a first stage gave.
-        second: the second stage; its weights need not exist yet.
-    """
+    """Check that a second stage can follow a first, or its weights, before hours are spent."""
     register_all()
     if "MODEL.WEIGHTS" in second.opts[::2] and not (
         isinstance(first, Stage) and "MODEL.WEIGHTS" in first.opts[::2]  # a pair for both
@@ -141,8 +136,7 @@ def check_chain(
     """Check that stages fit together of which each starts from the weights of the one before.
 
     Args:
-        shared_keys: keys that a stage and the next must have alike; a key stands for those below
-            it.
+        shared_keys: that a stage and the next must have alike; a key stands for those below it.
 
     Returns:
         Whether each was trained and evaluated before.
@@ -168,12 +162,7 @@ def check_chain(
 
 
 def stage_is_finished(stage: Stage) -> bool:
-    """Whether a stage was trained and evaluated, and its weights are whole.
-
-    Raises:
-        FileNotFoundError: the data that an earlier run made for it are gone.
-        ValueError: its folder holds another run, which must not be mixed with it or lost.
-    """
+    """Whether a stage was trained and evaluated, and its weights are whole."""
     if stage.data is not None and not stage.data.json_file.is_file():
         if not stage.final_weights.is_file():
             return False  # an earlier stage has to make them yet

@@ -128,8 +128,6 @@ def allowed_label_map(
     unknown, and with them the background, which would show their outlines.
 
     Args:
-        record: as of :func:`maskx.data.coco.load_coco`; it stays as it is.
-        num_classes: K.
         allowed: class indices whose masks are used.
     """
     withheld = [
@@ -146,11 +144,8 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
     """Read the data sets of ``DATASETS.TRAIN``, without the images that teach the model nothing.
 
     An image classifier learns from every image whose labels are known, also from one that is known
-    to have none. Semantic segmentation learns from every image of which a pixel is known; image
-    labels without any annotation or label map tell nothing of a pixel.
-
-    Detectron2's own rule, ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``, leaves out every image without
-    a box, so all those that have only image labels or a label map; it is not used.
+    to have none. Semantic segmentation learns from every image of which a pixel is known.
+    ``DATALOADER.FILTER_EMPTY_ANNOTATIONS``, which leaves out images without a box, is not used.
     """
     names = cfg.DATASETS.TRAIN
     for name in names[1:]:

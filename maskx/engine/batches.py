@@ -30,11 +30,7 @@ def training_batches(
     the interrupted one would have seen, with any number of workers.
 
     Args:
-        records: images to learn from, at least one.
-        mapper: such as :class:`InstanceMapper` or :class:`maskx.data.images.ImageMapper`.
-
-    Returns:
-        An iterable of lists of ``batch_size`` samples.
+        mapper: such as :class:`maskx.data.images.ImageMapper`.
     """
     return DataLoader(
         MappedRecords(records, mapper),

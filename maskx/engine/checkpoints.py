@@ -89,9 +89,6 @@ def check_finite(weights: Mapping[str, Any], *, when: str, images: Iterable[Any]
 
     Args:
         weights: tensors by name; anything else among them is passed over.
-
-    Raises:
-        FloatingPointError: some are not; the message names them, the step and the images.
     """
     tensors = {
         name: value

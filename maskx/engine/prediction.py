@@ -46,14 +46,8 @@ def evaluate_label_maps(
 ) -> dict[str, Any]:
     """Compute the mean IoU of predicted label maps; see :class:`maskx.evaluation.mean_iou.MeanIoU`.
 
-    The truth is what :func:`maskx.data.label_maps.semantic_label_map` gives for each record. One
-    image is held at a time.
-
     Args:
         predictions: image id and (H, W) label map of each record once, in any order.
-
-    Returns:
-        What `MeanIoU.evaluate` returns.
     """
     missing = {record["image_id"]: record for record in records}
     counts = MeanIoU(num_classes)

@@ -97,11 +97,9 @@ def open_run(folder: str | os.PathLike[str], device: str = "auto") -> Predictor:
     """Open the trained model of a run folder, of any system and either host.
 
     Raises:
-        FileNotFoundError: there is no run in the folder, its weights are not there, or a file
-            outside of it that the model needs is gone.
+        FileNotFoundError: there is no run in the folder, or a file that the model needs is gone.
         ImportError: it was trained with a host that is not installed.
-        ValueError: the run is of another version or of a system that is not registered, or its
-            weights are damaged or of another model.
+        ValueError: the run is of another version, or its weights are damaged.
     """
     run = read_run(folder)
     try:

@@ -75,13 +75,10 @@ class Prediction:
         return [self.class_names[index] for index in self._labelled()]
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, side: int = _SIDE) -> np.ndarray:
-        """Draw instances and label map over the image.
-
-        Args:
-            side: of the square picture, in pixels.
+        """Draw instances and label map over the image, one beside the other where it has both.
 
         Returns:
-            (side, side, 3) uint8 RGB; with instances and a label map one beside the other.
+            (side, side, 3) uint8 RGB, or twice as wide.
         """
         image = self.image
         if image is None:

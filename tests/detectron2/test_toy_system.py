@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import configurable
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import META_ARCH_REGISTRY
 from toy_system import SYSTEM, ColourModel
@@ -12,6 +13,7 @@ from toy_system import SYSTEM, ColourModel
 from maskx.data.scenes.generator import generate_scenes
 from maskx.detectron2 import Trainer, evaluate, get_cfg, register_coco
 from maskx.detectron2.adapters import hooks_of_system
+from maskx.detectron2.trainer import check_config
 from maskx.engine.system import find_system, system_names
 
 
@@ -77,6 +79,14 @@ def test_it_trains_resumes_evaluates_and_predicts(make_toy_cfg):
     assert 0 <= results["sem_seg"]["mIoU"] <= 100
     predicted = DefaultPredictor(cfg)(torch.zeros(40, 50, 3, dtype=torch.uint8).numpy())
     assert predicted["sem_seg"].shape[-2:].numel() > 0
+
+
+def test_test_data_in_another_order_of_classes_are_refused(make_toy_cfg, tmp_path):
+    toy = MetadataCatalog.get("toy")
+    turned = toy.thing_classes[::-1]
+    register_coco("turned", toy.json_file, tmp_path / "toy", class_names=turned)
+    with pytest.raises(ValueError, match="'turned' has the classes of 'toy' in another order"):
+        check_config(make_toy_cfg("turned", "DATASETS.TEST", ("turned",)))
 
 
 def test_the_host_asks_the_system_that_is_registered():

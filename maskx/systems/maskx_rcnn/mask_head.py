@@ -45,13 +45,8 @@ def class_logits(features: Tensor, class_weights: Tensor) -> Tensor:
 def mask_loss(mask_logits: Tensor, mask_targets: Tensor) -> Tensor:
     """Mean binary cross-entropy over the pixels of the RoIs that have a mask.
 
-    Args:
-        mask_logits: (R, M, M) logits of the ground-truth class of each RoI with a mask.
-        mask_targets: (R, M, M) masks, bool or in [0, 1].
-
-    Returns:
-        Scalar. Zero, with a graph through everything that made ``mask_logits``, when R is 0, so
-        that every rank of a distributed run has a gradient for every parameter.
+    Both are (R, M, M): logits of the ground-truth class, and masks, bool or in [0, 1]. Without RoIs
+    it is zero with a graph, so that every process has a gradient for every parameter.
     """
     mask_logits = mask_logits.to(torch.promote_types(mask_logits.dtype, torch.float32))
     targets = mask_targets.to(mask_logits.dtype)
@@ -258,13 +253,7 @@ class MaskXHead(nn.Module):
         class_indices: Tensor,
         detector: DetectorWeights | None = None,
     ) -> Tensor:
-        """Predict (R, M, M) mask logits of one class per RoI.
-
-        Args:
-            roi_features: (R, in_channels, P, P) pooled features.
-            class_indices: (R,) the class whose mask is wanted, in [0, K).
-            detector: live weights of the box predictor, for transfer from the detector.
-        """
+        """Predict (R, M, M) mask logits of (R,) classes from (R, in_channels, P, P) features."""
         features = roi_features
         for name in self._feature_layers:
             features = getattr(self, name)(features)

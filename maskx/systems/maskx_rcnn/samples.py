@@ -115,16 +115,13 @@ def masks_of_boxes(
     """Segment given objects of an image.
 
     Args:
-        model: a `MaskXDetector` or, of Detectron2, a ``MaskXRCNN``, in evaluation mode.
+        model: a `SampleDetector` or, of Detectron2, a ``MaskXRCNN``, in evaluation mode.
         sample: ``image``, ``height`` and ``width`` as the model takes them.
         boxes: (R, 4) XYXY in pixels of the file.
         class_indices: (R,) the class of each.
 
     Returns:
         R masks of (height, width).
-
-    Raises:
-        ValueError: the model is a detector without masks.
     """
     asked = {**sample, "given_boxes": boxes, "given_classes": class_indices}
     instances = model([asked])[0]["instances"]

@@ -137,12 +137,7 @@ class WeightTransfer(nn.Module):
         return torch.cat([source[class_indices] for source in sources], dim=1)
 
     def forward(self, class_indices: Tensor, detector: DetectorWeights | None = None) -> Tensor:
-        """Predict (R, C) mask weights w_seg.
-
-        Args:
-            class_indices: (R,) foreground class indices in [0, K).
-            detector: live weights of the box predictor; not used by fixed vectors.
-        """
+        """Predict (R, C) mask weights w_seg of (R,) foreground class indices."""
         if class_indices.is_meta:  # shapes alone, without values that could be alike
             return self.layers(self.class_inputs(class_indices, detector))
         classes, row_of_roi = torch.unique(class_indices, return_inverse=True)

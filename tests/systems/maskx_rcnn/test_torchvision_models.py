@@ -121,6 +121,22 @@ def test_with_a_frozen_detector_only_objects_with_masks_are_sampled(make_detecto
     assert 0 < sum(map(len, masked)) < num_objects
 
 
+def test_autocast_to_bfloat16_is_finite_and_near(make_detector, scenes, split):
+    model = make_detector(mlp="bottleneck").train()
+    mapper = InstanceMapper(split.indices_with_masks, flip=False)
+    samples = [mapper(record, np.random.RandomState(0)) for record in scenes.records[:2]]
+    losses = []
+    for half in (False, True):
+        torch.manual_seed(1)  # of the sampled proposals
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses.append(model(samples))
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name].float(), loss, rtol=0.1, atol=0.02)
+    sum(losses[1].values()).backward()
+    learned = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in learned)
+
+
 def test_a_new_box_predictor_is_told_from_one_that_was_trained_or_initialised(caplog):
     def add(prepare):
         detector = fasterrcnn_mobilenet_v3_large_320_fpn(
