@@ -14,6 +14,7 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "check": "say what an annotation file holds, what is wrong with it, and what learns from it",
     "train": "train one of the five systems on own data, or on generated scenes",
+    "predict": "predict images, folders and videos with a trained run",
     "complete": "give objects with boxes alone masks, by a trained run or a teacher",
     "serve": "try a trained run on a local page: drop a photograph, see its masks",
 }

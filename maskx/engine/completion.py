@@ -119,7 +119,7 @@ class Completion:
         known: whose masks the qualities were calibrated on, or could not be, as too few.
         calibrated: names of the sources whose qualities are calibrated.
         failures: what is broken, by file name of the image.
-        num_drawn: masks in the file that a person drew.
+        num_drawn: masks of people that stay.
     """
 
     objects: Sequence[Completed]
@@ -204,7 +204,7 @@ def complete(options: CompletionOptions) -> Completion:
         known=known_ones,
         calibrated=calibrated,
         failures=_failures(images, found),
-        num_drawn=len(raw.with_masks - raw.machine_made),
+        num_drawn=len(raw.with_masks - raw.machine_made - {e.annotation_id for e in objects}),
     )
     _write(options, text, completion)
     for part in sources:

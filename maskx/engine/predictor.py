@@ -50,7 +50,7 @@ class Predictor:
         with torch.inference_mode():
             (result,) = self.model([self.prepare(pixels) | asked])
         found = self.system.prediction(result, self.class_names)
-        return dataclasses.replace(found, image=pixels)
+        return dataclasses.replace(found, image=pixels, split=self.run.split)
 
     def masks_of_boxes(
         self,

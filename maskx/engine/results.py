@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from maskx.data.label_maps import ignore_label
 from maskx.data.masks import PastedMasks, decode_segmentation, encode_masks
 from maskx.evaluation.figures import draw_instances, draw_label_map, save_png
+from maskx.supervision import CategorySplit
 
 _SIDE = 800  # of a drawing
 
@@ -27,6 +28,7 @@ class Prediction:
         label_map: (H, W) integers: 0 is the background, c + 1 the class of index c, and
             ``ignore_label(K)`` of :mod:`maskx.data.label_maps` what is not known; or None.
         image: (H, W, 3) uint8 RGB, to draw on.
+        split: which classes had masks in training: those of A are drawn in green, of B in red.
     """
 
     class_names: tuple[str, ...]
@@ -36,6 +38,7 @@ class Prediction:
     class_indices: np.ndarray | None = None
     label_map: np.ndarray | None = None
     image: np.ndarray | None = field(default=None, repr=False)
+    split: CategorySplit | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         parts = ("boxes", "segmentations", "scores", "class_indices")
@@ -95,7 +98,7 @@ class Prediction:
                 boxes=boxes,
                 masks=none if self.segmentations is None else masks,
                 labels=[f"{name}{score}" for name, score in zip(self.names, scores, strict=True)],
-                with_masks=[True] * count,
+                with_masks=[self.split is None or n in self.split.with_masks for n in self.names],
                 side=side,
             )
             tiles.append(tile)
@@ -112,6 +115,20 @@ class Prediction:
         if path is not None:
             save_png(Path(path), picture)
         return picture
+
+    def above(self, threshold: float) -> "Prediction":
+        """Keep the instances whose score is at least a threshold; a label map stays as it is."""
+        if self.scores is None:
+            return self
+        kept = np.flatnonzero(np.asarray(self.scores) >= threshold)
+        segmentations = self.segmentations
+        return replace(
+            self,
+            boxes=None if self.boxes is None else self.boxes[kept],
+            segmentations=None if segmentations is None else [segmentations[i] for i in kept],
+            scores=self.scores[kept],
+            class_indices=self.class_indices[kept],
+        )
 
     def to_coco(
         self, image_id: int | str, category_ids: Sequence[int] | None = None

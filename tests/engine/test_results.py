@@ -46,6 +46,13 @@ def test_a_label_map_has_the_names_of_the_classes_that_are_there():
     assert PIXELS.masks is None
 
 
+def test_instances_above_a_threshold():
+    found = INSTANCES.above(0.5)
+    assert (found.names, found.scores.tolist(), len(found.boxes)) == (["horse"], [0.9], 1)
+    assert np.array_equal(found.masks, MASKS[:1])
+    assert PIXELS.above(0.5) is PIXELS
+
+
 def test_results_of_coco_are_of_the_ids_of_the_file():
     first, second = INSTANCES.to_coco(7, category_ids=(10, 20, 30))
     assert first | {"segmentation": None} == {

@@ -1,0 +1,64 @@
+r"""Predict images and videos with a trained run of any system.
+
+Writes into the output folder pictures (categories that had masks in training in green, the others
+in red), videos, label maps, and predictions.json: all that was found, in COCO's format with scores.
+
+Examples:
+    maskx predict output/animals photo.jpg
+    maskx predict output/animals photos/ clip.mp4 --output output/found --threshold 0.7
+    maskx predict output/quickstart-concept_mask photos/*.jpg --concepts dog "red lamp"
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    add = parser.add_argument
+    add("run_folder", type=Path, metavar="RUN", help="run folder of a training")
+    add("inputs", nargs="+", metavar="INPUT", help="images, videos, folders of them, or patterns")
+    add("--output", type=Path, default=Path("output/predict"), help="default: output/predict")
+    add(
+        "--threshold",
+        type=float,
+        help="least score of an instance (default: 0.5; 0 for concepts that are named)",
+    )
+    add("--concepts", nargs="+", metavar="NAME", help="ConceptMask: what to look for")
+    add("--no-pictures", action="store_true", help="write results alone")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--overwrite", action="store_true", help="write into a folder that holds files already")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict the inputs; the status is 1 where one could not be read."""
+    import maskx
+    from maskx.engine.predict_files import RESULTS_NAME, find_inputs, predict_files
+
+    inputs = find_inputs(args.inputs)
+    predictor = maskx.open_run(args.run_folder, device=args.device)
+    if args.concepts and predictor.run.system != "concept_mask":
+        raise ValueError(
+            f"--concepts has no meaning for {predictor.system.title}, only for ConceptMask. Leave "
+            "it out."
+        )
+    threshold = args.threshold
+    if threshold is None:
+        threshold = 0.0 if args.concepts else 0.5
+    done = predict_files(
+        predictor,
+        inputs,
+        args.output,
+        threshold=threshold,
+        pictures=not args.no_pictures,
+        asked={"concepts": args.concepts} if args.concepts else {},
+        overwrite=args.overwrite,
+    )
+    print(
+        f"{len(done.images)} images, {len(done.annotations)} instances: "
+        f"{args.output / RESULTS_NAME}{f' and {len(done.files)} pictures' if done.files else ''}"
+    )
+    for name, reason in done.failures.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    return 1 if done.failures else 0
