@@ -5,15 +5,16 @@ but tensors, and drops those of another shape before the module sees them, so wh
 compressed JSON into a tensor of one size for all but the largest class lists.
 """
 
+import itertools
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["EXTRA_STATE", "pack_state", "unpack_state"]
+__all__ = ["EXTRA_STATE", "pack_state", "same_class_names", "unpack_state"]
 
 EXTRA_STATE = "_extra_state"
 """Name in a state dict, behind the prefix of the module."""
@@ -57,3 +58,18 @@ def unpack_state(state: Tensor, *, version: int, what: str) -> dict[str, Any]:
             f"{version}. Train anew, or use the version of maskx that made it."
         )
     return content
+
+
+def same_class_names(found: Sequence[str], own: Sequence[str], remedy: str) -> tuple[str, ...]:
+    """Return the class names of a checkpoint and a model, of which either may have none.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for index, (theirs, ours) in enumerate(itertools.zip_longest(found, own)):
+        if found and own and theirs != ours:
+            raise ValueError(
+                f"Class {index} is {theirs!r} in the checkpoint, but {ours!r} by the data sets. "
+                f"{remedy}"
+            )
+    return tuple(own or found)

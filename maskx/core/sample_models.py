@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from maskx.core.backbones import IMAGENET_MEAN, IMAGENET_STD
+from maskx.core.extra_state import EXTRA_STATE, pack_state, same_class_names, unpack_state
 from maskx.core.image_classifier import ImageClassifier, choose_labels, multi_hot
 from maskx.core.images import warp_image
 from maskx.core.losses import multi_label_loss
@@ -14,6 +15,7 @@ from maskx.core.losses import multi_label_loss
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "ClassListModel",
     "Sample",
     "SampleClassifier",
     "SampleModel",
@@ -107,23 +109,57 @@ class SampleModel(nn.Module):
         return self._normalise(torch.stack([sample["image"] for sample in samples]))
 
 
-class SampleClassifier(SampleModel):
+class ClassListModel(SampleModel):
+    """A :class:`SampleModel` whose checkpoints say its classes, and are refused by others.
+
+    One without class names, such as that of a predictor, takes those of the checkpoint. A
+    checkpoint that says nothing is taken as it is.
+
+    Args:
+        size: see :class:`SampleModel`.
+        class_names: by class index; none by default.
+        **pixel_stats: ``pixel_mean`` and ``pixel_std`` of :class:`SampleModel`.
+    """
+
+    def __init__(
+        self,
+        size: int | None = None,
+        *,
+        class_names: Sequence[str] = (),
+        **pixel_stats: Sequence[float],
+    ) -> None:
+        super().__init__(size, **pixel_stats)
+        self.class_names = tuple(class_names)
+
+    def get_extra_state(self) -> Tensor:
+        """Return what checkpoints hold beside weights."""
+        return pack_state({"class_names": self.class_names}, version=1)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Check that a checkpoint is of these classes."""
+        found = unpack_state(state, version=1, what=type(self).__name__)["class_names"]
+        remedy = "Set DATASETS.TRAIN, or the class list, as the model was trained, or train anew."
+        self.class_names = same_class_names(found, self.class_names, remedy)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # Without it, torch would call the extra state missing.
+        state_dict.setdefault(f"{prefix}{EXTRA_STATE}", self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SampleClassifier(ClassListModel):
     """A classifier of image labels that takes samples.
 
     Args:
         classifier: maps normalised images to logits of K classes.
         size: side in pixels of the squares that images are warped to.
+        **options: of :class:`ClassListModel`.
     """
 
     def __init__(
-        self,
-        classifier: ImageClassifier,
-        *,
-        size: int = 328,
-        pixel_mean: Sequence[float] = IMAGENET_MEAN,
-        pixel_std: Sequence[float] = IMAGENET_STD,
+        self, classifier: ImageClassifier, *, size: int = 328, **options: Sequence[Any]
     ) -> None:
-        super().__init__(size, pixel_mean=pixel_mean, pixel_std=pixel_std)
+        super().__init__(size, **options)
         self.classifier = classifier
         self.num_classes = classifier.num_classes
 
@@ -224,6 +260,7 @@ def take_classifier_backbone(
             "(MODEL.BACKBONE.NAME, MODEL.MASKX.BACKBONE), or start the segmentation network from "
             "other weights: MODEL.WEIGHTS, or MODEL.MASKX.BACKBONE.PRETRAINED True."
         )
+    state.pop(prefix + EXTRA_STATE, None)  # of the classifier, whose classes may be others
     for name in [name for name in state if name.startswith(start)]:
         value = state.pop(name)
         if name.startswith(f"{start}backbone."):

@@ -5,12 +5,13 @@ Their configuration, the samples and records that they learn from, and their hoo
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 
@@ -24,6 +25,21 @@ from maskx.detectron2.evaluation import MaskXImageLabelEvaluator, check_all_clas
 from maskx.detectron2.hooks import Detectron2Hooks, check_classes, hooks_of
 
 logger = logging.getLogger(__name__)
+
+
+def known_class_names(cfg: CfgNode) -> Sequence[str]:
+    """Class list of the training data; none where they are not known, as for a predictor."""
+    names = cfg.DATASETS.TRAIN
+    is_known = all(name in DatasetCatalog for name in names)
+    return class_names_of(names[0]) if names and is_known else ()
+
+
+def feature_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Arguments of a network on one feature map: its backbone, that map and the classes."""
+    backbone = build_backbone(cfg)
+    in_feature, in_channels = choose_feature(backbone, cfg.MODEL.MASKX.IN_FEATURE)
+    shape = {"in_feature": in_feature, "in_channels": in_channels}
+    return {"backbone": backbone, **shape, "num_classes": cfg.MODEL.MASKX.NUM_CLASSES}
 
 
 def pixel_arguments(cfg: CfgNode) -> dict[str, Any]:
@@ -82,17 +98,10 @@ class MaskXImageClassifier(SampleClassifier):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Read the arguments from a configuration."""
-        backbone = build_backbone(cfg)
-        in_feature, in_channels = choose_feature(backbone, cfg.MODEL.MASKX.IN_FEATURE)
-        classifier = ImageClassifier(
-            backbone,
-            in_feature=in_feature,
-            in_channels=in_channels,
-            num_classes=cfg.MODEL.MASKX.NUM_CLASSES,
-        )
         return {
-            "classifier": classifier,
+            "classifier": ImageClassifier(**feature_arguments(cfg)),
             "size": cfg.INPUT.MASKX.SIZE,
+            "class_names": known_class_names(cfg),
             **pixel_arguments(cfg),
         }
 

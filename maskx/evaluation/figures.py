@@ -4,8 +4,9 @@ Label maps and maps of numbers are blended with the image as shades of grey, so 
 one meaning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,6 +21,8 @@ SPLIT_LEGEND = (
     (COLOR_WITH_MASKS, "masks and boxes in training (A)"),
     (COLOR_WITHOUT_MASKS, "only boxes in training (B)"),
 )
+
+Record = Mapping[str, Any]
 
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _LEGEND_HEIGHT = 34
@@ -223,6 +226,31 @@ def save_png(path: Path, image: np.ndarray) -> None:
     if not encoded:
         raise OSError(f"'{path}' could not be encoded as PNG.")
     path.write_bytes(content.tobytes())
+
+
+def varied_records(
+    records: Sequence[Record], *, num_labels: float, shown: Collection[int] | None = None
+) -> list[Record]:
+    """Choose six images for a picture, whose labels are not among those chosen before.
+
+    Args:
+        records: as of :func:`maskx.data.coco.load_coco`.
+        num_labels: images with about so many labels come first.
+        shown: class indices that matter; None for all.
+    """
+    chosen, seen = [], set()
+    rest = [record for record in records if record["image_labels"]]
+    rest.sort(key=lambda record: abs(num_labels - len(record["image_labels"])))
+
+    def labels_of(record: Record) -> set[int]:
+        return {label for label in record["image_labels"] if shown is None or label in shown}
+
+    while rest and len(chosen) < 6:
+        best = max(rest, key=lambda record: len(labels_of(record) - seen))
+        rest.remove(best)
+        chosen.append(best)
+        seen |= labels_of(best)
+    return chosen
 
 
 def _fitted(image: np.ndarray, side: int) -> tuple[float, tuple[int, int]]:

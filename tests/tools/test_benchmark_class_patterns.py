@@ -18,8 +18,8 @@ def test_steps_share_one_classifier_and_say_what_is_held():
     assert reference.name == "forward pass alone"
     assert reference.step().shape == (2, 20)
     assert reference.settings["layers"] == ["C41", "C42"]
-    # Two layers of d = 512: products in float64, and all 72 pixels in float32 with their keys.
-    per_class = 2 * (512 * 512 * 8 + 72 * (512 * 4 + 8))
+    # Two layers of d = 512: products in float64, and 1024 pixels in float32 with their keys.
+    per_class = 2 * (512 * 512 * 8 + 1024 * (512 * 4 + 8))
     for case, labels in ((one, 1), (three, 3)):
         assert case.settings["labels"] == labels
         assert case.settings["bytes_per_class"] == per_class

@@ -32,7 +32,7 @@ from maskx.evaluation.mean_iou import MeanIoU
 from maskx.systems.class_patterns.projections import read_header, read_projections
 from maskx.systems.class_patterns.proxy_masks import MASKS_HEADER, mask_path
 
-_FIGURE_ROWS, _TILE_SIDE = 6, 256
+_TILE_SIDE = 256
 
 
 def evaluate_proxy_masks(
@@ -85,7 +85,7 @@ def draw_steps(
 
     Args:
         path: PNG file to write.
-        records: of the images, such as of :func:`varied_records`.
+        records: of the images, such as of :func:`maskx.evaluation.figures.varied_records`.
         predicted: label map by image id.
         layer: whose projections are drawn.
         projections: their folder.
@@ -124,16 +124,3 @@ def draw_steps(
         tiles, columns=len(columns), row_titles=titles, column_titles=columns, legend=legend
     )
     save_png(path, sheet)
-
-
-def varied_records(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Choose images with labels that are not shown yet, those with two or three labels first."""
-    chosen, shown = [], set()
-    rest = [record for record in records if record["image_labels"]]
-    rest.sort(key=lambda r: abs(2.5 - len(r["image_labels"])))
-    while rest and len(chosen) < _FIGURE_ROWS:
-        best = max(rest, key=lambda r: len(set(r["image_labels"][:3]) - shown))
-        rest.remove(best)
-        chosen.append(best)
-        shown |= set(best["image_labels"])
-    return chosen

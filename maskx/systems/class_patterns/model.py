@@ -23,7 +23,7 @@ from maskx.core.image_classifier import multi_hot
 from maskx.core.images import resized_image
 from maskx.core.layers import msra_fill
 from maskx.core.losses import pixel_loss
-from maskx.core.sample_models import Sample, SampleModel, required, take_classifier_backbone
+from maskx.core.sample_models import ClassListModel, Sample, required, take_classifier_backbone
 from maskx.data import dense_crf
 from maskx.data.images import ImageMapper
 from maskx.data.label_maps import ignore_label
@@ -140,7 +140,7 @@ def restrict_to_labels(prob: Tensor, labels: Sequence[int]) -> Tensor:
     return prob / prob.sum(dim=0)
 
 
-class SampleSegmenter(SampleModel):
+class SampleSegmenter(ClassListModel):
     """Drives a segmentation network with samples.
 
     Weights of :class:`maskx.core.sample_models.SampleClassifier` give the backbone to start from.
@@ -149,7 +149,7 @@ class SampleSegmenter(SampleModel):
         network: the network.
         test_sizes: see :func:`multi_scale_scores`.
         crf: whether a dense CRF refines what is predicted.
-        **pixel_stats: ``pixel_mean`` and ``pixel_std`` of ``SampleModel``.
+        **options: of :class:`maskx.core.sample_models.ClassListModel`.
 
     Raises:
         ImportError: there is no library for the CRF.
@@ -162,9 +162,9 @@ class SampleSegmenter(SampleModel):
         *,
         test_sizes: Sequence[int] = (328,),
         crf: bool = False,
-        **pixel_stats: Sequence[float],
+        **options: Sequence[Any],
     ) -> None:
-        super().__init__(**pixel_stats)
+        super().__init__(**options)
         if not test_sizes or not all(isinstance(s, int) and s > 0 for s in test_sizes):
             raise ValueError(
                 f"test_sizes (TEST.MASKX.SIZES) is {test_sizes}. Allowed: one or more sides of a "

@@ -219,54 +219,24 @@ class PatternMoments:
         Raises:
             ValueError: the state is of another number of classes or channels, or incomplete.
         """
-        missing = [name for name in (*_DENSE, "uses_maps") if name not in state]
-        if missing:
-            raise ValueError(f"The state of the moments lacks {missing}; it is incomplete.")
-        expected = (self.num_classes, self.channels)
-        if tuple(state["mean"].shape) != expected:
-            raise ValueError(
-                f"The state has moments of (classes, channels) {tuple(state['mean'].shape)}, "
-                f"but these are of {expected}. Both must be of one layer of one classifier."
+        self.scatter, self.sample_keys, self.sample = {}, {}, {}
+        labels = {name.rpartition(".")[2] for name in state if "." in name}
+        for label in range(self.num_classes):
+            if str(label) in labels:
+                self._start(label)
+        own = self.state_dict()
+        for name in sorted({*own, *state}):
+            found, allowed = (
+                f"{tuple(of[name].shape)} of {of[name].dtype}" if name in of else "nothing"
+                for of in (state, own)
             )
-        by_class: dict[str, dict[int, Tensor]] = {name: {} for name in _BY_CLASS}
-        for name, tensor in state.items():
-            if not self._fits(name, tensor):
+            if found != allowed:
                 raise ValueError(
-                    f"The state has a tensor {name} {tuple(tensor.shape)} of {tensor.dtype}, which "
-                    f"is none of moments of {expected}."
+                    f"The state of the moments has {found} as {name}. Allowed for "
+                    f"{self.num_classes} classes and {self.channels} channels: {allowed}."
                 )
-            kind, _, label = name.rpartition(".")
-            if kind:
-                by_class[kind][int(label)] = tensor.to(self.device, copy=True)
-        if (
-            not by_class["scatter"].keys()
-            == by_class["sample_keys"].keys()
-            == by_class["sample"].keys()
-        ):
-            raise ValueError("The state has a matrix or a sample of a class without the other.")
-        for name in _DENSE:
-            getattr(self, name).copy_(state[name])
-        self.uses_maps = {-1: None, 0: False, 1: True}[int(state["uses_maps"])]
-        self.scatter, self.sample_keys, self.sample = by_class.values()
-
-    def _fits(self, name: str, tensor: Tensor) -> bool:
-        if name == "uses_maps":
-            return tensor.numel() == 1 and int(tensor) in (-1, 0, 1)
-        if name in _DENSE:
-            own = getattr(self, name)
-            return (tensor.shape, tensor.dtype) == (own.shape, own.dtype)
-        kind, _, label = name.rpartition(".")
-        shapes = {
-            "scatter": (self.channels, self.channels),
-            "sample_keys": (_SAMPLE_SIZE,),
-            "sample": (_SAMPLE_SIZE, self.channels),
-        }
-        return (
-            label.isdecimal()
-            and int(label) < self.num_classes
-            and tensor.shape == shapes.get(kind)
-            and tensor.is_floating_point()
-        )
+            own[name].copy_(state[name])
+        self.uses_maps = {-1: None, 0: False, 1: True}[int(own["uses_maps"])]
 
     def _check(
         self, features: Tensor, maps: Tensor | None, labels: Sequence[int], image_id: object
@@ -294,6 +264,13 @@ class PatternMoments:
                 f"before {words[self.uses_maps]}. Give them for all images or for none."
             )
 
+    def _start(self, label: int) -> None:
+        """Take the memory of a class."""
+        new = self.mean.new_zeros
+        self.scatter[label] = new(self.channels, self.channels)
+        self.sample_keys[label] = new(_SAMPLE_SIZE) + torch.inf
+        self.sample[label] = new(_SAMPLE_SIZE, self.channels, dtype=torch.float32)
+
     def _merge_mean(self, label: int, num_pixels: int, mean: Tensor) -> Tensor:
         """Merge in pixels and their mean.
 
@@ -302,10 +279,7 @@ class PatternMoments:
             with itself are still to be added to the scatter matrix of the class.
         """
         if label not in self.scatter:
-            new = self.mean.new_zeros
-            self.scatter[label] = new(self.channels, self.channels)
-            self.sample_keys[label] = new(_SAMPLE_SIZE) + torch.inf
-            self.sample[label] = new(_SAMPLE_SIZE, self.channels, dtype=torch.float32)
+            self._start(label)
         before = int(self.num_pixels[label])
         total = before + num_pixels
         shift = mean - self.mean[label]
@@ -453,7 +427,7 @@ def load_moments(
         try:
             moments[layer] = PatternMoments(**sizes, device=device)
             moments[layer].load_state_dict(state)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(
                 f"'{path}' is damaged: layer '{layer}': {error} Make it again."
             ) from error

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
@@ -296,30 +296,30 @@ def _sign_maps(
 
 def discover_class_patterns(
     model: ImageClassifier,
-    batches: Callable[..., Iterable[list[dict]]],
+    read: Callable[[int], dict[str, Any]],
     layers: Sequence[str],
     *,
     preprocess: Callable[[list[dict]], Tensor],
     total: int,
+    batch_size: int = 16,
     checkpoint: Path | None = None,
     save_every: int = 500,
     identity: Mapping[str, Any] | None = None,
 ) -> dict[str, PatternMoments]:
     """Stream the moments of all layers over the images, in one pass that can be interrupted.
 
-    A run that is called again with its checkpoint goes on from there and, where its batches begin
-    at the same images, ends with exactly the moments of a run that was not interrupted. The
-    checkpoint has the size of the moments, see :class:`PatternMoments`. To share the images out
-    among processes, give each its own images and checkpoint, then
-    :func:`~maskx.systems.class_patterns.pattern_moments.merge_moments`.
+    A run that is called again with its checkpoint goes on from there and ends with exactly the
+    moments of a run that was not interrupted. The checkpoint has the size of the moments, see
+    :class:`PatternMoments`. To share the images out among processes, give each its own images and
+    checkpoint, then :func:`~maskx.systems.class_patterns.pattern_moments.merge_moments`.
 
     Args:
-        model: the trained classifier, on any device; the moments are kept on it. It is run in
-            evaluation mode and given back in the mode that it had.
-        batches: called with the keyword ``start``, the number of images that are done, makes the
-            batches from there, see :func:`accumulate_moments`, with whatever ``preprocess`` needs.
+        model: the trained classifier, on any device; the moments are kept on it. It is put into
+            evaluation mode.
+        read: makes the sample of a number from 0: what :func:`accumulate_moments` and
+            ``preprocess`` need.
         layers: names of :class:`~maskx.core.image_classifier.LayerTaps`.
-        preprocess: makes the (N, 3, H, W) images that the classifier takes from a batch.
+        preprocess: makes the (N, 3, H, W) images that the classifier takes from samples.
         total: number of images.
         checkpoint: file of the moments, written every so often and at the end.
         save_every: images between two checkpoints.
@@ -338,39 +338,24 @@ def discover_class_patterns(
     run = json.loads(json.dumps(run | dict(identity or {})))
     moments: dict[str, PatternMoments] = {}
     done, images = 0, ""
-    if checkpoint is not None and Path(checkpoint).is_file():
+    if checkpoint is not None and checkpoint.is_file():
         moments, content = load_moments(checkpoint, device=device)
         check_identity(checkpoint, content["identity"], run, "this run")
         done, images = content["done"], content["images"]
-
-    def save() -> None:
-        if checkpoint is not None:
-            state = {"identity": run, "done": done, "total": total, "images": images}
-            save_moments(checkpoint, moments, state)
-
-    was_training = model.training
     model.eval()
-    try:
-        with tqdm(total=total, initial=done, desc="features", unit="image") as progress:
-            if done < total:
-                for samples in batches(start=done):
-                    inputs = preprocess(samples).to(device)
-                    accumulate_moments(model, inputs, samples, layers, moments)
-                    for sample in samples:
-                        of_image = json.dumps([sample["image_id"], list(sample["labels_used"])])
-                        images = hashlib.sha256(f"{images}{of_image}".encode()).hexdigest()
-                    saved = done // save_every
-                    done += len(samples)
-                    progress.update(len(samples))
-                    if done // save_every > saved and done < total:
-                        save()
-                save()
-    finally:
-        model.train(was_training)
-    if done != total:
-        raise ValueError(
-            f"The batches held {done} images, but total says {total}. Give their true number."
-        )
+    with tqdm(total=total, initial=done, desc="features", unit="image") as progress:
+        for first in range(done, total, batch_size):
+            samples = [read(index) for index in range(first, min(first + batch_size, total))]
+            accumulate_moments(model, preprocess(samples).to(device), samples, layers, moments)
+            for sample in samples:
+                of_image = json.dumps([sample["image_id"], list(sample["labels_used"])])
+                images = hashlib.sha256(f"{images}{of_image}".encode()).hexdigest()
+            done = first + len(samples)
+            progress.update(len(samples))
+            is_due = done // save_every > first // save_every or done == total
+            if checkpoint is not None and is_due:
+                state = {"identity": run, "done": done, "total": total, "images": images}
+                save_moments(checkpoint, moments, state)
     return moments
 
 

@@ -7,7 +7,7 @@ known by its tags alone: its true masks, where a file has them, are read by the 
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -30,8 +30,9 @@ from maskx.engine.prediction import evaluate_label_maps, predict_image_labels
 from maskx.engine.runs import Run, link_run, origin_of, read_run
 from maskx.engine.training import load_weights
 from maskx.engine.training_chain import TrainingChain
+from maskx.evaluation.figures import varied_records
 from maskx.evaluation.image_labels import evaluate_image_labels
-from maskx.systems.class_patterns.evaluation import draw_steps, varied_records
+from maskx.systems.class_patterns.evaluation import draw_steps
 from maskx.systems.class_patterns.model import DeepLab, SampleSegmenter, predict_label_maps
 from maskx.systems.class_patterns.patterns import ClassPatterns
 from maskx.systems.class_patterns.projections import claim_folder
@@ -176,7 +177,7 @@ def learn_from_tags(
     metrics["tag_mAP"] = run.evaluate_tags(classifier)
     metrics["uncertain_patterns"] = patterns.uncertain()
     with run.timed("picture"):
-        records = varied_records(train_data.records)
+        records = varied_records(train_data.records, num_labels=2.5)
         draw_steps(
             output / "predictions.png",
             records,
@@ -352,7 +353,7 @@ class TagRun(TrainingChain):
         content = {"part": part, "backbone": settings.backbone, **form}
         content |= {"frozen_norm": settings.pretrained, "image_size": settings.image_size}
         torch.manual_seed(settings.seed)
-        return build_model(content, self.num_classes, **options), content
+        return build_model(content, self.train_data.class_names, **options), content
 
     def _learn(
         self,
@@ -383,14 +384,14 @@ class TagRun(TrainingChain):
 
 
 def build_model(
-    content: Mapping[str, Any], num_classes: int, *, pretrained: bool = False
+    content: Mapping[str, Any], class_names: Sequence[str], *, pretrained: bool = False
 ) -> SampleClassifier | SampleSegmenter:
     """Build a model from the settings in the ``run.json`` of a step.
 
     Args:
         content: ``part``, "classifier" or "network"; ``backbone``, ``frozen_norm``,
             ``image_size``; of a network ``test_sizes`` and ``crf`` as well.
-        num_classes: K.
+        class_names: by class index; checkpoints hold them.
         pretrained: start from ImageNet weights.
     """
     try:
@@ -399,17 +400,18 @@ def build_model(
         )
         in_feature, shape = choose_feature(backbone)
         form = {"in_feature": in_feature, "in_channels": shape.channels}
-        form["num_classes"] = num_classes
-        pixels = {"pixel_mean": backbone.pixel_mean, "pixel_std": backbone.pixel_std}
+        form["num_classes"] = len(class_names)
+        about = {"pixel_mean": backbone.pixel_mean, "pixel_std": backbone.pixel_std}
+        about["class_names"] = class_names
         if content["part"] == "classifier":
             classifier = ImageClassifier(backbone, **form)
-            return SampleClassifier(classifier, size=content["image_size"], **pixels)
+            return SampleClassifier(classifier, size=content["image_size"], **about)
         # The features of a small image are 16 x 16, where dilation 12 would mostly see the border.
         if content["backbone"] == "small":
             form |= {"hidden_channels": 128, "dilation": 4}
         network = DeepLab(backbone, **form)
         sizes = tuple(content["test_sizes"])
-        return SampleSegmenter(network, test_sizes=sizes, crf=content["crf"], **pixels)
+        return SampleSegmenter(network, test_sizes=sizes, crf=content["crf"], **about)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"The settings {dict(content)} are none of a step of class patterns "
@@ -428,7 +430,7 @@ def open_model(
             f"'{run.folder}' holds a run of {run.system}, part {found!r}, not {part!r} of {NAME}. "
             f"Give the {what} of a finished run: tools/quickstart.py --system {NAME}."
         )
-    model = build_model(run.settings, len(run.class_names)).to(device)
+    model = build_model(run.settings, run.class_names).to(device)
     load_weights(model, run.weights_file)
     return model
 

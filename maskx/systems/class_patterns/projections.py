@@ -110,12 +110,10 @@ class ProjectionHistograms:
         if len(labels) == 0:
             return
         scores = standardise(projections, labels, *projections.shape[1:], stds)
-        num_bins = self.counts.shape[1]
         for label, score in zip(labels, scores, strict=True):
             if not np.isnan(score[0, 0]):
-                place = (score + _MAX_DEVIATION) * (num_bins / (2 * _MAX_DEVIATION))
-                bins = np.clip(place, 0, num_bins - 1).astype(np.intp)
-                self.counts[label] += np.bincount(bins.ravel(), minlength=num_bins)
+                inside = score.clip(-_MAX_DEVIATION, _MAX_DEVIATION)
+                self.counts[label] += np.histogram(inside, self.edges)[0]
 
     def thresholds(self) -> np.ndarray:
         """Return `otsu_threshold` of each class: (K,) in standard deviations."""

@@ -10,7 +10,7 @@ Every step leaves files and goes on from them when it is called again after an i
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ def discover(
             _run_pass,
             source=source,
             layers=tuple(layers),
-            settings=settings,
+            identity=settings,
             batch_size=batch_size,
             save_every=save_every,
             threads=max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None,
@@ -227,8 +227,6 @@ def _run_pass(
     job: tuple[Sequence[tuple[Record, list[int]]], Path],
     *,
     source: ClassifierSource,
-    settings: Mapping[str, Any],
-    batch_size: int,
     threads: int | None,
     **options: Any,
 ) -> None:
@@ -237,21 +235,17 @@ def _run_pass(
     if threads is not None:
         torch.set_num_threads(threads)
 
-    def batches(*, start: int) -> Iterator[list[dict[str, Any]]]:
-        for first in range(start, len(used), batch_size):
-            yield [
-                source.read_image(record)
-                | {"image_labels": record["image_labels"], "labels_used": labels}
-                for record, labels in used[first : first + batch_size]
-            ]
+    def read(index: int) -> dict[str, Any]:
+        record, labels = used[index]
+        labels = {"image_labels": record["image_labels"], "labels_used": labels}
+        return source.read_image(record) | labels
 
     discover_class_patterns(
         source.classifier,
-        batches,
+        read,
         preprocess=source.model.preprocess,
         total=len(used),
         checkpoint=checkpoint,
-        identity=settings,
         **options,
     )
 

@@ -366,3 +366,40 @@ def test_the_training_loop_drives_both(name, scenes, tmp_path):
         assert 0 <= evaluate_image_labels(prob, truth)["mAP"] <= 100
     else:
         assert 0 <= evaluate(model, scenes.records)["pixel_accuracy"] <= 100
+
+
+# --- class lists of checkpoints
+
+NAMES = tuple("abcdefgh")
+
+
+@pytest.mark.parametrize("make", [make_classifier, make_segmenter])
+def test_a_checkpoint_says_its_classes_and_is_refused_by_others(make):
+    state = make(class_names=NAMES).state_dict()
+    make(class_names=NAMES).load_state_dict(state)
+    of_predictor = make()
+    of_predictor.load_state_dict(state)
+    assert of_predictor.class_names == NAMES
+    others = make(class_names=(*NAMES[:6], "h", "g"))
+    with pytest.raises(ValueError, match=r"Class 6 is 'g' in the checkpoint, but 'h' by the data"):
+        others.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"Class 7 is 'h' in the checkpoint, but None by the data"):
+        make(class_names=NAMES[:7]).load_state_dict(state)
+
+
+@pytest.mark.parametrize("make", [make_classifier, make_segmenter])
+def test_a_checkpoint_that_says_no_classes_is_taken_as_it_is(make):
+    state = make(class_names=NAMES).state_dict()
+    del state["_extra_state"]
+    model = make(class_names=NAMES[::-1])
+    model.load_state_dict(state)
+    assert model.class_names == NAMES[::-1]
+
+
+def test_the_backbone_of_a_classifier_of_other_classes_is_taken():
+    start = make_classifier(class_names=NAMES[::-1])
+    torch.nn.init.ones_(start.classifier.backbone.conv1.weight)
+    model = make_segmenter(class_names=NAMES)
+    model.load_state_dict(start.state_dict(), strict=False)
+    assert (model.network.backbone.conv1.weight == 1).all()
+    assert model.class_names == NAMES

@@ -141,6 +141,43 @@ def test_files_that_lack_a_key_or_have_another_type_are_refused(patterns, tmp_pa
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("class patterns", {}),
+        ("class patterns", STATE),
+        ("moments of class patterns", {"sizes": {"C41": {"num_classes": 2, "channels": "x"}}}),
+    ],
+)
+def test_headers_that_nobody_wrote_are_refused(tmp_path, kind, content):
+    """Files that claim to be of a kind, without the digest of what they say."""
+    path = tmp_path / "x.safetensors"
+    about = json.dumps({"kind": kind, **content})
+    save_file({"a": torch.zeros(1)}, str(path), {"maskx": about})
+    reader = read if kind == "class patterns" else load_moments
+    with pytest.raises(ValueError, match=r"x.safetensors' is damaged: .* Make it again"):
+        reader(path)
+
+
+@pytest.mark.parametrize("key", ["identity", "done", "total", "images", "sizes"])
+@pytest.mark.parametrize("value", [None, 3.5])
+def test_moments_that_lack_a_key_or_have_another_type_are_refused(tmp_path, key, value):
+    path = tmp_path / "moments"
+    content = {"identity": {}, "done": 3, "total": 3, "images": "", "sizes": {}}
+    write_tensors(path, {}, "moments of class patterns", content | {key: value})
+    with pytest.raises(ValueError, match=rf"is damaged: its {key} is {value}\. Allowed: a "):
+        load_moments(path)
+
+
+@pytest.mark.parametrize("sizes", [3, {"num_classes": 10**12, "channels": 10**12}, {"seed": 0}])
+def test_moments_of_sizes_that_cannot_be_are_refused(tmp_path, sizes):
+    path = tmp_path / "moments"
+    content = {"identity": {}, "done": 3, "total": 3, "images": "", "sizes": {"C41": sizes}}
+    write_tensors(path, {}, "moments of class patterns", content)
+    with pytest.raises(ValueError, match=r"moments' is damaged: layer 'C41': .* Make it again"):
+        load_moments(path)
+
+
 def test_a_flipped_bit_is_found(patterns, tmp_path):
     path = tmp_path / "patterns.safetensors"
     save_patterns(path, patterns)
@@ -224,13 +261,14 @@ def test_moments_are_read_as_they_were_written(tmp_path):
         with pytest.raises(ValueError, match=rf"moments' is damaged: layer 'c': .*{words}"):
             load_moments(path)
 
-    damage("lacks", {"mean": torch.zeros(2, 4)})
+    damage("has nothing as cross", {"mean": torch.zeros(2, 4)})
     damage("unexpected keyword", state, sizes | {"depth": 3})
     damage("", state, sizes | {"channels": "x"})
-    damage("none of moments", state | {"scatter.1": torch.zeros(3, 3)})
-    damage("none of moments", state | {"scatter.2": state["scatter.1"].clone()})
-    damage("none of moments", state | {"cross": state["cross"].float()})
-    damage("without the other", {n: t for n, t in state.items() if n != "sample.1"})
+    damage(r"\(3, 3\) of torch.float32 as scatter.1", state | {"scatter.1": torch.zeros(3, 3)})
+    damage("as scatter.2. Allowed", state | {"scatter.2": state["scatter.1"].clone()})
+    damage("float32 as cross. Allowed", state | {"cross": state["cross"].float()})
+    damage("nothing as sample.1", {n: t for n, t in state.items() if n != "sample.1"})
+    damage("7", state | {"uses_maps": torch.tensor(7)})
     write_tensors(path, {}, kind, content | {"sizes": None})
     with pytest.raises(ValueError, match="is damaged: its sizes is None"):
         load_moments(path)

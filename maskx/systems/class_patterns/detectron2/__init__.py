@@ -3,13 +3,16 @@
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 
 from maskx.detectron2.evaluation import MaskXSemSegEvaluator
-from maskx.detectron2.whole_images import choose_feature, image_hooks, pixel_arguments
+from maskx.detectron2.whole_images import (
+    feature_arguments,
+    image_hooks,
+    known_class_names,
+    pixel_arguments,
+)
 from maskx.systems.class_patterns.model import DeepLab, SampleSegmenter
-
-__all__ = ["MaskXDeepLab"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -33,17 +36,10 @@ class MaskXDeepLab(SampleSegmenter):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Read the arguments from a configuration."""
-        backbone = build_backbone(cfg)
-        in_feature, in_channels = choose_feature(backbone, cfg.MODEL.MASKX.IN_FEATURE)
-        network = DeepLab(
-            backbone,
-            in_feature=in_feature,
-            in_channels=in_channels,
-            num_classes=cfg.MODEL.MASKX.NUM_CLASSES,
-            **{key.lower(): value for key, value in cfg.MODEL.MASKX.LARGE_FOV.items()},
-        )
+        head = {key.lower(): value for key, value in cfg.MODEL.MASKX.LARGE_FOV.items()}
         return {
-            "network": network,
+            "network": DeepLab(**feature_arguments(cfg), **head),
+            "class_names": known_class_names(cfg),
             "test_sizes": cfg.TEST.MASKX.SIZES,
             "crf": cfg.TEST.MASKX.CRF,
             **pixel_arguments(cfg),

@@ -44,8 +44,9 @@ from maskx.detectron2.whole_images import MaskXImageClassifier, image_mapper
 from maskx.engine.runs import Run, origin_of
 from maskx.engine.stages import run_stage as run_work
 from maskx.engine.stages import stage_state
+from maskx.evaluation.figures import varied_records
 from maskx.systems.class_patterns.detectron2 import MaskXDeepLab
-from maskx.systems.class_patterns.evaluation import draw_steps, varied_records
+from maskx.systems.class_patterns.evaluation import draw_steps
 from maskx.systems.class_patterns.model import predict_label_maps
 from maskx.systems.class_patterns.patterns import load_patterns
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, write_proxy_json
@@ -345,7 +346,7 @@ class TagChain:
     def _draw(self) -> None:
         cfg, patterns = self.retrained.cfg, self.output / "patterns" / PATTERNS_NAME
         model, records = _load_trained(cfg, self.retrained.final_weights), self._records
-        records = varied_records(records)
+        records = varied_records(records, num_labels=2.5)
         predicted = predict_label_maps(
             model, records, read_image=_read_image(cfg), description="picture"
         )
