@@ -17,7 +17,7 @@ from maskx.engine.runs import origin_of
 from maskx.engine.training import select_device
 from maskx.systems.transfernet.evaluation import evaluate_transfer
 from maskx.systems.transfernet.pipeline import TransferChain, TransferMethod, TransferSettings
-from maskx.systems.transfernet.transfer_sets import SOURCE_FRACTIONS, transfer_sets
+from maskx.systems.transfernet.samples import SOURCE_FRACTIONS, transfer_sets
 from studies.options import StudyOptions
 from studies.study import Measure, Ordering, Report, Study, process_lock
 

@@ -11,7 +11,7 @@ is the shift that the paper compares TransferNet to.
 The loss of the masks does not train the classifier: it would shape the score maps of the source
 classes only.
 
-For the shape legend see `maskx.systems.transfernet.attention`. Also:
+For the shape legend see `maskx.systems.transfernet.network`. Also:
     Q: pairs whose mask is predicted; H, W: size of the images; C: hidden channels.
 """
 
@@ -25,8 +25,13 @@ from torch import Tensor, nn
 from maskx.core.checks import check_choice
 from maskx.core.layers import msra_fill
 from maskx.core.losses import multi_label_loss
-from maskx.systems.transfernet.attention import check_feature_size, pair_matmul
-from maskx.systems.transfernet.network import MapNorm, PairNetwork, mask_loss
+from maskx.systems.transfernet.network import (
+    MapNorm,
+    PairNetwork,
+    check_feature_size,
+    mask_loss,
+    pair_matmul,
+)
 
 
 class BaselineOutputs(NamedTuple):
@@ -47,11 +52,6 @@ class ScoreMapClassifier(nn.Module):
 
     With its hidden layer the gradient of a score differs between positions, which it would not if
     the scores were linear in the features.
-
-    Args:
-        in_channels: D.
-        num_classes: L.
-        hidden_channels: C.
     """
 
     def __init__(self, *, in_channels: int, num_classes: int, hidden_channels: int = 512) -> None:
@@ -91,17 +91,7 @@ BASELINE_STAGES = ("source", "target")
 class _Baseline(PairNetwork):
     """A classifier of image labels, and a subclass's way from it to the input of the decoder.
 
-    Args:
-        encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
-        in_feature: likewise.
-        in_channels: D.
-        num_classes: L.
-        decoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
-        classifier_channels: C.
-        freeze_encoder: leave the encoder out of the classification network that is trained.
-        mask_weight: weight of the loss of the masks.
-        train_stage: ``source`` or ``target``.
-        stage_classes: class indices that the stage learns the labels of; None for all.
+    ``stage_classes`` are the class indices that the stage learns the labels of; None for all.
     """
 
     def __init__(
@@ -143,14 +133,7 @@ class _Baseline(PairNetwork):
         pair_labels: Tensor,
         mask_pairs: Tensor | None = None,
     ) -> BaselineOutputs:
-        """Predict the labels of the images and the masks of the pairs.
-
-        Args:
-            images: (N, 3, H, W), normalised.
-            pair_images: (P,).
-            pair_labels: (P,).
-            mask_pairs: (P,) bool, the pairs whose mask is wanted, Q of them; None for all.
-        """
+        """Predict the labels of the images and the masks of the pairs, see ``TransferNet``."""
         features, switches = self.encode(images)
         class_logits, hidden = self.classifier(features)
         if self.training and self.train_stage == "target":
@@ -174,12 +157,6 @@ class _Baseline(PairNetwork):
 
         ``loss_labels`` is the binary cross-entropy over the classes of the stage, mean over the
         images that have a pair. A class without a pair counts as absent.
-
-        Args:
-            outputs: of :meth:`forward`.
-            pair_images: (P,).
-            pair_labels: (P,).
-            targets: (Q, H, W), of :func:`maskx.systems.transfernet.network.pair_target`.
         """
         labels = torch.zeros_like(outputs.class_logits)
         labels[pair_images, pair_labels] = 1
@@ -196,14 +173,8 @@ class _Baseline(PairNetwork):
 class BaselineNet(_Baseline):
     """The score map of the label, through a fully connected layer, is the input of the decoder.
 
-    Args:
-        encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
-        feature_size: (h, w) of the only feature map that the fully connected layer of the paper
-            fits; None for two 1x1 convolutions with 16 channels instead, for any size.
-        **arguments: of every baseline.
-
-    Raises:
-        ValueError: in forward or on loading, a feature map of another size than `feature_size`.
+    ``feature_size`` (h, w) is that of the only feature map that the fully connected layer of the
+    paper fits; None for two 1x1 convolutions with 16 channels instead, for any size.
     """
 
     def __init__(
@@ -231,14 +202,9 @@ class DecoupledNet(_Baseline):
     """Features and the gradient of the label's score by them make the input of the decoder.
 
     The transfer form of "Decoupled Deep Neural Network for Semi-supervised Semantic Segmentation"
-    (Hong et al., NIPS 2015). Features and gradient are normalised each over the
-    positions and channels of a pair, whose number in a batch varies too much for batch norm.
-
-    Args:
-        encoder: see :class:`maskx.systems.transfernet.network.PairNetwork`.
-        in_channels: D.
-        bridge_channels: of the two hidden layers between both and the decoder.
-        **arguments: of every baseline.
+    (Hong et al., NIPS 2015). Features and gradient are normalised each over the positions and
+    channels of a pair, whose number in a batch varies too much for batch norm. The two hidden
+    layers between both and the decoder have ``bridge_channels``.
     """
 
     def __init__(

@@ -4,7 +4,7 @@
 (Hong et al., CVPR 2016), section 4.3; layers of the reference code.
 
 Both have the attribute `uses_switches` and the same forward. For the shape legend see
-`maskx.systems.transfernet.attention`; H, W: size of the image.
+`maskx.systems.transfernet.network`; H, W: size of the image.
 """
 
 import itertools
@@ -88,9 +88,6 @@ class TransposedDecoder(nn.Module):
         stride: stride of the feature map in image pixels, a power of two.
         widths: channels at each resolution, from the feature map's to the image's: one more than
             there are doublings. By default 64, halved at each down to 16.
-
-    Raises:
-        ValueError: an argument is out of range.
     """
 
     uses_switches = False
@@ -128,23 +125,10 @@ class TransposedDecoder(nn.Module):
         switches: None,
         image_size: tuple[int, int],
     ) -> Tensor:
-        """Predict the masks of the pairs.
-
-        Args:
-            maps: (P, 1, h, w).
-            pair_images: not used.
-            switches: not used.
-            image_size: (H, W); the logits are resized to it where it is not a multiple of the
-                stride.
-
-        Returns:
-            (P, 2, H, W) logits of background and foreground.
-        """
+        """Predict the masks of the pairs from maps and image size, which need be no multiple."""
         mask_logits = self.predictor(self.layers(maps))
         if mask_logits.shape[2:] != tuple(image_size):
-            mask_logits = F.interpolate(
-                mask_logits, size=tuple(image_size), mode="bilinear", align_corners=False
-            )
+            mask_logits = F.interpolate(mask_logits, tuple(image_size), mode="bilinear")
         return mask_logits
 
 
@@ -153,16 +137,7 @@ def unpool(maps: Tensor, indices: Tensor, size: tuple[int, int]) -> Tensor:
 
     The same as `torch.nn.functional.max_unpool2d` but, being a scatter, also deterministic on CUDA.
 
-    Args:
-        maps: (P, C, h, w).
-        indices: (P, C, h, w) positions in the flattened plane of `size`.
-        size: (H, W).
-
-    Returns:
-        (P, C, H, W).
-
-    Raises:
-        ValueError: maps and indices differ in shape.
+    ``indices`` are positions in the flattened plane of ``size``, of the shape of the maps.
     """
     if maps.shape != indices.shape:
         raise ValueError(

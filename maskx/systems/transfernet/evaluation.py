@@ -17,17 +17,16 @@ from maskx.evaluation.figures import (
     draw_label_map,
     plain_tile,
     save_png,
+    varied_records,
 )
 from maskx.evaluation.image_labels import evaluate_image_labels
 from maskx.evaluation.mean_iou import MeanIoU
 from maskx.supervision import CategorySplit
-from maskx.systems.transfernet.attention import attention_entropy
 from maskx.systems.transfernet.model import TransferNetModel
-from maskx.systems.transfernet.transfer_sets import transfer_label_map
+from maskx.systems.transfernet.network import attention_entropy
+from maskx.systems.transfernet.samples import transfer_label_map
 
-__all__ = ["draw_transfer", "evaluate_transfer", "format_transfer", "predict_transfer"]
-
-_FIGURE_ROWS, _TILE_SIDE = 6, 256
+_TILE_SIDE = 256
 
 Record = Mapping[str, Any]
 
@@ -42,15 +41,15 @@ def predict_transfer(
     batch_size: int = 16,
     description: str = "label maps",
 ) -> Iterator[tuple[Record, Sample, dict[str, Any]]]:
-    """Predict the masks of the labels of images.
+    """Predict the masks of the labels of images; the model is put into evaluation mode.
 
     Args:
-        model: the model; it is put into evaluation mode.
+        model: the model.
         records: as of :func:`maskx.data.coco.load_coco`.
         gt_labels: of the labels of the records (TransferNet-GT), instead of the classifier's.
         candidate_labels: class indices that the classifier may choose; None for all.
         batch_size: images at a time.
-        description: label of the progress bar.
+        description: of the progress bar.
 
     Yields:
         Record, sample, and result of the model.
@@ -78,8 +77,7 @@ def evaluate_transfer(
 
     Args:
         model: the model.
-        records: with true masks; of one file, or of
-            :func:`maskx.systems.transfernet.transfer_sets.records_in_union`.
+        records: with true masks.
         groups: class indices by name.
         options: of :func:`predict_transfer`.
 
@@ -136,7 +134,7 @@ def draw_transfer(
 ) -> None:
     """Draw validation images from the image to the mask of a true label, a target one if any."""
     target = set(split.indices_without_masks)
-    shown = _varied(records, target)
+    shown = varied_records(records, num_labels=2, shown=target)
     names = {"num_classes": model.num_classes, "names": split.class_names, "side": _TILE_SIDE}
     tiles, titles = [], []
     predicted = predict_transfer(model, shown, gt_labels=True, description="picture")
@@ -166,19 +164,3 @@ def draw_transfer(
         tiles, columns=len(columns), row_titles=titles, column_titles=columns, legend=legend
     )
     save_png(path, sheet)
-
-
-def _varied(records: Sequence[Record], target: set[int]) -> list[Record]:
-    """Choose images whose target labels are not shown yet, those with two labels first."""
-    chosen: list[Record] = []
-    shown: set[int] = set()
-    rest = sorted(
-        (record for record in records if record["image_labels"]),
-        key=lambda record: abs(2 - len(record["image_labels"])),
-    )
-    while rest and len(chosen) < _FIGURE_ROWS:
-        best = max(rest, key=lambda record: len(target & set(record["image_labels"]) - shown))
-        rest.remove(best)
-        chosen.append(best)
-        shown |= set(best["image_labels"])
-    return chosen

@@ -1,6 +1,5 @@
 """TransferNet and its baselines as a model of samples, which both hosts train and evaluate."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,29 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskx.core.checks import check_choice
-from maskx.core.extra_state import pack_state, unpack_state
+from maskx.core.extra_state import pack_state, same_class_names, unpack_state
 from maskx.core.image_classifier import ImageClassifier, choose_labels, multi_hot
 from maskx.core.images import resized_image
+from maskx.core.losses import label_pairs
 from maskx.core.sample_models import Sample, SampleModel, lacking_weights, required
 from maskx.data import dense_crf
 from maskx.data.label_maps import ignore_label
-from maskx.systems.transfernet.attention import (
-    FactoredAttention,
-    FullyConnectedAttention,
-    attention_entropy,
-)
 from maskx.systems.transfernet.baselines import BaselineNet, DecoupledNet
 from maskx.systems.transfernet.decoder import TransposedDecoder, UnpoolingDecoder
 from maskx.systems.transfernet.network import (
+    FactoredAttention,
+    FullyConnectedAttention,
     PairNetwork,
     TransferNet,
+    attention_entropy,
     foreground_prob,
     merge_label_masks,
     pair_target,
 )
-from maskx.systems.transfernet.transfer_sets import label_pairs
-
-__all__ = ["ATTENTIONS", "DECODERS", "METHODS", "TransferNetModel", "build_network"]
 
 METHODS = ("transfernet", "baseline", "decoupled")
 ATTENTIONS = ("factored", "fc")
@@ -55,9 +50,6 @@ class TransferNetModel(SampleModel):
         gt_labels: segment the ``image_labels`` of a sample that has them (TransferNet-GT).
         crf: refine the mask of each label by a dense CRF.
         pixel_stats: ``pixel_mean`` and ``pixel_std`` of :class:`SampleModel`.
-
-    Raises:
-        ImportError: there is no library for the CRF.
     """
 
     def __init__(
@@ -97,15 +89,8 @@ class TransferNetModel(SampleModel):
         """Check that a checkpoint is of this model, which takes its class names if it has none."""
         found = unpack_state(state, version=_VERSION, what="TransferNet")
         own = self._identity()
-        self.class_names = self.class_names or tuple(found["class_names"])
-        pairs = itertools.zip_longest(found["class_names"], self.class_names)
-        for index, (theirs, ours) in enumerate(pairs):
-            if theirs != ours and found["class_names"]:
-                raise ValueError(
-                    f"Class {index} is {theirs!r} in the checkpoint, but {ours!r} by the data sets "
-                    "and the split (DATASETS.TRAIN, DATASETS.MASKX.SPLIT). Set them as the model "
-                    "was trained."
-                )
+        remedy = "Set DATASETS.TRAIN and DATASETS.MASKX.SPLIT as the model was trained."
+        self.class_names = same_class_names(found["class_names"], self.class_names, remedy)
         for key in ("method", "feature_scale"):
             if found[key] != own[key]:
                 raise ValueError(
@@ -133,7 +118,7 @@ class TransferNetModel(SampleModel):
 
         Args:
             weights: of :class:`maskx.core.sample_models.SampleClassifier`.
-            what: where they are from, for the error that some lack or have another shape.
+            what: where they are from, in errors.
         """
         parts = [("classifier", self.classifier, "classifier.")]
         if self.shares_encoder:
@@ -161,14 +146,13 @@ class TransferNetModel(SampleModel):
             samples: as of :class:`maskx.systems.transfernet.samples.TransferMapper`: ``image`` and,
                 in training, ``image_labels`` and, where there are masks, ``sem_seg``, the label
                 map. In evaluation perhaps ``candidate_labels``, the only class indices that may be
-                predicted, or ``wanted_labels``, those that are to be segmented whatever the
-                classifier says; for ``gt_labels`` also ``image_labels``.
+                predicted; for ``gt_labels`` also ``image_labels``.
 
         Returns:
             In training ``loss_labels`` and, but in the stage "attention", ``loss_masks``, which is
             zero where no sample has masks. Otherwise per sample
 
-            - ``image_labels``: (L,) class indices of the labels that were segmented;
+            - ``image_labels``: (L,) class indices of the labels that were segmented, ascending;
             - ``masks_prob``: (L, height, width), probability of each, after that of the background
               was halved, and without the CRF;
             - ``sem_seg``: (height, width) int64 label map, 0 the background, c + 1 class index c;
@@ -176,11 +160,6 @@ class TransferNetModel(SampleModel):
             - ``image_labels_prob``: (K,), where the classifier chose the labels.
 
             The stage "attention" predicts no masks: neither ``masks_prob`` nor ``sem_seg``.
-
-        Raises:
-            ValueError: in training, a sample has no ``image_labels``, or a label map of another
-                size; a label is no class index; in evaluation, the labels are not given and there
-                is no trained classifier.
         """
         if self.training:
             return self._losses(samples)
@@ -188,10 +167,6 @@ class TransferNetModel(SampleModel):
 
     def log(self, name: str, value: float | Tensor) -> None:
         """Take note of a number of the training step; a host that keeps such has its own way."""
-
-    def _pairs(self, labels: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        multi_hot(labels, self.num_classes)  # refuses labels outside the class list
-        return tuple(torch.from_numpy(pairs).to(self.device) for pairs in label_pairs(labels))
 
     def _losses(self, samples: list[Sample]) -> dict[str, Tensor]:
         label_maps = torch.full(
@@ -210,7 +185,8 @@ class TransferNetModel(SampleModel):
             row.copy_(sample["sem_seg"])
         remedy = "Make samples with TransferMapper."
         labels = [required(sample, "image_labels", remedy) for sample in samples]
-        pair_images, pair_labels = self._pairs(labels)
+        pairs = label_pairs(labels, self.num_classes, self.device)
+        pair_images, pair_labels = pairs.images, pairs.classes
         has_masks = torch.tensor(["sem_seg" in sample for sample in samples], dtype=torch.bool)
         mask_pairs = has_masks.to(self.device)[pair_images]
         outputs = self.network(self.preprocess(samples), pair_images, pair_labels, mask_pairs)
@@ -228,7 +204,8 @@ class TransferNetModel(SampleModel):
     def _segment(self, samples: list[Sample]) -> list[dict[str, Any]]:
         images = self.preprocess(samples)
         labels, prob = self._choose_labels(images, samples)
-        pair_images, pair_labels = self._pairs(labels)
+        pairs = label_pairs(labels, self.num_classes, self.device)
+        pair_images, pair_labels = pairs.images, pairs.classes
         outputs = self.network(images, pair_images, pair_labels)
         counts = torch.bincount(pair_images, minlength=len(samples)).tolist()
         results = [{"image_labels": found} for found in pair_labels.split(counts)]
@@ -250,10 +227,7 @@ class TransferNetModel(SampleModel):
         self, images: Tensor, samples: list[Sample]
     ) -> tuple[list[list[int]], Tensor | None]:
         """Return class indices by image and, if the classifier chose any, (N, K) probabilities."""
-        given = [
-            sample.get("wanted_labels", sample.get("image_labels") if self.gt_labels else None)
-            for sample in samples
-        ]
+        given = [sample.get("image_labels") if self.gt_labels else None for sample in samples]
         if all(labels is not None for labels in given):
             return given, None
         if not self.has_classifier:
@@ -316,10 +290,8 @@ def build_network(
     """Make TransferNet or a baseline on an encoder.
 
     Args:
-        encoder: backbone.
-        in_feature: name of the feature map that masks are learned from.
-        in_channels: its channels.
-        stride: its stride in pixels.
+        in_feature: name of the feature map that masks are learned from; it has ``in_channels`` and
+            a ``stride`` in pixels.
         size: side in pixels of the squares that the encoder sees.
         num_classes: source and target classes.
         stage_classes: of a baseline, class indices that its stage learns the labels of; None for
@@ -338,9 +310,6 @@ def build_network(
         freeze_encoder: the encoder stays as it was loaded, in the paper that of TransferNet does.
         freeze_attention: see :class:`maskx.systems.transfernet.network.TransferNet`.
         mask_weight: lambda of Eq. 9.
-
-    Raises:
-        ValueError: arguments do not fit together.
     """
     check_choice("method of TransferNet", method, METHODS)
     check_choice("attention of TransferNet", attention, ATTENTIONS)

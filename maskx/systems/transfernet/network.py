@@ -1,14 +1,22 @@
-"""TransferNet: losses, network and merging of the masks of an image.
+"""TransferNet: attention, losses, network and merging of the masks of an image.
 
 "Learning Transferrable Knowledge for Semantic Segmentation with Deep Convolutional Neural Network"
 (Hong et al., CVPR 2016). Source classes have masks, target classes only image labels. An attention
-model finds each label of an image; a decoder that knows no classes makes its mask.
+model (section 4.2 and appendix A) finds each label of an image; a decoder that knows no classes
+makes its mask.
 
-For the shape legend see `maskx.systems.transfernet.attention`. Also:
-    Q: pairs whose mask is predicted; H, W: size of the images.
+Everything works on pairs of an image and one of its labels. What depends on the image alone is
+computed once per image and never copied for each of its pairs.
+
+Shape legend:
+    N: images; P: (image, label) pairs; Q: pairs whose mask is predicted; L: classes; D: channels of
+    the feature map; h, w: its size; M = h * w: its positions; d: factors; H, W: size of the images.
+    pair_images (P,): index of the image of a pair, in [0, N).
+    pair_labels (P,): class index of a pair, in [0, L).
     Label maps: 0 the background, c + 1 class index c, one more value for unknown pixels.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,12 +27,6 @@ from torch import Tensor, nn
 from maskx.core.backbones import named_feature
 from maskx.core.checks import check_choice
 from maskx.core.global_mean import global_mean
-from maskx.systems.transfernet.attention import (
-    attended_features,
-    attention_weights,
-    densified_attention,
-    xavier_fill,
-)
 
 TRAIN_STAGES = ("attention", "joint")
 DECODER_INPUTS = ("densified", "attention")
@@ -32,19 +34,162 @@ DECODER_INPUTS = ("densified", "attention")
 _UNKNOWN = 255  # pixels of a pair's target of which nothing is known
 
 
+# --- attention
+
+
+def pair_matmul(rows: Tensor, matrices: Tensor, pair_images: Tensor) -> Tensor:
+    """Multiply the row (P, X) of each pair by the matrix (N, X, Y) of its image, to (P, Y).
+
+    The matrices are not copied for each pair: the rows are brought together by image, padded to the
+    largest number of pairs of one image, and multiplied in one batched product. It runs in
+    float32 under autocast: the products of Eq. 7 with features of VGG-16 exceed float16.
+    """
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    slots = (pair_images[:, None] == pair_images).tril(-1).sum(dim=1)  # place among its image's
+    num_slots = int(slots.max()) + 1 if len(slots) else 0
+    with torch.autocast(rows.device.type, enabled=False):
+        padded = rows.new_zeros(len(matrices), num_slots, rows.shape[1], dtype=dtype)
+        padded = padded.index_put((pair_images, slots), rows.to(dtype))
+        return torch.bmm(padded, matrices.to(dtype))[pair_images, slots]
+
+
+def attention_weights(logits: Tensor) -> Tensor:
+    """Eq. 3: softmax over the positions of each (P, h, w) map; a map sums to 1."""
+    return logits.flatten(1).softmax(dim=1).reshape(logits.shape)
+
+
+def attended_features(features: Tensor, attention: Tensor, pair_images: Tensor) -> Tensor:
+    """Eq. 5: z = Aᵀ alpha, the mean feature vector under the attention of each pair.
+
+    Of (N, D, h, w) features A and (P, h, w) attention alpha it is (P, D).
+    """
+    return pair_matmul(attention.flatten(1), features.flatten(2).mT, pair_images)
+
+
+def densified_attention(features: Tensor, attended: Tensor, pair_images: Tensor) -> Tensor:
+    """Eq. 7: s = A z, how much each position is like what the attention has chosen.
+
+    With Eq. 5 this is Eq. 10, s = (A Aᵀ) alpha, without the M x M Gram matrix. Of (N, D, h, w)
+    features A and (P, D) attended features z it is (P, h, w).
+    """
+    return pair_matmul(attended, features.flatten(2), pair_images).unflatten(1, features.shape[2:])
+
+
+def attention_entropy(attention: Tensor) -> Tensor:
+    """Return the (P,) entropies of (P, h, w) maps over log M: 1 if uniform, 0 for one position.
+
+    The label is an input of the attention, so Eq. 6 could be met without finding the object; the
+    entropy then stays close to 1.
+    """
+    num_positions = attention[0].numel() if len(attention) else 1
+    return torch.special.entr(attention).sum(dim=(1, 2)) / math.log(max(num_positions, 2))
+
+
+class FactoredAttention(nn.Module):
+    """Gate at each position: v_i = W^att relu(W^feat A_i * W^label y), for any size of image.
+
+    Eq. 4 with the same factors at every position, so that the attention moves with the object.
+    0.6 M parameters at D = 512, L = 80 and d = 1024, where Eq. 4 has 211 M.
+    """
+
+    def __init__(self, *, in_channels: int, num_classes: int, num_factors: int = 1024) -> None:
+        super().__init__()
+        self.feature_embed = nn.Conv2d(in_channels, num_factors, kernel_size=1)
+        self.label_embed = nn.Linear(num_classes, num_factors)
+        # A bias would be the same for all positions, which the softmax of Eq. 3 undoes.
+        self.attend = nn.Conv2d(num_factors, 1, kernel_size=1, bias=False)
+        xavier_fill(self.feature_embed)
+        xavier_fill(self.label_embed)
+        nn.init.normal_(self.attend.weight, std=0.01)
+
+    def forward(self, features: Tensor, pair_images: Tensor, pair_labels: Tensor) -> Tensor:
+        """Predict the (P, h, w) attention logits v of each pair from (N, D, h, w) features."""
+        feature_factors = self.feature_embed(features)[pair_images]
+        label_factors = _embed_labels(self.label_embed, pair_labels)
+        return self.attend(F.relu(feature_factors * label_factors[:, :, None, None]))[:, 0]
+
+
+class FullyConnectedAttention(nn.Module):
+    """Eq. 4 as published, for one size of image: v = W^att (W^feat vec(A) * W^label y) + b.
+
+    Like the reference code it has one more fully connected layer with a ReLU before W^att, and a
+    bias in every layer. At D = 512, 20 x 20 positions and d = 1024, W^feat alone has 209.7 M
+    weights. ``feature_size`` (h, w) is that of the only feature map that fits.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int,
+        feature_size: tuple[int, int],
+        num_factors: int = 1024,
+    ) -> None:
+        super().__init__()
+        num_positions = math.prod(feature_size)
+        self.feature_embed = nn.Linear(in_channels * num_positions, num_factors)
+        self.label_embed = nn.Linear(num_classes, num_factors)
+        self.hidden = nn.Linear(num_factors, num_factors)
+        self.attend = nn.Linear(num_factors, num_positions)
+        for layer in (self.feature_embed, self.label_embed, self.hidden):
+            xavier_fill(layer)
+        nn.init.normal_(self.attend.weight, std=0.01)
+        nn.init.zeros_(self.attend.bias)
+        self.register_buffer("feature_size", torch.tensor(feature_size))
+        self._feature_size = tuple(feature_size)
+
+    def forward(self, features: Tensor, pair_images: Tensor, pair_labels: Tensor) -> Tensor:
+        """Predict the (P, h, w) attention logits v of each pair from (N, D, h, w) features."""
+        check_feature_size("FullyConnectedAttention", features.shape[2:], self._feature_size)
+        feature_factors = self.feature_embed(features.flatten(1))[pair_images]
+        label_factors = _embed_labels(self.label_embed, pair_labels)
+        hidden = F.relu(self.hidden(feature_factors * label_factors))
+        return self.attend(hidden).unflatten(1, self._feature_size)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        found = state_dict.get(f"{prefix}feature_size", self.feature_size)
+        check_feature_size("This FullyConnectedAttention", self._feature_size, found.tolist(), True)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_feature_size(
+    what: str, found: Sequence[int], expected: Sequence[int], is_checkpoint: bool = False
+) -> None:
+    """Refuse a feature map, or a model that loads, of another size than weights were made for."""
+    if tuple(found) == tuple(expected):
+        return
+    ours, theirs = (f"{height} x {width}" for height, width in (found, expected))
+    if is_checkpoint:
+        raise ValueError(
+            f"{what} is made for feature maps of {ours} positions, but the checkpoint for {theirs}."
+            " Use the input size that the checkpoint was trained with, or the form for any size."
+        )
+    raise ValueError(
+        f"{what} got a feature map of {ours} positions. Allowed: {theirs}, for which it was made. "
+        "Give images of the size that it was made for, or use the form for any size."
+    )
+
+
+def xavier_fill(layer: nn.Conv2d | nn.Linear) -> None:
+    """Initialise a layer as Caffe's xavier filler: uniform, variance 1 / fan_in, zero bias."""
+    nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear")
+    nn.init.zeros_(layer.bias)
+
+
+def _embed_labels(layer: nn.Linear, labels: Tensor) -> Tensor:
+    """Return what `layer` makes of the one-hot vectors of the labels, without making those."""
+    return F.embedding(labels, layer.weight.mT) + layer.bias
+
+
+# --- losses and masks
+
+
 def pair_target(
     label_maps: Tensor, pair_images: Tensor, pair_labels: Tensor, *, ignore: int = 255
 ) -> Tensor:
-    """Return what Eq. 8 wants of each pair: its class 1, all else 0, unknown pixels 255.
+    """Return what Eq. 8 wants of each pair: (P, H, W), its class 1, all else 0, unknown pixels 255.
 
-    Args:
-        label_maps: (N, H, W) int64; all unknown for an image without a label map.
-        pair_images: (P,).
-        pair_labels: (P,).
-        ignore: label of unknown pixels in `label_maps`.
-
-    Returns:
-        (P, H, W) int64 in {0, 1, 255}.
+    ``label_maps`` are (N, H, W) int64, with ``ignore`` where nothing is known.
     """
     label_maps = label_maps[pair_images]
     targets = (label_maps == pair_labels[:, None, None] + 1).long()
@@ -54,12 +199,7 @@ def pair_target(
 def label_loss(class_logits: Tensor, pair_labels: Tensor) -> Tensor:
     """Eq. 6: softmax cross-entropy of the label of each pair, mean over the pairs.
 
-    Args:
-        class_logits: (P, L).
-        pair_labels: (P,).
-
-    Returns:
-        Scalar. Zero, with a graph through everything that made ``class_logits``, when P is 0.
+    Zero, with a graph through everything that made the (P, L) ``class_logits``, when P is 0.
     """
     total = F.cross_entropy(class_logits, pair_labels, reduction="sum")
     return global_mean(total, len(pair_labels))
@@ -68,13 +208,8 @@ def label_loss(class_logits: Tensor, pair_labels: Tensor) -> Tensor:
 def mask_loss(mask_logits: Tensor, targets: Tensor) -> Tensor:
     """Eq. 8: softmax cross-entropy of background and foreground, mean over the known pixels.
 
-    Args:
-        mask_logits: (Q, 2, H, W).
-        targets: (Q, H, W) int64, of :func:`pair_target`.
-
-    Returns:
-        Scalar. Zero, with a graph through everything that made ``mask_logits``, when no pixel is
-        known.
+    Zero, with a graph through everything that made the (Q, 2, H, W) ``mask_logits``, when no pixel
+    is known of the (Q, H, W) targets of :func:`pair_target`.
     """
     total = F.cross_entropy(mask_logits, targets, ignore_index=_UNKNOWN, reduction="sum")
     return global_mean(total, (targets != _UNKNOWN).sum())
@@ -91,14 +226,9 @@ def foreground_prob(mask_logits: Tensor) -> Tensor:
 
 
 def merge_label_masks(prob_fg: Tensor, labels: Sequence[int] | Tensor) -> Tensor:
-    """Merge the masks of the labels of one image: the most probable label, pixel by pixel.
+    """Merge the (P, H, W) foreground probabilities of (P,) labels of an image to a label map.
 
-    Args:
-        prob_fg: (P, H, W), of :func:`foreground_prob`.
-        labels: (P,) class indices.
-
-    Returns:
-        (H, W) int64 label map; background where no foreground is more probable than background.
+    Each pixel has the most probable label; background where none is more probable than background.
     """
     if len(prob_fg) == 0:
         return prob_fg.new_zeros(prob_fg.shape[1:], dtype=torch.int64)
@@ -112,10 +242,8 @@ class MapNorm(nn.Module):
 
     Unlike that of `torch.nn.GroupNorm` the eps is relative to the mean square: attention weights
     close to 1 / M and gradients of a mean over positions vary by less than the square root of a
-    usual eps. It runs in float32 under autocast, as float16 holds no such squares.
-
-    Args:
-        channels: of the maps; each has a learned scale and shift.
+    usual eps. It runs in float32 under autocast, as float16 holds no such squares. Each channel has
+    a learned scale and shift.
     """
 
     def __init__(self, channels: int) -> None:
@@ -139,12 +267,8 @@ class PairNetwork(nn.Module):
     Args:
         encoder: backbone that maps images to a dictionary of feature maps; for a decoder that uses
             switches also with `forward_with_switches`.
-        in_feature: name of the feature map.
         decoder: of `maskx.systems.transfernet.decoder`.
         freeze_encoder: do not train the encoder, and keep it in evaluation mode, as in the paper.
-
-    Raises:
-        ValueError: the decoder uses switches and the encoder has none.
     """
 
     def __init__(
@@ -203,12 +327,9 @@ class TransferNet(PairNetwork):
 
     Args:
         encoder: see :class:`PairNetwork`.
-        in_feature: see :class:`PairNetwork`.
-        in_channels: D, channels of the feature map.
+        in_channels: D.
         num_classes: L, source and target classes.
-        attention: maps features and pairs to attention logits; see
-            `maskx.systems.transfernet.attention`.
-        decoder: see :class:`PairNetwork`.
+        attention: :class:`FactoredAttention` or :class:`FullyConnectedAttention`.
         hidden_channels: of the classifier, which has two fully connected layers.
         decoder_input: ``densified`` (Eq. 7) or ``attention`` (Eq. 3, the ablation).
         feature_scale: multiply the features by it, and give the decoder its input as it then is,
@@ -216,14 +337,10 @@ class TransferNet(PairNetwork):
             to 255; where they are divided by a deviation of 58, as for torchvision's weights, it is
             58 times as large. With 0 the decoder's input is normalised over its positions, then
             scaled and shifted by two learned numbers, whatever the encoder's scale.
-        freeze_encoder: see :class:`PairNetwork`.
         train_stage: ``attention`` trains attention and classifier (Eq. 6), ``joint`` also the
             decoder (Eq. 9). What a stage does not train has `requires_grad` False.
         freeze_attention: do not train the attention in the stage ``joint``, the ablation.
         mask_weight: lambda of Eq. 9.
-
-    Raises:
-        ValueError: an argument is out of range or does not fit the others.
     """
 
     def __init__(
@@ -281,12 +398,8 @@ class TransferNet(PairNetwork):
     ) -> TransferNetOutputs:
         """Predict where each label is, what the attended features are, and the masks.
 
-        Args:
-            images: (N, 3, H, W), normalised.
-            pair_images: (P,).
-            pair_labels: (P,).
-            mask_pairs: (P,) bool, the pairs whose mask is wanted, Q of them; None for all. In
-                training the pairs of images with label maps, as the decoder costs most.
+        ``mask_pairs`` (P,) bool are the pairs whose mask is wanted, Q of them; None for all. In
+        training they are those of images with label maps, as the decoder costs most.
         """
         features, switches = self.encode(images)
         features = features * self.feature_scale
@@ -311,11 +424,7 @@ class TransferNet(PairNetwork):
     ) -> dict[str, Tensor]:
         """Return ``loss_labels`` (Eq. 6) and, in the stage ``joint``, ``loss_masks`` (Eq. 8, 9).
 
-        Args:
-            outputs: of :meth:`forward`.
-            pair_images: (P,).
-            pair_labels: (P,).
-            targets: (Q, H, W), of :func:`pair_target`; only for the stage ``joint``.
+        These need ``targets`` (Q, H, W), of :func:`pair_target`.
         """
         losses = {"loss_labels": label_loss(outputs.class_logits, pair_labels)}
         if self.train_stage == "joint":

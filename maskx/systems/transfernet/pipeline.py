@@ -2,7 +2,7 @@
 
 Hong et al., "Learning Transferrable Knowledge for Semantic Segmentation with Deep Convolutional
 Neural Network" (CVPR 2016), in the steps of :class:`TransferChain`. Source images have masks,
-target images tags; see :mod:`maskx.systems.transfernet.transfer_sets`.
+target images tags; see :mod:`maskx.systems.transfernet.samples`.
 """
 
 import functools
@@ -32,24 +32,14 @@ from maskx.systems.transfernet.model import ATTENTIONS, METHODS, TransferNetMode
 from maskx.systems.transfernet.network import DECODER_INPUTS
 from maskx.systems.transfernet.samples import (
     TransferMapper,
+    TransferSets,
     alternating_batches,
     check_batch_size,
-)
-from maskx.systems.transfernet.transfer_sets import (
-    TransferSets,
     check_fraction,
     classes_of_stage,
     source_subset,
     transfer_sets,
 )
-
-__all__ = [
-    "TransferChain",
-    "TransferMethod",
-    "TransferSettings",
-    "build_transfer_model",
-    "learn_to_transfer",
-]
 
 # What a checkpoint belongs to, beside what the training loop keeps itself.
 _MODEL_SETTINGS = ("backbone", "pretrained", "image_size", "in_feature", "attention", "num_factors")
@@ -70,10 +60,8 @@ class TransferSettings:
     """What a chain of trainings is defined by, whatever the method.
 
     Attributes:
-        backbone: ``small``, ``vgg16`` (with the unpooling decoder of the paper) or the name of a
-            torchvision ResNet.
-        pretrained: start from ImageNet weights, which torchvision downloads.
-        image_size: side of the squares that images are warped to.
+        backbone: ``small``, ``vgg16`` (with the unpooling decoder of the paper) or another of
+            :func:`maskx.core.backbone_choice.build_backbone`.
         in_feature: feature map of the encoder that masks are learned from; None is ``layer3`` of
             ``small``, else the last. The separate classifier uses the last.
         attention: ``factored``, or ``fc`` as published, for this image size only.
@@ -85,11 +73,7 @@ class TransferSettings:
             long as both stages, and on the target for as long as the classifier.
         batch_size: images per step, half source and half target.
         seed: of weights, data order and the choice of source images.
-        use_target_masks: see :func:`maskx.systems.transfernet.transfer_sets.transfer_sets`.
-        workers: processes that read training images; 0 reads them in the process that trains.
-
-    Raises:
-        ValueError: there is no such attention, or the batch size is odd.
+        use_target_masks: see :func:`maskx.systems.transfernet.samples.transfer_sets`.
     """
 
     backbone: str = "small"
@@ -121,11 +105,8 @@ class TransferMethod:
         decoder_input: of TransferNet, ``densified`` or ``attention``.
         freeze_attention: of TransferNet, keep the attention of the first stage.
         source_fraction: share of the source images that the masks are learned from, see
-            :func:`maskx.systems.transfernet.transfer_sets.source_subset`; the classifier and the
+            :func:`maskx.systems.transfernet.samples.source_subset`; the classifier and the
             first stage, which need no masks, learn from the labels of all of them.
-
-    Raises:
-        ValueError: a value is not allowed, or has no meaning for a baseline.
     """
 
     method: str = "transfernet"
@@ -171,13 +152,6 @@ class TransferChain(TrainingChain):
         output: folder of the checkpoints.
         resume: go on from the checkpoints that are there.
         started_from: see :class:`maskx.engine.runs.Run`.
-        device: where to compute.
-
-    Attributes:
-        seconds: time of each step by its name.
-
-    Raises:
-        ValueError: backbone, feature map, attention and image size do not fit each other.
     """
 
     def __init__(
@@ -208,11 +182,6 @@ class TransferChain(TrainingChain):
         with torch.device("meta"):  # what does not fit is refused before anything is trained
             build_transfer_model(replace(settings, pretrained=False), split, TransferMethod())
 
-    @property
-    def num_classes(self) -> int:
-        """K of source and target."""
-        return len(self.split.class_names)
-
     @functools.cached_property
     def classifier(self) -> SampleClassifier:
         """The separate classifier of inference, whose backbone is the encoder of all methods.
@@ -224,9 +193,10 @@ class TransferChain(TrainingChain):
         """
         torch.manual_seed(self.settings.seed)
         classifier = _build_classifier(
-            self.settings, self.num_classes, pretrained=self.settings.pretrained
+            self.settings, len(self.split.class_names), pretrained=self.settings.pretrained
         )
-        model = SampleClassifier(classifier, size=self.settings.image_size)
+        names = self.split.class_names
+        model = SampleClassifier(classifier, size=self.settings.image_size, class_names=names)
         records = [*self.sets.source, *self.sets.target]
         self._train(
             model,
@@ -288,9 +258,9 @@ class TransferChain(TrainingChain):
         encoder_factor = _CLASSIFIER_RATES["imagenet"] / _RATE if settings.pretrained else 1.0
         steps_of_source = settings.attention_iterations + settings.joint_iterations
         first = None
-        for stage, records, iterations in (
-            ("source", source, steps_of_source),
-            ("target", self.sets.target, settings.iterations),
+        for stage, name, records, iterations in (
+            ("source", f"{method.name}_source", source, steps_of_source),
+            ("target", method.name, self.sets.target, settings.iterations),
         ):
             model = self.build(method, stage)
             if first is not None:
@@ -298,7 +268,7 @@ class TransferChain(TrainingChain):
                 start |= {"first stage": network_hash(first.network)}
             self._train(
                 model,
-                f"{method.name}_source" if stage == "source" else method.name,
+                name,
                 functools.partial(training_batches, records, mapper=self._mapper()),
                 {},
                 model_settings={"method": asdict(method), "stage": stage},
@@ -318,7 +288,7 @@ class TransferChain(TrainingChain):
         return functools.partial(alternating_batches, source, self.sets.target, mapper=mapper)
 
     def _mapper(self, **options: bool) -> TransferMapper:
-        return TransferMapper(self.num_classes, size=self.settings.image_size, **options)
+        return TransferMapper(len(self.split.class_names), size=self.settings.image_size, **options)
 
     def build(self, method: TransferMethod, stage: str = "joint") -> TransferNetModel:
         """Make a model on the trained classifier, before its own training."""
@@ -345,9 +315,6 @@ def build_transfer_model(
         method: how masks are learned.
         stage: see :func:`maskx.systems.transfernet.model.build_network`.
         initial: with ImageNet weights, where it is to have them; not where others are loaded.
-
-    Raises:
-        ValueError: backbone, feature map, attention and image size do not fit each other.
     """
     is_baseline = method.method != "transfernet"
     encoder = _backbone(settings, pretrained=settings.pretrained and is_baseline and initial)
@@ -384,12 +351,7 @@ def build_transfer_model(
 
 
 def open_transfer_model(run: Run, device: torch.device | str) -> TransferNetModel:
-    """Open a model that :class:`TransferChain` trained, with its classifier.
-
-    Raises:
-        FileNotFoundError: its weights are not there.
-        ValueError: the run is that of the classifier alone, or the weights are damaged.
-    """
+    """Open a model that :class:`TransferChain` trained, with its classifier."""
     if "method" not in run.settings:
         raise ValueError(
             f"The run in '{run.folder}' is the classifier of TransferNet, which predicts no masks. "
@@ -437,30 +399,21 @@ def learn_to_transfer(
     No mask of a target image is read, but for ``use_target_masks``.
 
     Args:
-        train_data: images of which :func:`maskx.systems.transfernet.transfer_sets.transfer_sets`
+        train_data: images of which :func:`maskx.systems.transfernet.samples.transfer_sets`
             makes the source and the target.
         val_data: images with true masks, in the class list of the split.
-        in_val: class indices that the validation images may show, which alone are predicted; None
-            for all.
         split: A the source, B the target categories.
         settings: what to do.
-        output: folder of the results.
+        in_val: class indices that the validation images may show, which alone are predicted; None
+            for all.
         compare: train DecoupledNet as well.
         crf: refine masks by a dense CRF.
-        resume: go on with an interrupted run.
-        device: where to compute.
-        report: receives the lines for the reader.
 
     Returns:
         Measures in percent. ``mIoU`` of ``target``, ``source`` and ``all`` categories (``all`` with
         the background), each by method, of predicted labels; ``transfernet_gt`` is TransferNet with
         the true labels, and ``mIoU_gt_labels`` has all methods with these. ``IoU`` by method and
         category, ``tag_mAP``, ``attention_entropy``, ``num_images``, ``step_seconds``.
-
-    Raises:
-        FileNotFoundError: an image is missing.
-        ImportError: the CRF is asked for, but not installed.
-        ValueError: data, split or settings cannot be used, or a checkpoint is of another run.
     """
     if crf:
         check_crf()

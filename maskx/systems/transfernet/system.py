@@ -18,7 +18,7 @@ from maskx.systems.transfernet.pipeline import (
     learn_to_transfer,
     open_transfer_model,
 )
-from maskx.systems.transfernet.transfer_sets import (
+from maskx.systems.transfernet.samples import (
     labelled_records,
     labels_in_union,
     records_in_union,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from maskx.systems.transfernet.attention import (
+from maskx.systems.transfernet.network import (
     FactoredAttention,
     FullyConnectedAttention,
     attended_features,

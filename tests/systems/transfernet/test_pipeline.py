@@ -15,7 +15,7 @@ from maskx.systems.transfernet.decoder import UnpoolingDecoder
 from maskx.systems.transfernet.model import METHODS, TransferNetModel
 from maskx.systems.transfernet.network import TransferNet
 from maskx.systems.transfernet.pipeline import TransferChain, TransferMethod, TransferSettings
-from maskx.systems.transfernet.transfer_sets import source_subset, transfer_sets
+from maskx.systems.transfernet.samples import source_subset, transfer_sets
 
 K, SIZE = 12, 32
 TINY = {

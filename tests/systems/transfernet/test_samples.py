@@ -11,8 +11,8 @@ from maskx.systems.transfernet.samples import (
     AlternatingBatches,
     TransferMapper,
     alternating_batches,
+    transfer_sets,
 )
-from maskx.systems.transfernet.transfer_sets import transfer_sets
 
 K, SIZE = 12, 32
 

@@ -13,9 +13,8 @@ from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES, VOC_CLASSES_IN_COCO
 from maskx.supervision import CategorySplit
-from maskx.systems.transfernet.transfer_sets import (
+from maskx.systems.transfernet.samples import (
     SOURCE_FRACTIONS,
-    label_pairs,
     labelled_records,
     labels_of_record,
     records_in_union,
@@ -200,16 +199,6 @@ def test_labels_without_a_pixel_are_not_visible():
     label_map = np.array([[0, 3], [255, 1]])
     assert visible_labels([0, 1, 2], label_map) == [0, 2]
     assert visible_labels([254], np.array([[65535]])) == []
-
-
-def test_every_label_of_an_image_makes_one_pair():
-    pair_images, pair_labels = label_pairs([[4, 1], [], [2, 2, 0]])
-    assert pair_images.tolist() == [0, 0, 2, 2]
-    assert pair_labels.tolist() == [4, 1, 2, 0]
-    assert pair_images.dtype == pair_labels.dtype == np.int64
-    for found in (*label_pairs([]), *label_pairs([[], []])):
-        assert found.shape == (0,)
-        assert found.dtype == np.int64
 
 
 def test_scenes_have_images_on_both_sides(tmp_path):

@@ -17,6 +17,7 @@ from maskx.core.image_classifier import ImageClassifier
 from maskx.detectron2.evaluation import check_all_classes_known
 from maskx.detectron2.hooks import Detectron2Hooks
 from maskx.detectron2.whole_images import MaskXImageClassifier, choose_feature, pixel_arguments
+from maskx.supervision import CategorySplit
 from maskx.systems.transfernet.detectron2.data import (
     MaskXTransferLabelEvaluator,
     MaskXTransferSemSegEvaluator,
@@ -27,14 +28,7 @@ from maskx.systems.transfernet.detectron2.data import (
 )
 from maskx.systems.transfernet.model import TransferNetModel, build_network
 from maskx.systems.transfernet.network import PairNetwork
-from maskx.systems.transfernet.transfer_sets import classes_of_stage
-
-__all__ = [
-    "MaskXTransferClassifier",
-    "MaskXTransferLabelEvaluator",
-    "MaskXTransferNet",
-    "MaskXTransferSemSegEvaluator",
-]
+from maskx.systems.transfernet.samples import classes_of_stage
 
 _KEYS = "MODEL.MASKX.TRANSFERNET"
 _ENTROPY_PERIOD = 20  # iterations; Detectron2 writes as often, and reading it waits for the GPU
@@ -48,6 +42,13 @@ class MaskXTransferClassifier(MaskXImageClassifier):
     categories are predicted on target images, see the page of TransferNet.
     """
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Read the arguments from a configuration."""
+        split = _known_split(cfg)
+        names = () if split is None else split.class_names
+        return super().from_config(cfg) | {"class_names": names}
+
 
 @META_ARCH_REGISTRY.register()
 class MaskXTransferNet(TransferNetModel):
@@ -57,10 +58,6 @@ class MaskXTransferNet(TransferNetModel):
         classifier_weights: checkpoint of a :class:`MaskXTransferClassifier` to start from, see
             :meth:`start_from`; "" leaves classifier and encoder as they are.
         **arguments: of ``TransferNetModel``.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: it cannot be read, or does not fit.
     """
 
     @configurable
@@ -78,11 +75,7 @@ class MaskXTransferNet(TransferNetModel):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Read the arguments from a configuration.
-
-        Raises:
-            ValueError: keys do not fit together.
-        """
+        """Read the arguments from a configuration."""
         keys = cfg.MODEL.MASKX.TRANSFERNET
         weights = "" if cfg.MODEL.WEIGHTS else keys.CLASSIFIER_WEIGHTS
         without_imagenet = cfg.clone()
@@ -99,9 +92,7 @@ class MaskXTransferNet(TransferNetModel):
         shares_encoder = keys.METHOD == "transfernet" or keys.FREEZE_ENCODER
         encoder = build_backbone(without_imagenet if weights and shares_encoder else cfg)
         in_feature, in_channels = choose_feature(encoder, cfg.MODEL.MASKX.IN_FEATURE)
-        is_known = cfg.DATASETS.TRAIN and all(n in DatasetCatalog for n in cfg.DATASETS.TRAIN)
-        # Without the data sets, of a predictor, the class names are those of the checkpoint.
-        split = transfer_split(cfg) if is_known else None
+        split = _known_split(cfg)
         options = {key.lower(): value for key, value in keys.items() if "CLASSIFIER" not in key}
         network = build_network(
             encoder,
@@ -129,6 +120,12 @@ class MaskXTransferNet(TransferNetModel):
         storage = get_event_storage()
         if not isinstance(value, Tensor) or storage.iter % _ENTROPY_PERIOD == 0:
             storage.put_scalar(f"maskx/{name}", value)
+
+
+def _known_split(cfg: CfgNode) -> CategorySplit | None:
+    """None without the data sets, of a predictor; the class names are those of the checkpoint."""
+    is_known = cfg.DATASETS.TRAIN and all(n in DatasetCatalog for n in cfg.DATASETS.TRAIN)
+    return transfer_split(cfg) if is_known else None
 
 
 def _read(path: str) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 The source categories (A) have masks, the target categories (B) tags. Both sides are in one data set
 with a category split, or in two data sets, whose class lists are united by name. Target images lose
-their masks before a mapper sees them. See :mod:`maskx.systems.transfernet.transfer_sets`.
+their masks before a mapper sees them. See :mod:`maskx.systems.transfernet.samples`.
 """
 
 import functools
@@ -27,8 +27,9 @@ from maskx.detectron2.evaluation import MaskXImageLabelEvaluator, MaskXSemSegEva
 from maskx.detectron2.hooks import hooks_of
 from maskx.supervision import CategorySplit
 from maskx.systems.transfernet.baselines import BASELINE_STAGES
-from maskx.systems.transfernet.samples import AlternatingBatches, TransferMapper
-from maskx.systems.transfernet.transfer_sets import (
+from maskx.systems.transfernet.samples import (
+    AlternatingBatches,
+    TransferMapper,
     TransferSets,
     check_fraction,
     labelled_records,
@@ -40,17 +41,6 @@ from maskx.systems.transfernet.transfer_sets import (
     union_of_class_lists,
 )
 
-__all__ = [
-    "MaskXTransferLabelEvaluator",
-    "MaskXTransferSemSegEvaluator",
-    "check_transfer_data",
-    "labels_of_dataset",
-    "test_loader",
-    "train_loader",
-    "transfer_records",
-    "transfer_split",
-]
-
 logger = logging.getLogger(__name__)
 
 
@@ -58,13 +48,8 @@ def transfer_split(cfg: CfgNode) -> CategorySplit:
     """Return the class list of the model, with the source (A) and the target categories (B).
 
     Of one data set in ``DATASETS.TRAIN`` it is the class list of that, split by
-    ``DATASETS.MASKX.SPLIT``. Of two, the source and the target, it is the union of their class
-    lists: the classes of the target first, then those of the source, classes of VOC by their names
-    in COCO.
-
-    Raises:
-        FileNotFoundError: the split is neither a known name nor a file.
-        ValueError: there are other data sets, a class is source and target, or there is no target.
+    ``DATASETS.MASKX.SPLIT``. Of two, the source and the target, it is
+    :func:`~maskx.systems.transfernet.samples.union_of_class_lists`.
     """
     names, spec = cfg.DATASETS.TRAIN, cfg.DATASETS.MASKX.SPLIT
     if len(names) == 2:
@@ -95,11 +80,7 @@ def transfer_split(cfg: CfgNode) -> CategorySplit:
 
 
 def labels_of_dataset(name: str, split: CategorySplit) -> list[int]:
-    """Return which classes of the model the classes of a data set are, by name.
-
-    Raises:
-        ValueError: the model does not know a class of the data set.
-    """
+    """Return which classes of the model the classes of a data set are, by name."""
     try:
         return labels_in_union(class_names_of(name), split.class_names)
     except ValueError as error:
@@ -107,11 +88,7 @@ def labels_of_dataset(name: str, split: CategorySplit) -> list[int]:
 
 
 def check_transfer_data(cfg: CfgNode) -> None:
-    """Check what can be checked before any annotation is read.
-
-    Raises:
-        ValueError: data sets, split, number of classes, batch or share of the source do not fit.
-    """
+    """Check what can be checked before any annotation is read."""
     split = transfer_split(cfg)
     if len(split.class_names) != cfg.MODEL.MASKX.NUM_CLASSES:
         raise ValueError(
@@ -145,16 +122,7 @@ def _alternates(cfg: CfgNode) -> bool:
 
 
 def transfer_records(cfg: CfgNode) -> TransferSets:
-    """Read the source and target images of ``DATASETS.TRAIN``.
-
-    Returns:
-        Records in the class list of :func:`transfer_split`: the source
-        reduced to ``DATASETS.MASKX.SOURCE_FRACTION``, target images with their tags only unless
-        ``DATASETS.MASKX.USE_TARGET_MASKS``.
-
-    Raises:
-        ValueError: there is no source or no target image, or no mask.
-    """
+    """Read the source and target images of ``DATASETS.TRAIN``, as ``DATASETS.MASKX`` has it."""
     split, keys = transfer_split(cfg), cfg.DATASETS.MASKX
     names = cfg.DATASETS.TRAIN
     records = []
@@ -225,11 +193,6 @@ class MaskXTransferSemSegEvaluator(MaskXSemSegEvaluator):
 
     The model is asked for the classes of the data set alone (``candidate_labels`` of its samples);
     any other label in a prediction is an error.
-
-    Args:
-        dataset_name: a registered data set, whose classes the model knows.
-        split: of :func:`transfer_split`.
-        distributed: see :class:`MaskXSemSegEvaluator`.
     """
 
     def __init__(
@@ -263,13 +226,7 @@ class MaskXTransferSemSegEvaluator(MaskXSemSegEvaluator):
 
 
 class MaskXTransferLabelEvaluator(MaskXImageLabelEvaluator):
-    """Average precision of the classes of a data set, of probabilities for those of the model.
-
-    Args:
-        dataset_name: a registered data set, whose classes the model knows.
-        split: of :func:`transfer_split`.
-        distributed: see :class:`MaskXImageLabelEvaluator`.
-    """
+    """Average precision of the classes of a data set, of probabilities for those of the model."""
 
     def __init__(
         self, dataset_name: str, *, split: CategorySplit, distributed: bool = True
@@ -288,9 +245,7 @@ class MaskXTransferLabelEvaluator(MaskXImageLabelEvaluator):
 
 def _groups(labels: list[int], split: CategorySplit) -> dict[str, tuple[int, ...]]:
     """Class indices of a data set by group, as `CategorySplit.groups` has them of its own list."""
-    sides = {"A": set(split.indices_with_masks), "B": set(split.indices_without_masks)}
-    of_side = {
+    return {
         name: tuple(index for index, label in enumerate(labels) if label in side)
-        for name, side in sides.items()
+        for name, side in split.groups().items()
     }
-    return {"all": tuple(range(len(labels))), **of_side}

@@ -15,8 +15,6 @@ from maskx.detectron2.stagewise import Stage, build_on_cpu, check_chain
 from maskx.detectron2.trainer import check_config
 from maskx.systems.transfernet.detectron2 import MaskXTransferClassifier, MaskXTransferNet
 
-__all__ = ["check_transfer_stages", "transfer_stages"]
-
 _CLASSIFIER_KEY = "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS"
 
 # What every stage must have alike, to compute the same features and mean the same classes.
@@ -52,10 +50,6 @@ def transfer_stages(
         output: folder; the runs are in ``stage0``, ``stage1`` and ``stage2`` of it.
         opts: KEY VALUE pairs for all of them.
         own_opts: pairs for ``stage0``, ``stage1`` or ``stage2`` alone.
-
-    Raises:
-        FileNotFoundError: there is no such file of weights.
-        ValueError: the pairs name weights, which the chain sets itself.
     """
     for key in ("MODEL.WEIGHTS", _CLASSIFIER_KEY):
         if any(key in pairs[::2] for pairs in (opts, *own_opts.values())):
@@ -83,15 +77,8 @@ def transfer_stages(
 def check_transfer_stages(stages: Sequence[Stage]) -> list[bool]:
     """Check that the stages fit together, before hours are spent on the first.
 
-    Args:
-        stages: of :func:`transfer_stages`.
-
     Returns:
         Whether each was trained and evaluated before.
-
-    Raises:
-        FileNotFoundError: a file that a configuration names is missing.
-        ValueError: something does not fit; the message names the key and the remedy.
     """
     register_all()
     for stage in stages:

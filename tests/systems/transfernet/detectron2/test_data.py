@@ -17,7 +17,7 @@ from maskx.systems.transfernet.detectron2.data import (
     transfer_records,
     transfer_split,
 )
-from maskx.systems.transfernet.transfer_sets import source_subset, transfer_sets
+from maskx.systems.transfernet.samples import source_subset, transfer_sets
 
 ROW = [[0, 0, 16, 0, 16, 24, 0, 24]]  # the left third of an image of 48 x 24 pixels
 

@@ -6,10 +6,9 @@ from two_ranks import be_one_of_two, train_together
 
 from maskx.core.image_classifier import ImageClassifier
 from maskx.detectron2 import MaskXSmallResNet, MaskXTransferNet
-from maskx.systems.transfernet.attention import FactoredAttention
 from maskx.systems.transfernet.baselines import BaselineNet, DecoupledNet
 from maskx.systems.transfernet.decoder import TransposedDecoder
-from maskx.systems.transfernet.network import TransferNet
+from maskx.systems.transfernet.network import FactoredAttention, TransferNet
 
 
 def make_network(method):
