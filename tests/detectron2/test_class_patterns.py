@@ -589,7 +589,7 @@ def test_patterns_of_another_network_are_refused(finished, weights, opts, tmp_pa
         project(dilated, records, patterns, ["C41"], tmp_path)
     with torch.no_grad():
         source.classifier.classifier.bias += 1
-    with pytest.raises(ValueError, match=r"found with the network .* Find the patterns anew"):
+    with pytest.raises(ValueError, match=r"patterns was made with network .*, but .* has network"):
         project(source, records, patterns, ["C41"], tmp_path)
 
 

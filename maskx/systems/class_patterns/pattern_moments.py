@@ -463,20 +463,20 @@ def merge_moments(paths: Sequence[Path]) -> dict[str, PatternMoments]:
         if identity is None:
             merged, identity = moments, shared
             continue
-        check_identity(path, shared, identity, f"'{paths[0]}'")
+        check_identity(f"'{path}'", shared, identity, f"'{paths[0]}'")
         for layer, of_layer in moments.items():
             merged[layer].merge(of_layer)
     return merged
 
 
 def check_identity(
-    path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], what: str
+    made: str, found: Mapping[str, Any], expected: Mapping[str, Any], what: str
 ) -> None:
-    """Refuse a file that is defined by other values than expected of ``what``."""
+    """Refuse what was ``made`` with other values than those of ``what``."""
     for key in sorted({*found, *expected}):
         if found.get(key) != expected.get(key):
             there, here = (textwrap.shorten(str(v.get(key)), 100) for v in (found, expected))
             raise ValueError(
-                f"'{path}' was made with {key} {there}, but {what} has {key} {here}. Use files of "
+                f"{made} was made with {key} {there}, but {what} has {key} {here}. Use files of "
                 "the same, or name another folder to make them anew."
             )

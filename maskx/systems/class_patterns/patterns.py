@@ -340,7 +340,7 @@ def discover_class_patterns(
     done, images = 0, ""
     if checkpoint is not None and checkpoint.is_file():
         moments, content = load_moments(checkpoint, device=device)
-        check_identity(checkpoint, content["identity"], run, "this run")
+        check_identity(f"'{checkpoint}'", content["identity"], run, "this run")
         done, images = content["done"], content["images"]
     model.eval()
     with tqdm(total=total, initial=done, desc="features", unit="image") as progress:

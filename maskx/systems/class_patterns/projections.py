@@ -240,7 +240,7 @@ def claim_folder(folder: Path, name: str, header: dict[str, Any]) -> None:
             )
         write_json(path, header)
         return
-    check_identity(path, read_header(path), header, "this run")
+    check_identity(f"'{path}'", read_header(path), header, "this run")
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def discover(
     path = Path(output) / PATTERNS_NAME
     if path.is_file():
         patterns = load_patterns(path, network=network, class_names=class_names)
-        check_identity(path, patterns.settings, settings, "this run")
+        check_identity(f"'{path}'", patterns.settings, settings, "this run")
         report(f"'{path}' is there already, made with the same settings.")
         return None if shard else patterns
 
@@ -302,18 +302,9 @@ def project(
     """
     class_names = patterns.class_names
     _check(source, records, class_names, batch_size)
-    network = network_hash(source.classifier)
-    if patterns.network != network:
-        raise ValueError(
-            f"The class patterns were found with the network {patterns.network}, but "
-            f"{source.name} is {network}. Find the patterns anew with this classifier."
-        )
-    for key, value in source.settings.items():
-        if patterns.settings.get(key) != value:
-            raise ValueError(
-                f"The class patterns were found with {key} {patterns.settings.get(key)!r}, but "
-                f"{source.name} has {key} {value!r}. Use the same, or find the patterns anew."
-            )
+    ours = {"network": network_hash(source.classifier), **source.settings}
+    found = {key: patterns.settings.get(key) for key in ours} | {"network": patterns.network}
+    check_identity("The set of class patterns", found, ours, source.name)
     folders = {layer: projections_folder(folder, layer) for layer in layers}
     for layer, of_layer in folders.items():
         if layer not in patterns.layers:

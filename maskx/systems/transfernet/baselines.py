@@ -15,6 +15,7 @@ For the shape legend see `maskx.systems.transfernet.network`. Also:
     Q: pairs whose mask is predicted; H, W: size of the images; C: hidden channels.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,9 +27,9 @@ from maskx.core.checks import check_choice
 from maskx.core.layers import msra_fill
 from maskx.core.losses import multi_label_loss
 from maskx.systems.transfernet.network import (
+    ForOneSize,
     MapNorm,
     PairNetwork,
-    check_feature_size,
     mask_loss,
     pair_matmul,
 )
@@ -234,25 +235,19 @@ class DecoupledNet(_Baseline):
         return self.to_decoder(torch.cat([features, self.gradient_norm(gradients)], dim=1))
 
 
-class _FullyConnectedMap(nn.Module):
+class _FullyConnectedMap(ForOneSize):
     """Fully connected layer from a map to a map of the same size."""
 
+    what = "BaselineNet"
+
     def __init__(self, feature_size: tuple[int, int]) -> None:
-        super().__init__()
-        height, width = feature_size
-        self.fc = nn.Linear(height * width, height * width)
+        super().__init__(feature_size)
+        self.fc = nn.Linear(math.prod(feature_size), math.prod(feature_size))
         msra_fill(self.fc)
-        self.register_buffer("feature_size", torch.tensor(feature_size))
-        self._feature_size = tuple(feature_size)
 
     def forward(self, maps: Tensor) -> Tensor:
-        check_feature_size("BaselineNet", maps.shape[2:], self._feature_size)
+        self.check_size(maps)
         return self.fc(maps.flatten(1)).reshape(maps.shape)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        found = state_dict.get(f"{prefix}feature_size", self.feature_size)
-        check_feature_size("This BaselineNet", self._feature_size, found.tolist(), True)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _pointwise(in_channels: int, hidden_channels: int) -> nn.Sequential:

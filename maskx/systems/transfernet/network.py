@@ -109,12 +109,43 @@ class FactoredAttention(nn.Module):
         return self.attend(F.relu(feature_factors * label_factors[:, :, None, None]))[:, 0]
 
 
-class FullyConnectedAttention(nn.Module):
+class ForOneSize(nn.Module):
+    """Fully connected layers for one (h, w) of feature maps, which checkpoints hold as well."""
+
+    what = "FullyConnectedAttention"
+
+    def __init__(self, feature_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.register_buffer("feature_size", torch.tensor(feature_size))
+        self.size = tuple(feature_size)
+
+    def check_size(self, maps: Tensor) -> None:
+        """Refuse feature maps of another size."""
+        if tuple(maps.shape[2:]) != self.size:
+            ours, theirs = (f"{h} x {w}" for h, w in (maps.shape[2:], self.size))
+            raise ValueError(
+                f"{self.what} got a feature map of {ours} positions. Allowed: {theirs}, for which "
+                "it was made. Give images of that size, or use the form for any size."
+            )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        found = tuple(state_dict.get(f"{prefix}feature_size", self.feature_size).tolist())
+        if found != self.size:
+            ours, theirs = (f"{h} x {w}" for h, w in (self.size, found))
+            raise ValueError(
+                f"This {self.what} is made for feature maps of {ours} positions, but the "
+                f"checkpoint for {theirs}. Use the input size that the checkpoint was trained "
+                "with, or the form for any size."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class FullyConnectedAttention(ForOneSize):
     """Eq. 4 as published, for one size of image: v = W^att (W^feat vec(A) * W^label y) + b.
 
     Like the reference code it has one more fully connected layer with a ReLU before W^att, and a
     bias in every layer. At D = 512, 20 x 20 positions and d = 1024, W^feat alone has 209.7 M
-    weights. ``feature_size`` (h, w) is that of the only feature map that fits.
+    weights.
     """
 
     def __init__(
@@ -125,7 +156,7 @@ class FullyConnectedAttention(nn.Module):
         feature_size: tuple[int, int],
         num_factors: int = 1024,
     ) -> None:
-        super().__init__()
+        super().__init__(feature_size)
         num_positions = math.prod(feature_size)
         self.feature_embed = nn.Linear(in_channels * num_positions, num_factors)
         self.label_embed = nn.Linear(num_classes, num_factors)
@@ -135,39 +166,14 @@ class FullyConnectedAttention(nn.Module):
             xavier_fill(layer)
         nn.init.normal_(self.attend.weight, std=0.01)
         nn.init.zeros_(self.attend.bias)
-        self.register_buffer("feature_size", torch.tensor(feature_size))
-        self._feature_size = tuple(feature_size)
 
     def forward(self, features: Tensor, pair_images: Tensor, pair_labels: Tensor) -> Tensor:
         """Predict the (P, h, w) attention logits v of each pair from (N, D, h, w) features."""
-        check_feature_size("FullyConnectedAttention", features.shape[2:], self._feature_size)
+        self.check_size(features)
         feature_factors = self.feature_embed(features.flatten(1))[pair_images]
         label_factors = _embed_labels(self.label_embed, pair_labels)
         hidden = F.relu(self.hidden(feature_factors * label_factors))
-        return self.attend(hidden).unflatten(1, self._feature_size)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        found = state_dict.get(f"{prefix}feature_size", self.feature_size)
-        check_feature_size("This FullyConnectedAttention", self._feature_size, found.tolist(), True)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def check_feature_size(
-    what: str, found: Sequence[int], expected: Sequence[int], is_checkpoint: bool = False
-) -> None:
-    """Refuse a feature map, or a model that loads, of another size than weights were made for."""
-    if tuple(found) == tuple(expected):
-        return
-    ours, theirs = (f"{height} x {width}" for height, width in (found, expected))
-    if is_checkpoint:
-        raise ValueError(
-            f"{what} is made for feature maps of {ours} positions, but the checkpoint for {theirs}."
-            " Use the input size that the checkpoint was trained with, or the form for any size."
-        )
-    raise ValueError(
-        f"{what} got a feature map of {ours} positions. Allowed: {theirs}, for which it was made. "
-        "Give images of the size that it was made for, or use the form for any size."
-    )
+        return self.attend(hidden).unflatten(1, self.size)
 
 
 def xavier_fill(layer: nn.Conv2d | nn.Linear) -> None:

@@ -165,7 +165,7 @@ def test_it_is_built_without_a_configuration():
 
 
 def test_the_weights_have_the_names_of_the_plain_network(model):
-    assert all(key.startswith("classifier.") for key in model.state_dict())
+    assert all(name.startswith("classifier.") for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 25), (48, 48), (131, 64)])

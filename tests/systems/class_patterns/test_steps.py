@@ -247,7 +247,9 @@ def test_batches_of_no_image_are_refused(data, found, tmp_path):
 
 def test_patterns_of_another_network_layer_or_size_are_refused(data, found, tmp_path):
     source, patterns, _ = found
-    with pytest.raises(ValueError, match=r"but the test is .* Find the patterns anew"):
+    with pytest.raises(
+        ValueError, match=r"class patterns was made with network .*, but the test has network"
+    ):
         project(make_source(seed=1), data.records, patterns, LAYERS, tmp_path)
     with pytest.raises(ValueError, match=r"no class patterns of layer 'C42'\. Allowed: C41"):
         project(source, data.records, patterns, ("C42",), tmp_path)
