@@ -25,8 +25,8 @@ def test_steps_share_one_classifier_and_say_what_is_held():
         assert case.settings["bytes_per_class"] == per_class
         case.step()
         assert case.parameters == reference.parameters == 11_186_772
-    assert one.name == "with moments, 1 label, 4.5 MB per class"
-    assert three.name == "with moments, 3 labels, 4.5 MB per class"
+    assert one.name == "with moments, 1 label, 8.4 MB per class"
+    assert three.name == "with moments, 3 labels, 8.4 MB per class"
     assert three.settings["bytes_held"] - one.settings["bytes_held"] == 2 * per_class
 
 

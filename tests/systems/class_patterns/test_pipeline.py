@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -200,6 +201,18 @@ def test_resuming_with_other_settings_is_refused(scenes, finished):
     words = r"chain\.proxy masks is 'C41-zero-ignore', but the run .* with 'C41-otsu-standardised'"
     with pytest.raises(ValueError, match=words):
         learn(scenes, output, resume=True, masks=ProxyMaskSettings(crf=False))
+
+
+def test_a_run_with_another_class_list_than_its_weights_is_refused(finished, tmp_path):
+    shutil.copytree(finished[0] / "retrained", tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    content = json.loads(path.read_text())
+    content["class_names"] = content["class_names"][::-1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"Class 0 is '.*' in the checkpoint, but '.*' by the data"
+    ):
+        open_run(tmp_path / "run")
 
 
 def test_the_papers_masks_are_not_made_twice(scenes, tmp_path):
