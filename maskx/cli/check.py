@@ -26,7 +26,7 @@ _HEAD = ("category", "images", "boxes", "masks", "tags")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add = parser.add_argument
-    add("data", metavar="DATA", type=Path, help="annotation file")
+    add("data", metavar="DATA", type=Path, help="annotation file or folder")
     add("images", metavar="IMAGES", type=Path, nargs="?", help="folder of the images")
     add("--html", metavar="FILE", type=Path, help="write a page with sample pictures too")
     add(
@@ -42,13 +42,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the report; return 1 if there are problems."""
     from maskx.core.files import written_text
     from maskx.core.text import listed
-    from maskx.data.coco import check_coco
+    from maskx.data.formats.table import check_annotations
     from maskx.data.overview import overview_of
 
     for path in (args.html, args.split):
         if path is not None and path.exists() and not args.overwrite:
             raise FileExistsError(f"{path} exists. Name another file, or add --overwrite.")
-    data, report = check_coco(args.data, args.images)
+    data, report = check_annotations(args.data, args.images)
     overview = None if data is None else overview_of(data.records, data.class_names)
     unused = [c.name for c in overview.categories if not c.images + c.tags] if overview else []
     if unused and len(unused) < len(overview.categories):

@@ -17,6 +17,7 @@ VERBS = {
     "predict": "predict images, folders and videos with a trained run",
     "complete": "give objects with boxes alone masks, by a trained run or a teacher",
     "serve": "try a trained run on a local page: drop a photograph, see its masks",
+    "export": "bring annotations into the format of another tool, such as CVAT or YOLO",
 }
 
 _DESCRIPTION = """\

@@ -12,6 +12,7 @@ Examples:
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import maskx.systems  # noqa: F401 - registers them
 from maskx.core.command_line import ended_in_one_line
@@ -34,9 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--device", default=default.device, help="auto, cpu or cuda")
-    pair = {"nargs": 2, "metavar": ("JSON", "IMAGES")}
-    add("--coco-train", **pair, help="train on a COCO file instead of generated scenes")
-    add("--coco-val", **pair, help="evaluate on a COCO file")
+    pair = {"nargs": 2, "metavar": ("DATA", "IMAGES")}
+    add(
+        "--coco-train",
+        **pair,
+        help="train on a COCO file, or annotations that `maskx check` reads, instead of scenes",
+    )
+    add("--coco-val", **pair, help="evaluate on such annotations")
     add(
         "--target-train",
         **pair,
@@ -119,4 +124,16 @@ def run(args: argparse.Namespace) -> None:
     system = options.pop("system")
     options["output"] = options["output"] or Path("output") / f"quickstart-{system}"
     with ended_in_one_line("the same command with --resume goes on from the last checkpoint"):
+        for key in ("coco_train", "coco_val", "target_train"):
+            if options[key]:
+                options[key] = _as_coco(key, options)
         find_system(system).pipeline(QuickstartOptions(**options), print)
+
+
+def _as_coco(key: str, options: dict[str, Any]) -> tuple[str, str]:
+    """Return a COCO file, which is made in the output folder of annotations of another format."""
+    from maskx.data.formats.table import as_coco
+
+    made = options["output"] / "coco" / f"{key}.json"
+    pair = as_coco(*options[key], made, strict=not options["skip_bad"])
+    return str(pair[0]), str(pair[1])

@@ -35,6 +35,7 @@ __all__ = [
     "AnnotationProblem",
     "CocoData",
     "check_coco",
+    "check_coco_content",
     "check_coco_structure",
     "in_class_list",
     "load_coco",
@@ -149,16 +150,30 @@ def check_coco(
             dataset, rows = read_json_rows(
                 json_file, "annotations", _KEYS, "segmentation", what=_WHAT
             )
-            looked_at = image_root is not None
-            data = _read(
-                *(dataset, rows, report, image_root or ""),
-                check_images=looked_at,
-                check_content=looked_at,
-            )
         except ValueError as error:
             report.stop(error)
-            data = None
-    return data, report
+            return None, report
+        return _collected(dataset, rows, image_root, report)
+
+
+def check_coco_content(
+    content: Mapping[str, Any], image_root: str | os.PathLike[str] | None, report: Report
+) -> tuple[CocoData | None, Report]:
+    """Check a COCO dict as `check_coco` checks a file, into a report that collects."""
+    rest = {key: value for key, value in content.items() if key != "annotations"}
+    return _collected(rest, Rows(list(content["annotations"])), image_root, report)
+
+
+def _collected(
+    dataset: Any, rows: Rows | None, image_root: str | os.PathLike[str] | None, report: Report
+) -> tuple[CocoData | None, Report]:
+    looked_at = image_root is not None
+    parts = (dataset, rows, report, image_root or "")
+    try:
+        return _read(*parts, check_images=looked_at, check_content=looked_at), report
+    except ValueError as error:
+        report.stop(error)
+        return None, report
 
 
 def _read(

@@ -110,19 +110,25 @@ def is_broken(path: str | os.PathLike[str]) -> str:
         return problem_of(head, file.read())
 
 
-def problem_of_size(path: str | os.PathLike[str], height: int, width: int) -> str:
-    """Say that an image, turned as its EXIF tag says, has another size; nothing if it has not."""
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Return (height, width) of an image, turned as its EXIF tag says; None if Pillow cannot."""
     try:
         with Image.open(path) as image:
-            found = image.size
+            width, height = image.size
             # Of a PNG file this would read all of it, to look for the tag behind the pixels.
             if image.format == "JPEG" and image.getexif().get(_ORIENTATION, 1) > 4:
-                found = found[::-1]
+                return width, height
+            return height, width
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return ""  # not of a kind that Pillow knows; OpenCV may
-    if found == (width, height):
+        return None
+
+
+def problem_of_size(path: str | os.PathLike[str], height: int, width: int) -> str:
+    """Say that an image has another size than it should; nothing if it has not."""
+    found = image_size(path)
+    if found in (None, (height, width)):  # what Pillow does not know, OpenCV may
         return ""
-    return f"is {found[0]} x {found[1]} pixels, but its annotations say {width} x {height}"
+    return f"is {found[1]} x {found[0]} pixels, but its annotations say {width} x {height}"
 
 
 def problem_of(head: bytes, tail: bytes) -> str:

@@ -1,0 +1,50 @@
+r"""Bring annotations into the format of another tool.
+
+DATA may be of any of the formats too: a COCO file, a YOLO folder, a folder of labelme files or of
+PASCAL VOC, an XML file of CVAT, a JSON export of Label Studio. What a format cannot hold is said,
+with its number.
+
+Examples:
+    maskx export completed.json --format yolo --output yolo
+    maskx export completed.json images --copy-images --format labelme --output labelme
+    maskx export labelme --format coco --output coco
+"""
+
+import argparse
+from pathlib import Path
+
+_FORMATS = ("coco", "cvat", "label-studio", "labelme", "voc", "yolo")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    add = parser.add_argument
+    add("data", metavar="DATA", type=Path, help="annotation file or folder")
+    add("images", metavar="IMAGES", type=Path, nargs="?", help="folder of the images")
+    add("--format", choices=_FORMATS, required=True, help="to write")
+    add("--output", metavar="FOLDER", type=Path, required=True, help="to write into")
+    add("--copy-images", action="store_true", help="copy the images to where the format has them")
+    add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
+    add("--overwrite", action="store_true", help="replace an export that the folder holds")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert, and say what was lost."""
+    from maskx.data.formats.table import read_dataset, write_dataset
+
+    dataset = read_dataset(args.data, args.images, strict=not args.skip_bad)
+    lost = write_dataset(
+        dataset,
+        args.output,
+        args.format,
+        copy_images=args.copy_images,
+        overwrite=args.overwrite,
+    )
+    content = dataset.content
+    images, objects = len(content["images"]), len(content["annotations"])
+    print(f"Wrote {args.output}: {images} images, {objects} objects, as {args.format}.")
+    place = {"yolo": "images/train", "voc": "JPEGImages"}.get(args.format)
+    if place and not args.copy_images:
+        print(f"The images belong into {args.output / place}; --copy-images copies them there.")
+    for what, number in sorted(lost.items()):
+        print(f"Not held by {args.format}: {number} {what}.")

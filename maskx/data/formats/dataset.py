@@ -1,0 +1,274 @@
+"""What formats are read into and written from: COCO's record form, and a folder of files."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as mask_api
+
+from maskx.core.files import written_whole
+from maskx.data.coco_shapes import mask_extent
+from maskx.data.images import image_size
+
+__all__ = ["IMAGE_ENDINGS", "Builder", "Dataset", "Output", "extra_keys", "has_own_box"]
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+MARKER = "maskx_export.json"
+_BOX_TOLERANCE = 0.05  # pixels; COCO rounds boxes and polygons to 0.01
+_KEYS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
+
+
+@dataclass
+class Dataset:
+    """Annotations in COCO's form, and where their images are.
+
+    Attributes:
+        content: COCO dict.
+        image_root: Folder that the file names are in; None if that is not known.
+    """
+
+    content: dict[str, Any]
+    image_root: Path | None
+
+    def objects(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Give each image with its annotations."""
+        own: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in self.content["images"]}
+        for annotation in self.content["annotations"]:
+            own[annotation["image_id"]].append(annotation)
+        for image in self.content["images"]:
+            yield image, own[image["id"]]
+
+    def names(self) -> dict[int, str]:
+        """Return the names of the categories by id, in the order of the ids."""
+        categories = sorted(self.content["categories"], key=lambda category: category["id"])
+        return {category["id"]: category["name"] for category in categories}
+
+    def tags(self, image: Mapping[str, Any], objects: Iterable[Mapping[str, Any]]) -> list[int]:
+        """Return the category ids that an image is said to show without an object of them."""
+        shown = {annotation["category_id"] for annotation in objects}
+        return [id_ for id_ in image.get("image_labels", ()) if id_ not in shown]
+
+
+class Builder:
+    """Makes the COCO form of what a format holds.
+
+    Args:
+        names: Of the categories, in their order; others are added as they are met.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._ids: dict[str, int] = {}
+        self.images: list[dict[str, Any]] = []
+        self._annotations: list[dict[str, Any]] = []
+        for name in names:
+            self.category(name)
+
+    def category(self, name: str) -> int:
+        """Return the id of a category."""
+        return self._ids.setdefault(name, len(self._ids) + 1)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._ids
+
+    def add_image(self, file_name: str, height: int, width: int) -> None:
+        """Begin an image, to which objects are added."""
+        id_ = len(self.images) + 1
+        self.images.append({"id": id_, "file_name": file_name, "height": height, "width": width})
+
+    def add_tags(self, names: Iterable[str]) -> None:
+        """Say what the image shows."""
+        ids = {self.category(name) for name in names}
+        if ids:
+            image = self.images[-1]
+            image["image_labels"] = sorted(ids.union(image.get("image_labels", ())))
+
+    def add_object(
+        self,
+        name: str,
+        *,
+        box: Sequence[float] | None = None,
+        polygons: Sequence[Sequence[float]] = (),
+        mask: np.ndarray | None = None,
+        crowd: bool = False,
+        **extra: Any,
+    ) -> None:
+        """Add an object to the image.
+
+        Args:
+            name: Of its category.
+            box: Corners; None for those of its mask.
+            polygons: Or `mask`, or none of them.
+            mask: (H, W) bool.
+            crowd: Whether it is a crowd region.
+            extra: Further keys.
+        """
+        segmentation: Any = [list(map(float, polygon)) for polygon in polygons]
+        if mask is not None:
+            rle = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
+            segmentation = {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+        entry = {
+            "id": len(self._annotations) + 1,
+            "image_id": self.images[-1]["id"],
+            "category_id": self.category(name),
+            "iscrowd": int(crowd),
+        }
+        if box is None and (mask is not None or any(segmentation)):
+            box = mask_extent(segmentation)
+        if box is not None:
+            x1, y1, x2, y2 = map(float, box)
+            entry["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+        if segmentation:
+            entry["segmentation"] = segmentation
+        self._annotations.append({**extra, **entry})
+
+    def dataset(self, image_root: Path | None) -> Dataset:
+        """Return all that was added."""
+        categories = [{"id": id_, "name": name} for name, id_ in self._ids.items()]
+        content = {
+            "images": self.images,
+            "annotations": self._annotations,
+            "categories": categories,
+        }
+        return Dataset(content, image_root)
+
+
+@dataclass
+class Output:
+    """A folder that a data set is written into, whole files only.
+
+    Attributes:
+        folder: Must not exist or be empty, unless it is written over.
+        overwrite: Replace what an export wrote here before.
+        lost: Numbers of what the format cannot hold, and what became of it.
+    """
+
+    folder: Path
+    overwrite: bool = False
+    lost: Counter[str] = field(default_factory=Counter)
+    _written: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return
+        marker = self.folder / MARKER
+        if not self.overwrite:
+            raise FileExistsError(f"{self.folder} exists. Name another folder, or add --overwrite.")
+        if not marker.is_file():
+            raise FileExistsError(
+                f"{self.folder} holds no export of maskx, so nothing in it is overwritten. Name "
+                "another folder."
+            )
+        for name in json.loads(marker.read_text(encoding="utf-8"))["files"]:
+            (self.folder / name).unlink(missing_ok=True)
+        marker.unlink()
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Write a file of a path below the folder."""
+        if isinstance(content, str):
+            content = content.encode("utf-8")
+        with written_whole(self._path(name)) as scratch:
+            scratch.write_bytes(content)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file."""
+        self.write(name, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def copy(self, dataset: Dataset, image: Mapping[str, Any], name: str) -> None:
+        """Copy an image."""
+        source = Path(dataset.image_root, image["file_name"])
+        with written_whole(self._path(name)) as scratch:
+            shutil.copyfile(source, scratch)
+
+    def finish(self, **about: Any) -> None:
+        """Write down which files are of this export."""
+        path = self.folder / MARKER
+        with written_whole(path) as scratch:
+            text = json.dumps({**about, "files": self._written}, ensure_ascii=False, indent=1)
+            scratch.write_text(text + "\n", encoding="utf-8")
+
+    def _path(self, name: str) -> Path:
+        path = os.path.normpath(name)
+        if os.path.isabs(path) or ".." in Path(name).parts:
+            raise ValueError(
+                f"{name} would lie outside {self.folder}. Name images by paths below their folder."
+            )
+        if path in self._written:
+            raise ValueError(
+                f"Two images would share the file {name}: their names differ in the ending or the "
+                "signs alone. Rename one of them."
+            )
+        self._written.append(path)
+        return self.folder / path
+
+
+def extra_keys(annotation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an annotation holds beside COCO's own keys."""
+    return {key: value for key, value in annotation.items() if key not in _KEYS}
+
+
+def has_own_box(annotation: Mapping[str, Any]) -> bool:
+    """Whether a box is not just that of its mask."""
+    if not annotation.get("segmentation"):
+        return True
+    x, y, width, height = annotation["bbox"]
+    box = np.array([x, y, x + width, y + height])
+    return bool(np.abs(box - mask_extent(annotation["segmentation"])).max() > _BOX_TOLERANCE)
+
+
+def count_lost(
+    output: Output,
+    image: Mapping[str, Any],
+    objects: Sequence[Mapping[str, Any]],
+    tags: Sequence[int],
+    *,
+    holds: str,
+) -> None:
+    """Count what no format but COCO holds, of an image.
+
+    Args:
+        output: Whose `lost` takes it.
+        image: As in the COCO form.
+        objects: That are written.
+        tags: Of the image.
+        holds: Words for what the format holds: "tags", "crowds", "boxes" or "extra".
+    """
+    lost = output.lost
+    if "tags" not in holds:
+        lost["tags, left out"] += len(tags)
+    if "crowds" not in holds:
+        lost["crowd regions, left out"] += sum(o["iscrowd"] for o in objects)
+    kept = [o for o in objects if "crowds" in holds or not o["iscrowd"]]
+    if "boxes" not in holds:
+        own = sum(bool(o.get("segmentation")) and has_own_box(o) for o in kept)
+        lost["boxes that are not those of their masks, replaced by these"] += own
+    if "extra" not in holds:
+        for annotation in kept:
+            lost.update(f"values of {key}, left out" for key in extra_keys(annotation))
+    for key in ("label_map_file_name", "stuff_file_name"):
+        lost[f"label maps ({key}), left out"] += key in image
+    output.lost = +lost
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the images below a folder, sorted, as paths from it."""
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS)
+    return sorted(path.relative_to(folder) for path in paths)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Return (height, width) of an image, as it is when turned by its EXIF tag.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    found = image_size(path)
+    if found is None:
+        raise ValueError(f"{path} cannot be read. Restore the image, or remove it.")
+    return found

@@ -1,0 +1,183 @@
+"""The formats, and the one door into COCO's record form."""
+
+import importlib
+import os
+import unicodedata
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+from maskx.core.files import write_json
+from maskx.data.coco import CocoData, check_coco, check_coco_content
+from maskx.data.coco_shapes import mend_shapes
+from maskx.data.coco_structure import Report
+from maskx.data.formats.coco import file_of
+from maskx.data.formats.dataset import Dataset, Output
+
+__all__ = [
+    "FORMATS",
+    "as_coco",
+    "check_annotations",
+    "find_format",
+    "read_dataset",
+    "write_dataset",
+]
+
+# By name; the first one that a path is of is taken. A module has `is_of_format`, `read`, `write`.
+FORMATS = {
+    "yolo": "maskx.data.formats.yolo",
+    "voc": "maskx.data.formats.voc",
+    "cvat": "maskx.data.formats.cvat",
+    "label-studio": "maskx.data.formats.label_studio",
+    "labelme": "maskx.data.formats.labelme",
+    "coco": "maskx.data.formats.coco",
+}
+
+_KINDS = (
+    "a COCO file, a YOLO folder with its data.yaml, a folder of labelme files or of PASCAL VOC, "
+    "an XML file of CVAT for images, or a JSON export of Label Studio"
+)
+
+
+def find_format(path: str | os.PathLike[str]) -> str:
+    """Return the name of the format of a file or folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is of none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder. Give {_KINDS}.")
+    for name in FORMATS:
+        if _module(name).is_of_format(path):
+            return name
+    raise ValueError(f"{path}: is of no format that can be read. Give {_KINDS}.")
+
+
+def check_annotations(
+    path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None
+) -> tuple[CocoData | None, Report]:
+    """Read annotations of any format as `maskx.data.coco.check_coco` does."""
+    path, images = Path(path), None if images is None else Path(images)
+    name = find_format(path)
+    if name == "coco":
+        return check_coco(file_of(path), images)
+    report = Report(path, collect=True)
+    try:
+        dataset = _module(name).read(path, images, report)
+    except ValueError as error:
+        report.stop(error)
+        return None, report
+    return check_coco_content(dataset.content, dataset.image_root, report)
+
+
+def read_dataset(
+    path: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    *,
+    strict: bool = True,
+) -> Dataset:
+    """Read annotations of any format.
+
+    Args:
+        path: File or folder.
+        images: Folder of the images, where the format does not say it or another is meant.
+        strict: Whether what is wrong is an error; else it is mended or left out, in one warning.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is of no format, or what it holds is wrong.
+    """
+    path, images = Path(path), None if images is None else Path(images)
+    report = Report(path, strict=strict)
+    dataset = _module(find_format(path)).read(path, images, report)
+    image_of = {image["id"]: image for image in dataset.content["images"]}
+    names = dataset.names()
+    kept = []
+    for annotation in dataset.content["annotations"]:
+        image = image_of[annotation["image_id"]]
+        given = annotation.get("bbox"), annotation.get("segmentation")
+        shapes = mend_shapes(*given, image["height"], image["width"])
+        for problem in shapes.problems:
+            done = "left out" if shapes.box is None else "mended"
+            report.annotation(annotation, names[annotation["category_id"]], problem, done)
+        if shapes.box is None:
+            continue
+        if shapes.problems:
+            x1, y1, x2, y2 = shapes.box
+            annotation = {**annotation, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            annotation["segmentation"] = shapes.mask
+        kept.append(annotation)
+    report.finish()
+    content = {**dataset.content, "annotations": kept}
+    return Dataset(content, dataset.image_root)
+
+
+def as_coco(
+    path: str | os.PathLike[str],
+    images: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+) -> tuple[Path, Path]:
+    """Return a COCO file of annotations of any format: the same file, if it is one.
+
+    Args:
+        path: As of `read_dataset`.
+        images: Likewise.
+        output: JSON file to write, if one has to be made.
+        strict: As of `read_dataset`.
+
+    Returns:
+        The file, and the folder of the images.
+    """
+    if find_format(path) == "coco":
+        return file_of(Path(path)), Path(images)
+    dataset = read_dataset(path, images, strict=strict)
+    write_json(output, dataset.content, compact=True)
+    return Path(output), dataset.image_root or Path(images)
+
+
+def write_dataset(
+    dataset: Dataset,
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    copy_images: bool = False,
+    overwrite: bool = False,
+) -> Counter[str]:
+    """Write annotations in a format.
+
+    Args:
+        dataset: What to write.
+        folder: To write into.
+        name: Of the format.
+        copy_images: Copy the images too.
+        overwrite: Replace what was exported into the folder before.
+
+    Returns:
+        What the format cannot hold, by what became of it.
+
+    Raises:
+        FileExistsError: The folder is not empty, or holds something else.
+        ValueError: There is no such format, or the names of the images cannot be used.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"There is no format {name!r}. Allowed: {', '.join(FORMATS)}.")
+    if copy_images and dataset.image_root is None:
+        raise ValueError("To copy the images, their folder must be named.")
+    for label in dataset.names().values():
+        if not label.strip() or any(unicodedata.category(sign) in ("Cc", "Cs") for sign in label):
+            raise ValueError(
+                f"The category {label!r} has a name that text files cannot hold. Rename it."
+            )
+    output = Output(Path(folder), overwrite=overwrite)
+    _module(name).write(dataset, output, copy_images=copy_images)
+    lost = +output.lost
+    output.finish(format=name, lost=dict(lost))
+    return lost
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(FORMATS[name])

@@ -1,0 +1,150 @@
+"""`maskx export`: what is written, what is said, what is never overwritten."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_api
+
+from maskx.cli.main import main
+
+FORMATS = {
+    "coco": "annotations.json",
+    "cvat": "annotations/instances_default.json",
+    "label-studio": "tasks.json",
+    "labelme": "0.json",
+    "voc": "Annotations/0.xml",
+    "yolo": "labels/train/0.txt",
+}
+
+
+def ring():
+    mask = np.zeros((20, 30), bool)
+    mask[2:12, 3:13] = True
+    mask[5:8, 6:9] = False
+    rle = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [20, 30], "counts": rle["counts"].decode()}
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A ring with a hole, a box alone, a crowd, a tag, a quality."""
+    monkeypatch.chdir(tmp_path)
+    Path("img").mkdir()
+    Image.new("RGB", (30, 20)).save("img/0.png")
+    one = {"image_id": 1, "iscrowd": 0, "category_id": 1}
+    content = {
+        "images": [
+            {"id": 1, "file_name": "0.png", "height": 20, "width": 30, "image_labels": [1, 2]}
+        ],
+        "annotations": [
+            {**one, "id": 1, "bbox": [3, 2, 10, 10], "segmentation": ring()},
+            {**one, "id": 2, "bbox": [15, 5, 6, 7], "segmentation_quality": 0.5},
+            {**one, "id": 3, "bbox": [1, 1, 9, 9], "iscrowd": 1},
+        ],
+        "categories": [{"id": 1, "name": "ring"}, {"id": 2, "name": "moon"}],
+    }
+    Path("ann.json").write_text(json.dumps(content))
+    return content
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_written_and_checked(data, capsys, name):
+    words = ["export", "ann.json", "img", "--format", name, "--output", "out", "--copy-images"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Wrote out: 1 images, 3 objects, as ")
+    assert (Path("out") / FORMATS[name]).is_file()
+    images = {"labelme": "", "voc": "JPEGImages", "yolo": "images/train"}.get(name, "images")
+    assert (Path("out") / images / "0.png").read_bytes() == Path("img/0.png").read_bytes()
+    source = "out/tasks.json" if name == "label-studio" else "out"
+    assert main(["check", source, str(Path("out") / images), "--html", "check.html"]) == 0
+    checked = capsys.readouterr().out
+    assert "No problems." in checked
+    assert "  ring" in checked
+    assert Path("check.html").read_text().count("base64,") == 1
+
+
+def test_what_yolo_cannot_hold_is_said(data, capsys):
+    main(["export", "ann.json", "img", "--format", "yolo", "--output", "out"])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "The images belong into out/images/train; --copy-images copies them there.",
+        "Not held by yolo: 1 boxes without a mask, left out: their images seem to lack them.",
+        "Not held by yolo: 1 crowd regions, left out.",
+        "Not held by yolo: 1 masks of several parts or with holes, joined to one outline.",
+        "Not held by yolo: 1 tags, left out.",
+        "Not held by yolo: 1 values of segmentation_quality, left out.",
+    ]
+    (line,) = Path("out/labels/train/0.txt").read_text().splitlines()
+    numbers = np.array(line.split()[1:], float).reshape(-1, 2) * (30, 20)
+    mask = mask_api.decode(mask_api.frPyObjects([numbers.ravel().tolist()], 20, 30))[..., 0]
+    assert (mask == mask_api.decode(ring())).all()
+
+
+def test_an_export_is_replaced_only_if_asked_for(data, capsys):
+    words = ["export", "ann.json", "img", "--format", "yolo", "--output", "out"]
+    main(words)
+    with pytest.raises(SystemExit, match=r"out exists\. Name another folder, or add --overwrite"):
+        main(words)
+    other = ["export", "ann.json", "img", "--format", "labelme", "--output", "out"]
+    Path("out/mine.txt").write_text("precious")
+    assert main([*other, "--overwrite"]) == 0
+    assert not Path("out/data.yaml").exists()
+    assert not Path("out/labels/train/0.txt").exists()
+    assert Path("out/0.json").is_file()
+    assert Path("out/mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_of_something_else_is_left_alone(data, overwrite):
+    Path("out").mkdir()
+    Path("out/data.yaml").write_text("precious")
+    words = ["export", "ann.json", "--format", "yolo", "--output", "out"]
+    with pytest.raises(SystemExit, match="error: out "):
+        main(words + ["--overwrite"] * overwrite)
+    assert Path("out/data.yaml").read_text() == "precious"
+
+
+def test_bad_annotations_end_it_or_are_left_out(data, capsys):
+    data["annotations"][1]["bbox"] = [1, 2]
+    Path("ann.json").write_text(json.dumps(data))
+    words = ["export", "ann.json", "--format", "coco", "--output", "out"]
+    with pytest.raises(SystemExit, match=r"error: ann\.json.*box_malformed: 1"):
+        main(words)
+    assert not Path("out").exists()
+    assert main([*words, "--skip-bad"]) == 0
+    assert "2 objects" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["categories"][0].update(name="a\nb"), r"category 'a\\nb' has a name that"),
+        (lambda c: c["images"][0].update(file_name="../0.png"), "would lie outside out"),
+        (
+            lambda c: c["images"].append({**c["images"][0], "id": 2, "file_name": "0.jpg"}),
+            "Two images would share the file",
+        ),
+    ],
+)
+def test_names_that_no_file_can_have(data, change, words):
+    change(data)
+    Path("ann.json").write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match=words):
+        main(["export", "ann.json", "img", "--format", "yolo", "--output", "out"])
+
+
+def test_training_reads_every_format(data, capsys):
+    """As far as to the settings, which are wrong on purpose; the data is converted before."""
+    data["annotations"].pop()
+    Path("ann.json").write_text(json.dumps(data))
+    main(["export", "ann.json", "img", "--format", "labelme", "--output", "labelme"])
+    words = ["train", "--coco-train", "labelme", "img", "--coco-val", "ann.json", "img"]
+    words += ["--iterations", "0", "--output", "run", "--masks-for", "all"]
+    with pytest.raises(SystemExit, match="iterations"):
+        main(words)
+    made = json.loads(Path("run/coco/coco_train.json").read_text())
+    assert [a["bbox"] for a in made["annotations"]] == [[3, 2, 10, 10], [15, 5, 6, 7]]
+    assert not Path("run/coco/coco_val.json").exists()
