@@ -5,6 +5,9 @@ The reader finds every bad entry and names it; nothing is dropped silently. Name
 category ids (Detectron2's rule, so that indices agree on both hosts).
 """
 
+import contextlib
+import itertools
+import math
 import os
 import struct
 from array import array
@@ -46,7 +49,7 @@ __all__ = [
 ]
 
 _KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-_CHUNK = 50_000  # annotations that are decoded at a time
+_CHUNK = 10_000  # annotations that are decoded at a time
 _WHAT = "annotation file"
 
 
@@ -406,13 +409,14 @@ def _read_annotations(
 ) -> None:
     """Read the annotations into the records, those that are as usual many at a time."""
     record_of = {record["image_id"]: record for record in records}
+    table = _Images(records)
     for start in range(0, len(rows), _CHUNK):
         chunk = rows.take(start, min(start + _CHUNK, len(rows)))
-        usual = _UsualRows(chunk, record_of, structure)
+        usual = _UsualRows(chunk, table, structure)
         claims.add_arrays(usual)
-        for index, entry in enumerate(usual.entries()):
+        for index, (record, entry) in enumerate(usual.entries()):
             if entry is not None:
-                usual.records[index]["annotations"].append(entry)
+                record["annotations"].append(entry)
             else:
                 _read_row(start + index, chunk[index], record_of, structure, report, claims)
 
@@ -468,36 +472,36 @@ def _read_row(
     record["annotations"].append(entry)
 
 
+class _Images:
+    """Records by image id, and their sizes; the last is no image."""
+
+    def __init__(self, records: list[dict[str, Any]]) -> None:
+        self.records = [*records, {}]
+        self.index_of = {record["image_id"]: index for index, record in enumerate(records)}
+        sizes = [(record["height"], record["width"]) for record in records]
+        self.sizes = np.array([*sizes, (0, 0)], np.float64)
+
+
 class _UsualRows:
     """Annotations of a chunk, of which those that are as usual are found with arrays."""
 
     # Usual is what `_read_row` would find nothing to say of, with polygons or no mask. Both must
     # make the same entry.
 
-    def __init__(
-        self, rows: Rows, record_of: Mapping[Any, dict[str, Any]], structure: Structure
-    ) -> None:
-        self.records = _looked_up(rows.column("image_id"), record_of)
+    def __init__(self, rows: Rows, images: _Images, structure: Structure) -> None:
+        image_index = _looked_up(rows.column("image_id"), images.index_of)
         self._class_index = _looked_up(rows.column("category_id"), structure.class_index)
+        self.sizes = images.sizes[image_index]
+        self._records = [images.records[index] for index in image_index]
         self._ids = rows.column("id")
-        crowd = rows.column("iscrowd")
-        area = rows.column("area")
-        self._crowd = crowd
-        usual = [
-            record is not None
-            and index is not None
-            and type(id_) is int
-            and (c is MISSING or (type(c) is int and c in (0, 1)))
-            and (a is MISSING or (type(a) in (int, float) and 0 < a < 1e18))
-            for record, index, id_, c, a in zip(
-                self.records, self._class_index, self._ids, crowd, area, strict=True
-            )
-        ]
+        self._crowd = _numbers(rows.column("iscrowd"), {int}, missing=0)
+        area = _numbers(rows.column("area"), {int, float}, missing=1)
+        self.usual = (np.array(image_index) >= 0) & (np.array(self._class_index) >= 0)
+        self.usual &= np.isin(self._crowd, (0, 1)) & (area > 0) & (area < 1e18)
         if structure.has_repeated_ids:
-            usual = [False] * len(rows)
-        self._usual = np.array(usual, bool)
-        size = [(r["height"], r["width"]) if r is not None else (0, 0) for r in self.records]
-        self.sizes = np.array(size, np.float64).reshape(-1, 2)
+            self.usual[:] = False
+        elif set(map(type, self._ids)) != {int}:
+            self.usual &= [type(id_) is int for id_ in self._ids]
         self._read_boxes(rows.column("bbox"))
         self._read_polygons(rows.decoded("segmentation", list[list[float]]))
 
@@ -515,7 +519,7 @@ class _UsualRows:
             fits = (width > 0) & (height > 0) & (x1 >= -over) & (y1 >= -over)
             fits &= (x2 <= width_of + over) & (y2 <= height_of + over)
             fits &= (boxes[0] < boxes[2]) & (boxes[1] < boxes[3])
-        self._usual &= fits
+        self.usual &= fits
 
     def _read_polygons(self, column: list[Any]) -> None:
         """Pack the polygons, and see which are in their image and have an area."""
@@ -527,7 +531,7 @@ class _UsualRows:
                 continue
             parts = _pack_polygons(value)
             if parts is None:
-                self._usual[index] = False
+                self.usual[index] = False
                 continue
             self._polygons[index] = parts
             packed += parts
@@ -553,46 +557,48 @@ class _UsualRows:
         over, (height_of, width_of) = OUTSIDE_TOLERANCE, self.sizes[masked].T
         fits = (x1 >= -over) & (y1 >= -over) & (x2 <= width_of + over) & (y2 <= height_of + over)
         fits &= np.logical_or.reduceat(area != 0, first) & np.isfinite(np.add.reduceat(area, first))
-        self._usual[masked] &= fits
+        self.usual[masked] &= fits
         self.extents[masked] = np.stack(extents, 1)
-
-    @property
-    def usual(self) -> np.ndarray:
-        """(N,) bool."""
-        return self._usual
 
     def ids(self, indices: Iterable[int]) -> list[tuple[Any, Any]]:
         """Return the ids of annotations and of their images."""
-        return [(self._ids[i], self.records[i]["image_id"]) for i in indices]
+        return [(self._ids[i], self._records[i]["image_id"]) for i in indices]
 
-    def entries(self) -> Iterable[dict[str, Any] | None]:
-        """Give the entry of each annotation; None where it is not usual."""
-        for usual, id_, box, index, crowd, parts in zip(
-            self._usual.tolist(),
+    def entries(self) -> Iterable[tuple[dict[str, Any], dict[str, Any] | None]]:
+        """Give the record and the entry of each annotation; None where it is not usual."""
+        for usual, record, id_, box, index, crowd, parts in zip(
+            self.usual.tolist(),
+            self._records,
             self._ids,
             self._boxes.tolist(),
             self._class_index,
-            self._crowd,
+            np.where(self.usual, self._crowd, 0).astype(np.int8).tolist(),
             self._polygons,
             strict=True,
         ):
             if not usual:
-                yield None
+                yield record, None
                 continue
-            entry = {
-                "id": id_,
-                "bbox": box,
-                "class_index": index,
-                "iscrowd": 0 if crowd is MISSING else crowd,
-            }
+            entry = {"id": id_, "bbox": box, "class_index": index, "iscrowd": crowd}
             if parts is not None:
                 entry["segmentation"] = [array("d", part) for part in parts]
-            yield entry
+            yield record, entry
 
 
-def _looked_up(keys: Sequence[Any], table: Mapping[Any, Any]) -> list[Any]:
-    """Look up integers and strings; None for what is not there, or of another type."""
-    return [table.get(key) if type(key) is int or type(key) is str else None for key in keys]
+def _looked_up(keys: Sequence[Any], table: Mapping[Any, int]) -> list[int]:
+    """Look up integers and strings; -1 for what is not there, or of another type."""
+    if set(map(type, keys)) <= {int, str}:
+        return list(map(table.get, keys, itertools.repeat(-1)))
+    return [table.get(key, -1) if type(key) in (int, str) else -1 for key in keys]
+
+
+def _numbers(values: Sequence[Any], kinds: set[type], *, missing: float) -> np.ndarray:
+    """Return (N,) float64: NaN for what is of another type or too large."""
+    if set(map(type, values)) <= kinds:
+        with contextlib.suppress(OverflowError):
+            return np.array(values, np.float64)
+    found = [missing if v is MISSING else v if type(v) in kinds else math.nan for v in values]
+    return np.array([v if -1e300 < v < 1e300 else math.nan for v in found], np.float64)
 
 
 _NAN_BOX = struct.pack("4d", *[float("nan")] * 4)

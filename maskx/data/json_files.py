@@ -85,12 +85,20 @@ class Rows:
         return list(map(operator.attrgetter(key), self._rows))
 
     def decoded(self, key: str, kind: Any) -> list[Any]:
-        """Return the values of the raw key, of one type; False where they are of another."""
+        """Return the values of the raw key, of one type; another value where one is of another."""
         if self._raw_key is None:
             return self.column(key)
-        decode = msgspec.json.Decoder(kind).decode
+        values = self.column(key)
+        given = [value for value in values if value is not MISSING]
+        try:  # all at once
+            found = iter(
+                msgspec.json.decode(b"[%b]" % b",".join(given), type=list[kind | dict | None])
+            )
+            return [value if value is MISSING else next(found) for value in values]
+        except msgspec.DecodeError:
+            decode = msgspec.json.Decoder(kind).decode
         found = []
-        for value in self.column(key):
+        for value in values:
             try:
                 found.append(value if value is MISSING else decode(value))
             except msgspec.DecodeError:
