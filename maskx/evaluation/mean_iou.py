@@ -96,10 +96,10 @@ class MeanIoU:
             pairs = predicted.astype(np.uint16) << 8
             pairs |= truth.astype(np.uint8, copy=False)
         else:
-            side = unknown + 1
-            pairs = np.minimum(predicted, unknown, dtype=np.intp)
+            side = unknown + 1  # whose square is far below 2^31
+            pairs = self._with_unknown(predicted).astype(np.int32)
             pairs *= side
-            pairs += np.minimum(truth, unknown)
+            np.add(pairs, self._with_unknown(truth), out=pairs, casting="unsafe")
         table = np.bincount(pairs.ravel(), minlength=side * side).reshape(side, side)
         table = table[:, :unknown]
         return table.diagonal()[:unknown], table[:unknown].sum(axis=1), table.sum(axis=0)
@@ -107,8 +107,8 @@ class MeanIoU:
     def _count_apart(self, predicted: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, ...]:
         """Count without a table, in memory that grows with the number of classes alone."""
         unknown = self.num_classes + 1
-        truth = np.minimum(truth.ravel().astype(np.intp), unknown)
-        predicted = np.minimum(predicted.ravel().astype(np.intp), unknown)
+        truth = self._with_unknown(truth.ravel()).astype(np.intp)
+        predicted = self._with_unknown(predicted.ravel()).astype(np.intp)
         return tuple(
             np.bincount(labels, minlength=unknown + 1)[:unknown]
             for labels in (
@@ -117,6 +117,12 @@ class MeanIoU:
                 truth,
             )
         )
+
+    def _with_unknown(self, labels: np.ndarray) -> np.ndarray:
+        """Return labels with K + 1 for pixels that are ignored."""
+        if labels.size and labels.max() > self.num_classes:
+            return np.minimum(labels, self.num_classes + 1)
+        return labels
 
     def merge(self, other: "MeanIoU") -> None:
         """Add the counts of other images, such as those of another process.
