@@ -1,7 +1,9 @@
 """Measure what the steps of a system cost in time and memory.
 
 All rows of a table are measured in one run, interleaved, so that only ratios need to be compared:
-to the first row, as the median over the rounds. Peak memory is that of what a step makes.
+to the first row, the alternative, and to the floor, what the operations or the bytes of the step
+take at the rates of this machine. Peak memory is that of what a step makes. With --json the rows
+are compared with those of the last run in that file, as far as the noise allows.
 
 Examples:
     python tools/benchmark.py mask_head --json mask_head.json
@@ -11,6 +13,7 @@ Examples:
     python tools/benchmark.py concept_mask --section attention
     python tools/benchmark.py word_vectors --images 100000 --words 5000
     python tools/benchmark.py photograph --megapixels 16 41
+    python tools/benchmark.py data --images 5000 --json data.json
 """
 
 import argparse
@@ -31,6 +34,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "MaskX" / "Base-MaskX-RCNN-FPN.
 MASK_HEAD_SECTIONS = ("predictor", "head", "mlp", "trunk", "model")
 LARGE_VOCABULARY_SECTIONS = ("inference", "training")
 CONCEPT_MASK_SECTIONS = ("training", "attention", "prediction")
+DATA_SECTIONS = ("reading", "average_precision", "mean_iou")
 
 
 def mask_head_tables(
@@ -121,6 +125,25 @@ def concept_mask_tables(
         yield title, lambda: concept_benchmark.prediction_cases(**options, depth=depth)
 
 
+def data_tables(
+    arguments: argparse.Namespace, device: "torch.device"
+) -> "Iterator[tuple[str, Callable[[], Iterator[Case]]]]":
+    """Yield the title of each table and what makes its cases; all run on the CPU."""
+    from benchmarks import data as data_benchmark
+
+    sections, images = arguments.section or DATA_SECTIONS, arguments.images
+    if "reading" in sections:
+        title = f"annotations of {images} images with 7 objects each, read"
+        yield title, lambda: data_benchmark.reading_cases(images)
+    if "average_precision" in sections:
+        title = f"COCO AP of masks in {images} images"
+        yield title, lambda: data_benchmark.average_precision_cases(images)
+    if "mean_iou" in sections:
+        for num_classes in arguments.classes:
+            title = f"mean IoU of one label map of 512 x 683 pixels, K = {num_classes}"
+            yield title, lambda k=num_classes: data_benchmark.mean_iou_cases(k)
+
+
 def positive(text: str) -> int:
     """Read a number of something."""
     if not text.isdecimal() or int(text) < 1:
@@ -142,13 +165,16 @@ def parse_arguments() -> argparse.Namespace:
     large_vocabulary.set_defaults(tables=large_vocabulary_tables)
     concept_mask = systems.add_parser("concept_mask", help="ConceptMask with all its concepts")
     concept_mask.set_defaults(tables=concept_mask_tables)
+    data = systems.add_parser("data", help="annotations read, COCO AP, mean IoU")
+    data.set_defaults(tables=data_tables)
     word_vectors = systems.add_parser("word_vectors", help="word vectors from generated tags, once")
     photograph = systems.add_parser("photograph", help="memory of Mask^X R-CNN, by megapixels")
     number = {"type": positive}
-    for system in (mask_head, class_patterns, large_vocabulary, concept_mask):
+    for system in (mask_head, class_patterns, large_vocabulary, concept_mask, data):
         system.set_defaults(run=run)
         add = system.add_argument
-        add("--json", type=Path, metavar="FILE", help="write all rows to a file")
+        add("--json", type=Path, metavar="FILE", help="write all rows; compare with those there")
+        add("--compare", type=Path, metavar="FILE", help="of an earlier run (default: --json)")
         add("--repeats", **number, default=5, help="rounds after one that warms up")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add = class_patterns.add_argument
@@ -175,6 +201,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--classes", **number, nargs="+", default=[80, 3000, 21841], help=classes_help)
     add("--model-classes", **number, nargs="+", default=[80, 1203], help="of the whole model")
     add("--image-size", **number, default=320, help="pixels, for the whole model")
+    add = data.add_argument
+    add("--section", nargs="+", choices=DATA_SECTIONS, help="default: all")
+    add("--images", **number, default=2000, help="of the annotation file; COCO's has 118,287")
+    add("--classes", **number, nargs="+", default=[80, 300, 600, 1000, 21841], help="of mean IoU")
     word_vectors.set_defaults(run=run_word_vectors)
     add = word_vectors.add_argument
     add("--json", type=Path, metavar="FILE", help="write the result to a file")
@@ -248,33 +278,44 @@ def run_word_vectors(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print and write the tables of a system."""
     import torch
-    from benchmarks.measure import describe_machine, format_table, measure
+    from benchmarks.measure import (
+        changes,
+        describe_machine,
+        format_rows,
+        measure_rates,
+        measure_table,
+    )
+
+    from maskx.core.files import write_json
 
     name, has_gpu = arguments.device, torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
         raise ValueError("--device cuda: PyTorch finds no GPU here. Allowed: auto, cpu.")
     device = torch.device(name if name != "auto" else "cuda" if has_gpu else "cpu")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    machine = describe_machine(device)
-    print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
+    last = arguments.json if arguments.json and arguments.json.is_file() else None
+    stored = (
+        json.loads((arguments.compare or last).read_text("utf-8"))
+        if arguments.compare or last
+        else {}
+    )
+    machine, rates = describe_machine(device), measure_rates(device)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(
+        f"rates of this run: {rates.bytes_per_second / 1e9:.1f} GB/s copied, "
+        f"{rates.operations_per_second / 1e9:.0f} GFLOP/s of matrix products\n"
+    )
     rows = []
     for title, make_cases in arguments.tables(arguments, device):
-        cases = list(make_cases())
-        steps = {case.name: case.step for case in cases}
-        costs = measure(steps, rounds=arguments.repeats, device=device)
-        table = [("", "parameters", "ms", "fastest", "ratio", "peak MB")]
-        for name, _, parameters, settings in cases:
-            cost = costs[name]
-            numbers = (1e3 * cost.seconds, 1e3 * cost.seconds_min, cost.ratio)
-            numbers = [f"{n:.2f}" for n in (*numbers, cost.peak_bytes / 1e6)]
-            table.append((name, f"{parameters:,}", *numbers))
-            row = {"table": title, "name": name, "parameters": parameters}
-            rows.append({**row, **cost._asdict(), "settings": settings})
-        print(f"{title}\n{format_table(table)}\n", flush=True)
+        found = measure_table(
+            title, list(make_cases()), rounds=arguments.repeats, device=device, rates=rates
+        )
+        print(f"{title}\n{format_rows(found)}\n", flush=True)
+        if compared := changes(found, stored.get("rows", ())):
+            print("since the last stored run:", *compared, sep="\n  ", end="\n\n")
+        rows += found
         if arguments.json:
-            content = {"machine": machine, "repeats": arguments.repeats, "rows": rows}
-            arguments.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+            content = {"machine": machine, "rates": rates._asdict()}
+            write_json(arguments.json, {**content, "repeats": arguments.repeats, "rows": rows})
 
 
 def main() -> None:

@@ -218,6 +218,7 @@ def _read(
     )
 
 
+@paused_collector()
 def read_coco_json(json_file: str | os.PathLike[str], *, strict: bool = True) -> dict[str, Any]:
     """Parse an annotation file and check that its parts fit together.
 

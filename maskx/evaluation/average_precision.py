@@ -16,6 +16,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import Params
 
 from maskx.data.coco import AnnotationProblem, check_coco_structure, read_coco_json, read_mask
+from maskx.data.json_files import paused_collector
 from maskx.evaluation.coco_matching import run_cocoeval
 
 __all__ = [
@@ -77,6 +78,7 @@ def class_average_precision(precision: np.ndarray) -> list[float]:
     return [_mean_percent(all_sizes[:, :, k]) for k in range(precision.shape[2])]
 
 
+@paused_collector()  # millions of new objects, none in a cycle
 def evaluate_detections(
     ground_truth: Mapping[str, Any] | str | os.PathLike[str],
     detections: Sequence[Mapping[str, Any]],

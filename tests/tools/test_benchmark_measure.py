@@ -1,7 +1,19 @@
 import pytest
 import torch
 from benchmarks import measure as benchmark
-from benchmarks.measure import describe_machine, format_table, measure, peak_bytes
+from benchmarks.measure import (
+    Case,
+    Rates,
+    changes,
+    count_operations,
+    describe_machine,
+    format_rows,
+    format_table,
+    measure,
+    measure_rates,
+    measure_table,
+    peak_bytes,
+)
 
 CPU = torch.device("cpu")
 
@@ -92,3 +104,63 @@ def test_a_table_is_aligned():
     assert format_table([("", "ms"), ("long name", "1.5"), ("b", "10.25")]) == (
         "              ms\nlong name    1.5\nb          10.25"
     )
+
+
+def test_the_noise_of_the_rounds_is_kept(clock):
+    steady, noisy = [9.0] + [2.0] * 5, [9.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    steps = {"steady": clock.step("s", steady), "noisy": clock.step("n", noisy)}
+    measured = measure(steps, rounds=5, device=CPU)
+    assert measured["steady"].spread == 0
+    assert measured["noisy"].spread == (4 - 2) / 3  # the quartiles over the median
+
+
+def test_a_floor_is_what_takes_longer():
+    rates = Rates(bytes_per_second=100.0, operations_per_second=1000.0)
+    assert rates.floor(500, 10) == 0.5
+    assert rates.floor(500, 200) == 2.0
+    assert rates.floor(0, 0) == 0.0
+    measured = measure_rates(CPU, size=64)
+    assert min(measured) > 0
+    assert count_operations(lambda: torch.ones(3, 5) @ torch.ones(5, 7)) == 2 * 3 * 5 * 7
+
+
+def test_a_row_says_alternative_floor_and_own_time(clock):
+    matrix = torch.ones(10, 10)
+    step = clock.step("b", [9.0, 2.0])
+    cases = [
+        Case("other", clock.step("a", [9.0, 4.0]), 0, {}),
+        Case("ours", lambda: (step(), matrix @ matrix), 7, {"size": 10}),
+        Case("bytes", clock.step("c", [9.0, 6.0]), 0, {}, 300, traced=True),
+    ]
+    rates = Rates(bytes_per_second=100.0, operations_per_second=4000.0)
+    rows = measure_table("table", cases, rounds=1, device=CPU, rates=rates)
+    assert [row["seconds"] for row in rows] == [4.0, 2.0, 6.0]
+    assert [row["ratio"] for row in rows] == [1.0, 0.5, 1.5]
+    assert [row["floor_seconds"] for row in rows] == [0.0, 0.5, 3.0]
+    assert [row["over_floor"] for row in rows] == [None, 4.0, 2.0]
+    assert rows[1]["operations"] == 2000
+    assert rows[1]["settings"] == {"size": 10}
+    lines = format_rows(rows).splitlines()
+    assert lines[0].split()[:4] == ["parameters", "alternative", "floor", "ms"]
+    assert lines[2].split()[2:8] == ["4000.00", "500.00", "2000.00", "2000.00", "0.50", "4.0"]
+
+
+@pytest.mark.parametrize(
+    ("over_floor", "spread", "words"),
+    [
+        (2.0, 0.0, "unchanged (+0%"),
+        (2.5, 0.02, "slower (+25%"),
+        (1.5, 0.02, "faster (-25%"),
+        (2.5, 0.1, "unchanged (+25%, noise 30%)"),
+    ],
+)
+def test_changes_are_told_where_they_exceed_the_noise(over_floor, spread, words):
+    row = {"table": "t", "name": "a", "ratio": 9.0, "over_floor": 2.0, "spread": 0.0}
+    new = row | {"over_floor": over_floor, "spread": spread}
+    (line,) = changes([new, row | {"name": "new"}], [row])
+    assert line.startswith(f"a: {words}")
+
+
+def test_changes_without_a_floor_are_those_of_the_ratio():
+    row = {"table": "t", "name": "a", "ratio": 2.0, "over_floor": None, "spread": 0.0}
+    assert changes([row | {"ratio": 4.0}], [row])[0].startswith("a: slower (+100%")

@@ -1,14 +1,17 @@
-"""Time and memory of training steps that are to be compared with each other.
+"""Time and memory of steps that are to be compared with each other.
 
-Absolute times differ between machines and between hours; what can be compared are the ratios of
-steps that ran in one process, interleaved.
+Absolute times differ between machines and between hours; what can be compared are ratios of what
+ran in one process, interleaved: to the first step of a table, and to the floor, what the operations
+of a step or the bytes that it must move take at the rates that this machine showed in the same run.
 """
 
 import json
+import math
 import platform
 import statistics
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import maskx
 
 # A step shorter than this is called again until so much time has gone by, see `measure`.
 _ROUND_SECONDS = 0.2
+# Of an undisturbed machine, as a share of a time.
+_LEAST_NOISE = 0.01
 
 
 class Measurement(NamedTuple):
@@ -31,12 +37,26 @@ class Measurement(NamedTuple):
         seconds_min: of the fastest round.
         ratio: median over the rounds of the time divided by that of the first step.
         peak_bytes: see :func:`peak_bytes`.
+        spread: half of the rounds lie within this share of the median: the noise of the machine.
     """
 
     seconds: float
     seconds_min: float
     ratio: float
     peak_bytes: int
+    spread: float = 0.0
+
+
+class Rates(NamedTuple):
+    """What a machine can do at most: bytes moved and operations (2 per multiply-add) a second."""
+
+    bytes_per_second: float
+    operations_per_second: float
+
+    def floor(self, operations: float, num_bytes: float) -> float:
+        """Seconds that work takes at least; 0 where none is known."""
+        by_bytes, by_operations = num_bytes / self.bytes_per_second, operations
+        return max(by_bytes, by_operations / self.operations_per_second)
 
 
 def measure(
@@ -74,9 +94,55 @@ def measure(
             min(times),
             statistics.median(t / r for t, r in zip(times, reference, strict=True)),
             peak_bytes(steps[name], device),
+            _spread(times),
         )
         for name, times in seconds.items()
     }
+
+
+def measure_rates(device: torch.device, *, size: int = 2048) -> Rates:
+    """Measure the rates of copies of 64 MiB and of products of float matrices of a size."""
+    source = torch.ones(2**24, device=device)
+    target, matrix = torch.empty_like(source), torch.ones(size, size, device=device)
+    product = torch.empty_like(matrix)
+    copying = _fastest_call(lambda: target.copy_(source), device)
+    multiplying = _fastest_call(lambda: torch.mm(matrix, matrix, out=product), device)
+    return Rates(2 * source.nbytes / copying, 2 * size**3 / multiplying)
+
+
+def count_operations(step: Callable[[], object]) -> int:
+    """Count the operations of the matrix products and convolutions of a step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def changes(rows: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Compare rows with those of an earlier run, one line for each row that both have.
+
+    What is compared is the time over that of the floor or, without one, over the first row of the
+    table, so that the runs may be of different machines. A change within three times the noise of
+    both runs is none.
+    """
+    before = {(row["table"], row["name"]): row for row in stored}
+    lines = []
+    for row in rows:
+        old = before.get((row["table"], row["name"]))
+        if old is None:
+            continue
+        key = "over_floor" if row.get("over_floor") and old.get("over_floor") else "ratio"
+        change = row[key] / old[key] - 1
+        noise = 3 * math.hypot(row.get("spread", 0), old.get("spread", 0), _LEAST_NOISE)
+        verdict = "unchanged" if abs(change) <= noise else "slower" if change > 0 else "faster"
+        lines.append(f"{row['name']}: {verdict} ({change:+.0%}, noise {noise:.0%})")
+    return lines
+
+
+def _spread(times: Sequence[float]) -> float:
+    if len(times) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / middle if middle else 0.0
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
@@ -155,12 +221,61 @@ class Case(NamedTuple):
         step: does the work.
         parameters: number of trained parameters of the model.
         settings: sizes and options, by name.
+        num_bytes: that the step must move at least; operations of PyTorch are counted.
+        traced: whether memory is what Python and numpy allocate, not PyTorch.
     """
 
     name: str
     step: Callable[[], object]
     parameters: int
     settings: dict[str, Any]
+    num_bytes: int = 0
+    traced: bool = False
+
+
+def measure_table(
+    title: str, cases: Sequence[Case], *, rounds: int, device: torch.device, rates: Rates
+) -> list[dict[str, Any]]:
+    """Measure the cases of a table and return a row for each, ready for JSON."""
+    costs = measure({case.name: case.step for case in cases}, rounds=rounds, device=device)
+    rows = []
+    for case in cases:
+        cost = costs[case.name]
+        operations = count_operations(case.step)
+        floor = rates.floor(operations, case.num_bytes)
+        row = {"table": title, "name": case.name, "parameters": case.parameters, **cost._asdict()}
+        if case.traced:
+            row["peak_bytes"] = traced_peak_bytes(case.step)
+        row |= {"operations": operations, "num_bytes": case.num_bytes, "floor_seconds": floor}
+        row["over_floor"] = cost.seconds / floor if floor else None
+        rows.append({**row, "settings": case.settings})
+    return rows
+
+
+_COLUMNS = ("alternative", "floor", "ms", "fastest", "ratio", "over floor", "peak MB")
+
+
+def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay out rows: the first is the alternative, whose time is that of every row's ratio."""
+    table = [("", "parameters", *_COLUMNS)]
+    for row in rows:
+        times = [rows[0]["seconds"], row["floor_seconds"], row["seconds"], row["seconds_min"]]
+        over = "-" if row["over_floor"] is None else f"{row['over_floor']:.1f}"
+        cells = [f"{1e3 * seconds:.2f}" for seconds in times] + [f"{row['ratio']:.2f}", over]
+        table.append(
+            (row["name"], f"{row['parameters']:,}", *cells, f"{row['peak_bytes'] / 1e6:.2f}")
+        )
+    return format_table(table)
+
+
+def traced_peak_bytes(step: Callable[[], object]) -> int:
+    """Measure the most memory that Python and numpy allocate in a step."""
+    tracemalloc.start()
+    try:
+        step()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def num_parameters(model: nn.Module) -> int:

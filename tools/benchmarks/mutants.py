@@ -31,7 +31,8 @@ import torch
 from PIL import Image
 
 from maskx.core.array_pickles import read_array_pickle
-from maskx.core.word_table import WordTable, load_word_table, save_word_table
+from maskx.core.tensor_files import write_tensors
+from maskx.core.word_table import WordTable, load_word_table
 from maskx.core.word_vectors import load_class_vectors
 from maskx.data.coco import load_coco
 from maskx.data.images import read_image
@@ -265,28 +266,28 @@ def _make_image(random_: random.Random, folder: Path) -> bytes:
     return _bytes_changed(random_, file.getvalue())
 
 
-def _safetensors_changed(random_: random.Random, content: bytes) -> bytes:
-    (length,) = struct.unpack("<Q", content[:8])
-    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-    kind = random_.randrange(4)
-    if kind == 0:
-        return _bytes_changed(random_, content)
-    if kind == 1:
-        header = _changed(random_, header)
-    elif kind == 2:
-        about = _changed(random_, json.loads(header["__metadata__"]["maskx"]))
-        header["__metadata__"]["maskx"] = json.dumps(about)
-    else:
-        data = _bytes_changed(random_, data)
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
 def _make_word_table(random_: random.Random, folder: Path) -> bytes:
-    table = WordTable(("a", "b c"), np.ones((2, 3), np.float32), np.ones(2, np.float32), source="s")
-    path = folder / "made.safetensors"
-    save_word_table(path, table)
-    return _safetensors_changed(random_, path.read_bytes())
+    """Change what the file says, with a digest that fits, its header, or bytes."""
+    tensors = {"vectors": torch.ones(2, 3), "idf": torch.ones(2)}
+    table = WordTable(("a", "b c"), tensors["vectors"].numpy(), tensors["idf"].numpy(), source="s")
+    about = {"names": [*table.names], "source": "s", "hash": table.hash}
+    kind, path = random_.randrange(4), folder / "made.safetensors"
+    if kind == 0:
+        about = _changed(random_, about)
+    elif kind == 1:
+        name = random_.choice([*tensors])
+        odd = (torch.ones(2, dtype=torch.int64), torch.zeros(2, 3), torch.ones(0), torch.ones(()))
+        tensors[random_.choice((name, "other"))] = random_.choice(odd)
+        del tensors[name if random_.randrange(4) == 0 else [*tensors][-1]]
+    write_tensors(path, tensors, "word table", about)
+    content = path.read_bytes()
+    if kind == 2:
+        return _bytes_changed(random_, content)
+    if kind == 3:
+        (length,) = struct.unpack("<Q", content[:8])
+        text = json.dumps(_changed(random_, json.loads(content[8 : 8 + length]))).encode()
+        content = struct.pack("<Q", len(text)) + text + content[8 + length :]
+    return content
 
 
 _NAMES = ("cat", "dog", "traffic light")
