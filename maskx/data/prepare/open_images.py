@@ -1,7 +1,11 @@
 """Open Images V4 to V7 (Kuznetsova et al., IJCV 2020): tags of millions of images, and boxes.
 
 Labels and boxes are published as CSV files of gigabytes, with a row for each label of an image or
-each box. Rows are read one after another; `open_images_names.py` says what classes are called.
+each box. Rows are read one after another.
+
+Labels have ids, such as /m/020lf, and names that differ between releases and are not unique:
+"Mouse" is the animal and, in the first release, the computer mouse. Classes that COCO has too are
+therefore told by their id.
 
 - A label with confidence 1 of any source but "machine" was verified by people, 0 is one they
   denied. Machine labels have a confidence in between; they are used on request, where people have
@@ -12,6 +16,8 @@ each box. Rows are read one after another; `open_images_names.py` says what clas
 - Image ids are 16 hexadecimal digits, the stem of the file name.
 """
 
+import csv
+import io
 import json
 import os
 import re
@@ -19,6 +25,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -27,16 +34,29 @@ from tqdm import tqdm
 
 from maskx.core.files import written_text
 from maskx.core.processes import run_jobs
-from maskx.data.prepare.csv_files import csv_rows
+from maskx.core.word_table import spelled
+from maskx.data.large_vocabularies import vocabulary_rows
 from maskx.data.prepare.label_map_sets import check_folder, list_problems, oriented_size
 from maskx.data.tag_lists import write_tag_lines
 
 __all__ = [
+    "OPEN_IMAGES_NAMES",
     "OpenImagesSummary",
+    "csv_rows",
     "prepare_open_images_boxes",
     "prepare_open_images_tags",
+    "read_open_images_names",
 ]
 
+OPEN_IMAGES_NAMES = dict(vocabulary_rows("open_images_concepts.tsv"))
+"""Concept names by id: 79 classes of COCO, and parts of the body that later releases call "Human".
+
+COCO's "cup" has no class of its own: Open Images has boxes of "Coffee cup" and "Mug". A "sports
+ball" is a "Ball" here, a "dining table" a "Kitchen & dining room table".
+"""
+
+_NAMES_HEADER = ["LabelName", "DisplayName"]
+_ROWS_PER_UPDATE = 1 << 14  # of the progress bar
 _LABEL_COLUMNS = ("ImageID", "Source", "LabelName", "Confidence")
 _BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "XMax", "YMin", "YMax", "IsGroupOf")
 _SIZE_COLUMNS = ("ImageID", "Width", "Height", "Orientation")
@@ -452,3 +472,115 @@ def _reasons(left_out: Mapping[str, int]) -> str:
 
 def _listing(paths: Sequence[str | os.PathLike[str]]) -> str:
     return ", ".join(map(os.fspath, paths))
+
+
+def read_open_images_names(
+    descriptions: str | os.PathLike[str], boxable: str | os.PathLike[str]
+) -> dict[str, str]:
+    """Read the names of classes: unique, in lower case, with spaces for underscores.
+
+    Those of `OPEN_IMAGES_NAMES` have the name there. Of other classes with one name, the one that
+    has boxes takes it; the rest, and all if none has boxes or several have, get their id behind it,
+    such as "mouse (/m/04rmv)".
+
+    Args:
+        descriptions: `class-descriptions.csv`, `oidv6-class-descriptions.csv` or that of another
+            release: ids and names of all classes.
+        boxable: `class-descriptions-boxable.csv`, the same for the classes with boxes.
+
+    Returns:
+        Names by id.
+
+    Raises:
+        ValueError: A file is no list of classes, or gives an id twice.
+    """
+    with_boxes = _read_descriptions(boxable)
+    given = with_boxes | _read_descriptions(descriptions)
+    names = {label: name for label, name in OPEN_IMAGES_NAMES.items() if label in given}
+    taken = set(OPEN_IMAGES_NAMES.values())
+    for labels in (with_boxes, given):
+        rest = {label: given[label] for label in labels if label not in names}
+        names |= _unique_names(rest, taken)
+        taken.update(rest.values())
+    return names
+
+
+def _unique_names(names: Mapping[str, str], taken: set[str]) -> dict[str, str]:
+    """Put its id behind each name that is taken or shared."""
+    uses = Counter(names.values())
+    return {
+        label: f"{name} ({label})" if name in taken or uses[name] > 1 else name
+        for label, name in names.items()
+    }
+
+
+def _read_descriptions(path: str | os.PathLike[str]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for line, row in csv_rows(path):
+        if line == 1 and row[:2] == _NAMES_HEADER:  # releases up to V4 have none
+            continue
+        if len(row) < 2 or not row[0].startswith("/") or not spelled(row[1]) or row[0] in names:
+            raise ValueError(
+                f"{os.fspath(path)}, line {line} is {','.join(row)!r:.80}. Allowed: the id of a "
+                "class, which no other line has, and its name, such as '/m/0199g,Bicycle'. Take "
+                "the class descriptions of Open Images."
+            )
+        names[row[0]] = spelled(row[1]).lower()
+    if not names:
+        raise ValueError(f"{os.fspath(path)} has no class. Download it again.")
+    return names
+
+
+def csv_rows(
+    path: str | os.PathLike[str], columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, Sequence[str]]]:
+    """Read rows of a CSV file; only one is in memory at a time.
+
+    Args:
+        path: File in UTF-8.
+        columns: At least two names of its header, in any order: what to return of each row. None
+            for all of every row, the first one too.
+
+    Yields:
+        Line number, counted from 1, and fields. Empty lines are passed over.
+
+    Raises:
+        ValueError: It is no CSV file, lacks a column, or a row is shorter than the columns need.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: there is no such file. datasets/README.md says where files lie."
+        )
+    size = path.stat().st_size
+    bar = tqdm(total=size, desc=path.name, unit="B", unit_scale=True, disable=None)
+    with path.open("rb") as file, bar:
+        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
+        try:
+            pick = None if columns is None else _picker(path, next(reader, []), columns)
+            for number, row in enumerate(reader):
+                if number % _ROWS_PER_UPDATE == 0:
+                    bar.update(file.tell() - bar.n)
+                if row:
+                    yield reader.line_num, row if pick is None else pick(row)
+        except IndexError:
+            raise ValueError(
+                f"{path}, line {reader.line_num} has fewer fields than its header. Download the "
+                "file again."
+            ) from None
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(
+                f"{path}, after line {reader.line_num}: is no CSV text ({error}). Download it "
+                "again, and unpack it."
+            ) from None
+        bar.update(file.tell() - bar.n)
+
+
+def _picker(path: Path, header: Sequence[str], columns: Sequence[str]) -> itemgetter:
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise ValueError(
+            f"{path} lacks the column {', '.join(missing)}; its first line is "
+            f"{','.join(header)!r:.120}. Required are {', '.join(columns)}."
+        )
+    return itemgetter(*map(header.index, columns))

@@ -88,8 +88,11 @@ def _open_images(
     existing_images: bool,
     workers: int,
 ) -> Iterator[str]:
-    from maskx.data.prepare.open_images import prepare_open_images_boxes, prepare_open_images_tags
-    from maskx.data.prepare.open_images_names import read_open_images_names
+    from maskx.data.prepare.open_images import (
+        prepare_open_images_boxes,
+        prepare_open_images_tags,
+        read_open_images_names,
+    )
 
     root = root / "open_images"
     output = root / "annotations"
@@ -207,7 +210,7 @@ PREPARATIONS: dict[str, Preparation] = {
         "`prepare.py visual_genome` writes; writes "
         "concepts_{train,val,test}_{tags.jsonl,boxes.json} there.",
         _made_by(
-            "visual_genome_concepts.prepare_visual_genome_concepts",
+            "visual_genome.prepare_visual_genome_concepts",
             folder="visual_genome/annotations",
         ),
     ),

@@ -1,6 +1,6 @@
 import pytest
 
-from maskx.data.prepare.csv_files import csv_rows
+from maskx.data.prepare.open_images import csv_rows
 
 
 def test_columns_are_found_by_name_in_the_order_asked_for(tmp_path):

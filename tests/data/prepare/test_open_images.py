@@ -15,10 +15,11 @@ from maskx.data.images import read_image
 from maskx.data.prepare import open_images as open_images_module
 from maskx.data.prepare.label_map_sets import oriented_size
 from maskx.data.prepare.open_images import (
+    OPEN_IMAGES_NAMES,
     prepare_open_images_boxes,
     prepare_open_images_tags,
+    read_open_images_names,
 )
-from maskx.data.prepare.open_images_names import OPEN_IMAGES_NAMES, read_open_images_names
 from maskx.data.tag_lists import read_tag_list
 from maskx.data.vocabularies import COCO_THING_CLASSES
 

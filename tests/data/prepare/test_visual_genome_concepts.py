@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from maskx.data.coco import load_coco
-from maskx.data.prepare.visual_genome import SPLITS, prepare_visual_genome
-from maskx.data.prepare.visual_genome_concepts import (
+from maskx.data.prepare.visual_genome import (
+    SPLITS,
+    prepare_visual_genome,
     prepare_visual_genome_concepts,
     word_names,
 )
