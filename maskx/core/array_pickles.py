@@ -22,8 +22,7 @@ def read_array_pickle(path: str | os.PathLike[str]) -> Any:
         What it holds: keys of dictionaries are text, arrays are read-only.
 
     Raises:
-        ValueError: the file is no pickle, is damaged, or holds more than that. The message names
-            what.
+        ValueError: the file is no pickle, is damaged, or holds more than that.
     """
     path = Path(path)
     if not path.is_file():

@@ -93,8 +93,7 @@ def read_box(bbox: Any, height: int, width: int) -> list[float]:
         [x1, y1, x2, y2] with positive area, clipped to the image.
 
     Raises:
-        AnnotationProblem: If it is no box, is empty, or leaves the image by more than
-            `OUTSIDE_TOLERANCE`.
+        AnnotationProblem: It is no box, empty, or more than `OUTSIDE_TOLERANCE` outside.
     """
     if bbox is None or bbox == []:
         raise AnnotationProblem(

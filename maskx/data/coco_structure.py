@@ -311,8 +311,7 @@ def read_structure(
         need_files: Whether images need a `file_name`.
 
     Raises:
-        ValueError: A part is missing, or nothing is left of one; with `strict` also for the
-            first bad entry.
+        ValueError: A part is missing or nothing is left of it; with `strict`, an entry is bad.
     """
     if not isinstance(dataset, dict):
         report.fail(f"holds a {type(dataset).__name__}", "Allowed is a COCO dict, {'images': ...")

@@ -66,8 +66,7 @@ def read_image(
         (H, W, 3) uint8 BGR.
 
     Raises:
-        ValueError: the file is no readable image, is cut off, too large or too thin, or of another
-            size.
+        ValueError: it is no whole image, too large or too thin, or of another size.
     """
     where = f"Image '{os.fspath(path)}'" + ("" if image_id is None else f" (id {image_id})")
     # Not imread, which on Windows finds no path with other than ASCII characters.

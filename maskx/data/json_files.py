@@ -113,8 +113,7 @@ def read_json(path: str | os.PathLike[str], *, what: str = "JSON file") -> Any:
         path: UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: It is not valid JSON; a key stands twice in one object; it is nested too deep,
-            or holds an integer of thousands of digits.
+        ValueError: It is no JSON, names a key twice, or holds what is too deep or too long.
     """
     return _parse(Path(path), _read_bytes(path, what))
 

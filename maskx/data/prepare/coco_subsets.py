@@ -80,7 +80,6 @@ def write_coco60(
         output: File to write; a file of an earlier run is replaced.
 
     Raises:
-        FileNotFoundError: There is no such annotation file.
         ValueError: It is no COCO file, it is the output, or `select_coco60` refuses it.
     """
     json_file, output = Path(json_file), Path(output)
@@ -120,8 +119,7 @@ def select_coco60(dataset: Mapping[str, Any]) -> dict[str, Any]:
         COCO dict with all other keys of `dataset`; images and annotations are not copied.
 
     Raises:
-        ValueError: A class of VOC is not among the categories, an image names a label map, or no
-            image is left.
+        ValueError: A class of VOC is missing, an image names a label map, or no image is left.
     """
     names = {category["name"] for category in dataset["categories"]}
     missing = [name for name in VOC_CLASSES_IN_COCO if name not in names]

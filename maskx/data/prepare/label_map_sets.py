@@ -1,10 +1,11 @@
 """COCO-format files of data sets that have masks of every pixel: their label maps and tags."""
 
+import contextlib
 import functools
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -255,17 +256,21 @@ def oriented_size(path: Path) -> tuple[int, int, int]:
     Raises:
         ValueError: The file is no image.
     """
+    with _opened(path, "image", "there is no such image, but it is listed") as image:
+        (width, height), orientation = image.size, _orientation(image)
+    return (width, height, orientation) if orientation > 4 else (height, width, orientation)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, what: str, missing: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            (width, height), orientation = image.size, _orientation(image)
-        return (width, height, orientation) if orientation > 4 else (height, width, orientation)
+            yield image
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: there is no such image, but it is listed. Unpack the images again."
-        ) from None
+        raise FileNotFoundError(f"{path}: {missing}. Unpack the {what}s again.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"{path}: cannot be read as image ({error}). Unpack the images again."
+            f"{path}: cannot be read as {what} ({error}). Unpack the {what}s again."
         ) from error
 
 
@@ -291,18 +296,9 @@ def read_values(path: Path, *, kind: str) -> np.ndarray:
     Raises:
         ValueError: The file is no such image.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            values = np.asarray(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: there are no such masks, but there is an image. Unpack the masks again."
-        ) from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as masks ({error}). Unpack the masks again."
-        ) from error
+    with _opened(path, "mask", "there are no such masks, but there is an image") as image:
+        image.load()
+        values = np.asarray(image)
     dimensions, allowed = {
         "grey": (2, "(H, W) integers"),
         "colour": (3, "(H, W, 3) uint8"),

@@ -216,7 +216,7 @@ def colours(coco, name):
     [
         (remove_image, "{name}.jpg: there is no such image, but it is listed"),
         (break_image, "{name}.jpg: cannot be read as image"),
-        (break_mask, "{name}.png: cannot be read as masks"),
+        (break_mask, "{name}.png: cannot be read as mask"),
         (resize_mask, "{name}.png: the masks are 13 x 10 pixels, the image is 14 x 10"),
         (missing_id, "{name}.png: has the value 11 at row 0, column 0. Allowed: category ids"),
         (too_large, "{name}.png: has the value 182 at row 0"),
