@@ -167,6 +167,8 @@ def _read_plain(
     fields = [(key, Any, MISSING) for key in keys]
     row_type = msgspec.defstruct("Row", [*fields, (raw_key, msgspec.Raw, MISSING)], gc=False)
     try:
+        if not content.isascii():
+            content.decode("utf-8")  # what is left raw is not looked at otherwise
         with paused_collector():
             parts = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
             if section not in parts:

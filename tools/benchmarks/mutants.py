@@ -22,7 +22,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +72,7 @@ class Format(NamedTuple):
     read: Callable[[Path], object]
 
 
-def find_bad(format_name: str, numbers: Iterator[int] | range) -> list[Finding]:
+def find_bad(format_name: str, numbers: Iterable[int]) -> list[Finding]:
     """Read mutants of a format, and return those that end in anything but success or our error."""
     form, found = FORMATS[format_name], []
     previous = logging.root.manager.disable
