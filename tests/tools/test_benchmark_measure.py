@@ -146,7 +146,7 @@ def test_a_row_says_alternative_floor_and_own_time(clock):
 
 
 @pytest.mark.parametrize(
-    ("over_floor", "spread", "words"),
+    ("ratio", "spread", "words"),
     [
         (2.0, 0.0, "unchanged (+0%"),
         (2.5, 0.02, "slower (+25%"),
@@ -154,13 +154,23 @@ def test_a_row_says_alternative_floor_and_own_time(clock):
         (2.5, 0.1, "unchanged (+25%, noise 30%)"),
     ],
 )
-def test_changes_are_told_where_they_exceed_the_noise(over_floor, spread, words):
-    row = {"table": "t", "name": "a", "ratio": 9.0, "over_floor": 2.0, "spread": 0.0}
-    new = row | {"over_floor": over_floor, "spread": spread}
+def test_changes_are_told_where_they_exceed_the_noise(ratio, spread, words):
+    row = {"table": "t", "name": "a", "ratio": 2.0, "over_floor": 7.0, "spread": 0.0}
+    new = row | {"ratio": ratio, "spread": spread}
     (line,) = changes([new, row | {"name": "new"}], [row])
     assert line.startswith(f"a: {words}")
 
 
-def test_changes_without_a_floor_are_those_of_the_ratio():
-    row = {"table": "t", "name": "a", "ratio": 2.0, "over_floor": None, "spread": 0.0}
-    assert changes([row | {"ratio": 4.0}], [row])[0].startswith("a: slower (+100%")
+def test_rows_of_a_run_that_did_not_know_the_noise_count():
+    row = {"table": "t", "name": "a", "ratio": 1.0, "over_floor": 2.0, "spread": 0.0}
+    (line,) = changes([row], [{"table": "t", "name": "a", "ratio": 1.0}])
+    assert line.startswith("a: unchanged")
+
+
+@pytest.mark.parametrize(
+    ("over_floor", "words"), [(2.2, "unchanged (+10%, noise 15%)"), (2.5, "slower"), (None, "unch")]
+)
+def test_the_first_row_of_a_table_is_compared_by_its_floor(over_floor, words):
+    row = {"table": "t", "name": "a", "ratio": 1.0, "over_floor": 2.0, "spread": 0.0}
+    (line,) = changes([row | {"over_floor": over_floor}], [row])
+    assert line.startswith(f"a: {words}")

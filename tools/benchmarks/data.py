@@ -1,5 +1,7 @@
 """Cases around the networks: annotations that are read, COCO AP, mean IoU."""
 
+import contextlib
+import io
 import json
 import math
 import random
@@ -80,7 +82,8 @@ def reading_cases(num_images: int) -> Iterator[Case]:
     def alternative() -> None:
         coco = COCO()
         coco.dataset = json.loads(path.read_bytes())
-        coco.createIndex()
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+            coco.createIndex()
 
     def ours(folder: tempfile.TemporaryDirectory = folder) -> int:  # which is kept as long
         return len(load_coco(path, folder.name, check_images=False).records)

@@ -25,8 +25,8 @@ import maskx
 
 # A step shorter than this is called again until so much time has gone by, see `measure`.
 _ROUND_SECONDS = 0.2
-# Of an undisturbed machine, as a share of a time.
-_LEAST_NOISE = 0.01
+# As a share: of ratios within a run, and of the rates of a machine from run to run.
+_LEAST_NOISE, _NOISE_OF_RATES = 0.01, 0.05
 
 
 class Measurement(NamedTuple):
@@ -37,7 +37,8 @@ class Measurement(NamedTuple):
         seconds_min: of the fastest round.
         ratio: median over the rounds of the time divided by that of the first step.
         peak_bytes: see :func:`peak_bytes`.
-        spread: half of the rounds lie within this share of the median: the noise of the machine.
+        spread: half of the ratios lie within this share of their median, of the first step half of
+            the times: the noise of the machine.
     """
 
     seconds: float
@@ -88,16 +89,17 @@ def measure(
         for name, step in steps.items():
             seconds[name].append(_fastest_call(step, device))
     reference = next(iter(seconds.values()))
-    return {
-        name: Measurement(
+    measured = {}
+    for name, times in seconds.items():
+        ratios = [t / r for t, r in zip(times, reference, strict=True)]
+        measured[name] = Measurement(
             statistics.median(times),
             min(times),
-            statistics.median(t / r for t, r in zip(times, reference, strict=True)),
+            statistics.median(ratios),
             peak_bytes(steps[name], device),
-            _spread(times),
+            _spread(times if times is reference else ratios),
         )
-        for name, times in seconds.items()
-    }
+    return measured
 
 
 def measure_rates(device: torch.device, *, size: int = 2048) -> Rates:
@@ -120,8 +122,8 @@ def count_operations(step: Callable[[], object]) -> int:
 def changes(rows: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> list[str]:
     """Compare rows with those of an earlier run, one line for each row that both have.
 
-    What is compared is the time over that of the floor or, without one, over the first row of the
-    table, so that the runs may be of different machines. A change within three times the noise of
+    What is compared is the ratio to the first row of the table and, of the first row itself, to its
+    floor, so that the runs may be of different machines. A change within three times the noise of
     both runs is none.
     """
     before = {(row["table"], row["name"]): row for row in stored}
@@ -130,9 +132,11 @@ def changes(rows: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any
         old = before.get((row["table"], row["name"]))
         if old is None:
             continue
-        key = "over_floor" if row.get("over_floor") and old.get("over_floor") else "ratio"
+        is_first = row["ratio"] == old["ratio"] == 1
+        key = "over_floor" if is_first and row["over_floor"] and old.get("over_floor") else "ratio"
         change = row[key] / old[key] - 1
-        noise = 3 * math.hypot(row.get("spread", 0), old.get("spread", 0), _LEAST_NOISE)
+        least = _NOISE_OF_RATES if key == "over_floor" else _LEAST_NOISE
+        noise = 3 * math.hypot(row["spread"], old.get("spread", 0.0), least)
         verdict = "unchanged" if abs(change) <= noise else "slower" if change > 0 else "faster"
         lines.append(f"{row['name']}: {verdict} ({change:+.0%}, noise {noise:.0%})")
     return lines
