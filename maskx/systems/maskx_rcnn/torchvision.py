@@ -179,11 +179,13 @@ class MaskXRPN(RegionProposalNetwork):
             rpn.nms_thresh,
             rpn.score_thresh,
         )
+        self._learns = True  # whether an image of the batch has complete boxes
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Label anchors; those of incomplete images are ignored (-1)."""
+        self._learns = any(map(_is_complete, targets))
         labels, boxes = super().assign_targets_to_anchors(anchors, targets)
         pairs = zip(labels, targets, strict=True)
         return [x if _is_complete(t) else torch.full_like(x, -1) for x, t in pairs], boxes
@@ -196,7 +198,7 @@ class MaskXRPN(RegionProposalNetwork):
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Compute the losses of objectness and of boxes; see the class."""
-        if not any((x >= 0).any() for x in labels):
+        if not self._learns:
             return objectness.sum() * 0, pred_bbox_deltas.sum() * 0
         return super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
 

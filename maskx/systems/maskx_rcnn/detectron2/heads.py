@@ -265,7 +265,7 @@ class MaskXTextOutputLayers(FastRCNNOutputLayers):
         if not cls_agnostic_bbox_reg:
             raise ValueError(
                 "A text classifier needs class-agnostic box regression. Set "
-                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG (cls_agnostic_bbox_reg) True."
+                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True (cls_agnostic_bbox_reg=True)."
             )
         super().__init__(input_shape, num_classes=num_classes, cls_agnostic_bbox_reg=True, **kwargs)
         self.cls_score = TextClassifier(

@@ -1,18 +1,9 @@
-"""One of two CPU processes that train ConceptMask together; rank 1 has nothing to learn from.
-
-test_training.py runs it twice.
-"""
-
-import os
-import sys
-import warnings
-from datetime import timedelta
+"""One of two CPU processes that train ConceptMask together; rank 1 has nothing to learn from."""
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pycocotools import mask as mask_utils
-from torch.nn.parallel import DistributedDataParallel
+from two_ranks import be_one_of_two, train_together
 
 from maskx.core.backbones import SmallResNet
 from maskx.core.word_table import WordTable
@@ -27,17 +18,6 @@ from maskx.systems.concept_mask.evaluation import ConceptTest
 from maskx.systems.concept_mask.network import ConceptEmbedding, ConceptSegmenter
 
 LOSSES = {1: "loss_embedding", 2: "loss_boxes", 3: "loss_masks"}
-
-
-def run(rank, port):
-    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=180)
-    dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
-    try:
-        for stage in LOSSES:
-            take_steps(stage, rank)
-        measure(rank)
-    finally:
-        dist.destroy_process_group()
 
 
 def make_model(stage):
@@ -80,26 +60,16 @@ def make_batch(rank):
 def take_steps(stage, rank):
     torch.manual_seed(0)
     model = make_model(stage).train()
-    # As Detectron2 wraps it: without find_unused_parameters a missing gradient is a hang.
-    parallel = DistributedDataParallel(model, broadcast_buffers=False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-2)
     torch.manual_seed(rank)
     batch = make_batch(rank)
     for sample in batch:
         for name in {1: ("masks",), 2: ("masks",), 3: ("boxes", "box_rows")}[stage]:
             del sample[name]
-    for _ in range(2):
-        losses = parallel(batch)
+
+    def check(losses):
         assert (losses[LOSSES[stage]] > 0) == (rank == 0)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
-        own = torch.cat([p.detach().flatten() for p in trained])
-        others = [torch.empty_like(own) for _ in range(2)]
-        dist.all_gather(others, own)
-        assert torch.isfinite(own).all()
-        assert torch.equal(*others)
+
+    train_together(model, [batch, batch], check, lr=1e-2)
 
 
 def measure(rank):
@@ -124,8 +94,11 @@ def measure(rank):
         assert found == {}
 
 
+def work(rank):
+    for stage in LOSSES:
+        take_steps(stage, rank)
+    measure(rank)
+
+
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    run(int(sys.argv[1]), int(sys.argv[2]))
-    # Threads of gloo may abort the interpreter while it ends.
-    os._exit(0)
+    be_one_of_two(work)

@@ -301,5 +301,5 @@ def test_a_predictor_that_cannot_be_replaced_is_named(make_cfg, text_opts):
 
     ROI_HEADS_REGISTRY._do_register("MaskXHeadsWithoutPredictor", MaskXOfATest)
     cfg = make_cfg(*text_opts(ANIMALS), "MODEL.ROI_HEADS.NAME", "MaskXHeadsWithoutPredictor")
-    with pytest.raises(ValueError, match="MaskXHeadsWithoutPredictor make their box predictor in"):
+    with pytest.raises(ValueError, match="MaskXHeadsWithoutPredictor do not make their box"):
         build_model(cfg)

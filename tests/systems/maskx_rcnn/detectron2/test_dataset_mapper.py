@@ -181,7 +181,7 @@ def test_a_crop_clips_the_boxes_of_all_instances_alike(make_record):
     instances = make_mapper(crop, classes_with_masks=(0, 1, 3))(record)["instances"]
     assert instances.gt_has_mask.tolist() == [True, False, False, True]
     assert instances.gt_boxes.tensor.tolist() == [[5, 5, 35, 25]] * 4
-    with pytest.raises(ValueError, match=r"two kinds of boxes\. Set recompute_boxes=False"):
+    with pytest.raises(ValueError, match=r"those of the others not\. Set recompute_boxes=False"):
         make_mapper(crop, recompute_boxes=True)
 
 

@@ -340,7 +340,7 @@ def test_without_the_project_only_this_head_is_missing(monkeypatch, make_model):
     cfg = small_cfg()
     monkeypatch.delattr(projects, "point_rend")
     monkeypatch.setitem(sys.modules, "detectron2.projects.point_rend", None)
-    with pytest.raises(ImportError, match="needs Detectron2's project PointRend") as caught:
+    with pytest.raises(ImportError, match=r"needs detectron2\.projects\.point_rend") as caught:
         MaskXPointRendMaskHead(cfg, SHAPES)
     assert "MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead" in str(caught.value)
     make_model()
