@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.html, args.split):
         if path is not None and path.exists() and not args.overwrite:
             raise FileExistsError(f"{path} exists. Name another file, or add --overwrite.")
-    data, report = check_annotations(args.data, args.images)
+    data, report, args.images = check_annotations(args.data, args.images)
     overview = None if data is None else overview_of(data.records, data.class_names)
     unused = [c.name for c in overview.categories if not c.images + c.tags] if overview else []
     if unused and len(unused) < len(overview.categories):

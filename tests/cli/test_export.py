@@ -65,6 +65,9 @@ def test_every_format_is_written_and_checked(data, capsys, name):
     assert "No problems." in checked
     assert "  ring" in checked
     assert Path("check.html").read_text().count("base64,") == 1
+    if name in ("labelme", "voc", "yolo"):  # which say where their images are
+        assert main(["check", "out"]) == 0
+        assert f"--coco-train out {Path('out') / images} " in capsys.readouterr().out
 
 
 def test_what_yolo_cannot_hold_is_said(data, capsys):

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from maskx.data.coco import in_class_list, load_coco, read_coco_json
+from maskx.data.coco import check_coco, in_class_list, load_coco, read_coco_json
 from maskx.data.label_maps import semantic_label_map
 from maskx.data.splits import check_masks, resolve_split
 
@@ -583,6 +583,17 @@ def test_mutants_end_in_records_or_in_a_clear_error(folder, seed, monkeypatch):
                     outcomes.append(outcome(folder, content, strict=strict))
             assert outcomes[0] == outcomes[1] == outcomes[2]
             assert "ann.json" in outcomes[0][-1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_collected_is_what_strict_reading_refuses(folder, seed):
+    rng = np.random.default_rng(100 + seed)
+    for _ in range(40):
+        content = mutated(rng)
+        (folder / "ann.json").write_text(json.dumps(content))
+        _, report = check_coco(folder / "ann.json", folder / "img")
+        refused = len(outcome(folder, content)) == 1
+        assert refused == bool(report.problems), content
 
 
 # Of each case: what reading it strictly and leniently must end in, None for records.

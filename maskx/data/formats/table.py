@@ -57,19 +57,24 @@ def find_format(path: str | os.PathLike[str]) -> str:
 
 def check_annotations(
     path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None
-) -> tuple[CocoData | None, Report]:
-    """Read annotations of any format as `maskx.data.coco.check_coco` does."""
+) -> tuple[CocoData | None, Report, Path | None]:
+    """Read annotations of any format as `maskx.data.coco.check_coco` does.
+
+    Returns:
+        What that does, and the folder of the images; None if it is not known.
+    """
     path, images = Path(path), None if images is None else Path(images)
     name = find_format(path)
     if name == "coco":
-        return check_coco(file_of(path), images)
+        return *check_coco(file_of(path), images), images
     report = Report(path, collect=True)
     try:
         dataset = _module(name).read(path, images, report)
     except ValueError as error:
         report.stop(error)
-        return None, report
-    return check_coco_content(dataset.content, dataset.image_root, report)
+        return None, report, images
+    root = dataset.image_root
+    return *check_coco_content(dataset.content, root, report), root
 
 
 def read_dataset(

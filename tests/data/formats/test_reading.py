@@ -98,7 +98,7 @@ def test_what_cvat_writes_beside_is_named(folder, text, words):
     file.write_text(text)
     with pytest.raises(ValueError, match=rf"task\.xml.*{words}"):
         read_dataset(file)
-    _, report = check_annotations(file)
+    _, report, _ = check_annotations(file)
     assert sum(report.problems.values()) == 1
 
 
@@ -132,7 +132,7 @@ def test_lines_that_are_none_of_yolo(folder, line, words):
     yolo(folder, a=line, b="0 .5 .5 .1 .1")
     with pytest.raises(ValueError, match=words):
         read_dataset(folder)
-    data, report = check_annotations(folder)
+    data, report, _ = check_annotations(folder)
     assert report.problems.total() == 1
     assert sum(len(record["annotations"]) for record in data.records) == 1
 
@@ -199,7 +199,7 @@ def test_shapes_of_labelme_that_are_no_objects(folder, bad, words):
     labelme(folder, [shape("ring", "rectangle", [[1, 1], [3, 3]]), bad])
     with pytest.raises(ValueError, match=words):
         read_dataset(folder)
-    data, report = check_annotations(folder, folder)
+    data, report, _ = check_annotations(folder, folder)
     assert report.problems == {"labelme_shape": 1}
     assert len(data.records[0]["annotations"]) == 1
 
@@ -272,7 +272,7 @@ def test_tasks_of_label_studio_that_cannot_be_used(folder, task, words):
     file.write_text(json.dumps([task]))
     with pytest.raises(ValueError, match=words):
         read_dataset(file, folder / "images")
-    _, report = check_annotations(file, folder / "images")
+    _, report, _ = check_annotations(file, folder / "images")
     assert any(kind.startswith("label_studio") for kind in report.problems)
 
 
@@ -312,7 +312,7 @@ def test_objects_of_voc_without_a_box_are_named(folder):
     voc(folder, "<object><name>ring</name></object>", voc_object("moon"))
     with pytest.raises(ValueError, match=r"a\.xml, object 1 lacks its name or bndbox"):
         read_dataset(folder, folder / "images")
-    data, report = check_annotations(folder, folder / "images")
+    data, report, _ = check_annotations(folder, folder / "images")
     assert report.problems == {"voc_object": 1}
     assert len(data.records[0]["annotations"]) == 1
 
