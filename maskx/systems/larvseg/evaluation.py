@@ -22,14 +22,6 @@ from maskx.systems.larvseg.samples import (
     true_label_map,
 )
 
-__all__ = [
-    "LarvSegScores",
-    "evaluate_grouping",
-    "evaluate_larvseg",
-    "group_pixels",
-    "predict_larvseg",
-]
-
 
 class LarvSegScores:
     """Mean IoU of label maps on all classes of a test set, on base and on novel ones.
@@ -46,19 +38,16 @@ class LarvSegScores:
         # Of labels with one name the first stands for the class.
         first = {name: index for index, name in reversed([*enumerate(class_names)])}
         self.classes = sorted(first.values())
-        sides: dict[str, list[int]] = {} if novel is None else {"base": [], "novel": []}
-        for index in self.classes if sides else ():
-            sides["novel" if class_names[index] in novel else "base"].append(index)
-        self.groups = sides
+        self.groups: dict[str, list[int]] = {}
+        if novel is not None:
+            for side, is_novel in (("base", False), ("novel", True)):
+                self.groups[side] = [
+                    i for i in self.classes if (class_names[i] in novel) == is_novel
+                ]
         self._counts = MeanIoU(len(class_names))
 
     def update(self, record: Record, result: Mapping[str, Tensor]) -> None:
-        """Count an image.
-
-        Args:
-            record: of the test set.
-            result: of the model, with the classes of the test set to choose from.
-        """
+        """Count an image; ``result`` chose from the classes of the test set."""
         truth = true_label_map(record, self.class_names)
         self._counts.update(result["sem_seg"].cpu().numpy(), truth, record["image_id"])
 
@@ -77,11 +66,6 @@ def predict_larvseg(
 ) -> Iterator[tuple[Record, dict[str, Tensor]]]:
     """Predict the classes of a test set, one image at a time.
 
-    Args:
-        model: the model; it is put into evaluation mode.
-        test: the images.
-        description: label of the progress bar.
-
     Yields:
         Record and result, the ``sem_seg`` of which is class index of the test set + 1.
     """
@@ -98,17 +82,7 @@ def evaluate_larvseg(
     *,
     description: str = "label maps",
 ) -> dict[str, Any]:
-    """Compute the mean IoU of label maps; one image is held at a time.
-
-    Args:
-        model: the model.
-        test: what to predict and to compare with.
-        novel: see :class:`LarvSegScores`.
-        description: label of the progress bar.
-
-    Returns:
-        See :meth:`LarvSegScores.results`.
-    """
+    """Compute :class:`LarvSegScores` of label maps; one image is held at a time."""
     scores = LarvSegScores(test.class_names, novel)
     for record, result in predict_larvseg(model, test, description=description):
         scores.update(record, result)
@@ -130,14 +104,11 @@ def evaluate_grouping(
     similar of them, see :func:`group_pixels`.
 
     Args:
-        model: the model; it is put into evaluation mode.
+        model: it is put into evaluation mode.
         test: images with true label maps.
-        novel: see :class:`LarvSegScores`.
+        novel: see :class:`LarvSegScores`, which also says what is returned.
         seed: of the random pixels.
         features: ``tokens``, those of the classifier, or ``backbone``, the feature map before.
-
-    Returns:
-        See :meth:`LarvSegScores.results`.
     """
     check_choice("features", features, ("tokens", "backbone"))
     model.eval()
@@ -153,8 +124,7 @@ def evaluate_grouping(
             (maps,) = named_feature(found, network.in_feature, network.backbone)
         truth = torch.from_numpy(true_label_map(record, test.class_names))
         generator = torch.Generator().manual_seed(step_seed(seed, number))
-        # An image without a known pixel counts nowhere.
-        if (truth != ignore).any():
+        if (truth != ignore).any():  # an image without a known pixel counts nowhere
             grouped = group_pixels(maps.cpu(), truth, generator, ignore=ignore)
             scores.update(record, {"sem_seg": grouped})
     return scores.results()
@@ -172,7 +142,7 @@ def group_pixels(
     every token to it is up-sampled bilinearly.
 
     Args:
-        features: (C, h, w) feature map of an image.
+        features: (C, h, w).
         label_map: (H, W) int64, the truth.
         generator: of the random pixels, on the CPU.
         ignore: label of the pixels that belong to no class.
@@ -192,7 +162,5 @@ def group_pixels(
         seeds.append((y * rows // height) * columns + x * columns // width)
     tokens = F.normalize(features, dim=0).flatten(1)
     responses = (tokens[:, torch.stack(seeds)].T @ tokens).unflatten(1, (rows, columns))
-    responses = F.interpolate(
-        responses[None], size=(height, width), mode="bilinear", align_corners=False
-    )[0]
+    responses = F.interpolate(responses[None], (height, width), mode="bilinear")[0]
     return labels[responses.argmax(dim=0)]

@@ -25,20 +25,6 @@ from maskx.core.text import listed
 from maskx.data.label_maps import has_pixels, ignore_label, things_and_stuff_label_map
 from maskx.supervision import Supervision
 
-__all__ = [
-    "JointBatches",
-    "JointDataSet",
-    "JointSchedule",
-    "JointSets",
-    "RowMatch",
-    "class_table",
-    "joint_sets",
-    "match_rows",
-    "scored_classes",
-    "take_rows",
-    "tied_classes",
-]
-
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]

@@ -25,8 +25,6 @@ from maskx.systems.larvseg.joint_sets import match_rows, take_rows
 from maskx.systems.larvseg.large_vocabulary import predict_label_map
 from maskx.systems.larvseg.network import LarvSeg, LogitFactors, check_class_indices
 
-__all__ = ["JointClassifier", "LarvSegModel", "check_windows", "read_extra_state"]
-
 logger = logging.getLogger(__name__)
 
 _SAMPLES = "Training samples are those of maskx.systems.larvseg.samples.JointMapper."
@@ -98,8 +96,7 @@ class JointClassifier(_ScoringModel):
     Args:
         classifier: of all classes of the table.
         image_size: side in pixels of the squares that images are warped to in evaluation.
-        scored: by data set the class indices that it scores, see
-            :class:`maskx.systems.larvseg.joint_sets.JointSets`.
+        scored: see :class:`LarvSegModel`.
         **pixels: ``pixel_mean`` and ``pixel_std``, see
             :class:`maskx.core.sample_models.SampleModel`.
     """
@@ -151,9 +148,6 @@ class LarvSegModel(_ScoringModel):
             checkpoints.
         pixel_mean: see :class:`maskx.core.sample_models.SampleModel`.
         pixel_std: likewise.
-
-    Raises:
-        ValueError: sizes, names or class indices do not fit the network.
     """
 
     def __init__(
@@ -185,11 +179,9 @@ class LarvSegModel(_ScoringModel):
                 f"class_names has {len(class_names)} names, the network {network.num_classes} "
                 "classes. They must be as many."
             )
-        self.network = network
-        self.class_names = tuple(class_names)
-        self.test_classes = self._checked(range(len(class_names)))
-        if test_classes is not None:
-            self.test_classes = self._checked(test_classes)
+        self.network, self.class_names = network, tuple(class_names)
+        every_class = range(len(class_names))
+        self.test_classes = self._checked(every_class if test_classes is None else test_classes)
         self.window, self.stride, self.top_k = window, stride or window, top_k
         self.architecture = dict(architecture or {})
         backbone = network.backbone
@@ -229,9 +221,8 @@ class LarvSegModel(_ScoringModel):
             - ``class_indices``: (L,) the classes chosen from.
 
         Raises:
-            ValueError: in training, a sample lacks something, the sizes differ, the data sets
-                differ or are unknown, or a label is not among their classes; in evaluation, none of
-                the classes was trained.
+            ValueError: training samples do not fit together or their data set; in evaluation, none
+                of the classes was trained.
         """
         if not self.training:
             return [self._predict(sample) for sample in samples]
@@ -262,17 +253,14 @@ class LarvSegModel(_ScoringModel):
 
     @torch.no_grad()
     def _predict(self, sample: Sample) -> dict[str, Tensor]:
-        """Predict the best classes of every pixel of one image."""
         classes = self.test_classes
         if "class_indices" in sample:
             classes = self._checked(sample["class_indices"])
         classes = classes.to(self.device)
         positions = self._positions_to_predict(classes)
         factors = self._factors(sample, self.network.classifier.class_vectors(classes[positions]))
-        size = tuple(
-            sample.get(key, side)
-            for key, side in zip(("height", "width"), sample["image"].shape[-2:], strict=True)
-        )
+        height, width = sample["image"].shape[-2:]
+        size = sample.get("height", height), sample.get("width", width)
         found, scores = predict_label_map(
             factors.tokens[0], factors.vectors, size, top_k=self.top_k
         )
@@ -305,8 +293,8 @@ class LarvSegModel(_ScoringModel):
         image = self.normalise({"image": image})
         total = image.new_zeros(1, network.classifier.channels, height // stride, width // stride)
         count = image.new_zeros(height // stride, width // stride)
-        for top in _starts(height, window, self.stride):
-            for left in _starts(width, window, self.stride):
+        for top in (*range(0, height - window, self.stride), height - window):
+            for left in (*range(0, width - window, self.stride), width - window):
                 tokens = network(image[:, :, top : top + window, left : left + window])
                 factors = network.classifier.factors(tokens, vectors)
                 rows, columns = (
@@ -373,14 +361,14 @@ class LarvSegModel(_ScoringModel):
 
     def _take_class_rows(self, state: dict[str, Tensor], prefix: str) -> None:
         names = read_extra_state(state, prefix)["class_names"]
-        is_same = names == self.class_names
-        if not self.training and not is_same:
+        if not self.training and names != self.class_names:
+            pairs = enumerate(zip(names, self.class_names, strict=False))
+            first = [f": class {i} is {a!r} there, but {b!r} here" for i, (a, b) in pairs if a != b]
             raise ValueError(
                 f"The checkpoint has {len(names)} classes, which are not the "
-                f"{len(self.class_names)} of the model"
-                f"{_first_difference(names, self.class_names)}. Set DATASETS.TRAIN, or "
-                "MODEL.MASKX.LARVSEG.CLASSES_OF, as the model was trained. Only the start of a "
-                "training takes weights of other classes, by name."
+                f"{len(self.class_names)} of the model{first[0] if first else ''}. Set "
+                "DATASETS.TRAIN, or MODEL.MASKX.LARVSEG.CLASSES_OF, as the model was trained. Only "
+                "the start of a training takes weights of other classes, by name."
             )
         match = match_rows(names, self.class_names)
         if not match.new_rows:
@@ -414,10 +402,7 @@ class LarvSegModel(_ScoringModel):
 
 
 def read_extra_state(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
-    """Return what the weights of a :class:`LarvSegModel` say of it.
-
-    Returns:
-        ``class_names`` and ``architecture``.
+    """Return ``class_names`` and ``architecture``, which the weights of a model say of it.
 
     Raises:
         ValueError: they are of something else, or of another version.
@@ -429,11 +414,7 @@ def read_extra_state(state: Mapping[str, Tensor], prefix: str = "") -> dict[str,
 
 
 def check_windows(window: int, stride: int, feature_stride: int) -> None:
-    """Refuse windows whose tokens would not lie on each other, or that leave pixels out.
-
-    Raises:
-        ValueError: a size is not allowed.
-    """
+    """Refuse windows whose tokens would not lie on each other, or that leave pixels out."""
     sizes_fit = window % feature_stride == 0 and stride % feature_stride == 0
     if not sizes_fit or not 0 < stride <= window:
         raise ValueError(
@@ -441,14 +422,3 @@ def check_windows(window: int, stride: int, feature_stride: int) -> None:
             f"multiples of {feature_stride}, by the stride of the feature map, and the stride at "
             "least that and no larger than the window."
         )
-
-
-def _starts(length: int, window: int, stride: int) -> list[int]:
-    return [*range(0, length - window, stride), length - window]
-
-
-def _first_difference(found: Sequence[str], own: Sequence[str]) -> str:
-    for index, (theirs, ours) in enumerate(zip(found, own, strict=False)):
-        if theirs != ours:
-            return f": class {index} is {theirs!r} there, but {ours!r} here"
-    return ""

@@ -19,18 +19,6 @@ from maskx.engine.batches import RecordMapper
 from maskx.supervision import CategorySplit, Supervision
 from maskx.systems.larvseg.joint_sets import JointBatches, JointDataSet, JointSets, joint_sets
 
-__all__ = [
-    "JointMapper",
-    "LabelledImages",
-    "MappedSets",
-    "classes_to_predict",
-    "joint_batches",
-    "labelled_images",
-    "random_crop",
-    "sets_of_one_file",
-    "true_label_map",
-]
-
 Record = Mapping[str, Any]
 
 _MASK, _IMAGE = Supervision.MASK.value, Supervision.IMAGE.value
@@ -44,8 +32,6 @@ class JointMapper:
         flip: mirror half of the samples from left to right.
         min_crop: smallest side of a random crop as a share of the image's; 1 takes whole images.
 
-    Raises:
-        ValueError: the share is not in (0, 1].
     """
 
     def __init__(self, sets: JointSets, *, flip: bool = True, min_crop: float = 1.0) -> None:
@@ -96,12 +82,10 @@ class JointMapper:
 def random_crop(
     size: tuple[int, int], min_crop: float, random_state: np.random.RandomState
 ) -> tuple[slice, slice]:
-    """Draw the rows and columns of a random part of an image, of its aspect ratio.
+    """Draw the rows and columns of a random part of an image of size (H, W), of its aspect ratio.
 
-    Args:
-        size: height and width of the image.
-        min_crop: smallest side as a share of the image's, above 0; 1 draws nothing and is all.
-        random_state: source of size and place.
+    ``min_crop`` is its smallest side as a share of the image's, above 0; 1 draws nothing and is
+    all.
     """
     if min_crop == 1:
         return slice(0, size[0]), slice(0, size[1])
@@ -115,12 +99,7 @@ def random_crop(
 
 
 class MappedSets(Dataset):
-    """Training samples by data set, record and seed of the augmentation.
-
-    Args:
-        sets: what to train on.
-        mapper: makes a sample of a record and a ``RandomState``.
-    """
+    """Training samples by data set, record and seed of the augmentation."""
 
     def __init__(self, sets: JointSets, mapper: RecordMapper) -> None:
         self.sets, self.mapper = sets, mapper
@@ -132,48 +111,20 @@ class MappedSets(Dataset):
         which, index, seed = key
         return self.mapper(self.sets.data_sets[which].records[index], np.random.RandomState(seed))
 
-    def batches(
-        self,
-        start: int,
-        stop: int,
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        num_processes: int = 1,
-    ) -> JointBatches:
-        """Lists of keys of the steps ``start`` to ``stop``, each of one data set.
-
-        For the arguments see :class:`maskx.systems.larvseg.joint_sets.JointBatches`.
-        """
-        return JointBatches(
-            [len(each.records) for each in self.sets.data_sets],
-            [each.ratio for each in self.sets.data_sets],
-            start,
-            stop,
-            batch_size=batch_size,
-            seed=seed,
-            rank=rank,
-            num_processes=num_processes,
-        )
+    def batches(self, start: int, stop: int, **order: int) -> JointBatches:
+        """Lists of keys of the steps ``start`` to ``stop``, see :class:`JointBatches`."""
+        num_records = [len(each.records) for each in self.sets.data_sets]
+        ratios = [each.ratio for each in self.sets.data_sets]
+        return JointBatches(num_records, ratios, start, stop, **order)
 
 
 def joint_batches(
     sets: JointSets, mapper: JointMapper, *, start: int, stop: int, num_workers: int, **order: int
 ) -> DataLoader:
-    """Batches of the steps ``start`` to ``stop``, each of one data set.
+    """Lists of samples of the steps ``start`` to ``stop``, each of one data set.
 
-    Args:
-        sets: what to train on.
-        mapper: makes the samples.
-        start: first step.
-        stop: step after the last.
-        num_workers: processes that read images; 0 reads them in this one.
-        **order: ``batch_size`` and ``seed``, see
-            :class:`maskx.systems.larvseg.joint_sets.JointBatches`.
-
-    Returns:
-        An iterable of lists of samples.
+    ``num_workers`` processes read images, 0 reads them in this one; for ``order`` see
+    :class:`JointBatches`.
     """
     mapped = MappedSets(sets, mapper)
     batches = mapped.batches(start, stop, **order)
@@ -182,12 +133,7 @@ def joint_batches(
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images to evaluate on.
-
-    Attributes:
-        records: with true label maps.
-        class_names: of their class list.
-    """
+    """Records with true label maps to evaluate on, and their class list."""
 
     records: Sequence[Record]
     class_names: tuple[str, ...]
@@ -202,10 +148,6 @@ def labelled_images(data: CocoData) -> LabelledImages:
 
 def true_label_map(record: Record, class_names: Sequence[str]) -> np.ndarray:
     """Read or draw the label map of a record to compare with.
-
-    Args:
-        record: of :class:`LabelledImages`.
-        class_names: of its class list.
 
     Returns:
         (H, W), class index + 1, the first of those that share a name, and ``ignore_label`` where
@@ -242,13 +184,7 @@ def sets_of_one_file(train_data: CocoData, split: CategorySplit, *, image_size: 
     walls and floors are among the labels of the paper's images. If the file has no images with
     image labels alone, every second image keeps its masks and the others only their image labels.
 
-    Args:
-        train_data: the file.
-        split: A the base classes, B the novel ones.
-        image_size: of both data sets.
-
-    Raises:
-        ValueError: there is nothing to learn masks or image labels from.
+    ``split`` has the base classes in A, the novel ones in B.
     """
     images = labelled_images(train_data)
     masks = [r for r in images.records if r["supervision"] == _MASK]

@@ -20,16 +20,6 @@ def quickstart_larvseg(options: QuickstartOptions, report: Callable[[str], None]
 
     Base classes are those that ``masks_for`` names, novel ones all others; of these only image
     labels are used. See :func:`maskx.systems.larvseg.pipeline.learn_larvseg`.
-
-    Args:
-        options: what to do.
-        report: receives the lines for the reader.
-
-    Returns:
-        The content of ``metrics.json``.
-
-    Raises:
-        ValueError: an option, an annotation or a checkpoint cannot be used; the message says why.
     """
     started = time.perf_counter()
     check_options("larvseg", options)
@@ -55,8 +45,7 @@ def quickstart_larvseg(options: QuickstartOptions, report: Callable[[str], None]
         f"{len(train_data.records)} training and {len(val_data.records)} validation images, on "
         f"{device}"
     )
-    metrics: dict[str, Any] = {"system": "larvseg"}
-    metrics |= learn_larvseg(
+    metrics = {"system": "larvseg"} | learn_larvseg(
         train_data,
         val_data,
         split,
