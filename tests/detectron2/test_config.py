@@ -704,6 +704,8 @@ def test_every_file_of_larvseg_builds_trains_and_predicts(name, make_larvseg_cfg
         seen.add(batch[0]["data_set"])
         losses = model(batch)
         assert ("loss_attention" in losses) == is_attentive
+        if not batch[0]["attention"] and is_attentive:
+            assert losses["loss_attention"] == 0
         assert all(torch.isfinite(loss) for loss in losses.values())
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -733,7 +735,7 @@ def test_experiments_of_larvseg_have_the_papers_settings(name):
     assert (cfg.INPUT.MASKX.SIZE, cfg.TEST.MASKX.WINDOW, cfg.TEST.MASKX.STRIDE) == (512, 512, 512)
     assert (keys.BANK_SIZE, keys.WARM_UP, keys.ATTENTIVE_WEIGHT) == (20, 0, 0.1)
     assert (1 if form == "single_image" else 20) == keys.TOP_TOKENS
-    memory = {"single_image": "single_image"}.get(form, "cross_image")
+    memory = form if form in ("single_image", "score_map") else "cross_image"
     assert (memory if method == "larvseg" else "none") == keys.MEMORY
     assert (form if form == "layernorm" else "temperature") == keys.LOGIT_FORM
     assert (form if form == "normalised" else "weighted") == keys.POOLING
@@ -755,6 +757,9 @@ def test_experiments_of_larvseg_have_the_papers_settings(name):
     assert (joint.SIZES or (512,) * len(data)) == sizes
     assert (joint.SINGLE_LABEL or (False,) * len(data)) == is_single
     assert {1: (), 2: (4, 4), 3: (3, 3, 2)}[len(data)] == joint.RATIOS
+    only = form.removeprefix("attention_") if form and form.startswith("attention_") else None
+    attention = tuple(part == "C171" or part == only for part in data) if only else ()
+    assert attention == joint.ATTENTION
     assert not joint.CROP_LEVEL_LABELS
     ade = next((part.strip("WA") for part in data if part.strip("WA") in ("150", "847")), None)
     assert (f"maskx_ade20k_{ade}_val" if ade else "maskx_coco_stuff_val",) == cfg.DATASETS.TEST

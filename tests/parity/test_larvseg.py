@@ -15,7 +15,7 @@ from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
 from maskx.detectron2 import MaskXLarvSeg, Trainer, get_cfg, register_coco
 from maskx.systems.larvseg.model import LarvSegModel
-from maskx.systems.larvseg.pipeline import LarvSegChain, LarvSegMethod, LarvSegSettings
+from maskx.systems.larvseg.pipeline import BANKS, LarvSegChain, LarvSegMethod, LarvSegSettings
 from maskx.systems.larvseg.samples import JointMapper, joint_batches, sets_of_one_file
 
 SIZE, SEED = 32, 3
@@ -83,9 +83,12 @@ def test_they_build_the_same_and_load_each_other(cfg, chain):
         assert torch.equal(value, expected[key]), key
 
 
-def test_they_make_the_same_samples_and_losses(cfg, chain):
+@pytest.mark.parametrize("bank", BANKS)
+def test_they_make_the_same_samples_and_losses(cfg, chain, bank):
     """Of the same records: which records the data sets have is a matter of their registration."""
-    first, second = build_model(cfg), chain.new_model(LarvSegMethod())
+    cfg.MODEL.MASKX.LARVSEG.MEMORY = BANKS[bank]
+    first, second = build_model(cfg), chain.new_model(LarvSegMethod(bank=bank))
+    assert first.network.memory == second.network.memory == BANKS[bank]
     first.load_state_dict(second.state_dict())
     loader = Trainer.build_train_loader(cfg)
     batches = iter(loader)
@@ -103,4 +106,7 @@ def test_they_make_the_same_samples_and_losses(cfg, chain):
         other = [sample | {"data_set": names[sample["data_set"]]} for sample in other]
         losses, expected = first.train()(batch), second.train()(other)
         assert losses == expected
+        tagged = "image_labels" in batch[0]
+        if bank != "cross":  # which needs images seen before
+            assert (losses["loss_attention"] > 0) == tagged
         assert sum(losses.values()) > 0

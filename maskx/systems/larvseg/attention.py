@@ -66,14 +66,7 @@ class MemoryBank(nn.Module):
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
 
     def class_means(self, class_indices: Tensor) -> Tensor:
-        """Average over the images of each class.
-
-        Args:
-            class_indices: (P,).
-
-        Returns:
-            (P, d); zero for a class without images.
-        """
+        """Average over the images of each of (P,) classes: (P, d), zero for one without images."""
         held = self.counts[class_indices].clamp(1, self.size)
         return self.means[class_indices].sum(dim=1) / held[:, None]
 
@@ -154,6 +147,27 @@ def top_token_means(
     best = cosines.topk(num_tokens, dim=-1).indices
     weights = torch.zeros_like(cosines).scatter(-1, best, 1 / num_tokens)
     return pairs.unpad(weights @ tokens.transpose(1, 2))
+
+
+@torch.no_grad()
+def score_regions(tokens: Tensor, class_vectors: Tensor, pairs: LabelPairs) -> Tensor:
+    """Select, for each pair, the tokens of the image with a high score of the class.
+
+    That is the paper's other design, from the classification score map of the image alone. A score
+    is high above the middle between the lowest and the highest of the image; the paper does not
+    say where it draws the line.
+
+    Args:
+        tokens: (N, d, h, w) of unit norm.
+        class_vectors: (L, d) of unit norm.
+        pairs: of the batch.
+
+    Returns:
+        (P, T), 1 where a token is selected, else 0.
+    """
+    scores = pairs.unpad(pairs.pad(class_vectors[pairs.classes]) @ tokens.flatten(2))
+    lowest, highest = scores.aminmax(dim=-1, keepdim=True)
+    return (scores >= (lowest + highest) / 2).to(tokens.dtype)
 
 
 @torch.no_grad()

@@ -34,11 +34,12 @@ from maskx.systems.larvseg.attention import (
     MemoryBank,
     attention_maps,
     pseudo_background,
+    score_regions,
     top_token_means,
 )
 
 LOGIT_FORMS = ("temperature", "layernorm")
-MEMORIES = ("cross_image", "single_image", "none")
+MEMORIES = ("cross_image", "single_image", "score_map", "none")
 POOLINGS = ("weighted", "normalised")
 
 # Bounds of the temperature. At 0.01 the logits of one token lie within [-100, 100].
@@ -316,8 +317,10 @@ class LarvSeg(nn.Module):
         hidden_channels: d; 0 for C.
         logit_form: ``temperature`` or ``layernorm``, see :class:`CosineClassifier`.
         memory: what the attention maps of the auxiliary loss are made with. ``cross_image``: the
-            images seen last (the paper's). ``single_image``: the best tokens of the image itself.
-            ``none``: there is no auxiliary loss (the paper's baseline).
+            images seen last (the paper's). ``single_image``: the best tokens of the image itself,
+            as in the reference code. ``score_map``: in place of attention the tokens with a high
+            score of the class, as the paper describes its single-image design. ``none``: there is
+            no auxiliary loss (the paper's baseline).
         bank_size: images per class of the memory bank.
         warm_up: images of a class before its auxiliary loss starts; 0 for ``bank_size``.
         top_tokens: tokens of an image that represent its class.
@@ -474,14 +477,16 @@ class LarvSeg(nn.Module):
         background_classes: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Make the (P, T) attention maps, then remember the tokens; (P,) whether maps are ready."""
+        classes = class_indices[pairs.classes]
+        every = torch.ones_like(classes, dtype=torch.bool)
         if pairs.num_slots == 0:
             own = tokens.new_zeros(0, tokens.shape[1])
+        elif self.memory == "score_map":
+            return score_regions(tokens, class_vectors, pairs), every
         else:
             own = top_token_means(tokens, class_vectors, pairs, self.top_tokens)
-        classes = class_indices[pairs.classes]
         if self.bank is None:
-            ready = torch.ones_like(classes, dtype=torch.bool)
-            return attention_maps(tokens, pairs, own, ready), ready
+            return attention_maps(tokens, pairs, own, every), every
         foreground = self.bank.class_means(classes)
         background = None
         if background_classes is not None:

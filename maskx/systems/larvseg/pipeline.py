@@ -1,9 +1,4 @@
-"""LarvSeg on pip alone: the trainings, from data to measures and a picture.
-
-Yu et al., "LarvSeg: Exploring Image Classification Data For Large Vocabulary Semantic Segmentation
-via Category-wise Attentive Classifier" (PRCV 2024): masks of base classes, image labels of many
-more.
-"""
+"""LarvSeg on pip alone: the trainings, from data to measures and a picture."""
 
 import functools
 import inspect
@@ -51,22 +46,8 @@ from maskx.systems.larvseg.samples import (
     true_label_map,
 )
 
-__all__ = [
-    "BANKS",
-    "METHODS",
-    "LarvSegChain",
-    "LarvSegMethod",
-    "LarvSegSettings",
-    "attention_of",
-    "build_larvseg",
-    "draw_larvseg",
-    "format_larvseg",
-    "learn_larvseg",
-    "open_larvseg",
-]
-
 METHODS = ("baseline", "larvseg")
-BANKS = {"cross": "cross_image", "single": "single_image"}
+BANKS = {"cross": "cross_image", "single": "single_image", "scores": "score_map"}
 
 # What a checkpoint belongs to, beside what the training loop keeps itself.
 _IDENTITY = ("backbone", "pretrained", "image_size", "logit_form", "bank_size", "top_tokens")
@@ -126,13 +107,11 @@ class LarvSegMethod:
 
     Attributes:
         method: ``baseline``, pixels and image labels alone, or ``larvseg``, with attention too.
-        bank: of LarvSeg, what attention maps are made with: ``cross``, the images seen last, or
-            ``single``, the image itself.
+        bank: of LarvSeg, what attention maps are made with: ``cross``, the images seen last,
+            ``single``, the image itself, or ``scores``, its scores; see ``memory`` of
+            :class:`maskx.systems.larvseg.network.LarvSeg`.
         pooling: of LarvSeg, ``weighted`` as in the paper, or ``normalised``, see
             :func:`maskx.systems.larvseg.network.attentive_loss`.
-
-    Raises:
-        ValueError: a value is not allowed, or has no meaning for the baseline.
     """
 
     method: str = "larvseg"
@@ -143,10 +122,7 @@ class LarvSegMethod:
         check_choice("method", self.method, METHODS)
         check_choice("bank", self.bank, tuple(BANKS))
         check_choice("pooling", self.pooling, POOLINGS)
-        if self.method == "baseline" and (self.bank, self.pooling) != (
-            "cross",
-            _DEFAULTS["pooling"],
-        ):
+        if self.method == "baseline" and self.name != "baseline":
             raise ValueError(
                 "Method 'baseline' has no attention, so bank and pooling have no meaning for it. "
                 "Leave them out."
@@ -157,7 +133,7 @@ class LarvSegMethod:
         """The method and what differs from the defaults, fit for a folder."""
         words = [self.method]
         if self.bank != "cross":
-            words.append(f"{self.bank}_image")
+            words.append(BANKS[self.bank])
         if self.pooling != _DEFAULTS["pooling"]:
             words.append(self.pooling)
         return "_".join(words)
@@ -178,9 +154,6 @@ class LarvSegChain(TrainingChain):
         split: base classes have masks.
         started_from: see :class:`maskx.engine.runs.Run`.
         device: where to compute.
-
-    Attributes:
-        seconds: time of each step by its name.
     """
 
     def __init__(
@@ -195,9 +168,10 @@ class LarvSegChain(TrainingChain):
         device: torch.device | str = "cpu",
     ) -> None:
         self.sets = sets
+        keys = ("name", "supervision", "ratio", "image_size", "single_label", "attention")
         made_with = {
             "data sets": [
-                [each.name, each.supervision, each.ratio, each.image_size, len(each.records)]
+                {"images": len(each.records), **{key: getattr(each, key) for key in keys}}
                 for each in sets.data_sets
             ],
             "scored": {name: list(indices) for name, indices in sets.scored.items()},
@@ -306,7 +280,6 @@ def build_larvseg(
     class_names: Sequence[str],
     *,
     scored: Mapping[str, Sequence[int]] | None = None,
-    sliding: bool = False,
 ) -> LarvSegModel:
     """Build a model with initial weights.
 
@@ -315,13 +288,11 @@ def build_larvseg(
             :class:`maskx.systems.larvseg.network.LarvSeg`; kept in the checkpoints of the model.
         class_names: of the class table.
         scored: see :class:`maskx.systems.larvseg.model.LarvSegModel`.
-        sliding: predict by windows of the image size, next to each other.
     """
     backbone = build_backbone(
         architecture["backbone"], frozen_norm=architecture["frozen_norm"], pretrained=False
     )
     in_feature, shape = choose_feature(backbone)
-    size = architecture["image_size"]
     return LarvSegModel(
         LarvSeg(
             backbone,
@@ -332,23 +303,15 @@ def build_larvseg(
         ),
         class_names=class_names,
         scored=scored,
-        image_size=size,
-        window=size if sliding else 0,
+        image_size=architecture["image_size"],
         architecture=architecture,
         pixel_mean=backbone.pixel_mean,
         pixel_std=backbone.pixel_std,
     )
 
 
-def open_larvseg(
-    folder: str | Path, device: torch.device | str = "cpu", *, sliding: bool = False
-) -> LarvSegModel:
-    """Open a model that :class:`LarvSegChain` trained, from its checkpoint alone.
-
-    Args:
-        folder: its folder, such as ``larvseg`` in that of the run.
-        device: where to compute.
-        sliding: see :func:`build_larvseg`.
+def open_larvseg(folder: str | Path, device: torch.device | str = "cpu") -> LarvSegModel:
+    """Open a model that :class:`LarvSegChain` trained, from the checkpoint of its folder alone.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
@@ -358,7 +321,7 @@ def open_larvseg(
     weights = read_checkpoint(path, "cpu")["model"]
     try:
         content = read_extra_state(weights)
-        model = build_larvseg(content["architecture"], content["class_names"], sliding=sliding)
+        model = build_larvseg(content["architecture"], content["class_names"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"'{path}' is no checkpoint of LarvSeg on pip alone ({type(error).__name__}: {error}). "
@@ -398,10 +361,6 @@ def learn_larvseg(
     Returns:
         Measures in percent: ``mIoU`` of each method, of ``base``, ``novel`` and ``all`` classes;
         ``IoU`` by method and class; ``num_images`` by data set; ``step_seconds``.
-
-    Raises:
-        FileNotFoundError: an image is missing.
-        ValueError: data, split or settings cannot be used, or a checkpoint is of another run.
     """
     if not split.without_masks:
         raise ValueError(
@@ -466,7 +425,7 @@ def attention_of(model: LarvSegModel, sample: Sample, labels: Sequence[int]) -> 
     Args:
         model: with a memory bank.
         sample: with ``image``.
-        labels: table indices, all that the image is known to show: each is background to the
+        labels: class indices, all that the image is known to show: each is background to the
             others.
 
     Returns:
@@ -491,12 +450,8 @@ def draw_larvseg(
 ) -> None:
     """Draw validation images: attention of one label, the label maps of the models, the truth.
 
-    Args:
-        path: PNG file to write.
-        models: by name, of all classes of the images; attention maps are those of the first with a
-            memory bank, if there is one.
-        test: images with true label maps.
-        novel: names of the novel classes, which are shown first.
+    Attention maps are those of the first model with a memory bank, if there is one; names of
+    ``novel`` classes are shown first.
     """
     names = test.class_names
     attentive = next((m for m in models.values() if m.network.bank is not None), None)

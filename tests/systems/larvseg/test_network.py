@@ -107,6 +107,28 @@ def test_the_single_image_form_needs_no_bank():
     torch.testing.assert_close(found, 0.1 * attentive_loss(factors, pairs, attention, ready))
 
 
+def test_regions_are_the_tokens_with_a_high_score():
+    """The single-image design as the paper's text has it."""
+    network = make_network(memory="score_map", pooling="normalised")
+    assert network.bank is None
+    tokens = network(make_batch()[0])
+    found = network.losses(tokens, image_labels=[[3, 1], [0]])["loss_attention"]
+    vectors = network.classifier.class_vectors()
+    factors = network.classifier.factors(tokens, vectors)
+    expected = []
+    for image, label, others in ((0, 1, [3]), (0, 3, [1]), (1, 0, [])):
+        scores = (vectors[label] @ tokens[image].flatten(1)).tolist()
+        middle = (min(scores) + max(scores)) / 2
+        region = [place for place, score in enumerate(scores) if score >= middle]
+        assert 0 < len(region) < len(scores)
+        logits = factors.dense()[image].flatten(1)[:, region].mean(dim=1)
+        logits[others] = float("-inf")
+        expected.append(F.cross_entropy(logits[None], torch.tensor([label])))
+    torch.testing.assert_close(found, 0.1 * torch.stack(expected).mean())
+    found.backward()
+    assert all(parameter.grad.any() for parameter in network.parameters())
+
+
 def test_attention_may_be_left_out_for_a_data_set():
     """Table 4 of the paper: its labels are learned without, and the bank does not see it."""
     network = make_network(warm_up=1)

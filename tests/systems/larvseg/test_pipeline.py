@@ -20,6 +20,7 @@ from maskx.systems.larvseg.evaluation import (
 )
 from maskx.systems.larvseg.joint_sets import JointDataSet, joint_sets
 from maskx.systems.larvseg.model import read_extra_state
+from maskx.systems.larvseg.network import LarvSeg
 from maskx.systems.larvseg.pipeline import (
     METHODS,
     LarvSegChain,
@@ -127,8 +128,6 @@ def test_a_trained_model_opens_again_from_its_checkpoint_alone(trained, data):
         assert a["sem_seg"].min() >= 1
     with pytest.raises(FileNotFoundError, match=r"There is no checkpoint"):
         open_larvseg(chain.output)
-    sliding = open_larvseg(chain.output / "larvseg", sliding=True)
-    assert sliding.window == sliding.stride == SIZE
 
 
 @pytest.mark.parametrize("what", ["the start", "nothing"])
@@ -189,6 +188,42 @@ def test_a_checkpoint_of_another_vocabulary_goes_by_name(trained):
 def test_methods_that_cannot_be_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         LarvSegMethod(**options)
+
+
+@pytest.mark.parametrize("attended", [(), ("tags",), ("single",), ("tags", "single")])
+def test_attention_on_some_of_the_data_sets(data, split, tmp_path, monkeypatch, attended):
+    """Table 4 of the paper: on neither, on one, or on both of the data sets with image labels."""
+    images = labelled_images(data)
+    shared = {"class_names": images.class_names, "image_size": SIZE}
+    one_label = [r | {"image_labels": r["image_labels"][:1]} for r in images.records]
+    sets = joint_sets(
+        [
+            JointDataSet("masks", images.records, supervision="mask", **shared),
+            *(
+                JointDataSet(
+                    name,
+                    records,
+                    supervision="image",
+                    attention=name in attended,
+                    single_label=name == "single",
+                    **shared,
+                )
+                for name, records in (("tags", images.records), ("single", one_label))
+            ),
+        ]
+    )
+    losses_of, found = LarvSeg.losses, []
+
+    def losses(network, tokens, **options):
+        found.append(losses_of(network, tokens, **options))
+        return found[-1]
+
+    monkeypatch.setattr(LarvSeg, "losses", losses)
+    settings = LarvSegSettings(**vars(TINY) | {"start_iterations": 0, "iterations": 3})
+    make_chain(sets, tmp_path, settings).train_method(LarvSegMethod(bank="single"))
+    expected = [name in attended for name in ("masks", "tags", "single")]
+    assert [(each["loss_attention"] > 0).item() for each in found] == expected
+    assert [(each["loss_labels"] > 0).item() for each in found] == [False, True, True]
 
 
 def test_masks_alone_have_no_start(data, tmp_path):
