@@ -325,10 +325,10 @@ def _check_values(values: np.ndarray, num_classes: int, where: str) -> None:
         )
 
 
-def voc_palette() -> np.ndarray:
-    """Colours by label, (256, 3) uint8: bits 0, 3, 6 of a label make red, from the highest bit."""
-    labels = np.arange(256)
-    palette = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
+def voc_palette(num_labels: int = 256) -> np.ndarray:
+    """Colours by label, (labels, 3) uint8: bits 0, 3, 6, ... make red, from its highest bit on."""
+    labels = np.arange(num_labels)
+    palette = np.zeros((num_labels, 3), np.uint8)
+    for bit in range(24):
         palette[:, bit % 3] |= ((labels >> bit & 1) << (7 - bit // 3)).astype(np.uint8)
     return palette

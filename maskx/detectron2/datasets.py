@@ -21,6 +21,7 @@ from maskx.data.coco import (
     read_coco_json,
     supervision_of,
 )
+from maskx.data.label_maps import voc_palette
 from maskx.data.splits import resolve_split
 from maskx.data.tag_lists import read_tag_list
 from maskx.data.things_and_stuff import things_and_stuff
@@ -169,6 +170,9 @@ def _set_classes(name: str, class_list: list[str], class_index: dict[int, int]) 
     MetadataCatalog.get(name).set(
         thing_classes=class_list,
         thing_dataset_id_to_contiguous_id=class_index,
+        # By label of a label map, for Detectron2's Visualizer.
+        stuff_classes=["background", *class_list],
+        stuff_colors=voc_palette(len(class_list) + 1).tolist(),
         evaluator_type="maskx_coco",
     )
 

@@ -50,14 +50,6 @@ from maskx.systems.larvseg.samples import (
     true_label_map,
 )
 
-__all__ = [
-    "MaskXLargeVocabularyEvaluator",
-    "MaskXLarvSeg",
-    "joint_sets_from_config",
-    "model_class_names",
-    "split_of_dataset",
-]
-
 logger = logging.getLogger(__name__)
 
 _KEYS = "DATASETS.MASKX.JOINT"
@@ -75,9 +67,6 @@ def model_class_names(cfg: CfgNode) -> tuple[str, ...]:
     ``DATASETS.TRAIN``, united by name; where that is empty too, those of the checkpoint
     ``MODEL.WEIGHTS``.
 
-    Raises:
-        FileNotFoundError: a data set was not prepared, or there is no such checkpoint.
-        ValueError: nothing says which, or a data set is not registered or has no class list.
     """
     names = cfg.MODEL.MASKX.LARVSEG.CLASSES_OF
     key = _CLASSES_OF if names else "DATASETS.TRAIN"
@@ -102,12 +91,7 @@ def _weights_of(cfg: CfgNode) -> Mapping[str, Tensor]:
 
 
 def _test_classes(cfg: CfgNode, dataset_name: str) -> tuple[int, ...]:
-    """Class index in the model of each class of a data set.
-
-    Raises:
-        FileNotFoundError: the data set was not prepared.
-        ValueError: the model lacks a class of the data set.
-    """
+    """Class index in the model of each class of a data set."""
     try:
         return classes_to_predict(class_names_of(dataset_name), model_class_names(cfg))
     except ValueError as error:
@@ -124,9 +108,6 @@ def split_of_dataset(cfg: CfgNode, name: str) -> CategorySplit | None:
 
     Returns:
         The split of the unique class names; None where it is of another class list.
-
-    Raises:
-        FileNotFoundError: the split is neither a known name nor a file.
     """
     class_names = tuple(dict.fromkeys(class_names_of(name)))
     stuff = tuple(MetadataCatalog.get(name).get("stuff_list") or ())
@@ -145,10 +126,10 @@ def split_of_dataset(cfg: CfgNode, name: str) -> CategorySplit | None:
 def _data_sets(cfg: CfgNode) -> list[JointDataSet]:
     """Make the data sets of ``DATASETS.TRAIN``, still without records."""
     names = cfg.DATASETS.TRAIN
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise ValueError(
-            f"DATASETS.TRAIN names '{repeated[0]}' more than once. To see it more often set "
+            f"DATASETS.TRAIN names '{min(repeated)}' more than once. To see it more often set "
             f"{_KEYS}.RATIOS; to learn from it in two ways register it under a second name."
         )
     columns = {
@@ -203,12 +184,7 @@ def _scored(cfg: CfgNode) -> dict[str, tuple[int, ...]]:
 
 
 def joint_sets_from_config(cfg: CfgNode) -> JointSets:
-    """Read the data sets of ``DATASETS.TRAIN``, each with its own supervision and nothing above it.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a key or a class list does not fit, or a data set has no image to learn from.
-    """
+    """Read the data sets of ``DATASETS.TRAIN``, each with its supervision and nothing above it."""
     _warn_of_novel_masks(cfg)
     data_sets = [replace(each, records=records_of(each.name)) for each in _data_sets(cfg)]
     for each in data_sets:
@@ -320,9 +296,6 @@ class MaskXLargeVocabularyEvaluator(MaskXSemSegEvaluator):
         dataset_name: a registered data set.
         split: A the base and B the novel classes, see :func:`split_of_dataset`. None knows neither.
         distributed: see :class:`maskx.detectron2.MaskXSemSegEvaluator`.
-
-    Raises:
-        ValueError: as of :class:`maskx.detectron2.MaskXSemSegEvaluator`.
     """
 
     def __init__(
@@ -339,28 +312,20 @@ class MaskXLargeVocabularyEvaluator(MaskXSemSegEvaluator):
 
     def _measures(self, result: Mapping[str, Any]) -> dict[str, float]:
         """Under "mIoU", "mIoU_base" and "mIoU_novel"; there is no background."""
-        means = result["mIoU"]
+        means, classes = result["mIoU"], self._scores.classes
         counts = [f"{len(indices)} {name}" for name, indices in self._groups.items()]
         logger.info(
             "%s: %d classes, %s (%s)\n%s",
-            *(self._dataset_name, len(self._scores.classes), " and ".join(counts), self._rule),
+            *(self._dataset_name, len(classes), " and ".join(counts), self._rule),
             format_table(result),
         )
-        per_class = {
-            f"IoU-{self._class_names[index]}": result["per_class"][index]
-            for index in self._scores.classes
-        }
         return {
             "mIoU": means["all"],
             "mIoU_base": means["base"],
             "mIoU_novel": means["novel"],
             "pixel_accuracy": result["pixel_accuracy"],
-            **per_class,
+            **{f"IoU-{self._class_names[i]}": result["per_class"][i] for i in classes},
         }
-
-
-def _evaluator(cfg: CfgNode, dataset_name: str) -> MaskXLargeVocabularyEvaluator:
-    return MaskXLargeVocabularyEvaluator(dataset_name, split=split_of_dataset(cfg, dataset_name))
 
 
 # --- model
@@ -397,25 +362,34 @@ def _started(cfg: CfgNode, model: nn.Module, missing: Sequence[str]) -> None:
             model.load_state_dict(dict(state), strict=False)
 
 
+def _for_inference(cfg: CfgNode) -> None:
+    """Predict the classes of the run, which its checkpoint names where no data set does."""
+    cfg.TEST.MASKX.CLASSES_OF = ""
+    try:
+        model_class_names(cfg)
+        _scored(cfg)
+    except (FileNotFoundError, ValueError):
+        cfg.DATASETS.TRAIN = cfg.MODEL.MASKX.LARVSEG.CLASSES_OF = ()
+
+
 @META_ARCH_REGISTRY.register()
 class MaskXLarvSeg(LarvSegModel):
-    """:class:`maskx.systems.larvseg.model.LarvSegModel` of a configuration.
-
-    Args:
-        **arguments: of ``LarvSegModel``; the backbone of the network is one of Detectron2.
-    """
+    """:class:`maskx.systems.larvseg.model.LarvSegModel` of a configuration."""
 
     maskx_hooks = Detectron2Hooks(
         system="larvseg",
         matches_class_names=True,
         train_loader=_train_loader,
         test_loader=_test_loader,
-        evaluator=_evaluator,
+        evaluator=lambda cfg, name: MaskXLargeVocabularyEvaluator(
+            name, split=split_of_dataset(cfg, name)
+        ),
         check=_check,
         class_names=model_class_names,
         split=lambda cfg: split_of_dataset(cfg, cfg.DATASETS.TRAIN[0]),
         built=_built,
         started=_started,
+        for_inference=_for_inference,
     )
 
     @configurable
@@ -424,13 +398,7 @@ class MaskXLarvSeg(LarvSegModel):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Read the arguments from a configuration.
-
-        Only the class lists of the data sets are read, see :func:`model_class_names`.
-
-        Raises:
-            ValueError: keys or data sets do not fit together.
-        """
+        """Read the arguments from a configuration, and of its data sets the class lists alone."""
         keys, test = cfg.MODEL.MASKX.LARVSEG, cfg.TEST.MASKX
         names, scored = model_class_names(cfg), _scored(cfg)
         backbone = build_backbone(cfg)

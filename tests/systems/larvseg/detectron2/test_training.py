@@ -2,16 +2,19 @@
 
 import logging
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.utils.visualizer import Visualizer
 
+import maskx
 from maskx.detectron2 import Trainer, evaluate
 from maskx.detectron2.datasets import class_names_of
 from maskx.systems.larvseg.detectron2 import model_class_names
@@ -166,6 +169,51 @@ def test_the_model_predicts_from_its_checkpoint_alone(make_joint_cfg):
     cfg.MODEL.WEIGHTS = ""
     with pytest.raises(ValueError, match=r"so the model has no classes.* MODEL\.WEIGHTS"):
         DefaultPredictor(cfg)
+
+
+def test_a_visualizer_draws_results_with_the_metadata_of_the_data_set(make_joint_cfg):
+    cfg = make_joint_cfg()
+    name = cfg.DATASETS.TEST[0]
+    (sample,) = next(iter(Trainer.build_test_loader(cfg, name)))
+    (result,) = Trainer.build_model(cfg).eval()([sample])
+    label_map, metadata = result["sem_seg"], MetadataCatalog.get(name)
+    assert metadata.stuff_classes[1:] == class_names_of(name)
+    colors = {tuple(color) for color in metadata.stuff_colors}
+    assert len(colors) == len(metadata.stuff_colors) == 1 + len(class_names_of(name))
+    image = np.zeros((64, 64, 3), np.uint8)
+    visualizer = Visualizer(image, metadata)
+    drawn, texts = visualizer.draw_sem_seg(label_map, alpha=1).get_image(), set()
+    for text in visualizer.output.ax.texts:
+        texts.add(text.get_text())
+    shown = {metadata.stuff_classes[label] for label in label_map.unique().tolist()}
+    assert texts == shown
+    largest = label_map.flatten().mode().values.item()
+    inside = drawn[label_map == largest].tolist()
+    assert metadata.stuff_colors[largest] in inside
+
+
+def test_a_copied_run_folder_opens_without_its_data_sets(make_joint_cfg, tmp_path):
+    """The checkpoint names the classes; results are of all of them, whatever a test chose from."""
+    choose = ("TEST.MASKX.CLASSES_OF", "maskx_scenes_sparse_train")
+    choose = (*choose, "DATASETS.MASKX.SPLIT", "all")
+    source = DatasetCatalog.get("maskx_scenes_sparse_stuff_train")
+    names = class_names_of("maskx_scenes_sparse_stuff_train")
+    DatasetCatalog.register("mine", lambda: source)
+    MetadataCatalog.get("mine").thing_classes = names
+    cfg = make_joint_cfg(*choose, "DATASETS.TRAIN", ("mine", "maskx_scenes_sparse_train"))
+    cfg.DATASETS.TEST = ()
+    model = train(cfg).model.eval()
+    copy = tmp_path / "elsewhere"
+    shutil.move(cfg.OUTPUT_DIR, copy)
+    for name in ("mine", *(n for n in DatasetCatalog.list() if n.startswith("maskx_"))):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    image = cv2.imread(source[0]["file_name"])[:, :, ::-1].copy()
+    prediction = maskx.open_run(copy, device="cpu")(image)
+    sample = {"image": torch.from_numpy(image.copy()).permute(2, 0, 1)}
+    (expected,) = model([sample | {"class_indices": range(len(names))}])
+    assert np.array_equal(prediction.label_map, expected["sem_seg"].numpy())
+    assert prediction.class_names == model.class_names == tuple(names)
 
 
 def test_the_tool_trains_resumes_and_evaluates(make_joint_cfg, monkeypatch, tmp_path):
