@@ -68,7 +68,9 @@ class MemoryBank(nn.Module):
     def class_means(self, class_indices: Tensor) -> Tensor:
         """Average over the images of each of (P,) classes: (P, d), zero for one without images."""
         held = self.counts[class_indices].clamp(1, self.size)
-        return self.means[class_indices].sum(dim=1) / held[:, None]
+        rows = class_indices[:, None] * self.size + torch.arange(self.size, device=held.device)
+        # Sums them where they are: a copy of the means of many classes takes longer than the sums.
+        return F.embedding_bag(rows, self.means.flatten(0, 1), mode="sum") / held[:, None]
 
     def seen(self, class_indices: Tensor) -> Tensor:
         """Say for each of (P,) classes if there is an image of it, (P,) bool."""
@@ -238,11 +240,14 @@ def pseudo_background(
     count = scores.new_zeros(len(scores), 1)
     for chunk in class_indices.split(_CLASS_CHUNK):
         maps = (bank.class_means(chunk) @ tokens)[pairs.images]
-        best = maps.topk(min(_BACKGROUND_TOKENS, maps.shape[-1]), dim=-1).values.mean(dim=-1)
         # The sign of the covariance is that of the correlation; the map of the class itself has 1.
         covariance = (maps @ centred[:, :, None]).squeeze(-1)
-        kept = bank.seen(chunk) & (best > _MIN_BACKGROUND_COSINE) & (covariance < 0)
-        kept = kept.to(maps.dtype)
-        total += (kept[:, None] @ maps).squeeze(1)
-        count += kept.sum(dim=-1, keepdim=True)
+        kept = bank.seen(chunk) & (covariance < 0) & (maps.amax(dim=-1) > _MIN_BACKGROUND_COSINE)
+        # Few are left, whose best tokens are sought.
+        likely = maps[kept]
+        best = likely.topk(min(_BACKGROUND_TOKENS, maps.shape[-1]), dim=-1).values.mean(dim=-1)
+        is_there = best > _MIN_BACKGROUND_COSINE
+        owners = kept.nonzero()[is_there, 0]
+        total.index_add_(0, owners, likely[is_there])
+        count.index_add_(0, owners, torch.ones_like(likely[is_there, :1]))
     return total / count.clamp(min=1)

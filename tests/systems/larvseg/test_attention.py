@@ -152,6 +152,31 @@ def test_chunks_of_classes_change_no_pseudo_background(monkeypatch):
     torch.testing.assert_close(pseudo_background(*arguments), whole)
 
 
+def test_pseudo_background_is_that_of_a_plain_search_over_all_classes():
+    """It sums and sorts only what may be background; the plain form does so for every class."""
+    torch.manual_seed(0)
+    num_classes, pairs = 300, label_pairs([[3], [7], [3, 9]], 300)
+    bank = MemoryBank(num_classes, 6, size=3).double()
+    bank.counts.copy_(torch.arange(num_classes) % 5)
+    bank.means.copy_(F.normalize(torch.randn(num_classes, 3, 6).double(), dim=-1))
+    bank.means[torch.arange(3) >= bank.counts[:, None]] = 0
+    tokens = unit_tokens(3, 6, 4, 5)
+    every_class, means = torch.arange(300), bank.means.sum(1) / bank.counts.clamp(1, 3)[:, None]
+    torch.testing.assert_close(bank.class_means(every_class), means)
+    assert bank.class_means(torch.zeros(0, dtype=torch.int64)).shape == (0, 6)
+    foreground = bank.class_means(pairs.classes)
+    found = pseudo_background(tokens, pairs, foreground, bank, every_class)
+    maps = (means @ tokens.flatten(2))[pairs.images]
+    scores = pairs.unpad(pairs.pad(foreground) @ tokens.flatten(2))
+    centred = scores - scores.mean(dim=-1, keepdim=True)
+    kept = maps.topk(5, dim=-1).values.mean(dim=-1) > 0.35
+    kept &= ((maps @ centred[:, :, None])[..., 0] < 0) & (bank.counts > 0)
+    assert kept.any(dim=1).all()
+    assert not kept.all()
+    expected = (kept.double()[:, None] @ maps)[:, 0] / kept.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 4, 20])
 def test_top_tokens_are_those_most_like_the_class(num_tokens):
     torch.manual_seed(0)
