@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Complete a file; the status is 1 where an image failed."""
+    import maskx.systems  # noqa: F401 - registers them
     from maskx.engine.completion import CompletionOptions, complete
     from maskx.engine.completion_report import summary, write_report
 

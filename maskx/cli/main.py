@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from maskx import __version__
 from maskx.core.command_line import ended_in_one_line
 
-__all__ = ["VERBS", "main"]
+__all__ = ["VERBS", "main", "parse"]
 
 # In the order of the work. A help text names all, so what they do stands here.
 VERBS = {
@@ -35,28 +35,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
     with ended_in_one_line():
-        parser = argparse.ArgumentParser(
-            prog="maskx",
-            description=_DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.add_argument("--version", action="version", version=f"maskx {__version__}")
-        verbs = parser.add_subparsers(metavar="VERB", required=True)
-        for verb, summary in VERBS.items():
-            if words[:1] != [verb]:
-                verbs.add_parser(verb, help=summary)
-                continue
-            module = importlib.import_module(f"maskx.cli.{verb.replace('-', '_')}")
-            own = verbs.add_parser(
-                verb,
-                help=summary,
-                description=module.__doc__,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
-            module.add_arguments(own)
-            own.set_defaults(run=module.run)
-        given = parser.parse_args(words)
+        given = parse(sys.argv[1:] if arguments is None else arguments)
         run = vars(given).pop("run")
         return run(given) or 0
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; ``run`` of what it returns does what the verb says.
+
+    Only the module of the verb is imported.
+    """
+    parser = argparse.ArgumentParser(
+        prog="maskx",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"maskx {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb, summary in VERBS.items():
+        if list(words[:1]) != [verb]:
+            verbs.add_parser(verb, help=summary)
+            continue
+        module = importlib.import_module(f"maskx.cli.{verb.replace('-', '_')}")
+        own = verbs.add_parser(
+            verb,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(own)
+        own.set_defaults(run=module.run)
+    return parser.parse_args(list(words))

@@ -1,5 +1,6 @@
 """One training loop for every system on the embedded host: deterministic, resumable."""
 
+import csv
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -18,13 +19,14 @@ from fvcore.common.param_scheduler import (
 from torch import nn
 from tqdm import tqdm
 
+from maskx.core.files import written_text
 from maskx.core.seeds import step_seed
 from maskx.core.text import listed
 from maskx.engine.batches import image_names
 from maskx.engine.checkpoints import check_finite, locked, read_archive, write_checkpoint
 from maskx.engine.runs import Run, check_same_run, write_run
 
-CHECKPOINT_NAME = "checkpoint.pth"
+CHECKPOINT_NAME, CURVES_NAME = "checkpoint.pth", "losses.csv"
 OPTIMIZERS = ("sgd", "adam")
 DECAYS = ("cosine", "poly")
 
@@ -132,7 +134,7 @@ def train(
 
     Args:
         batches: called with the keywords ``start`` and ``stop``, makes the batches of these steps.
-        output_dir: run folder, where the checkpoint and ``run.json`` are written.
+        output_dir: run folder, where the checkpoint, ``run.json`` and ``losses.csv`` are written.
         run: what the run is, beside ``settings``; a resumed run must be the same.
         resume: go on from the checkpoint in ``output_dir`` if there is one. Else such a checkpoint
             is kept as ``previous_checkpoint.pth``, in the place of an older one.
@@ -246,6 +248,7 @@ class _Loop:
             "history": self.history,
         }
         write_checkpoint(self.checkpoint, content)
+        _write_curves(self.checkpoint.with_name(CURVES_NAME), self.history)
 
     def _load(self) -> None:
         path = self.checkpoint
@@ -263,6 +266,15 @@ class _Loop:
                 f"'{path}' holds weights, but not all that a training needs to go on "
                 f"({type(error).__name__}: {error}). Start anew without resuming."
             ) from error
+
+
+def _write_curves(path: Path, history: list[dict[str, float]]) -> None:
+    """Write the losses as a table for spreadsheets and plots; a row as of :func:`train`."""
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    with written_text(path) as file:
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(history)
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:

@@ -1,13 +1,16 @@
 """The command itself: its verbs, its help, its exit status."""
 
 import importlib
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from maskx import __version__
-from maskx.cli.main import VERBS, main
+from maskx.cli.main import VERBS, main, parse
 
 HEAVY = {"torch", "numpy", "cv2", "scipy", "detectron2", "torchvision", "matplotlib"}
 
@@ -70,3 +73,18 @@ def test_as_a_module_it_is_the_same_command():
     assert finished.returncode == 1
     assert finished.stderr.startswith("error: ")
     assert "Traceback" not in finished.stderr
+
+
+def test_every_command_of_the_pages_is_one():
+    root = Path(__file__).parents[2]
+    pages = [page for folder in (".", "docs", "datasets") for page in root.glob(f"{folder}/*.md")]
+    commands = []
+    for page in [*pages, *root.glob("configs/*/*.md")]:
+        for block in re.findall(
+            r"```(?:bash)?\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL
+        ):
+            lines = block.replace("\\\n", " ").splitlines()
+            commands += [line for line in lines if line.startswith("maskx ")]
+    assert len(commands) > 5
+    for command in commands:
+        assert callable(parse(shlex.split(command)[1:]).run)

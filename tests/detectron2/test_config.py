@@ -356,7 +356,7 @@ def test_every_experiment_has_a_command_and_every_command_can_be_given(monkeypat
 
 
 def test_every_tool_that_the_texts_name_exists():
-    texts = [*ROOT.glob("*.md"), *ROOT.glob("datasets/*.md"), *ROOT.glob("configs/**/*.md")]
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("d*/*.md"), *ROOT.glob("configs/**/*.md")]
     named = {
         path
         for text in texts

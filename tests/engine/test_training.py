@@ -1,5 +1,6 @@
 """The training loop when it is killed, when numbers go wrong and when files are damaged."""
 
+import csv
 import os
 import random
 import signal
@@ -196,3 +197,16 @@ def test_two_trainings_do_not_share_a_folder(tmp_path):
         os.close(reader)
         os.close(writer)
     run_of(tmp_path, settings=replace(SETTINGS, iterations=1))
+
+
+def test_the_losses_are_a_table_that_goes_on_with_the_run(tmp_path):
+    _, history = run_of(tmp_path / "whole")
+    with (tmp_path / "whole" / "losses.csv").open(newline="") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    assert rows == history
+    assert [row["iteration"] for row in rows] == [0, 20, 39]
+    with pytest.raises(FloatingPointError):
+        run_of(tmp_path / "parts", wrong={30: ("loss",)})
+    run_of(tmp_path / "parts")
+    table = (tmp_path / "parts" / "losses.csv").read_bytes()
+    assert table == (tmp_path / "whole" / "losses.csv").read_bytes()
