@@ -199,9 +199,8 @@ def _read(
     claims.check()
     report.finish()
     for record in records:
-        shown = {annotation["class_index"] for annotation in record["annotations"]}
         tags_given = record.pop("tags_given")
-        record["image_labels"] = sorted(shown.union(record["image_labels"]))
+        record["image_labels"] = sorted(record["image_labels"])
         record["supervision"] = supervision_of(record, tags_given=tags_given)
     _check_something_is_left(records, num_found, num_rows, report)
     about = dataset.get("info")
@@ -418,6 +417,7 @@ def _read_annotations(
         for index, (record, entry) in enumerate(usual.entries()):
             if entry is not None:
                 record["annotations"].append(entry)
+                record["image_labels"].add(entry["class_index"])
             else:
                 _read_row(start + index, chunk[index], record_of, structure, report, claims)
 
@@ -454,12 +454,13 @@ def _read_row(
         report.annotation(found, structure.class_names[index], problem, done)
     extent = None if shapes.mask is None else mask_extent(shapes.mask)
     claims.add(found.get("bbox"), record, found["id"], extent)
+    if shapes.is_placeholder:
+        return
+    record["image_labels"].add(index)
     if shapes.box is None:
-        if not shapes.is_placeholder:
-            record["image_labels"].add(index)
-            # A box without area hides nothing; any other may be anywhere.
-            if shapes.problems[-1].kind != "box_empty":
-                record["boxes_complete"] = False
+        # A box without area hides nothing; any other may be anywhere.
+        if shapes.problems[-1].kind != "box_empty":
+            record["boxes_complete"] = False
         return
     entry = {
         "id": found["id"],
