@@ -163,11 +163,11 @@ def learn_from_tags(
     metrics: dict[str, Any] = {"mIoU": mean_iou}
     if all(of_layer.evaluation for of_layer in masks.values()):
         mean_iou["proxy"] = {layer: of_layer.mean_iou for layer, of_layer in masks.items()}
-        for key in ("decided_only", "undecided"):
-            found = {layer: of_layer.evaluation[key] for layer, of_layer in masks.items()}
-            if key == "decided_only":
-                found = {layer: values["mIoU"]["all"] for layer, values in found.items()}
-            metrics[f"proxy_{key}"] = found
+        found = {layer: of_layer.evaluation for layer, of_layer in masks.items()}
+        metrics["proxy_decided_only"] = {
+            layer: values["decided_only"]["mIoU"]["all"] for layer, values in found.items()
+        }
+        metrics["proxy_undecided"] = {layer: values["undecided"] for layer, values in found.items()}
         metrics["proxy_paper"] = run.evaluate_paper_masks(patterns, mean_iou["proxy"])
     mean_iou["trained"] = run.evaluate(trained, "trained")["mIoU"]["all"]
     results = run.evaluate(retrained, "retrained")

@@ -13,26 +13,13 @@ from maskx.engine.training import select_device
 from maskx.systems.class_patterns.pipeline import NAME, TagSettings, learn_from_tags, open_model
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
 
-__all__ = ["SYSTEM", "quickstart_class_patterns"]
-
 
 def quickstart_class_patterns(
     options: QuickstartOptions, report: Callable[[str], None]
 ) -> dict[str, Any]:
     """Learn from image labels alone, from data to ``metrics.json`` and ``predictions.png``.
 
-    The true masks of the training images are read to say how good proxy masks are and for the
-    picture, for nothing else. See :func:`maskx.systems.class_patterns.pipeline.learn_from_tags`.
-
-    Args:
-        options: what to do.
-
-    Returns:
-        The content of ``metrics.json``.
-
-    Raises:
-        ImportError: the CRF is asked for, but not installed.
-        ValueError: an option, an annotation or a result of another run cannot be used.
+    See :func:`maskx.systems.class_patterns.pipeline.learn_from_tags`.
     """
     started = time.perf_counter()
     check_options(NAME, options)

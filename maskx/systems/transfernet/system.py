@@ -25,8 +25,6 @@ from maskx.systems.transfernet.samples import (
     union_of_class_lists,
 )
 
-__all__ = ["SYSTEM"]
-
 
 def _pipeline(options: QuickstartOptions, report: Callable[[str], None]) -> dict[str, Any]:
     """Learn TransferNet and BaselineNet, from data to ``metrics.json`` and ``predictions.png``."""

@@ -403,7 +403,8 @@ class TagChain:
                     )
         self._class_names = tuple(names)
         self._records = _tagged_records(first)
-        self._image_root = _common_folder(self._records)
+        folders = [os.path.dirname(record["file_name"]) for record in self._records]
+        self._image_root = Path(os.path.commonpath(folders))
 
 
 def format_results(results: Mapping[str, Mapping[str, float | None]]) -> str:
@@ -435,10 +436,6 @@ def _forgotten_afterwards(names: Sequence[str]) -> Iterator[None]:
             if name in DatasetCatalog:
                 DatasetCatalog.remove(name)
                 MetadataCatalog.remove(name)
-
-
-def _common_folder(records: Sequence[Record]) -> Path:
-    return Path(os.path.commonpath([os.path.dirname(r["file_name"]) for r in records]))
 
 
 def _check_architecture(cfg: CfgNode, needed: type) -> None:
