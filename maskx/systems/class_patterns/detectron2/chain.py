@@ -26,7 +26,6 @@ from maskx.data.dense_crf import check_crf
 from maskx.detectron2.adapters import in_format
 from maskx.detectron2.config import read_config
 from maskx.detectron2.datasets import (
-    class_names_of,
     records_of,
     training_class_names,
 )
@@ -374,17 +373,6 @@ class TagChain:
         check_config(first)
         second.DATASETS.TRAIN = first.DATASETS.TRAIN  # the classes of what is made of it
         check_config(second)
-        names = training_class_names(first)
-        for data_set in second.DATASETS.TEST:
-            pairs = enumerate(zip(names, class_names_of(data_set), strict=True))
-            for index, (trained, tested) in pairs:
-                if trained != tested:
-                    raise ValueError(
-                        f"Class {index} is '{trained}' in {first.DATASETS.TRAIN[0]}, the training "
-                        f"data of the classifier, but '{tested}' in {data_set}, the test data of "
-                        "the segmentation network (DATASETS.TEST). Use data of the same classes "
-                        "in one order."
-                    )
         classifier, segmenter = build_on_cpu(first), build_on_cpu(second)
         with LayerTaps(classifier.classifier.backbone, [self._layer]):
             pass  # refuses a layer that is not there
@@ -401,7 +389,7 @@ class TagChain:
                         "alike in both, or start from other weights: MODEL.WEIGHTS, or "
                         "MODEL.MASKX.BACKBONE.PRETRAINED True."
                     )
-        self._class_names = tuple(names)
+        self._class_names = tuple(training_class_names(first))
         self._records = _tagged_records(first)
         folders = [os.path.dirname(record["file_name"]) for record in self._records]
         self._image_root = Path(os.path.commonpath(folders))
