@@ -111,23 +111,13 @@ def _search(
 
 
 class _Axis(NamedTuple):
-    """Pixels of one side of the image, by cell and by block.
+    """Pixels of one side of the image, by cell and by block."""
 
-    Attributes:
-        cells: (P,) cell of each pixel.
-        weights: (P,) weight of the second token of the cell; that of the first is 1 - weight.
-        num_blocks: g, blocks per cell.
-        blocks: (P,) block of each pixel, in rising order.
-        block_pixels: (cells * g, p) pixels of each block, P where it has fewer than p.
-        block_weights: (cells * g, p) their weights.
-    """
-
-    cells: Tensor
-    weights: Tensor
-    num_blocks: int
-    blocks: Tensor
-    block_pixels: Tensor
-    block_weights: Tensor
+    cells: Tensor  # (P,) of each pixel
+    weights: Tensor  # (P,) of the second token of the cell; that of the first is 1 - weight
+    num_blocks: int  # g, per cell
+    block_pixels: Tensor  # (cells * g, p) pixels of each block, P where it has fewer than p
+    block_weights: Tensor  # (cells * g, p) their weights
 
 
 def _make_axis(num_tokens: int, num_pixels: int, like: Tensor) -> _Axis:
@@ -146,9 +136,7 @@ def _make_axis(num_tokens: int, num_pixels: int, like: Tensor) -> _Axis:
     counts = torch.searchsorted(blocks, every, right=True) - starts
     places = torch.arange(int(counts.max()), device=like.device)
     pixels = torch.where(places < counts[:, None], starts[:, None] + places, num_pixels)
-    return _Axis(
-        cells, weights, num_blocks, blocks, pixels, weights[pixels.clamp(max=num_pixels - 1)]
-    )
+    return _Axis(cells, weights, num_blocks, pixels, weights[pixels.clamp(max=num_pixels - 1)])
 
 
 def _products(
@@ -164,11 +152,9 @@ def _products(
 def _find_leaders(
     tokens: Tensor, class_vectors: Tensor, chunk: int, top_k: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Find the best classes at the tokens and halfway between them.
+    """Find the (2h - 1, 2w - 1, k) best classes at the tokens and halfway between them.
 
-    Returns:
-        (2h - 1, 2w - 1, k) class indices; and for each chunk the (h + 1, w + 1) largest score at
-        the corners of each cell.
+    Beside them, for each chunk, the (h + 1, w + 1) largest score at the corners of each cell.
     """
     height, width = tokens.shape[:2]
     values = tokens.new_full((2 * height - 1, 2 * width - 1, top_k), float("-inf"))
@@ -209,11 +195,7 @@ def _corner_max(values: Tensor, dim: int) -> Tensor:
 def _lower_bound(
     tokens: Tensor, class_vectors: Tensor, leaders: Tensor, rows: _Axis, columns: _Axis
 ) -> Tensor:
-    """Evaluate the leaders of each cell at its pixels.
-
-    Returns:
-        (H, W) k-th largest of their scores.
-    """
+    """Evaluate the leaders of each cell at its pixels: (H, W) k-th largest of their scores."""
     top_k = leaders.shape[-1]
     height, width = tokens.shape[:2]
     bounds = []
@@ -244,19 +226,11 @@ def _lower_bound(
 
 
 class _Blocks(NamedTuple):
-    """What a class must exceed, and where it is evaluated if it does.
+    """What a class must exceed, and where it is evaluated if it does."""
 
-    Attributes:
-        cell_thresholds: (h + 1, w + 1); infinite without pixels.
-        thresholds: ((h + 1) * (w + 1), g * g) of the blocks of each cell.
-        pixel_thresholds: (blocks, p * p) of the pixels of each block, infinite where it has fewer.
-        rows: of the pixels.
-        columns: of the pixels.
-    """
-
-    cell_thresholds: Tensor
-    thresholds: Tensor
-    pixel_thresholds: Tensor
+    cell_thresholds: Tensor  # (h + 1, w + 1); infinite without pixels
+    thresholds: Tensor  # ((h + 1) * (w + 1), g * g) of the blocks of each cell
+    pixel_thresholds: Tensor  # (blocks, p * p) of their pixels, infinite where it has fewer
     rows: _Axis
     columns: _Axis
 
@@ -271,15 +245,9 @@ def _make_blocks(bound: Tensor, rows: _Axis, columns: _Axis) -> _Blocks:
 
 
 def _candidates(scores: Tensor, blocks: _Blocks) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the classes of a chunk that exceed the bound at a pixel, some at a time.
+    """Yield the classes of (h, w, chunk) scores that exceed the bound at a pixel, some at a time.
 
-    Args:
-        scores: (h, w, chunk).
-        blocks: with the bounds.
-
-    Yields:
-        (n,) flat pixels, (n,) scores, (n,) class in the chunk. Of one pixel, classes come in rising
-        order.
+    They come as (n,) flat pixels, scores and classes in the chunk, rising for each pixel.
     """
     rows, columns = blocks.rows, blocks.columns
     height, width, chunk = scores.shape
@@ -317,17 +285,9 @@ def _candidates(scores: Tensor, blocks: _Blocks) -> Iterator[tuple[Tensor, Tenso
 def _evaluate(
     corners: Tensor, row_blocks: Tensor, column_blocks: Tensor, blocks: _Blocks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Evaluate a class at the pixels of a block, for n of these.
+    """Evaluate n classes at the pixels of n blocks, by (n, 4) scores at the corners of the cell.
 
-    Args:
-        corners: (n, 4) scores of the class at the corners of the cell.
-        row_blocks: (n,).
-        column_blocks: (n,).
-        blocks: with the bounds.
-
-    Returns:
-        Of the scores that exceed their bound: (m,) flat pixels, (m,) scores, (m,) position among
-        the n.
+    Of the scores that exceed their bound: (m,) flat pixels, scores, and positions among the n.
     """
     rows, columns = blocks.rows, blocks.columns
     weights = columns.block_weights.index_select(0, column_blocks)[:, None]
@@ -346,12 +306,7 @@ def _evaluate(
 
 
 class _BestClasses:
-    """The k best classes found so far of each pixel.
-
-    Args:
-        bound: (H, W) scores that the k-th best class of each pixel exceeds.
-        top_k: k.
-    """
+    """The k best classes found so far of each pixel; the k-th best exceeds the (H, W) bound."""
 
     def __init__(self, bound: Tensor, top_k: int) -> None:
         self._size = bound.shape
