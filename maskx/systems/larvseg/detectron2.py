@@ -1,7 +1,7 @@
 """LarvSeg in Detectron2: the model of a configuration, its data sets, loaders and evaluator.
 
 The data sets of ``DATASETS.TRAIN`` have masks or image labels alone, and class lists of their own;
-see :mod:`maskx.systems.larvseg.joint_sets`. What a model needs of them comes from their class
+see :mod:`maskx.systems.larvseg.samples`. What a model needs of them comes from their class
 lists, without any annotation.
 """
 
@@ -34,19 +34,17 @@ from maskx.engine.batches import SeededLoader
 from maskx.evaluation.mean_iou import format_table
 from maskx.supervision import CategorySplit, Supervision
 from maskx.systems.larvseg.evaluation import LarvSegScores
-from maskx.systems.larvseg.joint_sets import (
-    JointDataSet,
-    JointSets,
-    class_table,
-    joint_sets,
-    scored_classes,
-)
 from maskx.systems.larvseg.model import LarvSegModel, read_extra_state
 from maskx.systems.larvseg.network import LarvSeg
 from maskx.systems.larvseg.samples import (
+    JointDataSet,
     JointMapper,
+    JointSets,
     MappedSets,
+    class_table,
     classes_to_predict,
+    joint_sets,
+    scored_classes,
     true_label_map,
 )
 

@@ -21,9 +21,9 @@ from maskx.core.sample_models import (
 )
 from maskx.core.text import listed
 from maskx.data.label_maps import ignore_label
-from maskx.systems.larvseg.joint_sets import match_rows, take_rows
 from maskx.systems.larvseg.large_vocabulary import predict_label_map
 from maskx.systems.larvseg.network import LarvSeg, LogitFactors, check_class_indices
+from maskx.systems.larvseg.samples import match_rows, take_rows
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class LarvSegModel(_ScoringModel):
         network: of all classes of the class table.
         class_names: of the class table.
         scored: by training data set the class indices that it scores, see
-            :class:`maskx.systems.larvseg.joint_sets.JointSets`; needed in training only.
+            :class:`maskx.systems.larvseg.samples.JointSets`; needed in training only.
         test_classes: class indices to predict where a sample does not say; None for all.
         image_size: side in pixels of the squares to which whole images are warped in evaluation.
         window: side of the windows that images are predicted by instead; 0 for whole images.
@@ -206,7 +206,7 @@ class LarvSegModel(_ScoringModel):
                 ``data_set``, its name, and all with ``sem_seg`` (H, W) int64, class index + 1, 0
                 and ``ignore_label`` where nothing is known, or with ``image_labels``, class
                 indices; ``single_label`` and ``attention`` as of
-                :class:`maskx.systems.larvseg.joint_sets.JointDataSet`. In evaluation ``height`` and
+                :class:`maskx.systems.larvseg.samples.JointDataSet`. In evaluation ``height`` and
                 ``width``, the size of the result, are those of the image, and ``class_indices``,
                 the classes to choose from, ``test_classes`` where they are not given.
 

@@ -33,11 +33,11 @@ from maskx.evaluation.figures import (
 from maskx.supervision import CategorySplit, Supervision
 from maskx.systems.larvseg.attention import attention_maps
 from maskx.systems.larvseg.evaluation import evaluate_larvseg, predict_larvseg
-from maskx.systems.larvseg.joint_sets import JointSets
 from maskx.systems.larvseg.model import JointClassifier, LarvSegModel, read_extra_state
 from maskx.systems.larvseg.network import POOLINGS, LarvSeg
 from maskx.systems.larvseg.samples import (
     JointMapper,
+    JointSets,
     LabelledImages,
     Record,
     joint_batches,

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from maskx.data.large_vocabularies import ade20k_150_classes, ade20k_847_classes, coco_stuff_classes
 from maskx.data.prepare.coco_stuff import coco_stuff_class_of_id, coco_stuff_names
-from maskx.systems.larvseg.joint_sets import class_table, match_rows, take_rows, tied_classes
+from maskx.systems.larvseg.samples import class_table, match_rows, take_rows, tied_classes
 
 NAMES = st.sampled_from(["wall", "floor", "sky", "sea", "cat", "tv", "dog"])
 LISTS = st.dictionaries(

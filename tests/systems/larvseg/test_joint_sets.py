@@ -10,7 +10,7 @@ from maskx.data.coco import load_coco
 from maskx.data.label_maps import things_and_stuff_label_map, write_label_map
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.things_and_stuff import things_and_stuff
-from maskx.systems.larvseg.joint_sets import JointBatches, JointDataSet, JointSchedule, joint_sets
+from maskx.systems.larvseg.samples import JointBatches, JointDataSet, JointSchedule, joint_sets
 
 NAMES = ("cat", "dog", "wall", "tree")
 

@@ -18,7 +18,6 @@ from maskx.systems.larvseg.evaluation import (
     evaluate_larvseg,
     predict_larvseg,
 )
-from maskx.systems.larvseg.joint_sets import JointDataSet, joint_sets
 from maskx.systems.larvseg.model import read_extra_state
 from maskx.systems.larvseg.network import LarvSeg
 from maskx.systems.larvseg.pipeline import (
@@ -31,7 +30,9 @@ from maskx.systems.larvseg.pipeline import (
     open_larvseg,
 )
 from maskx.systems.larvseg.samples import (
+    JointDataSet,
     LabelledImages,
+    joint_sets,
     labelled_images,
     sets_of_one_file,
     true_label_map,

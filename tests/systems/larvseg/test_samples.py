@@ -11,11 +11,12 @@ from maskx.data.coco import load_coco
 from maskx.data.label_maps import ignore_label, things_and_stuff_label_map, write_label_map
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
-from maskx.systems.larvseg.joint_sets import JointDataSet, joint_sets
 from maskx.systems.larvseg.samples import (
+    JointDataSet,
     JointMapper,
     classes_to_predict,
     joint_batches,
+    joint_sets,
     labelled_images,
     random_crop,
     sets_of_one_file,

@@ -24,7 +24,7 @@ from maskx.systems.larvseg.detectron2 import (
     model_class_names,
     split_of_dataset,
 )
-from maskx.systems.larvseg.joint_sets import JointSets
+from maskx.systems.larvseg.samples import JointSets
 
 MASKS, TAGS = "maskx_scenes_sparse_stuff_train", "maskx_scenes_sparse_train"
 VAL = "maskx_scenes_sparse_stuff_val"
