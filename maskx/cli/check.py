@@ -86,7 +86,12 @@ def _advice(
         titles = " or ".join(system.title for system in systems)
         lines.append(("p", f"{titles} ({', '.join(s.name for s in systems)}) learns from that."))
     elif kind == "boxes":
-        lines.append(("p", "Draw masks for objects of some categories; the others get theirs."))
+        lines.append(
+            (
+                "p",
+                "Draw masks of some categories and train, or let GrabCut draw all in their boxes.",
+            )
+        )
     elif kind == "nothing":
         lines.append(("p", "Draw masks for a few categories, boxes or tags for the others."))
     refused = [k for k, finding in report.findings.items() if finding.done["refused"]]
@@ -94,7 +99,24 @@ def _advice(
         lines.append(("p", f"Correct first what no option passes over: {', '.join(refused)}."))
     if systems:
         lines.append(("pre", _command(args, overview, systems[0], skip_bad=bool(report.problems))))
+    elif kind == "boxes":
+        lines.append(("pre", _completion(args, skip_bad=bool(report.problems))))
     return lines
+
+
+def _completion(args: argparse.Namespace, *, skip_bad: bool) -> str:
+    """Return the commands that draw masks in boxes, which take COCO files."""
+    from maskx.data.formats.table import find_format
+
+    skip, lines = ["--skip-bad"] * skip_bad, []
+    data, images = str(args.data), str(args.images or "IMAGES")
+    if find_format(data) != "coco":
+        words = ["maskx", "export", data, images, "--format", "coco", "--output", "coco", *skip]
+        lines.append(shlex.join(words))
+        data = "coco/annotations.json"
+    words = ["maskx", "complete", data, images, "--teacher", "grabcut"]
+    lines.append(shlex.join([*words, "--output", "completed.json", *skip]))
+    return "\n".join(lines)
 
 
 def _command(

@@ -101,6 +101,21 @@ def test_the_system_that_fits_and_its_command(folder, capsys, labels, system):
     assert "VALIDATION" in str(ending.value) or "iterations" in str(ending.value)
 
 
+def test_boxes_alone_are_for_a_teacher(folder, capsys):
+    _, text = check(capsys, content(masks=[]), "img")
+    command = "maskx complete ann.json img --teacher grabcut --output completed.json"
+    assert f"\n  {command}\n" in text
+    assert main(command.split()[1:]) == 0
+    completed = json.loads(Path("completed.json").read_text())
+    assert len(completed["annotations"]) == 5
+    capsys.readouterr()
+    main(["export", "ann.json", "img", "--format", "labelme", "--output", "lm", "--copy-images"])
+    main(["check", "lm", "lm"])
+    text = capsys.readouterr().out
+    assert "\n  maskx export lm lm --format coco --output coco\n" in text
+    assert "\n  maskx complete coco/annotations.json lm --teacher grabcut" in text
+
+
 def test_hundreds_of_tags_are_for_the_system_of_large_vocabularies(folder, capsys):
     data = content(masks=["ring"], boxes=["ring"])
     data["categories"] += [{"id": i, "name": f"class {i}"} for i in range(5, 300)]
