@@ -14,6 +14,7 @@ Examples:
     python tools/benchmark.py word_vectors --images 100000 --words 5000
     python tools/benchmark.py photograph --megapixels 16 41
     python tools/benchmark.py data --images 5000 --json data.json
+    python tools/benchmark.py long_run tools/quickstart.py --iterations 2000
 """
 
 import argparse
@@ -169,6 +170,11 @@ def parse_arguments() -> argparse.Namespace:
     data.set_defaults(tables=data_tables)
     word_vectors = systems.add_parser("word_vectors", help="word vectors from generated tags, once")
     photograph = systems.add_parser("photograph", help="memory of Mask^X R-CNN, by megapixels")
+    long_run = systems.add_parser("long_run", help="whether memory and files of a tool stay flat")
+    long_run.set_defaults(run=run_long)
+    add = long_run.add_argument
+    add("--warm-up", type=positive, default=200, help="steps after which memory must be flat")
+    add("command", nargs=argparse.REMAINDER, help="a Python tool, and all of its arguments")
     number = {"type": positive}
     for system in (mask_head, class_patterns, large_vocabulary, concept_mask, data):
         system.set_defaults(run=run)
@@ -220,6 +226,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--objects", **number, default=24, help="with masks")
     add("--image-size", **number, default=128, help="pixels, in training and prediction")
     return parser.parse_args()
+
+
+def run_long(arguments: argparse.Namespace) -> None:
+    """Run a tool, and say how memory and open files of each of its trainings grew."""
+    from benchmarks.long_runs import watch
+    from benchmarks.measure import format_table
+
+    table = [("training", "steps", "MB", "growth", "open files", "more")]
+    for number, run in enumerate(watch(arguments.command, warm_up=arguments.warm_up), 1):
+        memory = (f"{run.end_bytes / 1e6:.0f}", f"{100 * run.growth:.2f} %")
+        files = (str(run.end_files), str(run.end_files - run.start_files))
+        table.append((str(number), str(run.steps), *memory, *files))
+    print(format_table(table))
 
 
 def run_photograph(arguments: argparse.Namespace) -> None:
