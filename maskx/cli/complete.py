@@ -5,6 +5,8 @@ that people drew stay as they are, and so does everything else in the file. Each
 made it (segmentation_source) and how good it probably is (segmentation_quality, the IoU to be
 expected, from 0 to 1). Beside the output lies a report that lists the worst first.
 
+A run of a system that makes label maps writes them for the images that have tags alone.
+
 The quality is calibrated on masks that the run was not trained on: those of the file, or of
 another one that --calibrate names. The same command goes on after an interruption.
 

@@ -1,4 +1,4 @@
-"""Masks for the objects of an annotation file that have boxes alone.
+"""Masks for the objects of an annotation file that have boxes alone, label maps for tags alone.
 
 Objects are segmented in the boxes they have: by a trained model, by a teacher, or by both. What a
 person drew stays as it is, to the letter.
@@ -28,8 +28,9 @@ from maskx.data.images import read_image
 from maskx.data.json_edits import edited, rows, with_members
 from maskx.data.json_files import paused_collector, read_json
 from maskx.data.splits import resolve_split
+from maskx.engine.label_map_completion import complete_label_maps, label_map_folder
 from maskx.engine.mask_sources import FoundMask, MaskSource, NoMask, RunSource, Teacher
-from maskx.engine.predictor import open_run
+from maskx.engine.predictor import Predictor, open_run
 from maskx.engine.runs import Run, read_run
 from maskx.evaluation.calibration import MIN_MASKS, cross_validated, fit_calibration
 
@@ -53,7 +54,7 @@ class CompletionOptions:
     Attributes:
         data: annotation file and image folder.
         output: file to write.
-        run: run folder of a model that segments given boxes.
+        run: run folder of a model that segments given boxes, or makes label maps of images.
         teacher: ``grabcut`` or ``module:callable``, see
             :class:`maskx.engine.mask_sources.Teacher`; besides a run or instead of one.
         agree: least IoU of the masks of run and teacher; where they agree less, there is no mask.
@@ -120,6 +121,7 @@ class Completion:
         calibrated: names of the sources whose qualities are calibrated.
         failures: what is broken, by file name of the image.
         num_drawn: masks of people that stay.
+        label_maps: of images with tags alone, paths from the folder of the output by image id.
     """
 
     objects: Sequence[Completed]
@@ -127,6 +129,7 @@ class Completion:
     calibrated: Sequence[str]
     failures: Mapping[str, str]
     num_drawn: int
+    label_maps: Mapping[int | str, str] = field(default_factory=dict)
 
     @property
     def masks(self) -> list[Completed]:
@@ -186,12 +189,21 @@ def complete(options: CompletionOptions) -> Completion:
     """
     _check(options)
     run = None if options.run is None else read_run(options.run)
-    sources = _open_sources(options, run)
+    predictor = None if run is None else open_run(options.run, options.device)
+    sources = _box_sources(options, predictor)
     data = load_coco(*options.data, strict=not options.skip_bad)
     text = _text_of(data)
     raw = _read_raw(text)
     todo = _objects_of(data, options, raw)
     known = _known_objects(options, data, run, raw, todo)
+    if not sources:
+        if todo:
+            logger.warning(
+                "%d objects keep their boxes alone: %s makes label maps of images. A teacher, or a "
+                "run of Mask^X R-CNN, makes masks in boxes.",
+                *(len(todo), predictor.system.title),
+            )
+        todo, known = [], []
     images = _by_image([*todo, *known])
     found = {}
     for part, source in sources.items():
@@ -199,11 +211,17 @@ def complete(options: CompletionOptions) -> Completion:
         path = options.output.with_name(f"{options.output.name}.{part}.partial.jsonl")
         found[part] = _ask(source, images, path, options, workers)
     objects, known_ones, calibrated = _judged(options, sources, images, found)
+    failures, label_maps = _failures(images, found), {}
+    if predictor is not None and predictor.system.box_masks is None:
+        folder = label_map_folder(options.output)
+        label_maps, unreadable = complete_label_maps(predictor, data, folder)
+        failures |= unreadable
     completion = Completion(
         objects=objects,
         known=known_ones,
         calibrated=calibrated,
-        failures=_failures(images, found),
+        failures=failures,
+        label_maps=label_maps,
         num_drawn=len(raw.with_masks - raw.machine_made - {e.annotation_id for e in objects}),
     )
     _write(options, text, completion)
@@ -221,9 +239,14 @@ def _check(options: CompletionOptions) -> None:
         value = getattr(options, name)
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}. Allowed: 0 to 1.")
+    folder = label_map_folder(output := options.output)
+    if folder.exists() and any(folder.iterdir()) and not options.overwrite:
+        raise FileExistsError(
+            f"{folder} holds label maps already. Add --overwrite to replace them, or name another "
+            "output."
+        )
     if options.workers < 1:
         raise ValueError(f"workers must be at least 1, got {options.workers}.")
-    output = options.output
     if output.exists() and os.path.samefile(output, options.data[0]):
         raise ValueError(f"{output} is the annotation file itself. Name another output.")
     if output.exists() and not options.overwrite:
@@ -235,18 +258,16 @@ def _check(options: CompletionOptions) -> None:
             raise FileNotFoundError(f"'{source[1]}': there is no such image folder.")
 
 
-def _open_sources(options: CompletionOptions, run: Run | None) -> dict[str, MaskSource]:
+def _box_sources(options: CompletionOptions, predictor: Predictor | None) -> dict[str, MaskSource]:
     sources: dict[str, MaskSource] = {}
-    if run is not None:
-        predictor = open_run(options.run, options.device)
-        if predictor.system.box_masks is None:
-            raise ValueError(
-                f"'{options.run}' is a run of {predictor.system.title}, which makes label maps of "
-                "images, not masks of given boxes. Give a run of Mask^X R-CNN, or --teacher "
-                "grabcut."
-            )
-        identity = {"weights": sha256_of(run.weights_file)}
+    if predictor is not None and predictor.system.box_masks is not None:
+        identity = {"weights": sha256_of(predictor.run.weights_file)}
         sources["run"] = RunSource(predictor, f"maskx:{options.run.resolve().name}", identity)
+    elif options.agree is not None:
+        raise ValueError(
+            f"agree compares masks in boxes, but a run of {predictor.system.title} makes label "
+            "maps of images. Leave it out, or give a run of Mask^X R-CNN."
+        )
     if options.teacher is not None:
         sources["teacher"] = Teacher(options.teacher)
     return sources
@@ -597,17 +618,24 @@ def _write(options: CompletionOptions, text: str, completion: Completion) -> Non
             QUALITY_KEY: round(each.quality, 4),
         }
     folders = Path(options.data[0]).parent, options.output.parent
-    edits = []
+    edits, says_predicted = [], not completion.label_maps
     with paused_collector():
         for key, row, start, end in rows(text):
             if key == "annotations" and isinstance(row, dict):
                 change = changes.pop(row.get("id"), {})
             elif key == "images" and isinstance(row, dict):
                 change = _moved_paths(row, *folders)
+                if row.get("id") in completion.label_maps:
+                    change["label_map_file_name"] = completion.label_maps[row["id"]]
+            elif key == "info" and isinstance(row, dict) and not says_predicted:
+                change, says_predicted = {"label_maps": "predicted"}, True
             else:
                 continue
             if change:
                 edits.append((start, end, with_members(text[start:end], change)))
+    if not says_predicted:
+        begin = text.index("{") + 1
+        edits.insert(0, (begin, begin, '"info": {"label_maps": "predicted"}, '))
     assert not changes, f"annotations {list(changes)[:3]} are not in the file"
     with written_whole(options.output) as scratch:
         scratch.write_bytes(edited(text, edits).encode("utf-8"))

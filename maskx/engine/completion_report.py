@@ -40,7 +40,9 @@ def summary(completion: Completion) -> str:
         f"{completion.num_drawn} masks that people drew stay as they are."
     ]
     lines += [f"  {count} have none: {reason}" for reason, count in _reasons(completion)]
-    lines.append(_calibration_line(completion))
+    if completion.label_maps:
+        lines.append(f"{len(completion.label_maps)} images with tags alone have label maps now.")
+    lines += [_calibration_line(completion)] if completion.objects else []
     if known:
         lines.append(f"Known masks: {_measured(known)}")
     true = _with_truth(masks)
