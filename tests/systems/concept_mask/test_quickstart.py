@@ -4,6 +4,7 @@ import cv2
 import pytest
 
 import maskx.systems  # noqa: F401 - registers them
+from maskx.cli.main import main
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
 from maskx.engine import quickstart
@@ -49,6 +50,12 @@ def test_generated_data_to_metrics_and_picture_and_again_when_resumed(tiny):
     assert (run_file.system, len(run_file.class_names)) == ("concept_mask", 66)
     assert run_file.folder == tiny["output"] / "segmentation"
     photo = tiny["output"] / "scenes" / "val" / "images" / "000000.png"
+    words = ["predict", str(tiny["output"]), str(photo), "--output", str(tiny["output"] / "found")]
+    assert main([*words, "--device", "cpu", "--concepts", "grass", "crescent"]) == 0
+    results = json.loads((tiny["output"] / "found" / "predictions.json").read_text())
+    names = {category["id"]: category["name"] for category in results["categories"]}
+    asked = {names[each["category_id"]] for each in results["annotations"]}
+    assert asked == {"grass", "crescent"}  # however sure it is of them
     found = open_run(tiny["output"], "cpu")(photo, concepts=["grass", "crescent"])
     assert found.names == ["grass", "crescent"]  # of the table, and unseen
     assert found.masks.shape == (2, 64, 64)
