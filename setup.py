@@ -29,7 +29,7 @@ PLOTS = ["matplotlib>=3.7"]
 # COCO matching, five times as fast as that of pycocotools.
 FAST = ["hotcoco>=1.3"]
 SERVE = ["flask>=3"]
-TEST = [*PLOTS, *FAST, *SERVE, "pytest>=8", "hypothesis>=6"]
+TEST = [*PLOTS, *FAST, *SERVE, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6"]
 
 setup(
     # The distribution name `maskx` belongs to an unrelated project.

@@ -514,12 +514,13 @@ def _judged(
         The objects asked for, those whose masks are known, and the sources that are calibrated.
     """
     names = {part: source.name for part, source in sources.items()}
+    first = _better_part(images, found)
     entries = []
     for image in images:
         size = image.record["height"], image.record["width"]
         for each in image.objects:
             of_sources = {part: masks[each.key] for part, masks in found.items()}
-            mask, source = _chosen(of_sources, names, options.agree)
+            mask, source = _chosen(of_sources, names, first, options.agree)
             truth = None if each.truth is None else _as_rle(each.truth, *size)
             iou = _iou(mask.segmentation, truth) if truth and isinstance(mask, FoundMask) else None
             entry = Completed(
@@ -565,18 +566,41 @@ def _judged(
     return objects, known, calibrated
 
 
+def _better_part(
+    images: Sequence[_Image], found: Mapping[str, Mapping[str, FoundMask | NoMask]]
+) -> str:
+    """Find the source whose masks are better where the truth is known; the first, if unknown."""
+    ious: dict[str, list[float]] = {part: [] for part in found}
+    for image in images:
+        size = image.record["height"], image.record["width"]
+        for each in image.objects:
+            masks = {part: of_source[each.key] for part, of_source in found.items()}
+            if each.is_asked_for or not all(isinstance(m, FoundMask) for m in masks.values()):
+                continue
+            truth = _as_rle(each.truth, *size)
+            for part, mask in masks.items():
+                ious[part].append(_iou(mask.segmentation, truth))
+    parts = list(ious)
+    if len(ious[parts[0]]) < MIN_MASKS:
+        return parts[0]
+    return max(parts, key=lambda part: sum(ious[part]))
+
+
 def _chosen(
-    found: Mapping[str, FoundMask | NoMask], names: Mapping[str, str], agree: float | None
+    found: Mapping[str, FoundMask | NoMask],
+    names: Mapping[str, str],
+    first: str,
+    agree: float | None,
 ) -> tuple[FoundMask | NoMask, str]:
-    """Choose the mask of the run, or else of the teacher; where both have one, they vouch."""
+    """Choose the mask of the first source, or else of the other; two masks vouch for each other."""
     masks = {part: each for part, each in found.items() if isinstance(each, FoundMask)}
     if len(masks) == 2:
-        run, teacher = masks["run"], masks["teacher"]
-        iou = _iou(run.segmentation, teacher.segmentation)
+        (second,) = masks.keys() - {first}
+        mask, iou = masks[first], _iou(masks[first].segmentation, masks[second].segmentation)
         if agree is not None and iou < agree:
             return NoMask(f"the sources agree by less than {agree:g}"), ""
-        score = (run.score + iou) / 2
-        return FoundMask(run.segmentation, run.area, score), f"{names['run']}+{names['teacher']}"
+        score = (mask.score + iou) / 2
+        return replace(mask, score=score), f"{names[first]}+{names[second]}"
     if masks and agree is None:
         part = next(iter(masks))
         return masks[part], names[part]

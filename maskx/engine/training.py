@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ DECAYS = ("cosine", "poly")
 _LOG_EVERY = 20
 
 # Settings that do not change what is learned.
-_FREE = ("training.checkpoint_every",)
+_FREE = ("training.checkpoint_every", "training.checkpoint_seconds")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class TrainingSettings:
         warmup_fraction: share of the steps in which the learning rate rises linearly; then it
             falls to 0.
         seed: of initial weights, data order and sampling.
+        checkpoint_every: steps between checkpoints.
+        checkpoint_seconds: after so much time there is one too, as a step on photographs may take
+            seconds.
         optimizer: "sgd", with momentum 0.9, or "adam", with betas 0.9 and 0.999.
         lr_multipliers: factors of the learning rate by prefix of the parameter's name, such as
             {"network.backbone.": 0.05}. Of several prefixes that fit a name the longest counts;
@@ -62,6 +66,7 @@ class TrainingSettings:
     warmup_fraction: float = 0.05
     seed: int = 0
     checkpoint_every: int = 100
+    checkpoint_seconds: float = 120.0
     optimizer: str = "sgd"
     # Without it in the hash, settings stay hashable; equal settings have equal hashes all the same.
     lr_multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
@@ -196,13 +201,16 @@ class _Loop:
         """Make the steps that are left."""
         stop, schedule = self.settings.iterations, self.settings.schedule()
         progress = tqdm(total=stop, initial=self.iteration, desc=description, unit="it")
+        saved_at = time.monotonic()
         with progress:
             for batch in batches(start=self.iteration, stop=stop):
                 self._step(batch, schedule(self.iteration / stop))
                 self.iteration += 1
                 progress.update()
                 is_last = self.iteration == stop
-                saves = is_last or self.iteration % self.settings.checkpoint_every == 0
+                is_due = self.iteration % self.settings.checkpoint_every == 0
+                waited = time.monotonic() - saved_at
+                saves = is_last or is_due or waited >= self.settings.checkpoint_seconds
                 logs = is_last or (self.iteration - 1) % _LOG_EVERY == 0
                 if saves or logs:
                     row = self.losses.read(self.iteration - 1)
@@ -213,6 +221,7 @@ class _Loop:
                     progress.set_postfix({n.removeprefix("loss_"): f"{row[n]:.3f}" for n in names})
                 if saves:
                     self._save()
+                    saved_at = time.monotonic()
 
     def _step(self, batch: list[dict], learning_rate: float) -> None:
         iteration, device_type = self.iteration, self.device.type

@@ -122,6 +122,19 @@ def test_numbers_that_go_wrong_keep_the_checkpoint_and_name_step_and_images(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize(("seconds", "kept"), [(0.0, 7), (1000.0, None)])
+def test_slow_steps_are_saved_by_the_clock(tmp_path, seconds, kept):
+    settings = replace(SETTINGS, checkpoint_every=1000, checkpoint_seconds=seconds)
+    with pytest.raises(FloatingPointError):
+        run_of(tmp_path, wrong={7: ("loss",)}, settings=settings)
+    path = tmp_path / CHECKPOINT_NAME
+    assert (read_archive(path)["iteration"] if path.is_file() else None) == kept
+    # How often a run saves is not what it learns: other settings of it go on.
+    found, _ = run_of(tmp_path)
+    expected, _ = run_of(tmp_path / "whole")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_run_json_and_checkpoint_say_what_was_trained(tmp_path):
     run_of(tmp_path)
     found = read_run(tmp_path)

@@ -16,7 +16,7 @@ STUDIED = [name for name in system_names() if (STUDIES / f"{name}.py").is_file()
 
 
 def test_an_unknown_system_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no system 'maskrcnn'\. Allowed: maskx, "):
+    with pytest.raises(ValueError, match=r"no system 'maskrcnn'\. Allowed: .*\bmaskx, "):
         run_study(StudyOptions(tmp_path / "study", system="maskrcnn"), print)
 
 

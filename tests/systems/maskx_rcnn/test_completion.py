@@ -169,3 +169,26 @@ def test_what_a_predictor_of_boxes_refuses(run):
     assert predictor.masks_of_boxes(image, [], []).shape == (0, 64, 64)
     with pytest.raises(ValueError, match=r"The model does not know 'unicorn'\. It knows 'red"):
         predictor.masks_of_boxes(image, [[1, 1, 9, 9]], ["unicorn"])
+
+
+@pytest.mark.parametrize("teacher", ["ellipses", "larger_than_the_box"])
+def test_of_run_and_teacher_the_better_one_makes_the_masks(options, files, teacher):
+    """By the masks that are known, be that the run or the teacher."""
+    calibrated = replace(options, calibrate=files["other"], overwrite=True)
+    run = complete(calibrated)
+    alone = complete(replace(calibrated, run=None, teacher=f"teachers:{teacher}"))
+    both = complete(replace(calibrated, teacher=f"teachers:{teacher}"))
+
+    def ious(completion):
+        return {each.annotation_id: each.iou for each in completion.known}
+
+    common = ious(run).keys() & ious(alone).keys()
+    assert len(common) >= 20
+    sums = [sum(ious(each)[key] for key in common) for each in (run, alone)]
+    better = run if sums[0] >= sums[1] else alone
+    expected = {each.annotation_id: each.found.segmentation for each in better.masks}
+    of_both = {e.annotation_id: e.found.segmentation for e in both.masks if "+" in e.source}
+    assert of_both
+    assert all(expected[key] == segmentation for key, segmentation in of_both.items())
+    name = "maskx:animals" if better is run else f"teachers:{teacher}"
+    assert all(each.source.startswith(name) for each in both.masks if "+" in each.source)
