@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ import maskx.detectron2
 from maskx.detectron2 import Trainer, check_num_gpus, evaluate, get_cfg, setup
 
 ROOT = Path(__file__).parents[2]
+TOOL = str(ROOT / "tools" / "train_net.py")
 
 
 @pytest.fixture
@@ -32,38 +34,54 @@ def config_file(make_cfg, register_opt, tmp_path):
     return path
 
 
-def run_tool(*args):
+@pytest.fixture
+def run_tool(monkeypatch):
+    """Run the script in this process: what it logs is in the files that it writes."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", [TOOL, *map(str, args)])
+        runpy.run_path(TOOL, run_name="__main__")
+
+    return run
+
+
+def run_python(*args):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "tools" / "train_net.py"), *map(str, args)],
+        [sys.executable, "-W", "ignore", *map(str, args)],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
-    return done.returncode, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
-def test_the_script_trains_resumes_evaluates_and_the_model_predicts(config_file, tmp_path):
+def test_the_script_trains_and_evaluates_in_a_process_of_its_own(config_file, tmp_path):
     output = tmp_path / "output"
-    code, log = run_tool("--config-file", config_file)
-    assert code == 0, log
+    log = run_python(TOOL, "--config-file", config_file)
     assert "A     " in log.split("Evaluation on A (with masks) and B (without)")[1]
     assert {p.name for p in output.iterdir()} >= {"config.yaml", "model_final.pth", "log.txt"}
     results = output / "inference" / "tiny_train" / "coco_instances_results.json"
     assert json.loads(results.read_text())[0].keys() >= {"bbox", "segmentation"}
 
-    code, log = run_tool("--resume", "--config-file", config_file, "SOLVER.MAX_ITER", 3)
-    assert code == 0, log
-    assert "Starting training from iteration 2" in log
+
+def test_the_script_resumes_and_evaluates(config_file, run_tool, tmp_path):
+    output = tmp_path / "output"
+    run_tool("--config-file", config_file)
+    run_tool("--resume", "--config-file", config_file, "SOLVER.MAX_ITER", 3)
+    assert "Starting training from iteration 2" in (output / "log.txt").read_text()
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     logged = {key for line in lines for key in line}
     assert {"loss_mask", "maskx/num_mask_rois", "segm_A/AP", "segm_B/APs"} <= logged
 
-    weights = ("MODEL.WEIGHTS", output / "model_final.pth")
-    code, log = run_tool("--eval-only", "--config-file", config_file, *weights)
-    assert code == 0, log
-    assert "copypaste: Task: segm_B" in log
+    run_tool("--eval-only", "--config-file", config_file, *weights_of(output))
+    assert "copypaste: Task: segm_B" in (output / "evaluation" / "log.txt").read_text()
 
+
+def test_another_process_predicts_with_what_the_script_trained(config_file, run_tool, tmp_path):
+    output = tmp_path / "output"
+    run_tool("--config-file", config_file, "DATASETS.TEST", "()")
     predict = (
         "import sys, cv2, detectron2.engine, maskx.detectron2\n"
         "cfg = maskx.detectron2.get_cfg()\n"
@@ -74,21 +92,19 @@ def test_the_script_trains_resumes_evaluates_and_the_model_predicts(config_file,
         "print(len(instances), tuple(instances.pred_masks.shape))\n"
     )
     image = next(Path(get_registered_root(config_file)).glob("images/*.png"))
-    done = subprocess.run(
-        [sys.executable, "-c", predict, output / "config.yaml", weights[1], image],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "5 (5, 64, 64)"
+    _, weights = weights_of(output)
+    printed = run_python("-c", predict, output / "config.yaml", weights, image)
+    assert printed.strip() == "5 (5, 64, 64)"
+
+
+def weights_of(output):
+    return "MODEL.WEIGHTS", output / "model_final.pth"
 
 
 def test_the_script_says_how_to_install_detectron2():
     code = (
         "import runpy, sys; sys.modules['detectron2'] = None\n"
-        f"runpy.run_path({str(ROOT / 'tools' / 'train_net.py')!r}, run_name='__main__')"
+        f"runpy.run_path({TOOL!r}, run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
