@@ -7,6 +7,7 @@ compare when it reads. Here it is compared, so that no flipped bit goes unnotice
 import contextlib
 import functools
 import os
+import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -67,15 +68,27 @@ def find_damage(path: str | os.PathLike[str]) -> str | None:
     Files in PyTorch's form before 1.6 have no checksums; they count as whole if not empty.
     """
     try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start != b"PK\x03\x04":
+            if _is_tar(path):
+                return "it is a tar archive, of which PyTorch before 2.6 runs code"
+            return None if start else "it is empty or cut off"
         if not zipfile.is_zipfile(path):
-            with open(path, "rb") as file:
-                start = file.read(4)
-            return "it is empty or cut off" if start in (b"", b"PK\x03\x04") else None
+            return "it is empty or cut off"
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
     except Exception as error:  # the reader raises whatever it meets
         return f"{type(error).__name__}: {error}"
     return None if part is None else f"the checksum of '{part}' differs"
+
+
+def _is_tar(path: str | os.PathLike[str]) -> bool:
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except tarfile.TarError:
+        return False
 
 
 def newest_whole(paths: Iterable[str | os.PathLike[str]]) -> Path | None:

@@ -4,6 +4,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -77,6 +78,13 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     torch.save({"model": os.getcwd}, tmp_path / "hostile.pth")
     with pytest.raises(ValueError, match=r"hostile.pth' is no checkpoint, or is damaged \(Unp"):
         read_archive(tmp_path / "hostile.pth")
+
+
+def test_a_tar_archive_is_never_given_to_pytorch(tmp_path):
+    with tarfile.open(tmp_path / "old.pth", "w") as archive:
+        archive.add(__file__, "pickle")
+    with pytest.raises(ValueError, match=r"old\.pth' is .*a tar archive"):
+        read_archive(tmp_path / "old.pth")
 
 
 def test_the_newest_whole_checkpoint_is_found(tmp_path):
