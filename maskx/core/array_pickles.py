@@ -31,7 +31,7 @@ def read_array_pickle(path: str | os.PathLike[str]) -> Any:
         # As bytes, the strings of Python 2 that hold the arrays need not be copied.
         unpickler = _ArrayUnpickler(file, encoding="bytes")
         try:
-            content = unpickler.load()
+            return _plain(unpickler.load(), {})
         except Exception as error:
             if unpickler.refused is not None:
                 raise ValueError(
@@ -43,18 +43,31 @@ def read_array_pickle(path: str | os.PathLike[str]) -> Any:
                 f"{path} is no weights file (a Python pickle of arrays), or is damaged: "
                 f"{type(error).__name__}: {error}. Get the file again."
             ) from error
-    return _plain(content)
 
 
-def _plain(value: Any) -> Any:
-    """Keys of Python 2 are bytes, and so is its text; bytes that are no text stay as they are."""
+def _plain(value: Any, made: dict[int, Any]) -> Any:
+    """Keys of Python 2 are bytes, and so is its text; bytes that are no text stay as they are.
+
+    Args:
+        value: of the pickle.
+        made: what was made of containers, by identity. One that is named many times is made once:
+            forty lists, each twice the one before, are a small file with 10^12 values.
+    """
     if isinstance(value, _PickledArray):
         return value.array
-    if isinstance(value, dict):
-        return {_text(k): _plain(v) for k, v in value.items() if isinstance(k, str | bytes)}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value.decode("latin1") if isinstance(value, bytes) else value
+    if not isinstance(value, dict | list | tuple):
+        return value.decode("latin1") if isinstance(value, bytes) else value
+    if id(value) not in made:
+        if isinstance(value, dict):
+            plain = {_text(k): _plain(v, made) for k, v in value.items() if _is_text(k)}
+        else:
+            plain = [_plain(item, made) for item in value]
+        made[id(value)] = plain
+    return made[id(value)]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | bytes)
 
 
 class _ArrayUnpickler(pickle._Unpickler):

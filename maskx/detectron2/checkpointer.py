@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import nn
+from torch import Tensor, nn
 
 from maskx.core.array_pickles import read_array_pickle
 from maskx.core.files import written_text, written_whole
@@ -77,8 +78,9 @@ class MaskXCheckpointer(DetectionCheckpointer):
         """Return the last checkpoint, the newest whole one where that is damaged, or ""."""
         folder = Path(self.save_dir)
         last = folder / _LAST
-        named = last.read_text().strip() if last.is_file() else ""
-        if named and (folder / named).is_file() and find_damage(folder / named) is None:
+        # A loss of power may leave anything in it; names of checkpoints are short.
+        named = last.read_text(errors="replace")[:255].strip() if last.is_file() else ""
+        if named and os.path.isfile(folder / named) and find_damage(folder / named) is None:
             return str(folder / named)
         saved = list(folder.glob("model_*.pth"))
         found = newest_whole(saved)
@@ -105,8 +107,13 @@ class MaskXCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
-            return _zoo_weights(filename)
-        return super()._load_file(filename)
+            content = _zoo_weights(filename)
+        elif filename.endswith(".pyth"):  # Detectron2 would run code that it holds
+            content = _pycls_weights(self._torch_load(filename), filename)
+        else:
+            content = super()._load_file(filename)
+        _check_weights(content["model"], filename)
+        return content
 
     def _torch_load(self, f: str) -> Any:
         content = read_archive(f)
@@ -128,5 +135,33 @@ def _zoo_weights(filename: str) -> dict[str, Any]:
     if "model" in content and "__author__" in content:
         return content
     blobs = content.get("blobs", content)
+    _check_weights(blobs, filename)
     weights = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _pycls_weights(content: dict[str, Any], filename: str) -> dict[str, Any]:
+    """Arrange the weights of a file of pycls as Detectron2 expects them."""
+    weights = content.get("model_state")
+    _check_weights(weights, filename)
+    weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+
+
+def _check_weights(weights: Any, filename: str) -> None:
+    """Refuse what is no table of tensors or arrays by name."""
+    found: Any = type(weights).__name__
+    if isinstance(weights, dict):
+        found = next(
+            (
+                f"{name!r:.80}: {type(value).__name__}"
+                for name, value in weights.items()
+                if not (isinstance(name, str) and isinstance(value, Tensor | np.ndarray))
+            ),
+            None,
+        )
+    if found is not None:
+        raise ValueError(
+            f"'{filename}' holds {found} in the place of weights. Allowed: tensors or arrays by "
+            "name. Give the model_final.pth of a training."
+        )

@@ -27,6 +27,8 @@ from maskx.systems.maskx_rcnn.mask_head import MaskXHead
 from maskx.systems.maskx_rcnn.weight_transfer import WeightTransfer
 from maskx.systems.transfernet.model import build_network
 
+_MAX_VALUES = 100_000  # of a configuration; those of Detectron2 have 500
+
 
 def get_cfg() -> CN:
     """Make Detectron2's default configuration with the keys of maskx added."""
@@ -306,18 +308,64 @@ def read_config(file: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CN:
     if not PathManager.isfile(file):
         raise FileNotFoundError(f"--config-file '{file}': there is no such config file.")
     cfg = get_cfg()
+    _check_content(_read_plain(file), cfg, file)
     try:
         cfg.merge_from_file(file, allow_unsafe=False)
         cfg.merge_from_list(list(opts))
-    except yaml.YAMLError as error:
-        cause = " ".join(str(error).split())
-        raise ValueError(
-            f"Configuration '{file}', or one that it is based on, is not plain YAML: {cause}. "
-            "Allowed: keys and plain values; tags such as !!python are never run."
-        ) from error
     except (AssertionError, KeyError, ValueError) as error:
         pairs = f" with KEY VALUE pairs {list(opts)}" if opts else ""
         raise ValueError(
             f"{file}{pairs}: {error.args[0]}. Correct the key or its value."
         ) from error
     return cfg
+
+
+def _read_plain(file: str) -> Any:
+    """Read a configuration and those it is based on, without running code from them."""
+    where = f"Configuration '{file}', or one that it is based on,"
+    try:
+        return CN.load_yaml_with_base(file, allow_unsafe=False)
+    except yaml.YAMLError as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(
+            f"{where} is not plain YAML: {cause}. "
+            "Allowed: keys and plain values; tags such as !!python are never run."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not text in UTF-8: {error}. Write it again.") from error
+    except RecursionError as error:
+        raise ValueError(
+            f"{where} is nested too deep, or is based on itself. Correct its _BASE_."
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"{where} cannot be read: '{error.filename}': {error.strerror}. Correct _BASE_."
+        ) from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{where} holds no keys, or _BASE_ is no path. Allowed: KEY: VALUE in each line, and "
+            "for _BASE_ a path or a list of paths."
+        ) from error
+
+
+def _check_content(content: Any, cfg: CN, file: str) -> None:
+    """Refuse what Detectron2's reader does not expect."""
+    if not isinstance(content, dict):
+        raise ValueError(f"Configuration '{file}' holds {content!r:.80}. Allowed: keys and values.")
+    for key, value in content.items():
+        if isinstance(cfg.get(key), CN) and not isinstance(value, dict):
+            raise ValueError(f"{file}: {key} is {value!r:.80}. Allowed: keys below it.")
+    if not isinstance(content.get("VERSION", cfg.VERSION), int):
+        raise ValueError(f"{file}: VERSION is {content['VERSION']!r:.80}. Allowed: {cfg.VERSION}.")
+    left, count = [content], 0
+    while left:  # anchors of YAML can make of a few lines more values than fit into memory
+        value = left.pop()
+        count += 1
+        if count > _MAX_VALUES:
+            raise ValueError(f"{file} holds more than {_MAX_VALUES} values. Remove its anchors.")
+        if isinstance(value, dict):
+            if not all(isinstance(key, str) for key in value):
+                raise ValueError(f"{file} has keys {list(value)!r:.80}. Allowed: names.")
+            left += value.values()
+        elif isinstance(value, list):
+            left += value

@@ -51,19 +51,48 @@ def test_a_configuration_runs_no_code(tmp_path, evil, where):
     assert not evil.exists()
 
 
+ANCHORS = "INPUT:\n  a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"  a{i}: &a{i} {{{', '.join(f'k{j}: *a{i - 1}' for j in range(9))}}}\n" for i in range(1, 20)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("_BASE_: bad.yaml", "is based on itself"),
+        ("_BASE_: 5", "_BASE_ is no path"),
+        ("_BASE_: none.yaml", r"none\.yaml': No such file"),
+        ("", "holds no keys"),
+        ("- a", r"holds \['a'\]"),
+        ("hello", "holds 'hello'"),
+        ("MODEL: 5", "MODEL is 5"),
+        ("VERSION: x", "VERSION is 'x'"),
+        ("null: 5", "has keys"),
+        ("MODEL: " + "[" * 5000 + "]" * 5000, "nested too deep"),
+        ("OUTPUT_DIR: caf\xe9", "not text in UTF-8"),
+        (ANCHORS, "more than 100000 values"),
+    ],
+)
+def test_a_configuration_that_is_none_is_named(tmp_path, text, words):
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=rf"bad\.yaml.*{words}"):
+        read_config(file)
+
+
 def test_a_missing_configuration_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.yaml': there is no such config file"):
         read_config(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("ending", [".pkl", ".pth"])
+@pytest.mark.parametrize("ending", [".pkl", ".pth", ".pyth"])
 def test_weights_run_no_code(checkpointer, tmp_path, evil, ending):
     file = tmp_path / f"weights{ending}"
     if ending == ".pkl":
         file.write_bytes(pickle.dumps({"model": Evil(), "__author__": "x"}))
     else:
         torch.save({"model": Evil()}, file)
-    with pytest.raises(ValueError, match=r"weights\.p\w\w'? (holds code|is no checkpoint)"):
+    with pytest.raises(ValueError, match=r"weights\.p\w+'? (holds code|is no checkpoint)"):
         checkpointer.load(str(file))
     assert not evil.exists()
 
@@ -75,6 +104,55 @@ def test_weights_of_the_model_zoo_load(checkpointer, tmp_path):
     checkpointer.load(str(file))
     assert (checkpointer.model.weight == 3).all()
     assert (checkpointer.model.bias == 1).all()
+
+
+def test_weights_of_pycls_load(checkpointer, tmp_path):
+    weights = {"weight": torch.full((2, 2), 3.0), "bias": torch.ones(2)}
+    torch.save({"model_state": weights}, tmp_path / "pycls.pyth")
+    checkpointer.load(str(tmp_path / "pycls.pyth"))
+    assert (checkpointer.model.weight == 3).all()
+
+
+@pytest.mark.parametrize(
+    ("ending", "content", "words"),
+    [
+        (".pth", {"model": 5}, "int in the place"),
+        (".pth", {"model": {"a": 5}}, "'a': int in the place"),
+        (".pkl", {"model": 5, "__author__": "x"}, "int in the place"),
+        (".pkl", {"blobs": 5}, "int in the place"),
+        (".pkl", {"model": {"a": ["text"]}, "__author__": "x"}, "'a': list in the place"),
+        (".pyth", {"model": {}}, "NoneType in the place"),
+    ],
+)
+def test_what_is_no_weights_is_named(checkpointer, tmp_path, ending, content, words):
+    file = tmp_path / f"weights{ending}"
+    if ending == ".pkl":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=rf"weights\{ending}' holds {words}"):
+        checkpointer.load(str(file))
+
+
+@pytest.mark.parametrize("kind", ["twice", "within"])
+def test_a_pickle_costs_what_it_is_long(checkpointer, tmp_path, kind):
+    content = ["text"]
+    for _ in range(40):  # 10^12 values, of a file of 300 bytes
+        content = [content, content]
+    if kind == "within":
+        content[0] = content
+    file = tmp_path / "weights.pkl"
+    file.write_bytes(pickle.dumps({"model": {"a": content}, "__author__": "x"}))
+    with pytest.raises(ValueError, match=r"weights\.pkl"):
+        checkpointer.load(str(file))
+
+
+@pytest.mark.parametrize("named", [b"\0" * 16, b"caf\xe9", b"a" * 5000, b"."])
+def test_whatever_last_checkpoint_holds_the_newest_is_found(checkpointer, run, named):
+    checkpointer.save("model_0000001", iteration=1)
+    with open(os.path.join(run, "last_checkpoint"), "wb") as file:
+        file.write(named)
+    assert checkpointer.get_checkpoint_file() == os.path.join(run, "model_0000001.pth")
 
 
 def test_weights_that_are_not_finite_replace_nothing(checkpointer, run):
