@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -430,24 +431,29 @@ def test_a_file_that_is_no_mask_among_the_masks_is_named(devkit):
         devkit.prepare()
 
 
-def run_script(*arguments):
-    command = [sys.executable, str(SCRIPT), "voc", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+def test_the_script_takes_what_is_there(devkit, monkeypatch, capsys):
+    def command(*arguments):
+        return [str(SCRIPT), "voc", "--root", str(devkit.root), "--workers", "1", *arguments]
 
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", command(*arguments))
+        runpy.run_path(str(SCRIPT), run_name="__main__")
 
-def test_the_script_takes_what_is_there(devkit):
-    finished = run_script("--root", devkit.root)
+    finished = subprocess.run(
+        [sys.executable, *command()],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])},
+    )
     assert finished.returncode == 1
     assert finished.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in finished.stderr
 
-    finished = run_script("--root", devkit.root, "--allow-other-counts")
-    assert finished.returncode == 0, finished.stderr
-    assert f"Written to {devkit.output}." in finished.stdout
+    run("--allow-other-counts")
+    assert f"Written to {devkit.output}." in capsys.readouterr().out
     assert not (devkit.output / "label_maps").exists()  # SegmentationClassAug was found
 
     devkit.sbd_png.rename(devkit.root / "elsewhere")
-    finished = run_script("--root", devkit.root, "--allow-other-counts")
-    assert finished.returncode == 0, finished.stderr
+    run("--allow-other-counts")
     assert len(list((devkit.output / "label_maps").iterdir())) == 4
