@@ -147,34 +147,39 @@ from studies.options import StudyOptions
 from studies.run import run_study
 quickstart.SPARSE_SCENES, quickstart.VAL_SCENES, quickstart.SCENE_SIZE = 24, 6, 64
 options = json.loads(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
 run_study(StudyOptions(**options | {"output": Path(options["output"])}), print)
 """
 
 
 def test_processes_that_share_a_study_make_each_part_once(tiny):
-    tiny["settings"] = ("transfernet", "baseline")
-    alone = run_study(StudyOptions(**tiny), print)
-    together = tiny | {"output": str(tiny["output"].parent / "together")}
-    parts = [
-        together | {"settings": settings}
-        for settings in (["transfernet"], ["baseline", "transfernet"])
-    ]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TINY_STUDY, json.dumps(part)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tools")))},
-        )
-        for part in parts
-    ]
-    printed = ""
-    for process in processes:
-        out, errors = process.communicate()
-        assert process.returncode == 0, errors
-        printed += out
-    for setting in tiny["settings"]:
+    """The other process loads its libraries while this one makes the study alone."""
+    together = tiny["output"].parent / "together"
+    tiny |= {"settings": ("transfernet", "baseline"), "batch_size": 2}
+    tiny |= {"iterations": 1, "stage2_iterations": 1}
+    part = tiny | {"settings": ["transfernet"], "output": str(together)}
+    other = subprocess.Popen(
+        [sys.executable, "-c", TINY_STUDY, json.dumps(part)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tools")))},
+    )
+    with other:
+        alone = run_study(StudyOptions(**tiny), print)
+        other.stdout.readline()
+        other.stdin.write("\n")
+        other.stdin.flush()
+        lines = []
+        settings = ("baseline", "transfernet")
+        shared = StudyOptions(**tiny | {"settings": settings, "output": together})
+        rows = run_study(shared, lines.append)
+        printed, errors = other.communicate()
+    assert other.returncode == 0, errors
+    printed += "\n".join(lines)
+    for setting in settings:
         assert printed.count(f"seed 0: {setting} done") == 1
-    output = tiny["output"].parent / "together"
-    assert run_study(StudyOptions(**together | {"output": output}), print) == alone
+    assert rows == alone[::-1]
+    assert run_study(StudyOptions(**tiny | {"output": together}), print) == alone
