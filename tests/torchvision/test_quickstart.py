@@ -1,4 +1,5 @@
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +28,8 @@ def tiny(monkeypatch, tmp_path):
     return {"output": tmp_path / "out", "iterations": 2, "batch_size": 2}
 
 
-def make_coco(folder, **changes):
-    json_file = generate_scenes(folder, count=3, size=64, num_categories=4, seed=1)
+def make_coco(folder, count=3, **changes):
+    json_file = generate_scenes(folder, count=count, size=64, num_categories=4, seed=1)
     if changes:
         content = json.loads(json_file.read_text()) | changes
         json_file.write_text(json.dumps(content))
@@ -41,17 +42,19 @@ def run_tool(*arguments):
     )
 
 
-def test_the_command_on_coco_files(tmp_path):
+def test_the_command_on_coco_files(tmp_path, monkeypatch, capsys):
     names = tmp_path / "with_masks.txt"
     names.write_text("red lamp shade\n")
-    data = make_coco(tmp_path / "data")
-    finished = run_tool(
-        *("--coco-train", *data, "--coco-val", *data, "--masks-for", str(names)),
+    data, val = make_coco(tmp_path / "data"), make_coco(tmp_path / "val", count=1)
+    arguments = (
+        *("--coco-train", *data, "--coco-val", *val, "--masks-for", str(names)),
         *("--iterations", "1", "--batch-size", "2", "--image-size", "64"),
         *("--backbone", "resnet18", "--output", str(tmp_path / "out")),
     )
-    assert finished.returncode == 0, finished.stderr
-    assert "1 categories with masks (A), 3 with boxes only (B), on cpu" in finished.stdout
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+    runpy.run_path(str(TOOL), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "1 categories with masks (A), 3 with boxes only (B), on cpu" in printed
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["split"]["A"] == [
         "red lamp shade"
     ]
