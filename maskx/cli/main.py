@@ -18,6 +18,7 @@ VERBS = {
     "complete": "give objects with boxes alone masks, by a trained run or a teacher",
     "serve": "try a trained run on a local page: drop a photograph, see its masks",
     "export": "bring annotations into the format of another tool, such as CVAT or YOLO",
+    "export-model": "write a trained run as a program of torch.export or as ONNX",
 }
 
 _DESCRIPTION = """\

@@ -23,7 +23,12 @@ def warp_image(image: Tensor, size: int) -> Tensor:
     """
     if image.shape[-2:] == (size, size):
         return image
-    return F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)[0]
+    return warp_images(image[None], size)[0]
+
+
+def warp_images(images: Tensor, size: int) -> Tensor:
+    """Warp (N, 3, H, W) images as :func:`warp_image` does; the sizes may be those of a trace."""
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def warp_label_map(label_map: Tensor, size: int) -> Tensor:

@@ -87,6 +87,15 @@ def check_crf() -> None:
     _import_densecrf()
 
 
+def check_no_crf(crf: bool) -> None:
+    """Refuse to export a model that refines its predictions."""
+    if crf:
+        raise ValueError(
+            "The model cannot be exported: it refines what it predicts by a dense CRF, which is no "
+            "network. Train it without the CRF, or set model.crf False."
+        )
+
+
 def refine(image: np.ndarray, prob: np.ndarray, settings: CrfSettings = SEC_DSRG) -> np.ndarray:
     """Refine label probabilities by a dense CRF.
 

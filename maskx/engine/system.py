@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # a help text waits for none of these
 
     from maskx.data.masks import PastedMasks
     from maskx.engine.batches import RecordMapper
+    from maskx.engine.model_export import Exportable
     from maskx.engine.options import QuickstartOptions
     from maskx.engine.results import Prediction
     from maskx.engine.runs import Run
@@ -49,6 +50,8 @@ class System:
         prediction: turns the result of an image, with the class names, into what people expect.
         box_masks: segments given objects: called with the model, a sample, (R, 4) XYXY boxes in
             pixels of the file and (R,) class indices; None for a system that makes label maps.
+        exportable: makes, of a trained model and its class names, a network of tensors; None where
+            there is none.
         takes_concepts: whether a predictor can be asked for ``concepts`` by name.
         learns_from: kinds of half-labelled data that it is for, see
             :data:`maskx.data.overview.KINDS`.
@@ -64,6 +67,7 @@ class System:
     open: "Callable[[Run, torch.device], nn.Module] | None" = None
     prediction: "Callable[[Mapping[str, Any], Sequence[str]], Prediction] | None" = None
     box_masks: "Callable[[nn.Module, Mapping[str, Any], Tensor, Tensor], PastedMasks] | None" = None
+    exportable: "Callable[[nn.Module, Sequence[str]], Exportable] | None" = None
     takes_concepts: bool = False
     learns_from: tuple[str, ...] = ()
     options: frozenset[str] = frozenset()

@@ -27,6 +27,7 @@ from maskx.core.sample_models import ClassListModel, Sample, required, take_clas
 from maskx.data import dense_crf
 from maskx.data.images import ImageMapper
 from maskx.data.label_maps import ignore_label
+from maskx.engine.model_export import Exportable, export_label_maps
 
 
 class LargeFOVHead(nn.Sequential):
@@ -264,3 +265,25 @@ def predict_label_maps(
             labels = sample["image_labels"] if only_image_labels else None
             best = model.predict(sample, labels).argmax(dim=0)
         yield sample["image_id"], best.cpu().numpy().astype(label_type)
+
+
+class _LabelMaps(nn.Module):
+    """What is exported of a segmenter: an image (1, 3, H, W) in, label map and scores out."""
+
+    def __init__(self, segmenter: SampleSegmenter) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        scores, label_map = self.segmenter.predict({"image": image[0]}).max(dim=0)
+        return label_map, scores
+
+
+def exportable(model: SampleSegmenter, class_names: Sequence[str]) -> Exportable:
+    """Describe a trained segmenter for :func:`maskx.engine.model_export.export_model`.
+
+    Raises:
+        ValueError: it refines its predictions by a CRF.
+    """
+    dense_crf.check_no_crf(model.crf)
+    return export_label_maps(_LabelMaps(model), class_names, "probability of the label")

@@ -10,6 +10,7 @@ from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
 from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
 from maskx.engine.training import select_device
+from maskx.systems.class_patterns.model import exportable
 from maskx.systems.class_patterns.pipeline import NAME, TagSettings, learn_from_tags, open_model
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
 
@@ -74,6 +75,7 @@ SYSTEM = System(
     pipeline=quickstart_class_patterns,
     open=open_model,
     prediction=label_map_prediction,
+    exportable=exportable,
     learns_from=("tags",),
     options=frozenset(["threshold", "resolve", "crf", "multi_scale", "layer", "max_images"]),
 )

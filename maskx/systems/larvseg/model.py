@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskx.core.extra_state import EXTRA_STATE, pack_state, unpack_state
 from maskx.core.image_classifier import ImageClassifier, multi_hot
+from maskx.core.images import warp_images
 from maskx.core.losses import multi_label_loss
 from maskx.core.sample_models import (
     IMAGENET_MEAN,
@@ -21,6 +22,7 @@ from maskx.core.sample_models import (
 )
 from maskx.core.text import listed
 from maskx.data.label_maps import ignore_label
+from maskx.engine.model_export import Exportable, export_label_maps
 from maskx.systems.larvseg.large_vocabulary import predict_label_map
 from maskx.systems.larvseg.network import LarvSeg, LogitFactors, check_class_indices
 from maskx.systems.larvseg.samples import match_rows, take_rows
@@ -399,6 +401,54 @@ class LarvSegModel(_ScoringModel):
         shorter class list.
         """
         return f"network.{_CLASS_ROWS[0]}" in missing
+
+
+class _LabelMaps(nn.Module):
+    """What is exported of a model: an image (1, 3, H, W) in, label map and scores out.
+
+    The classes are gone through in chunks, so that memory does not grow with their number.
+    """
+
+    def __init__(self, model: LarvSegModel, chunk: int = 64) -> None:
+        super().__init__()
+        self.model, self.chunk = model, chunk
+        classes = model.test_classes.to(model.device)
+        positions = model._positions_to_predict(classes)
+        self.register_buffer("positions", positions)
+        with torch.no_grad():
+            vectors = model.network.classifier.class_vectors(classes[positions])
+        self.register_buffer("vectors", vectors)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        squares = model.normalise({"image": warp_images(image, model.size)})
+        factors = model.network.classifier.factors(model.network(squares), self.vectors)
+        best = image.new_full(image.shape[-2:], float("-inf"))
+        label_map = torch.zeros_like(best, dtype=torch.int64)
+        chunks = zip(
+            factors.vectors.split(self.chunk), self.positions.split(self.chunk), strict=True
+        )
+        for vectors, positions in chunks:
+            logits = F.conv2d(factors.tokens, vectors[:, :, None, None])
+            scores, found = F.interpolate(logits, image.shape[-2:], mode="bilinear")[0].max(dim=0)
+            label_map = torch.where(scores > best, positions[found] + 1, label_map)
+            best = torch.maximum(scores, best)
+        return label_map, best + factors.shift
+
+
+def exportable(model: LarvSegModel, class_names: Sequence[str]) -> Exportable:
+    """Describe a trained model for :func:`maskx.engine.model_export.export_model`.
+
+    Raises:
+        ValueError: it predicts by sliding windows.
+    """
+    if model.window:
+        raise ValueError(
+            f"The model cannot be exported: it predicts by sliding windows of {model.window} "
+            "pixels, whose number follows from the image. Set window to 0."
+        )
+    names = [class_names[index] for index in model.test_classes.tolist()]
+    return export_label_maps(_LabelMaps(model), names, "logit of the class")
 
 
 def read_extra_state(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from maskx.engine.quickstart import choose_image_size, load_split_data, write_me
 from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
 from maskx.engine.training import select_device
+from maskx.systems.larvseg.model import exportable
 from maskx.systems.larvseg.pipeline import LarvSegSettings, learn_larvseg, open_larvseg
 
 SCENES = {"attentive_weight": 10.0}
@@ -64,6 +65,7 @@ SYSTEM = System(
     pipeline=quickstart_larvseg,
     open=lambda run, device: open_larvseg(run.folder, device),
     prediction=label_map_prediction,
+    exportable=exportable,
     learns_from=("tags_and_masks", "many_tags_and_masks"),
     options=frozenset(["masks_for"]),
 )

@@ -2,6 +2,7 @@
 
 from maskx.engine.results import instances_prediction
 from maskx.engine.system import System
+from maskx.systems.maskx_rcnn.export import exportable
 from maskx.systems.maskx_rcnn.pipeline import open_detector, quickstart_maskx
 from maskx.systems.maskx_rcnn.samples import masks_of_boxes
 
@@ -12,6 +13,7 @@ SYSTEM = System(
     open=open_detector,
     prediction=instances_prediction,
     box_masks=masks_of_boxes,
+    exportable=exportable,
     options=frozenset(["annotated_boxes", "box_loss", "compare", "masks_for"]),
     learns_from=("boxes_and_masks", "masks"),
 )
