@@ -6,7 +6,7 @@ pip install 'maskx-detectron2[export]'.
 
 Examples:
     maskx export-model output/animals --output animals.onnx
-    maskx export-model output/quickstart-larvseg --output larvseg.pt2
+    maskx export-model output/quickstart-transfernet --output transfernet.pt2
 """
 
 import argparse

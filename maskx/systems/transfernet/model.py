@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from maskx.core.checks import check_choice
 from maskx.core.extra_state import pack_state, same_class_names, unpack_state
 from maskx.core.image_classifier import ImageClassifier, choose_labels, multi_hot
-from maskx.core.images import resized_image
+from maskx.core.images import resized_image, warp_images
 from maskx.core.losses import label_pairs
 from maskx.core.sample_models import Sample, SampleModel, lacking_weights, required
 from maskx.data import dense_crf
 from maskx.data.label_maps import ignore_label
+from maskx.engine.model_export import Exportable, export_label_maps
 from maskx.systems.transfernet.baselines import BaselineNet, DecoupledNet
 from maskx.systems.transfernet.decoder import TransposedDecoder, UnpoolingDecoder
 from maskx.systems.transfernet.network import (
@@ -264,6 +265,51 @@ class TransferNetModel(SampleModel):
         else:
             label_map = merge_label_masks(prob_fg, labels)
         return {"masks_prob": prob_fg, "sem_seg": label_map}
+
+
+class _LabelMaps(nn.Module):
+    """What is exported of a model: an image (1, 3, H, W) in, label map and scores out."""
+
+    def __init__(self, model: TransferNetModel, chunk: int = 16) -> None:
+        super().__init__()
+        self.model, self.chunk = model, chunk
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        squares = model.normalise({"image": warp_images(image, model.size)})
+        chosen = choose_labels(model.classifier(squares).sigmoid())
+        labels = chosen[0].nonzero()[:, 0]
+        torch._check(labels.shape[0] >= 1)  # of choose_labels
+        outputs = model.network(squares, torch.zeros_like(labels), labels)
+        prob = foreground_prob(outputs.mask_logits)
+        # Of all classes, as the number of those that are chosen can be no size of a resized image;
+        # some at a time, so that memory does not grow with the number of classes.
+        every = prob.new_zeros(model.num_classes, *prob.shape[1:]).index_put((labels,), prob)
+        best = image.new_zeros(image.shape[-2:])
+        label_map = torch.zeros_like(best, dtype=torch.int64)
+        for first in range(0, model.num_classes, self.chunk):
+            maps = every[None, first : first + self.chunk]
+            maps = F.interpolate(maps, image.shape[-2:], mode="bilinear", antialias=True)[0]
+            scores, found = maps.clamp(0, 1).max(dim=0)
+            label_map = torch.where(scores > best, first + found + 1, label_map)
+            best = torch.maximum(scores, best)
+        return torch.where(best > 1 - best, label_map, 0), torch.maximum(best, 1 - best)
+
+
+def exportable(model: TransferNetModel, class_names: Sequence[str]) -> Exportable:
+    """Describe a trained model for :func:`maskx.engine.model_export.export_model`.
+
+    Raises:
+        ValueError: it has no decoder or no classifier yet, or refines its predictions by a CRF.
+    """
+    dense_crf.check_no_crf(model.crf)
+    if not model.has_classifier or getattr(model.network, "train_stage", None) == "attention":
+        raise ValueError(
+            "The model cannot be exported: it predicts no masks, or has no trained classifier that "
+            "chooses the labels. Give the folder of a finished run."
+        )
+    score = "probability of the label, or of the background"
+    return export_label_maps(_LabelMaps(model), class_names, score)
 
 
 def build_network(

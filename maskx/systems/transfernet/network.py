@@ -45,6 +45,9 @@ def pair_matmul(rows: Tensor, matrices: Tensor, pair_images: Tensor) -> Tensor:
     float32 under autocast: the products of Eq. 7 with features of VGG-16 exceed float16.
     """
     dtype = torch.promote_types(rows.dtype, torch.float32)
+    if len(matrices) == 1:  # of which all pairs are; no size follows from what a tensor holds
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows.to(dtype) @ matrices[0].to(dtype)
     slots = (pair_images[:, None] == pair_images).tril(-1).sum(dim=1)  # place among its image's
     num_slots = int(slots.max()) + 1 if len(slots) else 0
     with torch.autocast(rows.device.type, enabled=False):

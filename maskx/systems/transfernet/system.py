@@ -13,6 +13,7 @@ from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
 from maskx.engine.training import select_device
 from maskx.supervision import CategorySplit
+from maskx.systems.transfernet.model import exportable
 from maskx.systems.transfernet.pipeline import (
     TransferSettings,
     learn_to_transfer,
@@ -103,6 +104,7 @@ SYSTEM = System(
     pipeline=_pipeline,
     open=open_transfer_model,
     prediction=label_map_prediction,
+    exportable=exportable,
     learns_from=("tags_and_masks",),
     options=frozenset(["compare", "masks_for", "crf", "target_train"]),
 )
