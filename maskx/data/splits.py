@@ -67,7 +67,8 @@ def resolve_split(spec: str | os.PathLike, class_names: Sequence[str]) -> Catego
         if with_masks is None:
             raise ValueError(
                 "Category split 'scenes_half' is for generated scenes, but the data set has other "
-                f"categories: {listed(class_names)}. Name another split."
+                f"categories: {listed(class_names)}. Name another split (--masks-for, "
+                "DATASETS.MASKX.SPLIT)."
             )
     elif name in _coco_random_draws():
         with_masks = tuple(COCO_THING_CLASSES[i] for i in _coco_random_draws()[name])
@@ -88,7 +89,9 @@ def _random_draw(class_names: tuple[str, ...], size: int, trial: int) -> tuple[s
     return tuple(class_names[index] for index in sorted(drawn))
 
 
-def check_masks(records: Iterable[Mapping[str, Any]], split: CategorySplit) -> None:
+def check_masks(
+    records: Iterable[Mapping[str, Any]], split: CategorySplit, *, label_maps: bool = True
+) -> None:
     """Compare the categories that a split says to have masks (A) with the masks of training data.
 
     Those without any are named in a warning.
@@ -96,6 +99,7 @@ def check_masks(records: Iterable[Mapping[str, Any]], split: CategorySplit) -> N
     Args:
         records: of :func:`maskx.data.coco.load_coco`, to train on.
         split: in their class list.
+        label_maps: whether label maps count as masks; they say nothing of single objects.
 
     Raises:
         ValueError: none of these categories has a mask, so that none could be learned.
@@ -106,7 +110,7 @@ def check_masks(records: Iterable[Mapping[str, Any]], split: CategorySplit) -> N
             if not annotation["iscrowd"]:
                 boxes[annotation["class_index"]] += 1
                 masks[annotation["class_index"]] += bool(annotation.get("segmentation"))
-        if "label_map_file_name" in record:
+        if label_maps and "label_map_file_name" in record:
             labels = record.get("image_labels", ())
             masks.update(labels or range(len(split.class_names)))
     indices = split.indices_with_masks

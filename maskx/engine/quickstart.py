@@ -57,12 +57,21 @@ def load_data(options: QuickstartOptions, *, sparse: bool = False) -> tuple[Coco
 
 
 def load_split_data(
-    options: QuickstartOptions, default_split: str = "scenes_half", *, sparse: bool = False
+    options: QuickstartOptions,
+    default_split: str = "scenes_half",
+    *,
+    sparse: bool = False,
+    label_maps: bool = True,
 ) -> tuple[CocoData, CocoData, CategorySplit]:
-    """Read the data and the split ``masks_for``, whose categories A must have masks in them."""
+    """Read the data and the split ``masks_for``, whose categories A must have masks in them.
+
+    Args:
+        sparse: see :func:`load_data`.
+        label_maps: see :func:`maskx.data.splits.check_masks`.
+    """
     train_data, val_data = load_data(options, sparse=sparse)
     split = resolve_split(options.masks_for or default_split, train_data.class_names)
-    check_masks(train_data.records, split)
+    check_masks(train_data.records, split, label_maps=label_maps)
     return train_data, val_data, split
 
 

@@ -2,10 +2,13 @@
 
 import json
 import logging
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import maskx.systems  # noqa: F401 - registers them
+from maskx.data.label_maps import write_label_map
 from maskx.data.scenes.generator import generate_scenes
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import load_split_data
@@ -42,6 +45,21 @@ def test_a_split_without_any_mask_is_refused(system, options):
         match=r"'scenes_half' says that 2 .* no annotation of theirs has one: 'red lamp shade",
     ):
         find_system(system).pipeline(options(None), print)
+
+
+def test_label_maps_are_no_masks_of_single_objects(options):
+    made = options(None)
+    path = Path(made.coco_train[0])
+    content = json.loads(path.read_text(encoding="utf-8"))
+    image = content["images"][0]
+    label_map = np.zeros((image["height"], image["width"]), np.uint8)
+    write_label_map(path.with_name("map.png"), label_map, num_classes=len(content["categories"]))
+    image |= {"label_map_file_name": "map.png", "image_labels": []}
+    content |= {"images": [image], "annotations": []}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    load_split_data(made)
+    with pytest.raises(ValueError, match=r"'scenes_half' says that 2 .* has one: 'red lamp shade"):
+        find_system("maskx").pipeline(made, print)
 
 
 def test_a_split_without_some_masks_is_said(options, caplog):

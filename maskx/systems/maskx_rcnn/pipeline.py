@@ -50,7 +50,7 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
     device = select_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
     default_split = "all" if options.coco_train else "scenes_half"
-    train_data, val_data, split = load_split_data(options, default_split)
+    train_data, val_data, split = load_split_data(options, default_split, label_maps=False)
     report(
         f"{len(train_data.records)} training and {len(val_data.records)} validation images, "
         f"{len(split.with_masks)} categories with masks (A), {len(split.without_masks)} with "

@@ -31,8 +31,9 @@ from maskx.core.text import listed
 from maskx.data.coco import AnnotationProblem, read_mask
 from maskx.data.images import read_image, read_rgb
 from maskx.data.masks import decode_segmentation
+from maskx.data.splits import check_masks
 from maskx.detectron2.adapters import AspectGroupedBatches, SeededMapper, seeded_train_loader
-from maskx.detectron2.datasets import split_from_config
+from maskx.detectron2.datasets import record_from_detectron2, split_from_config
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.hooks import Detectron2Hooks, check_classes, set_default_hooks
 from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXRPN, check_can_freeze, predicts_masks
@@ -258,17 +259,26 @@ def _train_loader(cfg: CfgNode) -> Any:
     keys = cfg.DATALOADER
     if keys.SAMPLER_TRAIN != "TrainingSampler":  # its own order, which does not go on on resume
         return build_detection_train_loader(cfg, mapper=mapper)
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=keys.FILTER_EMPTY_ANNOTATIONS,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    try:
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=keys.FILTER_EMPTY_ANNOTATIONS,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"DATASETS.TRAIN {cfg.DATASETS.TRAIN}: {str(error).rstrip('.')}. An image counts if it "
+            "has a box that is no crowd region; label maps and image labels have none. Add boxes, "
+            "or name another data set."
+        ) from error
     batches = None
     if keys.ASPECT_RATIO_GROUPING:
         is_wide = [record["width"] > record["height"] for record in records]
         batches = functools.partial(AspectGroupedBatches, is_wide)
-    split = split_from_config(cfg) if cfg.MODEL.MASK_ON else None
-    return seeded_train_loader(cfg, records, SeededMapper(mapper), batches, split=split)
+    if cfg.MODEL.MASK_ON:
+        split = split_from_config(cfg)
+        check_masks(map(record_from_detectron2, records), split, label_maps=False)
+    return seeded_train_loader(cfg, records, SeededMapper(mapper), batches)
 
 
 def _evaluator(cfg: CfgNode, dataset_name: str) -> MaskXCOCOEvaluator:

@@ -251,3 +251,12 @@ def test_masks_of_a_split_that_the_data_does_not_have_are_refused(make_cfg, writ
     cfg = make_cfg(*names, "DATASETS.MASKX.SPLIT", "all")
     with pytest.raises(ValueError, match=r"no annotation of theirs has one: 'cat \(1 boxes\)'"):
         Trainer(cfg)
+
+
+def test_data_without_any_box_are_named(make_cfg, write_coco):
+    crowd = {"bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 1, "category_id": 10}
+    path, root = write_coco([crowd])
+    register_coco("crowds_only", path, root)
+    names = ("DATASETS.TRAIN", ("crowds_only",), "DATASETS.TEST", ("crowds_only",))
+    with pytest.raises(ValueError, match=r"crowds_only.*has a box that is no crowd region"):
+        Trainer(make_cfg(*names, "DATASETS.MASKX.SPLIT", "all"))
