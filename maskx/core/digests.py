@@ -18,7 +18,8 @@ def network_hash(model: nn.Module) -> str:
     tensors |= dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        values = tensor.detach().cpu().contiguous().reshape(-1)
+        # A copy, as strides of one value may be 0, of which `contiguous` makes no other view.
+        values = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

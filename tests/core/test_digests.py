@@ -32,3 +32,18 @@ def test_the_hash_of_a_network_follows_names_values_and_types():
     network[0].running_var[1] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
     assert network_hash(network) != first
     assert network_hash(nn.Sequential(nn.BatchNorm1d(2)).double()) != first
+
+
+def test_a_network_is_known_by_its_values_however_they_lie():
+    def network(values):
+        module = torch.nn.Module()
+        module.register_buffer("values", values)
+        return module
+
+    for plain, other in (
+        (torch.tensor([3]), torch.tensor(3).expand(1)),
+        (torch.tensor([3, 3]), torch.tensor(3).expand(2)),
+        (torch.arange(4).reshape(2, 2), torch.tensor([[0, 2], [1, 3]]).T),
+    ):
+        assert network_hash(network(plain)) == network_hash(network(other))
+    assert network_hash(network(torch.tensor([3]))) != network_hash(network(torch.tensor([4])))
