@@ -11,8 +11,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "maskx/__init__.py").read_t
 # Detectron2 is no requirement: it is not on the package index, and everything outside
 # maskx/detectron2 works without it.
 REQUIRES = [
-    "torch>=2.4",
-    "torchvision>=0.19",
+    "torch>=2.6",  # before, reading weights alone of a tar archive could run code
+    "torchvision>=0.21",
     "numpy>=1.24",
     "scipy>=1.8",
     "fvcore>=0.1.5",
