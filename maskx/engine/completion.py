@@ -580,10 +580,9 @@ def _better_part(
             truth = _as_rle(each.truth, *size)
             for part, mask in masks.items():
                 ious[part].append(_iou(mask.segmentation, truth))
-    parts = list(ious)
-    if len(ious[parts[0]]) < MIN_MASKS:
-        return parts[0]
-    return max(parts, key=lambda part: sum(ious[part]))
+    if any(len(values) < MIN_MASKS for values in ious.values()):
+        return next(iter(ious))
+    return max(ious, key=lambda part: sum(ious[part]), default="")
 
 
 def _chosen(
