@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("flask")
+pytest.importorskip("flask", reason="the extra `serve` is not installed")
 
 from maskx.cli.main import main
 from maskx.cli.web.app import make_app

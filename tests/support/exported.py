@@ -13,7 +13,7 @@ def run_program(path):
         extra = {"maskx.json": ""}
         program = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=extra)
         return program.module(), json.loads(extra["maskx.json"])
-    onnxruntime = pytest.importorskip("onnxruntime")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `test` has it")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -34,7 +34,7 @@ def export_or_skip(run_folder, output):
 
     if output.suffix == ".onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
-            pytest.importorskip(package)
+            pytest.importorskip(package, reason="the extra `export` is not installed")
     assert not main(["export-model", str(run_folder), "--output", str(output)])
     return run_program(output)
 

@@ -5,7 +5,9 @@ import sys
 import pytest
 from benchmarks.long_runs import watch
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="the tool reads /proc, which Linux has"
+)
 
 TOOL = """
 import sys
