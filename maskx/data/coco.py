@@ -46,6 +46,7 @@ __all__ = [
     "read_coco_json",
     "read_mask",
     "supervision_of",
+    "with_labels_only",
 ]
 
 _KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
@@ -215,6 +216,13 @@ def _read(
         problems=report.problems,
         notes=report.notes,
     )
+
+
+def with_labels_only(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep of a record its image and ``image_labels``: all that image-level supervision has."""
+    kept = ("file_name", "height", "width", "image_id", "image_labels")
+    nothing_else = {"annotations": [], "supervision": Supervision.IMAGE.value}
+    return {key: record[key] for key in kept} | nothing_else
 
 
 @paused_collector()

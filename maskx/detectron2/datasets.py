@@ -20,6 +20,7 @@ from maskx.data.coco import (
     load_coco,
     read_coco_json,
     supervision_of,
+    with_labels_only,
 )
 from maskx.data.label_maps import voc_palette
 from maskx.data.splits import resolve_split
@@ -157,7 +158,7 @@ def register_source(name: str, source: CocoSource, *, read_classes: bool = True)
         class_list, class_index = source.classes(names)
         _set_classes(name, class_list, class_index)
         records = _records_in(class_list, data, source)
-        return [_with_labels_only(record) for record in records] if source.labels_only else records
+        return [with_labels_only(record) for record in records] if source.labels_only else records
 
     # Before anything is registered, as the classes may be refused.
     classes = source.classes(source.categories()) if read_classes else None
@@ -423,14 +424,6 @@ def _records_in(
             annotation["class_index"] = class_index[annotation["class_index"]]
     add_detectron2_keys(records)
     return records
-
-
-def _with_labels_only(record: Mapping[str, Any]) -> dict[str, Any]:
-    kept = ("file_name", "height", "width", "image_id", "image_labels")
-    return {key: record[key] for key in kept} | {
-        "annotations": [],
-        "supervision": Supervision.IMAGE.value,
-    }
 
 
 def check_file(file: str | os.PathLike, remedy: str) -> None:

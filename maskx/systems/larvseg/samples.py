@@ -25,7 +25,7 @@ from maskx.core.images import warp_image, warp_label_map
 from maskx.core.sample_models import Sample
 from maskx.core.seeds import step_seed
 from maskx.core.text import listed
-from maskx.data.coco import CocoData
+from maskx.data.coco import CocoData, with_labels_only
 from maskx.data.images import read_image_sample
 from maskx.data.label_maps import has_pixels, ignore_label, things_and_stuff_label_map
 from maskx.data.things_and_stuff import things_and_stuff
@@ -352,7 +352,7 @@ def _usable(data_set: JointDataSet) -> JointDataSet:
                 f"indices 0 to {num_classes - 1}. Is it a record of another class list?"
             )
         if has_pixels(record) if reads_pixels else record["image_labels"]:
-            taught = _without_masks(record, withheld) if reads_pixels else _with_labels_only(record)
+            taught = _without_masks(record, withheld) if reads_pixels else with_labels_only(record)
             kept.append(taught | {"data_set": data_set.name})
     what = "pixel labels" if reads_pixels else "image labels"
     if not kept:
@@ -378,12 +378,6 @@ def _without_masks(record: Record, withheld: Collection[int]) -> dict[str, Any]:
         for a in record.get("annotations", [])
     ]
     return {**record, "annotations": annotations}
-
-
-def _with_labels_only(record: Record) -> dict[str, Any]:
-    kept = ("file_name", "height", "width", "image_id", "image_labels")
-    nothing_else = {"annotations": [], "supervision": _IMAGE}
-    return {key: record[key] for key in kept} | nothing_else
 
 
 # --- the order in which they are seen
