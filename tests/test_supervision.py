@@ -135,6 +135,7 @@ def test_split_files(tmp_path, file_name, content):
         ("a.txt", "# nobody", "leaves no category with masks"),
         ("a.json", "[]", "leaves no category with masks"),
         ("a.json", '["cat"', "not valid JSON"),
+        ("a.json", '{"with_masks": ["cat"], "with_masks": ["dog"]}', "'with_masks' stands twice"),
         ("a.json", '{"masks": ["cat"]}', "with_masks and/or without_masks"),
         ("a.json", "{}", "with_masks and/or without_masks"),
         ("a.json", "[1, 2]", "must be a list of names"),

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-__all__ = ["read_json", "remove_leftovers", "write_json", "written_text", "written_whole"]
+import yaml
+
+__all__ = [
+    *("parse_json", "parse_yaml", "read_json", "remove_leftovers", "write_json", "written_text"),
+    "written_whole",
+]
 
 _SUFFIX = ".partial"
 # A file of another machine, whose processes cannot be asked for, is in use no longer than this.
@@ -78,8 +83,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ValueError: it is damaged, or names a key twice, of which one value would be lost.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=_without_repetition)
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"'{path}': there is no such file.") from error
     except (ValueError, RecursionError) as error:
@@ -93,8 +97,34 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice")
+        raise ValueError(f"the key {repeated!r:.80} stands twice")
     return content
+
+
+parse_json = json.JSONDecoder(object_pairs_hook=_without_repetition).decode
+"""Parse JSON text; a key that stands twice in an object is an error like any other."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Loads plain values and runs no code; a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [(key.tag, key.value) for key, _ in node.value if key.id == "scalar"]
+        if len(set(names)) < len(names):
+            repeated = next(name for name in names if names.count(name) > 1)[1]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {repeated!r:.80} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML text of plain values.
+
+    Raises:
+        yaml.YAMLError: it is none, names a key twice in one place, or asks for code to be run.
+    """
+    return yaml.load(text, _PlainLoader)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:

@@ -64,6 +64,7 @@ class CocoData:
         problems: Number of bad entries by kind; always empty after `strict=True`.
         notes: Number of entries by what was read otherwise than it stands in the file, but as it is
             meant, such as an area that is null. Both with `strict` and without.
+        more_files: Files that further records are from.
     """
 
     json_file: Path
@@ -72,6 +73,7 @@ class CocoData:
     category_ids: tuple[int, ...]
     problems: Mapping[str, int]
     notes: Mapping[str, int] = field(default_factory=dict)
+    more_files: tuple[Path, ...] = ()
 
 
 def load_coco(

@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import json
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from maskx.core.files import parse_json
 from maskx.core.text import listed
 from maskx.data.large_vocabularies import LARVSEG_SPLITS, base_and_novel
 from maskx.data.scenes.generator import scene_half_of
@@ -163,8 +163,8 @@ def _read_split(path: Path, class_names: tuple[str, ...]) -> CategorySplit:
         lines = (line.partition("#")[0].strip() for line in text.splitlines())
         return split_one_side(str(path), class_names, with_masks=tuple(filter(None, lines)))
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = parse_json(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Category split '{path}' is not valid JSON: {error}.") from error
     if isinstance(content, list):
         content = {"with_masks": content}

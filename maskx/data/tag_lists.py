@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from maskx.core.files import written_text
+from maskx.core.files import parse_json, written_text
 from maskx.core.text import listed
 from maskx.core.word_table import spelled
 from maskx.data.coco import read_coco_json
@@ -332,7 +332,7 @@ def _json_lines(path: Path) -> Iterator[tuple[Callable[[], str], str | int, list
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                entry = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"'{path}', line {number} is not JSON: {error}. {_ALLOWED}."

@@ -1,6 +1,7 @@
 """Configuration keys of maskx for Detectron2's YAML files."""
 
 import inspect
+import io
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.utils.file_io import PathManager
 
 from maskx.core.checks import default_of
+from maskx.core.files import parse_yaml
 from maskx.systems.class_patterns.model import LargeFOVHead, SampleSegmenter
 from maskx.systems.concept_mask.model import EmbeddingModel, RefinementModel
 from maskx.systems.concept_mask.network import (
@@ -308,7 +310,7 @@ def read_config(file: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CN:
     if not PathManager.isfile(file):
         raise FileNotFoundError(f"--config-file '{file}': there is no such config file.")
     cfg = get_cfg()
-    _check_content(_read_plain(file), cfg, file)
+    _check_content(read_plain(file), cfg, file)
     try:
         cfg.merge_from_file(file, allow_unsafe=False)
         cfg.merge_from_list(list(opts))
@@ -320,11 +322,20 @@ def read_config(file: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CN:
     return cfg
 
 
-def _read_plain(file: str) -> Any:
+class _PlainConfig(CN):
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:  # Detectron2's hook
+        with super()._open_cfg(filename) as file:
+            text = file.read()
+        parse_yaml(text)  # what Detectron2 parses then repeats no key
+        return io.StringIO(text)
+
+
+def read_plain(file: str) -> Any:
     """Read a configuration and those it is based on, without running code from them."""
     where = f"Configuration '{file}', or one that it is based on,"
     try:
-        return CN.load_yaml_with_base(file, allow_unsafe=False)
+        return _PlainConfig.load_yaml_with_base(file, allow_unsafe=False)
     except yaml.YAMLError as error:
         cause = " ".join(str(error).split())
         raise ValueError(

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import launch
 from torch import nn
 
 from maskx.detectron2.checkpointer import FINAL_NAME
-from maskx.detectron2.config import read_config
+from maskx.detectron2.config import read_config, read_plain
 from maskx.detectron2.datasets import register_from_config, training_class_names
 from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.runs import as_dict, free_keys, run_of
@@ -116,7 +115,7 @@ def check_stages(first: Stage | Path, second: Stage) -> None:
         if not first.is_file():
             raise FileNotFoundError(f"--stage1-weights '{first}': there is no such file.")
         source = first.with_name("config.yaml")  # that Detectron2 writes beside the weights
-        known = yaml.safe_load(source.read_text(encoding="utf-8")) if source.is_file() else {}
+        known = read_plain(str(source)) if source.is_file() else {}
     _check_second(second)
     found = flat_settings(as_dict(second.cfg))
     for key, value in flat_settings(known).items():

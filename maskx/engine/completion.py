@@ -382,7 +382,7 @@ def _seen_by(run: Run, json_file: Path) -> Callable[[Mapping, str], bool]:
     with_masks = set(run.split.with_masks if run.split else run.class_names)
     images: set[str] | None = set()
     for name, origin in run.started_from.items():
-        if not (name == "annotations" or name.endswith("json_file")):
+        if not name.startswith("annotations") and not name.endswith("json_file"):
             continue
         if origin.sha256 == sha256_of(json_file):
             images = None  # all

@@ -15,7 +15,7 @@ from maskx.data.images import read_image_sample
 from maskx.engine.batches import RecordMapper, training_batches
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_split_data, write_metrics
-from maskx.engine.runs import Run, origin_of
+from maskx.engine.runs import Run, origins_of_data
 from maskx.engine.system import Scores, System, find_system
 from maskx.engine.training import TrainingSettings, load_weights, select_device, train
 
@@ -99,7 +99,7 @@ def train_one(
     description: str = "training",
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train the model of a run on data; return it and the history of its losses."""
-    run = replace(run, started_from={"annotations": origin_of(data.json_file, folder)})
+    run = replace(run, started_from=origins_of_data(data, folder))
     torch.manual_seed(options.seed)
     model = build(run.settings, run.class_names)
     batches = functools.partial(

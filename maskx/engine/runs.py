@@ -16,6 +16,7 @@ from typing import Any
 from maskx.core.digests import sha256_of
 from maskx.core.files import read_json, write_json
 from maskx.core.text import listed
+from maskx.data.coco import CocoData
 from maskx.supervision import CategorySplit, split_one_side
 
 RUN_NAME = "run.json"
@@ -211,6 +212,13 @@ def origin_of(path: str | os.PathLike[str], folder: str | os.PathLike[str] | Non
     if folder is not None and path.resolve().is_relative_to(Path(folder).resolve().parent):
         shown = os.path.relpath(path.resolve(), Path(folder).resolve())
     return Origin(sha256_of(path), shown)
+
+
+def origins_of_data(data: CocoData, folder: str | os.PathLike[str]) -> dict[str, Origin]:
+    """Describe the annotation files that a run learns from: ``annotations`` and any further."""
+    files = (data.json_file, *data.more_files)
+    names = ("annotations", *(f"annotations {n}" for n in range(2, len(files) + 1)))
+    return {name: origin_of(file, folder) for name, file in zip(names, files, strict=True)}
 
 
 def check_same_run(

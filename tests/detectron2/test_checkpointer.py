@@ -38,6 +38,16 @@ def run(checkpointer):
     return folder
 
 
+def test_a_key_that_a_base_repeats_is_an_error_but_a_child_may_override(tmp_path):
+    base, child = tmp_path / "base.yaml", tmp_path / "child.yaml"
+    base.write_text("SEED: 1\nMODEL: {DEVICE: cpu}\n")
+    child.write_text("_BASE_: base.yaml\nSEED: 2\n")
+    assert read_config(child).SEED == 2
+    base.write_text("SEED: 1\nMODEL: {DEVICE: cpu}\nSEED: 3\n")
+    with pytest.raises(ValueError, match="'SEED' stands twice"):
+        read_config(child)
+
+
 @pytest.mark.parametrize("where", ["itself", "base"])
 def test_a_configuration_runs_no_code(tmp_path, evil, where):
     hostile = f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{evil}']\n"
@@ -68,6 +78,7 @@ ANCHORS = "INPUT:\n  a0: &a0 {x: 1, y: 2}\n" + "".join(
         ("MODEL: 5", "MODEL is 5"),
         ("VERSION: x", "VERSION is 'x'"),
         ("null: 5", "has keys"),
+        ("MODEL:\n  DEVICE: cpu\n  DEVICE: cuda\n", "'DEVICE' stands twice"),
         ("MODEL: " + "[" * 5000 + "]" * 5000, "nested too deep"),
         ("OUTPUT_DIR: caf\xe9", "not text in UTF-8"),
         (ANCHORS, "more than 100000 values"),

@@ -11,7 +11,7 @@ from typing import Any
 from maskx.data.splits import resolve_split
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import load_data
-from maskx.engine.runs import origin_of
+from maskx.engine.runs import origins_of_data
 from maskx.engine.training import select_device
 from maskx.systems.larvseg.evaluation import evaluate_larvseg
 from maskx.systems.larvseg.pipeline import LarvSegChain, LarvSegMethod, LarvSegSettings
@@ -80,7 +80,7 @@ class _SeedRuns:
             output=self.folder / name,
             resume=True,
             split=split,
-            started_from={"annotations": origin_of(self.train_data.json_file, self.folder / name)},
+            started_from=origins_of_data(self.train_data, self.folder / name),
             device=self.device,
         )
 

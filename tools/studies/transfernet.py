@@ -13,7 +13,7 @@ from typing import Any
 from maskx.data.splits import resolve_split
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import load_data
-from maskx.engine.runs import origin_of
+from maskx.engine.runs import origins_of_data
 from maskx.engine.training import select_device
 from maskx.systems.transfernet.evaluation import evaluate_transfer
 from maskx.systems.transfernet.pipeline import TransferChain, TransferMethod, TransferSettings
@@ -77,7 +77,7 @@ class _SeedRuns:
             _transfer_settings(options, seed),
             output=self.folder,
             resume=True,
-            started_from={"annotations": origin_of(train_data.json_file, self.folder / "run")},
+            started_from=origins_of_data(train_data, self.folder / "run"),
             device=select_device(options.device),
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from maskx.core.files import parse_yaml
 from maskx.data.coco_structure import Report
 from maskx.data.formats.dataset import (
     Builder,
@@ -118,7 +119,7 @@ def _yaml_of(path: Path) -> Path | None:
 
 def _settings(file: Path) -> tuple[dict[str, Any], list[str]]:
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = parse_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: is not valid YAML: {error}. Correct it.") from error
     names = settings.get("names") if isinstance(settings, dict) else None

@@ -27,7 +27,7 @@ from maskx.data.dense_crf import check_crf
 from maskx.data.images import ImageMapper
 from maskx.engine.batches import training_batches
 from maskx.engine.prediction import evaluate_label_maps, predict_image_labels
-from maskx.engine.runs import Run, link_run, origin_of, read_run
+from maskx.engine.runs import Run, link_run, origins_of_data, read_run
 from maskx.engine.training import load_weights
 from maskx.engine.training_chain import TrainingChain
 from maskx.evaluation.figures import varied_records
@@ -212,7 +212,7 @@ class TagRun(TrainingChain):
             host="pip",
             class_names=train_data.class_names,
             settings={"pretrained": settings.pretrained},
-            started_from={"annotations": origin_of(train_data.json_file, output / "classifier")},
+            started_from=origins_of_data(train_data, output / "classifier"),
         )
         super().__init__(settings, output=output, resume=True, run=run, device=device)
         self.train_data, self.val_data = train_data, val_data

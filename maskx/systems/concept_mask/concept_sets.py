@@ -10,7 +10,6 @@ of `maskx.data.coco.load_coco` with concept indices for class indices.
 import dataclasses
 import difflib
 import functools
-import json
 import logging
 import os
 from collections import Counter
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskx.core.files import write_json
+from maskx.core.files import parse_json, write_json
 from maskx.core.text import listed
 from maskx.core.word_table import spelled
 from maskx.data.coco import CocoData, read_coco_json
@@ -146,7 +145,7 @@ def read_concept_split(
             "'vocabulary', 'boxed' and 'masked'."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Concept split {path} is not valid JSON: {error}.") from error
     required, others = {"boxed", "masked"}, {"vocabulary", "unseen"}

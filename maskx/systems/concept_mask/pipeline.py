@@ -29,7 +29,7 @@ from maskx.engine.quickstart import (
     load_split_data,
     write_metrics,
 )
-from maskx.engine.runs import Origin, Run, link_run, origin_of
+from maskx.engine.runs import Origin, Run, link_run, origin_of, origins_of_data
 from maskx.engine.training import CHECKPOINT_NAME, read_checkpoint, select_device
 from maskx.engine.training_chain import TrainingChain
 from maskx.supervision import CategorySplit
@@ -159,7 +159,7 @@ class ConceptData:
         val: images with true masks.
         unseen: vectors of the concepts that are not in it.
         tags: images, in the folder `tag_images`, to learn tags from; None for those of `train`.
-        files: what all this is from, by what it is for.
+        files: what else all this is from, by what it is for.
     """
 
     train: CocoData
@@ -203,7 +203,8 @@ class ConceptMaskChain(TrainingChain):
             tag_images=data.tag_images,
         )
         self._records = (self.sets.tagged, self.sets.boxed, self.sets.masked)
-        files = {name: origin_of(file, output / "stage") for name, file in data.files.items()}
+        folder = output / "stage"
+        files = {name: origin_of(file, folder) for name, file in data.files.items()}
         run = Run(
             system=SYSTEM_NAME,
             host="pip",
@@ -213,7 +214,11 @@ class ConceptMaskChain(TrainingChain):
                 "masked concepts": self.split.masked,
                 "images": [*map(len, self._records)],
             },
-            started_from={**files, "word table": Origin(self.table.hash)},
+            started_from={
+                **origins_of_data(data.train, folder),
+                **files,
+                "word table": Origin(self.table.hash),
+            },
         )
         super().__init__(settings, output=output, resume=resume, run=run, device=device)
         self._tables = {WORDS_NAME: data.table, UNSEEN_NAME: data.unseen}
@@ -384,8 +389,7 @@ def _concept_data(
     known = ([index for index in each if index is not None] for each in labels)
     table = learn_word_vectors(tag_list(known, split.vocabulary, source=tags.source))
     train, fitting = _without_fitting(data)
-    files = {"annotations": data.json_file, **(files or {})}
-    return ConceptData(train, fitting, val, split, table, files=files)
+    return ConceptData(train, fitting, val, split, table, files=files or {})
 
 
 def _without_fitting(data: CocoData) -> tuple[CocoData, CocoData]:

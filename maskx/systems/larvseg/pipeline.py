@@ -20,7 +20,7 @@ from maskx.core.sample_models import Sample
 from maskx.data.coco import CocoData
 from maskx.data.images import read_image_sample
 from maskx.data.label_maps import has_pixels
-from maskx.engine.runs import Origin, Run, link_run, origin_of
+from maskx.engine.runs import Origin, Run, link_run, origins_of_data
 from maskx.engine.training import CHECKPOINT_NAME, load_weights, read_checkpoint
 from maskx.engine.training_chain import TrainingChain
 from maskx.evaluation.figures import (
@@ -387,7 +387,7 @@ def learn_larvseg(
         output=output,
         resume=resume,
         split=split,
-        started_from={"annotations": origin_of(train_data.json_file, output / "run")},
+        started_from=origins_of_data(train_data, output / "run"),
         device=device,
     )
     metrics: dict[str, Any] = {"mIoU": {}, "IoU": {}}

@@ -23,7 +23,7 @@ from maskx.core.sample_models import SampleClassifier
 from maskx.data.coco import CocoData
 from maskx.data.dense_crf import check_crf
 from maskx.engine.batches import RecordMapper, training_batches
-from maskx.engine.runs import Origin, Run, link_run, origin_of
+from maskx.engine.runs import Origin, Run, link_run, origins_of_data
 from maskx.engine.training import load_weights
 from maskx.engine.training_chain import TrainingChain
 from maskx.supervision import CategorySplit, Supervision
@@ -436,7 +436,7 @@ def learn_to_transfer(
         settings,
         output=output,
         resume=resume,
-        started_from={"annotations": origin_of(train_data.json_file, output / "run")},
+        started_from=origins_of_data(train_data, output / "run"),
         device=device,
     )
     records, names = val_data.records, split.class_names

@@ -87,7 +87,12 @@ def _load(options: QuickstartOptions) -> tuple[CocoData, CocoData, CategorySplit
     ]
     check_masks(united[0], split)
     return (
-        replace(source, records=united[0] + united[1], class_names=split.class_names),
+        replace(
+            source,
+            records=united[0] + united[1],
+            class_names=split.class_names,
+            more_files=(target.json_file,),
+        ),
         replace(val, records=united[2], class_names=split.class_names),
         split,
         labels_in_union(val.class_names, split.class_names),

@@ -141,7 +141,8 @@ def test_yolo_without_labels_or_names_is_refused(folder):
     yolo(folder)
     with pytest.raises(ValueError, match=r"none of 2 images in .*images has labels in .*labels"):
         read_dataset(folder)
-    for names in ("", "names: []", "names: {1: ring}", "names: ["):
+    twice = "names: [ring]\nnames: [moon]"
+    for names in ("", "names: []", "names: {1: ring}", "names: [", twice):
         (folder / "data.yaml").write_text(names)
         with pytest.raises(ValueError, match=r"data\.yaml"):
             read_dataset(folder)

@@ -133,6 +133,7 @@ def test_another_vocabulary_than_that_of_the_word_table_is_refused(tmp_path):
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
+        ('{"boxed": ["cat"], "boxed": [], "masked": []}', "the key 'boxed' stands twice"),
         ('{"boxed": ' + "[" * 100_000, "is not valid JSON: maximum recursion depth"),
         ('{"boxed": [' + "9" * 5000 + '], "masked": []}', "is not valid JSON: Exceeds the limit"),
         ("[]", "holds list. Allowed is a JSON object"),

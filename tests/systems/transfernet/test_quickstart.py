@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -147,6 +148,14 @@ def test_source_and_target_of_two_files(tmp_path, tiny):
     assert set(found["tag_mAP"]) == {"target", "all"}
     values = [found[kind]["target"]["baseline"] for kind in ("mIoU", "mIoU_gt_labels")]
     assert 0 < values[1] <= 100
+    target = Path(files["target_train"][0])
+    changed = json.loads(target.read_text())
+    ids = [image["id"] for image in changed["images"]]
+    for image, new in zip(changed["images"], ids[1:] + ids[:1], strict=True):
+        image["id"] = new  # as many images, each with the tags of another
+    target.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"annotations 2 '.*target\.json' is not what the run"):
+        run(tiny, **files, iterations=1, resume=True)
     with pytest.raises(ValueError, match=r"target_train is the file with tags beside coco_train"):
         run(tiny, **files, masks_for="all")
     overlapping = files | {"target_train": files["coco_train"]}
