@@ -2,10 +2,13 @@ r"""Predict images and videos with a trained run of any system.
 
 Writes into the output folder pictures (categories that had masks in training in green, the others
 in red), videos, label maps, and predictions.json: all that was found, in COCO's format with scores.
+A camera, by its number, is filmed until Ctrl-C.
 
 Examples:
     maskx predict output/animals photo.jpg
     maskx predict output/animals photos/ clip.mp4 --output output/found --threshold 0.7
+    maskx predict output/animals aerial.tif --tile 1024
+    maskx predict output/animals 0
     maskx predict output/quickstart-concept_mask photos/*.jpg --concepts dog "red lamp"
 """
 
@@ -18,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     add = parser.add_argument
     add("run_folder", type=Path, metavar="RUN", help="run folder of a training")
-    add("inputs", nargs="+", metavar="INPUT", help="images, videos, folders of them, or patterns")
+    add(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="images, videos, folders of them, patterns, or the number of a camera",
+    )
     add("--output", type=Path, default=Path("output/predict"), help="default: output/predict")
     add(
         "--threshold",
@@ -26,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="least score of an instance (default: 0.5; 0 for concepts that are named)",
     )
     add("--concepts", nargs="+", metavar="NAME", help="ConceptMask: what to look for")
+    add(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="predict larger images in overlapping squares of this side, for small objects",
+    )
+    add("--batch-size", type=int, default=1, help="images of one shape at a time (default: 1)")
     add("--no-pictures", action="store_true", help="write results alone")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--overwrite", action="store_true", help="write into a folder that holds files already")
@@ -38,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     inputs = find_inputs(args.inputs)
     predictor = maskx.open_run(args.run_folder, device=args.device)
-    if args.concepts and predictor.run.system != "concept_mask":
+    if args.concepts and not predictor.system.takes_concepts:
         raise ValueError(
             f"--concepts has no meaning for {predictor.system.title}, only for ConceptMask. Leave "
             "it out."
@@ -51,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         inputs,
         args.output,
         threshold=threshold,
+        batch_size=args.batch_size,
+        tile=args.tile,
         pictures=not args.no_pictures,
         asked={"concepts": args.concepts} if args.concepts else {},
         overwrite=args.overwrite,

@@ -46,11 +46,27 @@ class Predictor:
             **asked: what else the system is told of the image, such as the ``concepts`` that
                 ConceptMask is to look for or the ``image_labels`` that TransferNet knows.
         """
-        pixels = _pixels(image, order)
+        return self.many([image], order, **asked)[0]
+
+    def many(
+        self,
+        images: Sequence[str | os.PathLike[str] | np.ndarray],
+        order: Literal["RGB", "BGR"] = "RGB",
+        **asked: Any,
+    ) -> list[Prediction]:
+        """Predict several images at once, which must fit into memory; see a call.
+
+        Images of one shape give what they give one by one, up to rounding.
+        """
+        pixels = [_pixels(image, order) for image in images]
         with torch.inference_mode():
-            (result,) = self.model([self.prepare(pixels) | asked])
-        found = self.system.prediction(result, self.class_names)
-        return dataclasses.replace(found, image=pixels, split=self.run.split)
+            results = self.model([self.prepare(each) | asked for each in pixels])
+        return [
+            dataclasses.replace(
+                self.system.prediction(result, self.class_names), image=each, split=self.run.split
+            )
+            for result, each in zip(results, pixels, strict=True)
+        ]
 
     def masks_of_boxes(
         self,

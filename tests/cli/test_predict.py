@@ -187,6 +187,8 @@ def test_patterns_and_files_of_one_name(make_run, photos, tmp_path):
         (["{empty}"], "empty' is a folder without images or videos"),
         (["{photos}", "--concepts", "dog"], "--concepts has no meaning for Halves"),
         (["{photos}", "--threshold", "2"], r"threshold is 2\.0\. Allowed: 0 to 1"),
+        (["{photos}", "--tile", "8"], "tile must be at least 32 pixels, got 8"),
+        (["{photos}", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(make_run, photos, tmp_path, words, message):
@@ -209,3 +211,58 @@ def test_a_folder_that_holds_files_is_not_written_into(make_run, photos, tmp_pat
     assert "exists already. Add --overwrite" in str(ending.value.code)
     assert main([*words, "--overwrite"]) == 0
     assert (output / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [["--batch-size", "3"], ["--tile", "32", "--batch-size", "2"]])
+def test_several_at_a_time_and_tiles_give_what_one_by_one_gives(
+    make_run, photos, video, tmp_path, words
+):
+    run = make_run("half_maps" if "--tile" not in words else "halves")
+    for number in range(4):
+        cv2.imwrite(str(photos / f"same{number}.png"), np.full((40, 60, 3), number, np.uint8))
+    (photos / "same1_bad.png").write_text("no image")
+    found = []
+    for output, more in ((tmp_path / "one", words[:-2]), (tmp_path / "many", words)):
+        inputs = [str(photos), str(video), *more]
+        assert main(["predict", run, *inputs, "--output", str(output)]) == 1
+        found.append(json.loads((output / "predictions.json").read_text()))
+        assert len(list(output.glob("*.png"))) == 6
+    assert found[0] == found[1]
+    assert len(found[0]["images"]) == 9
+
+
+class Camera:
+    """Gives two frames, then the user presses Ctrl-C."""
+
+    def __init__(self, source):
+        assert source == 3
+        self.left = 2
+
+    def get(self, key):
+        return 0.0
+
+    def read(self):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return True, np.full((48, 64, 3), 90, np.uint8)
+
+    def release(self):
+        pass
+
+
+def test_a_camera_is_filmed_until_ctrl_c(make_run, photos, tmp_path, monkeypatch):
+    capture, output = cv2.VideoCapture, tmp_path / "out"
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    assert main(["predict", make_run("halves"), "3", "--output", str(output)]) == 0
+    images = json.loads((output / "predictions.json").read_text())["images"]
+    assert [(i["file_name"], i["frame"]) for i in images] == [("camera 3", 0), ("camera 3", 1)]
+    assert capture(str(output / "camera_3.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 2
+
+
+def test_a_camera_that_is_not_there_is_named(make_run, photos, tmp_path, capsys):
+    words = ["predict", make_run("halves"), "77", str(photos), "--output", str(tmp_path / "out")]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "left out: camera 77: 'camera 77' has no frames that can be read" in said
+    assert (tmp_path / "out" / "0.png").is_file()
