@@ -90,7 +90,10 @@ def main() -> None:
             source, records, patterns, layers, arguments.output, batch_size=arguments.batch_size
         )
         made = make_masks(
-            *(records, patterns, layers, arguments.output),
+            records,
+            patterns,
+            layers,
+            arguments.output,
             image_root=root,
             settings=settings,
             workers=arguments.workers,

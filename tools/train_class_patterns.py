@@ -64,7 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
         threshold=arguments.threshold, resolve=arguments.resolve, crf=arguments.crf
     )
     chain = TagChain(
-        *(arguments.classifier, arguments.segmenter, arguments.output),
+        arguments.classifier,
+        arguments.segmenter,
+        arguments.output,
         layer=arguments.layer,
         masks=masks,
         max_images_per_class=arguments.max_images_per_class,

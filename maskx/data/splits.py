@@ -28,7 +28,12 @@ logger = logging.getLogger(__name__)
 def split_names() -> tuple[str, ...]:
     """Names that :func:`resolve_split` knows without a file."""
     return (
-        *("all", "coco_voc", "coco_nonvoc", *_coco_random_draws(), "vg3k_coco", "scenes_half"),
+        "all",
+        "coco_voc",
+        "coco_nonvoc",
+        *_coco_random_draws(),
+        "vg3k_coco",
+        "scenes_half",
         *LARVSEG_SPLITS,
     )
 
@@ -126,7 +131,9 @@ def check_masks(
         )
     logger.warning(
         "%s %d of them have none in the training data: %s. No example teaches their masks.",
-        *(found, len(without), counts),
+        found,
+        len(without),
+        counts,
     )
 
 

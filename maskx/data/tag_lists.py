@@ -232,7 +232,10 @@ class _Reader:
             if len(absent):
                 logger.warning(
                     "%s: %d of %d words of the vocabulary are on no image: %s.",
-                    *(self._path, len(absent), len(names), listed([names[i] for i in absent])),
+                    self._path,
+                    len(absent),
+                    len(names),
+                    listed([names[i] for i in absent]),
                 )
         if empty := np.count_nonzero(np.diff(offsets) == 0):
             logger.warning("%s: %d of %d images have no tag.", self._path, empty, len(self._ids))
@@ -280,7 +283,11 @@ class _Reader:
                 most = ", ".join(f"'{n}' {times}x" for n, times in names.most_common(_NUM_EXAMPLES))
                 logger.warning(
                     "%s: %d %s tags (%d words) were left out, most often %s.",
-                    *(self._path, names.total(), kind, len(names), most),
+                    self._path,
+                    names.total(),
+                    kind,
+                    len(names),
+                    most,
                 )
 
 
@@ -298,7 +305,10 @@ def _kept_words(
     if len(kept) < len(found):
         logger.warning(
             "%s: %d of %d tags are on fewer than %d images and were left out.",
-            *(path, len(found) - len(kept), len(found), min_count),
+            path,
+            len(found) - len(kept),
+            len(found),
+            min_count,
         )
     new_index = np.full(len(found), -1, np.int32)
     new_index[kept] = np.arange(len(kept), dtype=np.int32)

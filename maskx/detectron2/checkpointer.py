@@ -90,7 +90,9 @@ class MaskXCheckpointer(DetectionCheckpointer):
             logger.warning(
                 "%s names %s, which is missing or damaged. Going on from %s, the newest that is "
                 "whole.",
-                *(last, repr(named) if named else "nothing", found),
+                last,
+                repr(named) if named else "nothing",
+                found,
             )
         return "" if found is None else str(found)
 

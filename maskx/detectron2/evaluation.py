@@ -155,7 +155,9 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
         if num_left_out:
             logger.info(
                 "%d detections of classes that %s does not annotate are left out; %d are scored.",
-                *(num_left_out, self._json_file, len(results)),
+                num_left_out,
+                self._json_file,
+                len(results),
             )
         if not results:
             logger.warning("There is no detection to score: every AP is 0.")

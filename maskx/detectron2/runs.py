@@ -46,8 +46,13 @@ logger = logging.getLogger(__name__)
 
 # What does not change what is learned, or stands for files whose content is compared.
 FREE_KEYS = (
-    *("OUTPUT_DIR", "MODEL.DEVICE", "MODEL.WEIGHTS", "DATALOADER.NUM_WORKERS"),
-    *("SOLVER.CHECKPOINT_PERIOD", "DATASETS.MASKX.SPLIT", "DATASETS.MASKX.REGISTER"),
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "DATASETS.MASKX.SPLIT",
+    "DATASETS.MASKX.REGISTER",
 )
 
 
@@ -113,8 +118,10 @@ class LearnedRun:
             logger.warning(
                 "The model learned masks of %s (split '%s'), but A of the evaluation is %s (split "
                 "'%s').",
-                *(listed(then.split.with_masks), then.split.name),
-                *(listed(split.with_masks), split.name),
+                listed(then.split.with_masks),
+                then.split.name,
+                listed(split.with_masks),
+                split.name,
             )
 
 

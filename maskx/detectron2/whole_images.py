@@ -179,7 +179,9 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
         logger.warning(
             "%d of the %d images of DATASETS.TRAIN are left out: they do not have %s, which the "
             "model learns from.",
-            *(len(records) - len(kept), len(records), what),
+            len(records) - len(kept),
+            len(records),
+            what,
         )
     return kept
 

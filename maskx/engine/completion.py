@@ -201,7 +201,8 @@ def complete(options: CompletionOptions) -> Completion:
             logger.warning(
                 "%d objects keep their boxes alone: %s makes label maps of images. A teacher, or a "
                 "run of Mask^X R-CNN, makes masks in boxes.",
-                *(len(todo), predictor.system.title),
+                len(todo),
+                predictor.system.title,
             )
         todo, known = [], []
     images = _by_image([*todo, *known])
@@ -335,7 +336,9 @@ def _objects_of(
         logger.warning(
             "%s: %d annotations have a mask that cannot be used, or no id of their own: %s. They "
             "stay as they are.",
-            *(data.json_file, len(unclear), listed(unclear)),
+            data.json_file,
+            len(unclear),
+            listed(unclear),
         )
     return todo
 
@@ -392,7 +395,8 @@ def _seen_by(run: Run, json_file: Path) -> Callable[[Mapping, str], bool]:
             logger.warning(
                 "The run in '%s' was trained on '%s', which is gone. In the calibration masks of "
                 "its images pass for new ones.",
-                *(run.folder, origin.path or name),
+                run.folder,
+                origin.path or name,
             )
             continue
         images |= {os.path.basename(i["file_name"]) for i in read_json(path)["images"]}

@@ -171,7 +171,8 @@ def _of_images(ground_truth: Mapping[str, Any], image_ids: set[int | str]) -> di
     if left_out:
         logger.warning(
             "%d of the %d images of the ground truth were not predicted: they are not scored.",
-            *(left_out, len(ground_truth["images"])),
+            left_out,
+            len(ground_truth["images"]),
         )
     annotations = [a for a in ground_truth["annotations"] if a["image_id"] in image_ids]
     return {**ground_truth, "images": images, "annotations": annotations}
@@ -222,7 +223,8 @@ def _scored_annotations(
         logger.warning(
             "%d of %d annotations have no usable mask: their boxes are left out of the mask AP, "
             "detections there count neither as right nor as wrong.",
-            *(num_without_mask, len(copies)),
+            num_without_mask,
+            len(copies),
         )
     return copies, num_without_mask
 

@@ -81,7 +81,7 @@ def test_blocks_of_the_last_stage_are_known_by_the_names_of_the_papers():
     three = {f"C4{i}": f"network.layer4.{i - 1}" for i in (1, 2, 3)}
     assert TimmBackbone("resnet50").layer_aliases == three
     lite = TimmBackbone("efficientnet_lite0").layer_aliases
-    paths = (*("network.blocks.5.0", "network.blocks.5.1"), "network.blocks.5.2")
+    paths = ("network.blocks.5.0", "network.blocks.5.1", "network.blocks.5.2")
     paths = (*paths, "network.blocks.5.3", "network.blocks.6.0")
     assert lite == {f"C4{i}": path for i, path in enumerate(paths, start=1)}
 

@@ -36,7 +36,17 @@ def test_coco_stuff_has_171_ids_of_which_the_things_are_coco_s():
     assert (ids[0], ids[-1]) == (1, 182)
     assert tuple(names_of(classes)[:80]) == COCO_THING_CLASSES
     assert [i for i in range(1, 183) if i not in ids] == [
-        *(12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91),
+        12,
+        26,
+        29,
+        30,
+        45,
+        66,
+        68,
+        69,
+        71,
+        83,
+        91,
     ]
 
 
@@ -96,7 +106,10 @@ def test_the_rules_differ_in_few_names():
     assert renamed - raw == {"windowpane", "blind"}
     shared = {entry.renamed for entry in coco_stuff_classes()} & {*names_of(ade20k_847_classes())}
     assert shared - renamed == {
-        *("dirt track", "parking meter", "television receiver", "traffic light"),
+        "dirt track",
+        "parking meter",
+        "television receiver",
+        "traffic light",
     }
 
 

@@ -10,6 +10,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from settings import pairs
 from two_ranks import run_as_two
 
 from maskx.core.word_table import save_word_table
@@ -26,85 +27,148 @@ from maskx.systems.concept_mask.tag_vectors import fold_in_words, learn_word_vec
 ROOT = Path(__file__).parents[2]
 
 # Every config builds and trains on these: 0.1 s to build, 0.1 s for a step of two images.
-TINY = (
-    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0),
-    *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+TINY = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
     # Random weights with frozen statistics would give activations in the thousands.
-    *("MODEL.RESNETS.NORM", "GN", "MODEL.PIXEL_STD", [58.0, 58.0, 58.0]),
-    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 24),
-    *("MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1),
-    *("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 4, "MODEL.ROI_HEADS.NUM_CLASSES", 4),
-    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20),
-    *("MODEL.RPN.POST_NMS_TOPK_TEST", 20, "TEST.DETECTIONS_PER_IMAGE", 5),
-    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
-    *("INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 64),
-    *("DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ("tiny_train",)),
-    *("DATASETS.MASKX.SPLIT", "scenes_half", "DATALOADER.NUM_WORKERS", 0),
-    *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 1e-3, "SOLVER.MAX_ITER", 2, "SEED", 1),
-)
+    "MODEL.RESNETS.NORM": "GN",
+    "MODEL.PIXEL_STD": [58.0, 58.0, 58.0],
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 24,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 4,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 4,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+    "TEST.DETECTIONS_PER_IMAGE": 5,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "INPUT.MIN_SIZE_TRAIN": (64,),
+    "INPUT.MIN_SIZE_TEST": 64,
+    "DATASETS.TRAIN": ("tiny_train",),
+    "DATASETS.TEST": ("tiny_train",),
+    "DATASETS.MASKX.SPLIT": "scenes_half",
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.BASE_LR": 1e-3,
+    "SOLVER.MAX_ITER": 2,
+    "SEED": 1,
+}
 
 # The same for image classifiers and semantic segmentation, from the files of ClassPatterns.
-TINY_IMAGES = (
-    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", 18),
-    *("MODEL.MASKX.BACKBONE.NAME", "resnet18"),
-    *("MODEL.MASKX.BACKBONE.PRETRAINED", False, "MODEL.MASKX.BACKBONE.FROZEN_NORM", False),
-    *("MODEL.MASKX.NUM_CLASSES", 4, "MODEL.MASKX.LARGE_FOV.HIDDEN_CHANNELS", 8),
-    *("MODEL.MASKX.LARGE_FOV.DILATION", 2, "INPUT.MASKX.SIZE", 48),
-    *("TEST.MASKX.SIZES", (32, 48), "TEST.MASKX.CRF", False),
-    *("DATASETS.TRAIN", ("tiny_train",), "DATASETS.TEST", ("tiny_train",)),
-    *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SEED", 1),
-)
+TINY_IMAGES = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.MASKX.BACKBONE.NAME": "resnet18",
+    "MODEL.MASKX.BACKBONE.PRETRAINED": False,
+    "MODEL.MASKX.BACKBONE.FROZEN_NORM": False,
+    "MODEL.MASKX.NUM_CLASSES": 4,
+    "MODEL.MASKX.LARGE_FOV.HIDDEN_CHANNELS": 8,
+    "MODEL.MASKX.LARGE_FOV.DILATION": 2,
+    "INPUT.MASKX.SIZE": 48,
+    "TEST.MASKX.SIZES": (32, 48),
+    "TEST.MASKX.CRF": False,
+    "DATASETS.TRAIN": ("tiny_train",),
+    "DATASETS.TEST": ("tiny_train",),
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 2,
+    "SEED": 1,
+}
 
 # And for TransferNet, from the files of TransferNet. The feature map is the last of any backbone.
-TINY_TRANSFER = (
-    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", 18),
-    *("MODEL.MASKX.BACKBONE.NAME", "resnet18"),
-    *("MODEL.MASKX.BACKBONE.PRETRAINED", False, "MODEL.MASKX.BACKBONE.FROZEN_NORM", False),
-    *("MODEL.MASKX.NUM_CLASSES", 4, "MODEL.MASKX.IN_FEATURE", ""),
-    *("MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS", "", "INPUT.MASKX.SIZE", 32),
-    *("MODEL.MASKX.TRANSFERNET.NUM_FACTORS", 8, "MODEL.MASKX.TRANSFERNET.HIDDEN_CHANNELS", 8),
-    *("DATASETS.TRAIN", ("tiny_sparse",), "DATASETS.TEST", ("tiny_sparse",)),
-    *("DATASETS.MASKX.SPLIT", "scenes_half", "TEST.MASKX.CRF", False),
-    *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 2, "SEED", 1),
-)
+TINY_TRANSFER = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.MASKX.BACKBONE.NAME": "resnet18",
+    "MODEL.MASKX.BACKBONE.PRETRAINED": False,
+    "MODEL.MASKX.BACKBONE.FROZEN_NORM": False,
+    "MODEL.MASKX.NUM_CLASSES": 4,
+    "MODEL.MASKX.IN_FEATURE": "",
+    "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS": "",
+    "INPUT.MASKX.SIZE": 32,
+    "MODEL.MASKX.TRANSFERNET.NUM_FACTORS": 8,
+    "MODEL.MASKX.TRANSFERNET.HIDDEN_CHANNELS": 8,
+    "DATASETS.TRAIN": ("tiny_sparse",),
+    "DATASETS.TEST": ("tiny_sparse",),
+    "DATASETS.MASKX.SPLIT": "scenes_half",
+    "TEST.MASKX.CRF": False,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 4,
+    "SOLVER.MAX_ITER": 2,
+    "SEED": 1,
+}
 
 
 # And for LarvSeg: masks of 2 of 4 things and of the ground, tags of all things.
-TINY_JOINT = (
-    *("MODEL.META_ARCHITECTURE", "MaskXLarvSeg", "MODEL.BACKBONE.NAME", "MaskXSmallResNet"),
-    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "INPUT.MASKX.SIZE", 48, "INPUT.FORMAT", "RGB"),
-    *("DATASETS.TRAIN", ("maskx_scenes_sparse_stuff_train", "maskx_scenes_sparse_train")),
-    *("DATASETS.TEST", ("maskx_scenes_sparse_stuff_val",), "DATASETS.MASKX.SPLIT", "scenes_half"),
-    *("DATASETS.MASKX.JOINT.SUPERVISION", ("mask", "image")),
-    *("MODEL.MASKX.LARVSEG.BANK_SIZE", 2, "MODEL.MASKX.LARVSEG.TOP_TOKENS", 4),
-    *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SEED", 1),
-)
+TINY_JOINT = {
+    "MODEL.META_ARCHITECTURE": "MaskXLarvSeg",
+    "MODEL.BACKBONE.NAME": "MaskXSmallResNet",
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "INPUT.MASKX.SIZE": 48,
+    "INPUT.FORMAT": "RGB",
+    "DATASETS.TRAIN": ("maskx_scenes_sparse_stuff_train", "maskx_scenes_sparse_train"),
+    "DATASETS.TEST": ("maskx_scenes_sparse_stuff_val",),
+    "DATASETS.MASKX.SPLIT": "scenes_half",
+    "DATASETS.MASKX.JOINT.SUPERVISION": ("mask", "image"),
+    "MODEL.MASKX.LARVSEG.BANK_SIZE": 2,
+    "MODEL.MASKX.LARVSEG.TOP_TOKENS": 4,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 2,
+    "SEED": 1,
+}
 
 # And for LarvSeg, from the files of LarvSeg, with as many data sets as the file has.
-TINY_LARVSEG = (
-    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", 18),
-    *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.NORM", "GN"),
-    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.MASKX.BACKBONE.NAME", "vit_tiny_patch16_224"),
-    *("MODEL.MASKX.BACKBONE.PRETRAINED", False, "MODEL.MASKX.LARVSEG.BANK_SIZE", 2),
-    *("MODEL.MASKX.LARVSEG.TOP_TOKENS", 4, "INPUT.MASKX.SIZE", 32),
-    *("DATASETS.TEST", ("tiny_sparse",), "DATASETS.MASKX.SPLIT", "scenes_half"),
-    *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SEED", 1),
-)
+TINY_LARVSEG = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.NORM": "GN",
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.MASKX.BACKBONE.NAME": "vit_tiny_patch16_224",
+    "MODEL.MASKX.BACKBONE.PRETRAINED": False,
+    "MODEL.MASKX.LARVSEG.BANK_SIZE": 2,
+    "MODEL.MASKX.LARVSEG.TOP_TOKENS": 4,
+    "INPUT.MASKX.SIZE": 32,
+    "DATASETS.TEST": ("tiny_sparse",),
+    "DATASETS.MASKX.SPLIT": "scenes_half",
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 2,
+    "SEED": 1,
+}
 
 # And for ConceptMask, from the files of ConceptMask.
-TINY_CONCEPTS = (
-    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.DEPTH", 18),
-    *("MODEL.MASKX.BACKBONE.NAME", "resnet18"),
-    *("MODEL.MASKX.BACKBONE.PRETRAINED", False, "MODEL.MASKX.BACKBONE.FROZEN_NORM", False),
-    *("MODEL.MASKX.CONCEPT_MASK.EMBEDDING_CHANNELS", (16, 16)),
-    *("MODEL.MASKX.CONCEPT_MASK.HIDDEN_CHANNELS", 16),
-    *("MODEL.MASKX.CONCEPT_MASK.NUM_MATCHED", 8),
-    *("MODEL.MASKX.CONCEPT_MASK.ENCODER_PRETRAINED", False),
-    *("MODEL.MASKX.CONCEPT_MASK.DECODER_CHANNELS", (8, 8, 8, 8, 8)),
-    *("MODEL.MASKX.CONCEPT_MASK.SPLIT", "scenes_concepts", "INPUT.MASKX.SIZE", 32),
-    *("DATASETS.TRAIN", ("tiny_concepts",), "DATASETS.TEST", ("tiny_concepts",)),
-    *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SEED", 1),
-)
+TINY_CONCEPTS = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.WEIGHTS": "",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.MASKX.BACKBONE.NAME": "resnet18",
+    "MODEL.MASKX.BACKBONE.PRETRAINED": False,
+    "MODEL.MASKX.BACKBONE.FROZEN_NORM": False,
+    "MODEL.MASKX.CONCEPT_MASK.EMBEDDING_CHANNELS": (16, 16),
+    "MODEL.MASKX.CONCEPT_MASK.HIDDEN_CHANNELS": 16,
+    "MODEL.MASKX.CONCEPT_MASK.NUM_MATCHED": 8,
+    "MODEL.MASKX.CONCEPT_MASK.ENCODER_PRETRAINED": False,
+    "MODEL.MASKX.CONCEPT_MASK.DECODER_CHANNELS": (8, 8, 8, 8, 8),
+    "MODEL.MASKX.CONCEPT_MASK.SPLIT": "scenes_concepts",
+    "INPUT.MASKX.SIZE": 32,
+    "DATASETS.TRAIN": ("tiny_concepts",),
+    "DATASETS.TEST": ("tiny_concepts",),
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 2,
+    "SEED": 1,
+}
 LARVSEG_SETS = ("tiny_sparse", "tiny_train", "tiny_tags")
 
 
@@ -161,7 +225,7 @@ def make_cfg(tmp_path):
     def make(*opts, file="voc2nonvoc/e2e/clsbox_2_layer_mlp_R_50_FPN_1x.yaml"):
         cfg = get_cfg()
         cfg.merge_from_file(str(ROOT / "configs" / "MaskX" / file))
-        cfg.merge_from_list([*TINY, "OUTPUT_DIR", str(tmp_path / "output"), *opts])
+        cfg.merge_from_list([*pairs(TINY), "OUTPUT_DIR", str(tmp_path / "output"), *opts])
         return cfg
 
     return make
@@ -174,7 +238,7 @@ def make_image_cfg(tmp_path):
     def make(*opts, file):
         cfg = get_cfg()
         cfg.merge_from_file(str(ROOT / "configs" / "ClassPatterns" / file))
-        cfg.merge_from_list([*TINY_IMAGES, "OUTPUT_DIR", str(tmp_path / "output"), *opts])
+        cfg.merge_from_list([*pairs(TINY_IMAGES), "OUTPUT_DIR", str(tmp_path / "output"), *opts])
         return cfg
 
     return make
@@ -214,7 +278,7 @@ def make_transfer_cfg(tmp_path):
     def make(*opts, file="quick_schedules/stage2_joint_scenes_cpu.yaml"):
         cfg = get_cfg()
         cfg.merge_from_file(str(ROOT / "configs" / "TransferNet" / file))
-        cfg.merge_from_list([*TINY_TRANSFER, "OUTPUT_DIR", str(tmp_path / "output"), *opts])
+        cfg.merge_from_list([*pairs(TINY_TRANSFER), "OUTPUT_DIR", str(tmp_path / "output"), *opts])
         return cfg
 
     return make
@@ -246,7 +310,7 @@ def make_joint_cfg(tmp_path, tiny_joint):
 
     def make(*opts):
         cfg = get_cfg()
-        cfg.merge_from_list([*TINY_JOINT, "OUTPUT_DIR", str(tmp_path / "output"), *opts])
+        cfg.merge_from_list([*pairs(TINY_JOINT), "OUTPUT_DIR", str(tmp_path / "output"), *opts])
         return cfg
 
     return make
@@ -261,7 +325,7 @@ def make_larvseg_cfg(tmp_path, tiny_train, tiny_sparse, scenes):
         cfg = get_cfg()
         cfg.merge_from_file(str(ROOT / "configs" / "LarvSeg" / file))
         names = LARVSEG_SETS[: len(cfg.DATASETS.TRAIN) or 1]
-        cfg.merge_from_list([*TINY_LARVSEG, "DATASETS.TRAIN", names])
+        cfg.merge_from_list([*pairs(TINY_LARVSEG), "DATASETS.TRAIN", names])
         if cfg.DATASETS.MASKX.JOINT.SIZES:
             cfg.DATASETS.MASKX.JOINT.SIZES = (32,) * len(names)
         if cfg.TEST.MASKX.WINDOW:
@@ -307,7 +371,7 @@ def make_concept_cfg(tmp_path, concept_files, tiny_concepts):
     def make(*opts, file="quick_schedules/stage3_segmentation_scenes_cpu.yaml"):
         cfg = get_cfg()
         cfg.merge_from_file(str(ROOT / "configs" / "ConceptMask" / file))
-        cfg.merge_from_list(list(TINY_CONCEPTS))
+        cfg.merge_from_list(pairs(TINY_CONCEPTS))
         keys = cfg.MODEL.MASKX.CONCEPT_MASK
         keys.ATTENTION_SIZES = (32, 48)[: len(keys.ATTENTION_SIZES)]
         keys.ENCODER = "small" if keys.ENCODER == "small" else "resnet18"

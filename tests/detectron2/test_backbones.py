@@ -24,8 +24,14 @@ TIMM = ("MODEL.BACKBONE.NAME", "MaskXTimm", KEYS + "NAME")
         (
             "MaskXTimm",
             (
-                *(KEYS + "NAME", "resnet34", KEYS + "OUTPUT_STRIDE", 16),
-                *(KEYS + "FROZEN_NORM", True, KEYS + "FROZEN_STAGES", 2),
+                KEYS + "NAME",
+                "resnet34",
+                KEYS + "OUTPUT_STRIDE",
+                16,
+                KEYS + "FROZEN_NORM",
+                True,
+                KEYS + "FROZEN_STAGES",
+                2,
             ),
             lambda: TimmBackbone("resnet34", output_stride=16, frozen_norm=True, frozen_stages=2),
         ),
@@ -72,9 +78,16 @@ def test_they_are_built_without_a_configuration():
 
 def test_a_detector_gets_a_pyramid(make_classifier_cfg):
     cfg = make_classifier_cfg(
-        *("MODEL.BACKBONE.NAME", "MaskXTimmFPN", KEYS + "NAME", "efficientnet_lite0"),
-        *("MODEL.FPN.IN_FEATURES", ["layer1", "layer2", "layer3"], "MODEL.FPN.OUT_CHANNELS", 16),
-        *(KEYS + "OUTPUT_STRIDE", 0),
+        "MODEL.BACKBONE.NAME",
+        "MaskXTimmFPN",
+        KEYS + "NAME",
+        "efficientnet_lite0",
+        "MODEL.FPN.IN_FEATURES",
+        ["layer1", "layer2", "layer3"],
+        "MODEL.FPN.OUT_CHANNELS",
+        16,
+        KEYS + "OUTPUT_STRIDE",
+        0,
     )
     backbone = build_backbone(cfg).eval()
     features = backbone(torch.rand(1, 3, 64, 96))

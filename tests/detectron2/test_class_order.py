@@ -8,6 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.structures import Instances
+from settings import pairs
 
 from maskx.detectron2 import Trainer, evaluate, register_coco, register_from_config
 from maskx.detectron2.trainer import check_config
@@ -44,8 +45,14 @@ def make(request, scenes):
     def make(task, *pair):
         register = [["order_test", *pair], ["order_train", str(scenes[0]), str(scenes[1])]]
         return request.getfixturevalue(f"make_{task}cfg")(
-            *("DATASETS.TRAIN", ("order_train",), "DATASETS.TEST", ("order_test",)),
-            *("DATASETS.MASKX.REGISTER", register, "DATASETS.MASKX.SPLIT", "scenes_half"),
+            *pairs(
+                {
+                    "DATASETS.TRAIN": ("order_train",),
+                    "DATASETS.TEST": ("order_test",),
+                    "DATASETS.MASKX.REGISTER": register,
+                    "DATASETS.MASKX.SPLIT": "scenes_half",
+                }
+            )
         )
 
     return make

@@ -14,6 +14,7 @@ import cv2
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from settings import pairs
 
 import maskx.systems.class_patterns.detectron2.chain
 from maskx.core.digests import network_hash, sha256_of
@@ -46,13 +47,21 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def opts(data):
     """KEY VALUE pairs that make both networks tiny."""
-    return (
-        *("DATASETS.MASKX.REGISTER", [["tiny_scenes", *map(str, data)]]),
-        *("DATASETS.TRAIN", ("tiny_scenes",), "DATASETS.TEST", ("tiny_scenes",)),
-        *("MODEL.MASKX.NUM_CLASSES", 4, "MODEL.MASKX.LARGE_FOV.HIDDEN_CHANNELS", 8),
-        *("INPUT.MASKX.SIZE", 48, "TEST.MASKX.SIZES", (32, 48), "SEED", 1),
-        *("SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()),
-        *("SOLVER.CHECKPOINT_PERIOD", 1),
+    return pairs(
+        {
+            "DATASETS.MASKX.REGISTER": [["tiny_scenes", *map(str, data)]],
+            "DATASETS.TRAIN": ("tiny_scenes",),
+            "DATASETS.TEST": ("tiny_scenes",),
+            "MODEL.MASKX.NUM_CLASSES": 4,
+            "MODEL.MASKX.LARGE_FOV.HIDDEN_CHANNELS": 8,
+            "INPUT.MASKX.SIZE": 48,
+            "TEST.MASKX.SIZES": (32, 48),
+            "SEED": 1,
+            "SOLVER.IMS_PER_BATCH": 2,
+            "SOLVER.MAX_ITER": 2,
+            "SOLVER.STEPS": (),
+            "SOLVER.CHECKPOINT_PERIOD": 1,
+        }
     )
 
 
@@ -118,7 +127,9 @@ def test_training_sees_image_labels_and_made_masks_alone(finished, data):
     records = load_coco(*data).records
     for record in records:
         label_map = read_label_map(
-            *(mask_path(output / "retraining" / "label_maps", record["image_id"]), 64, 64),
+            mask_path(output / "retraining" / "label_maps", record["image_id"]),
+            64,
+            64,
             num_classes=4,
             image_id=record["image_id"],
         )
@@ -561,8 +572,15 @@ def test_the_two_tools_work_with_it(weights, opts, data, tmp_path, monkeypatch, 
 
 def test_layers_of_detectron2s_own_resnet_go_by_their_modules(opts, tmp_path):
     given = (
-        *(*opts, "MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18),
-        *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.OUT_FEATURES", ["res5"]),
+        *opts,
+        "MODEL.BACKBONE.NAME",
+        "build_resnet_backbone",
+        "MODEL.RESNETS.DEPTH",
+        18,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS",
+        64,
+        "MODEL.RESNETS.OUT_FEATURES",
+        ["res5"],
     )
     with pytest.raises(ValueError, match=r"has no layer 'C41'; it has"):
         make_chain(tmp_path / "out", given)

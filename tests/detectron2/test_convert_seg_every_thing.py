@@ -13,6 +13,7 @@ from converters.caffe2_weights import convert_caffe2_blobs, save_detectron2_chec
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from settings import pairs
 from torchvision.ops import roi_align
 
 from maskx.detectron2 import get_cfg
@@ -24,11 +25,16 @@ CAFFE2 = runpy.run_path(str(ROOT / "tests" / "support" / "caffe2_blobs.py"))
 make_blobs, write_python2_pickle = CAFFE2["make_blobs"], CAFFE2["write_python2_pickle"]
 
 # Widths of the synthetic files, as options of Detectron2.
-NARROW = (
-    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16),
-    *("MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.FPN.OUT_CHANNELS", 8),
-    *("MODEL.ROI_BOX_HEAD.FC_DIM", 12, "MODEL.ROI_MASK_HEAD.CONV_DIM", 6),
-    *("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 4),
+NARROW = pairs(
+    {
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+        "MODEL.FPN.OUT_CHANNELS": 8,
+        "MODEL.ROI_BOX_HEAD.FC_DIM": 12,
+        "MODEL.ROI_MASK_HEAD.CONV_DIM": 6,
+        "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 4,
+    }
 )
 PIXEL_MEANS = np.array([102.9801, 115.9465, 122.7717], np.float32)  # Detectron's, BGR
 # XYXY, small enough for all to belong to the finest level.

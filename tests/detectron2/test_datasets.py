@@ -15,6 +15,7 @@ from detectron2.data import (
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
+from settings import pairs
 
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import write_label_map
@@ -440,8 +441,13 @@ def test_a_batch_of_both_says_what_each_can_teach(vg_root, make_cfg):
     prepare(vg_root)
     register_all(vg_root)
     cfg = make_cfg(
-        *("DATASETS.TRAIN", ("maskx_vg3k_train", "maskx_coco_2017_vg3k_train")),
-        *("DATASETS.MASKX.SPLIT", "vg3k_coco", "MODEL.ROI_HEADS.NUM_CLASSES", 82),
+        *pairs(
+            {
+                "DATASETS.TRAIN": ("maskx_vg3k_train", "maskx_coco_2017_vg3k_train"),
+                "DATASETS.MASKX.SPLIT": "vg3k_coco",
+                "MODEL.ROI_HEADS.NUM_CLASSES": 82,
+            }
+        )
     )
     split = split_from_config(cfg)
     assert split.indices_with_masks == tuple(range(80))

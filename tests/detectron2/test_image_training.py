@@ -13,6 +13,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from settings import pairs
 
 from maskx.data.label_maps import label_map_of_instances, write_label_map
 from maskx.detectron2 import (
@@ -138,9 +139,18 @@ def test_a_segmentation_network_learns_proxy_masks_and_is_scored_on_true_ones(
     cfg = make_deeplab_cfg(
         "DATASETS.MASKX.REGISTER",
         [["maskx_proxy_train", str(tmp_path / "proxy.json"), str(scenes[1])]],
-        *("DATASETS.TRAIN", ("maskx_proxy_train",), "MODEL.MASKX.LARGE_FOV.HIDDEN_CHANNELS", 32),
-        *("SOLVER.MAX_ITER", 60, "SOLVER.BASE_LR", 0.005, "SOLVER.IMS_PER_BATCH", 6),
-        *("SOLVER.STEPS", (50,), "INPUT.MASKX.SIZE", 64, "TEST.MASKX.SIZES", (64,)),
+        *pairs(
+            {
+                "DATASETS.TRAIN": ("maskx_proxy_train",),
+                "MODEL.MASKX.LARGE_FOV.HIDDEN_CHANNELS": 32,
+                "SOLVER.MAX_ITER": 60,
+                "SOLVER.BASE_LR": 0.005,
+                "SOLVER.IMS_PER_BATCH": 6,
+                "SOLVER.STEPS": (50,),
+                "INPUT.MASKX.SIZE": 64,
+                "TEST.MASKX.SIZES": (64,),
+            }
+        ),
     )
     trainer = Trainer(cfg)
     trainer.train()

@@ -17,6 +17,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from settings import pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -103,9 +104,18 @@ def make_vg_cfg(root, make_cfg):
         assert whole.MODEL.ROI_HEADS.NUM_CLASSES == 3000
         datasets = whole.DATASETS
         return make_cfg(
-            *("DATASETS.TRAIN", datasets.TRAIN, "DATASETS.TEST", datasets.TEST),
-            *("DATASETS.MASKX.SPLIT", datasets.MASKX.SPLIT),
-            *("MODEL.ROI_HEADS.NUM_CLASSES", NUM_CLASSES, "SOLVER.IMS_PER_BATCH", 4, *opts),
+            *pairs(
+                {
+                    "DATASETS.TRAIN": datasets.TRAIN,
+                    "DATASETS.TEST": datasets.TEST,
+                    "DATASETS.MASKX.SPLIT": datasets.MASKX.SPLIT,
+                }
+            ),
+            "MODEL.ROI_HEADS.NUM_CLASSES",
+            NUM_CLASSES,
+            "SOLVER.IMS_PER_BATCH",
+            4,
+            *opts,
             file=file,
         )
 
@@ -261,8 +271,10 @@ def test_with_3000_classes_only_the_box_predictor_is_larger(file):
     assert few.keys() == many.keys()
     predictor = "roi_heads.box_predictor"
     assert {name for name in few if few[name] != many[name]} == {
-        *(f"{predictor}.cls_score.weight", f"{predictor}.cls_score.bias"),
-        *(f"{predictor}.bbox_pred.weight", f"{predictor}.bbox_pred.bias"),
+        f"{predictor}.cls_score.weight",
+        f"{predictor}.cls_score.bias",
+        f"{predictor}.bbox_pred.weight",
+        f"{predictor}.bbox_pred.bias",
     }
     # A class has a row of the classifier and four of the regressor: 1024 weights and a bias each.
     more = (3000 - 80) * 5 * (1024 + 1)
@@ -309,7 +321,7 @@ def test_no_tensor_of_the_mask_head_grows_with_the_number_of_classes(make_model)
     steps = {}
     for num_classes in (80, 3000):
         model = make_model(
-            *("MODEL.ROI_HEADS.NUM_CLASSES", num_classes, "DATASETS.MASKX.SPLIT", "all")
+            "MODEL.ROI_HEADS.NUM_CLASSES", num_classes, "DATASETS.MASKX.SPLIT", "all"
         )
         steps[num_classes] = tensors_of_a_mask_step(model)
     assert steps[80] == steps[3000]

@@ -3,6 +3,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler as build_detectron2_lr_scheduler
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
+from settings import pairs
 
 from maskx.detectron2 import Trainer, build_lr_scheduler, build_optimizer
 
@@ -16,10 +17,15 @@ def settings(optimizer, model):
 @pytest.fixture
 def recipe():
     """Keys of SOLVER that treat biases and norms apart."""
-    return (
-        *("SOLVER.BASE_LR", 0.1, "SOLVER.WEIGHT_DECAY", 0.01, "SOLVER.WEIGHT_DECAY_NORM", 0.02),
-        *("SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.WEIGHT_DECAY_BIAS", 0.03),
-        *("SOLVER.MASKX.BACKBONE_LR_FACTOR", 1.0),
+    return pairs(
+        {
+            "SOLVER.BASE_LR": 0.1,
+            "SOLVER.WEIGHT_DECAY": 0.01,
+            "SOLVER.WEIGHT_DECAY_NORM": 0.02,
+            "SOLVER.BIAS_LR_FACTOR": 2.0,
+            "SOLVER.WEIGHT_DECAY_BIAS": 0.03,
+            "SOLVER.MASKX.BACKBONE_LR_FACTOR": 1.0,
+        }
     )
 
 
@@ -91,9 +97,14 @@ def test_bad_values_are_named(make_classifier_cfg, opts, words):
         build_optimizer(make_classifier_cfg(*opts), torch.nn.Linear(2, 2))
 
 
-POLY = (
-    *("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.BASE_LR", 1e-3),
-    *("SOLVER.BASE_LR_END", 1e-5, "SOLVER.MAX_ITER", 8, "SOLVER.WARMUP_ITERS", 0),
+POLY = pairs(
+    {
+        "SOLVER.LR_SCHEDULER_NAME": "WarmupPolyLR",
+        "SOLVER.BASE_LR": 1e-3,
+        "SOLVER.BASE_LR_END": 1e-5,
+        "SOLVER.MAX_ITER": 8,
+        "SOLVER.WARMUP_ITERS": 0,
+    }
 )
 
 

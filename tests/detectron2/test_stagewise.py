@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from settings import pairs
 
 import maskx.detectron2.stagewise
 from maskx.data.scenes.generator import generate_scenes
@@ -53,8 +54,17 @@ TOOL = str(ROOT / "tools" / "train_stagewise.py")
 def test_the_tool_trains_both_stages_and_neither_twice(write_config, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     command = [
-        *("--stage1", str(write_config(FIRST)), "--stage2", str(write_config(SECOND))),
-        *("--output", str(output), "--stage2-opts", "SOLVER.MAX_ITER", "3", "SEED", "5"),
+        "--stage1",
+        str(write_config(FIRST)),
+        "--stage2",
+        str(write_config(SECOND)),
+        "--output",
+        str(output),
+        "--stage2-opts",
+        "SOLVER.MAX_ITER",
+        "3",
+        "SEED",
+        "5",
     ]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", TOOL, *command],
@@ -84,8 +94,14 @@ def test_the_tool_trains_both_stages_and_neither_twice(write_config, tmp_path, m
 
     # Another second stage on the same detector.
     run_here(
-        *("--stage1-weights", str(output / "stage1" / "model_final.pth")),
-        *("--stage2", command[3], "--output", str(tmp_path / "other"), "SEED", "6"),
+        "--stage1-weights",
+        str(output / "stage1" / "model_final.pth"),
+        "--stage2",
+        command[3],
+        "--output",
+        str(tmp_path / "other"),
+        "SEED",
+        "6",
     )
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["stage2"]
     other = read_run(tmp_path / "other" / "stage2")
@@ -270,8 +286,16 @@ def test_both_stages_need_the_same_classes(stages, write_config, tmp_path):
     renamed = tmp_path / "other" / "renamed.json"
     renamed.write_text(json.dumps(content))
     other = write_config(
-        *(SECOND, "DATASETS.MASKX.REGISTER", [["other", str(renamed), str(renamed.parent)]]),
-        *("DATASETS.TRAIN", ("other",), "DATASETS.TEST", ("other",), "DATASETS.MASKX.SPLIT", "all"),
+        SECOND,
+        "DATASETS.MASKX.REGISTER",
+        [["other", str(renamed), str(renamed.parent)]],
+        *pairs(
+            {
+                "DATASETS.TRAIN": ("other",),
+                "DATASETS.TEST": ("other",),
+                "DATASETS.MASKX.SPLIT": "all",
+            }
+        ),
     )
     with pytest.raises(ValueError, match=r"Class 0 is '.*' in tiny_train, .*but 'a' in other"):
         check_stages(first, Stage(other, second.output, (), second.weights))

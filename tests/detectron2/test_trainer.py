@@ -13,6 +13,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultPredictor, DefaultTrainer, default_argument_parser
 from detectron2.modeling import build_model
+from settings import pairs
 
 import maskx.detectron2
 from maskx.detectron2 import Trainer, check_num_gpus, evaluate, get_cfg, setup
@@ -130,9 +131,16 @@ def test_real_photographs(shared_data, make_cfg, tmp_path):
         path = first_images(coco / "annotations" / name, tmp_path / name, 40)
         sources.append([f"real_{part}", str(path), str(images)])
     cfg = make_cfg(
-        *("DATASETS.MASKX.REGISTER", sources, "DATASETS.MASKX.SPLIT", "coco_voc"),
-        *("DATASETS.TRAIN", ("real_train",), "DATASETS.TEST", ("real_val",)),
-        *("MODEL.ROI_HEADS.NUM_CLASSES", 80, "INPUT.MAX_SIZE_TEST", 96),
+        *pairs(
+            {
+                "DATASETS.MASKX.REGISTER": sources,
+                "DATASETS.MASKX.SPLIT": "coco_voc",
+                "DATASETS.TRAIN": ("real_train",),
+                "DATASETS.TEST": ("real_val",),
+                "MODEL.ROI_HEADS.NUM_CLASSES": 80,
+                "INPUT.MAX_SIZE_TEST": 96,
+            }
+        )
     )
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -185,8 +193,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(make_cfg, register_opt):
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
 def test_it_builds_with_and_without_mixed_precision(make_cfg, register_opt, amp, freeze):
     cfg = make_cfg(
-        *(*register_opt, "SOLVER.AMP.ENABLED", amp, "MODEL.META_ARCHITECTURE", "MaskXRCNN"),
-        *("MODEL.MASKX.FREEZE_DETECTOR", freeze, "MODEL.DEVICE", "cuda" if amp else "cpu"),
+        *register_opt,
+        "SOLVER.AMP.ENABLED",
+        amp,
+        "MODEL.META_ARCHITECTURE",
+        "MaskXRCNN",
+        "MODEL.MASKX.FREEZE_DETECTOR",
+        freeze,
+        "MODEL.DEVICE",
+        "cuda" if amp else "cpu",
     )
     state = Trainer(cfg).state_dict()
     assert ("grad_scaler" in state["_trainer"]) == amp
@@ -278,8 +293,10 @@ def test_evaluation_sees_changed_weights(make_cfg, tiny_train, tmp_path):
         (("MODEL.WEIGHTS", "none.pth"), FileNotFoundError, r"MODEL\.WEIGHTS 'none\.pth'"),
         (
             (
-                *("MODEL.MASKX.TEXT_CLASSIFIER.VECTORS", "clip.npy"),
-                *("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+                "MODEL.MASKX.TEXT_CLASSIFIER.VECTORS",
+                "clip.npy",
+                "MODEL.ROI_HEADS.NAME",
+                "StandardROIHeads",
             ),
             ValueError,
             r"VECTORS is 'clip\.npy', but MODEL\.ROI_HEADS\.NAME StandardROIHeads do not read it",

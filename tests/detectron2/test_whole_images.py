@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from settings import pairs
 
 from maskx.core.images import warp_image
 from maskx.data.images import ImageMapper
@@ -97,8 +98,15 @@ def test_loaders_give_the_channel_order_of_the_configuration(
 ):
     (record,) = write_images([{"labels": [40]}])
     cfg = make_classifier_cfg(
-        *("DATASETS.TRAIN", ("mixed",), "DATASETS.TEST", ("mixed",), "INPUT.FORMAT", image_format),
-        *("INPUT.RANDOM_FLIP", "none", "INPUT.MASKX.SIZE", 16),
+        *pairs(
+            {
+                "DATASETS.TRAIN": ("mixed",),
+                "DATASETS.TEST": ("mixed",),
+                "INPUT.FORMAT": image_format,
+                "INPUT.RANDOM_FLIP": "none",
+                "INPUT.MASKX.SIZE": 16,
+            }
+        )
     )
     pixels = cv2.imread(record["file_name"])
     pixels = pixels if image_format == "BGR" else pixels[:, :, ::-1]

@@ -67,7 +67,9 @@ def test_classifiers_learn_the_same(size, in_float64, assert_same_step):
     samples = make_samples(size)
     losses = [model.train()(samples) for model in (first, second)]
     assert_same_step(
-        *(first.classifier, second.classifier, *losses),
+        first.classifier,
+        second.classifier,
+        *losses,
         expected={"loss_labels": True},
         trained=lambda name: True,
     )
@@ -97,7 +99,9 @@ def test_segmenters_learn_the_same(in_float64, assert_same_step):
         torch.manual_seed(1)  # dropout
         losses.append(model.train()(samples))
     assert_same_step(
-        *(first.network, second.network, *losses),
+        first.network,
+        second.network,
+        *losses,
         expected={"loss_pixels": True},
         trained=lambda name: True,
     )

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("detectron2")
 
 from detectron2.modeling import build_model
+from settings import pairs
 
 from maskx.data.coco import load_coco
 from maskx.data.images import read_image_sample
@@ -39,17 +40,25 @@ def cfg(scenes):
     register_coco("parity_scenes_again", *scenes)
     cfg = get_cfg()
     cfg.merge_from_list(
-        [
-            *("MODEL.META_ARCHITECTURE", "MaskXLarvSeg", "MODEL.BACKBONE.NAME", "MaskXSmallResNet"),
-            *("MODEL.DEVICE", "cpu", "INPUT.FORMAT", "RGB", "INPUT.MASKX.SIZE", SIZE),
-            *("MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53]),
-            *("MODEL.PIXEL_STD", [58.395, 57.12, 57.375]),
-            *("DATASETS.TRAIN", ("parity_scenes", "parity_scenes_again")),
-            *("DATASETS.TEST", ("parity_scenes",), "DATASETS.MASKX.SPLIT", "scenes_half"),
-            *("DATASETS.MASKX.JOINT.SUPERVISION", ("mask", "image"), "SEED", SEED),
-            *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2),
-            *("MODEL.MASKX.LARVSEG.BANK_SIZE", 2),
-        ]
+        pairs(
+            {
+                "MODEL.META_ARCHITECTURE": "MaskXLarvSeg",
+                "MODEL.BACKBONE.NAME": "MaskXSmallResNet",
+                "MODEL.DEVICE": "cpu",
+                "INPUT.FORMAT": "RGB",
+                "INPUT.MASKX.SIZE": SIZE,
+                "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+                "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+                "DATASETS.TRAIN": ("parity_scenes", "parity_scenes_again"),
+                "DATASETS.TEST": ("parity_scenes",),
+                "DATASETS.MASKX.SPLIT": "scenes_half",
+                "DATASETS.MASKX.JOINT.SUPERVISION": ("mask", "image"),
+                "SEED": SEED,
+                "DATALOADER.NUM_WORKERS": 0,
+                "SOLVER.IMS_PER_BATCH": 2,
+                "MODEL.MASKX.LARVSEG.BANK_SIZE": 2,
+            }
+        )
     )
     return cfg
 

@@ -53,7 +53,9 @@ def torchvision_heads(*, gt_boxes_only=False, **mask_head):
         )
 
     box = RoIHeads(
-        *(pool(3), TwoMLPHead(C * 9, D), FastRCNNPredictor(D, K + 1)),
+        pool(3),
+        TwoMLPHead(C * 9, D),
+        FastRCNNPredictor(D, K + 1),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=99,  # all that there are, as the hosts draw different ones

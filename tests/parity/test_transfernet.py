@@ -61,7 +61,9 @@ def test_they_are_one_class(method, in_float64, assert_same_step):
     with EventStorage():
         losses = [model.train()(make_samples()) for model in (first, second)]
     assert_same_step(
-        *(first.network, second.network, *losses),
+        first.network,
+        second.network,
+        *losses,
         expected={"loss_labels": True, "loss_masks": True},
         trained=lambda name: not name.startswith("encoder."),
     )
@@ -86,7 +88,9 @@ def test_their_classifiers_learn_the_same(in_float64, assert_same_step):
     samples[1]["candidate_labels"] = [1, 3]
     losses = [model.train()(samples) for model in (first, second)]
     assert_same_step(
-        *(first.classifier, second.classifier, *losses),
+        first.classifier,
+        second.classifier,
+        *losses,
         expected={"loss_labels": True},
         trained=lambda name: True,
     )

@@ -26,7 +26,9 @@ def run_folder(tmp_path_factory):
     )
     data = load_coco(json_file, folder / "scenes")
     learn_from_tags(
-        *(data, data, TagSettings(image_size=64, iterations=1, segmenter_iterations=1)),
+        data,
+        data,
+        TagSettings(image_size=64, iterations=1, segmenter_iterations=1),
         image_root=folder / "scenes",
         output=folder,
         device=torch.device("cpu"),

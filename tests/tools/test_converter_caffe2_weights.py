@@ -75,11 +75,29 @@ def call(function, argument):
 
 
 FUNCTIONS = [
-    *("posix system", "os system", "subprocess getoutput", "runpy run_path", "pickle loads"),
-    *("builtins eval", "__builtin__ eval", "builtins exec", "builtins getattr", "builtins open"),
-    *("builtins bytes", "builtins __import__", "functools partial", "operator attrgetter"),
-    *("numpy load", "numpy fromfile", "numpy.core.multiarray fromfile", "numpy.lib.npyio load"),
-    *("_codecs decode", "codecs encode", "copy_reg _reconstructor", "torch load", "numpy matrix"),
+    "posix system",
+    "os system",
+    "subprocess getoutput",
+    "runpy run_path",
+    "pickle loads",
+    "builtins eval",
+    "__builtin__ eval",
+    "builtins exec",
+    "builtins getattr",
+    "builtins open",
+    "builtins bytes",
+    "builtins __import__",
+    "functools partial",
+    "operator attrgetter",
+    "numpy load",
+    "numpy fromfile",
+    "numpy.core.multiarray fromfile",
+    "numpy.lib.npyio load",
+    "_codecs decode",
+    "codecs encode",
+    "copy_reg _reconstructor",
+    "torch load",
+    "numpy matrix",
 ]
 
 
@@ -364,9 +382,19 @@ def test_an_unknown_blob_is_an_error_unless_allowed(path):
 @pytest.mark.parametrize(
     "lost",
     [
-        *("conv1_w", "res_conv1_bn_b", "res4_3_branch2b_bn_s", "res5_0_branch1_w"),
-        *("fpn_res3_3_sum_b", "conv_rpn_fpn2_w", "fc7_b", "cls_score_w", "bbox_pred_b"),
-        *("_[mask]_fcn2_w", "conv5_mask_w", "bbox2mask_mlp_l1_b", "mask_fcn_logits_w_flat_w"),
+        "conv1_w",
+        "res_conv1_bn_b",
+        "res4_3_branch2b_bn_s",
+        "res5_0_branch1_w",
+        "fpn_res3_3_sum_b",
+        "conv_rpn_fpn2_w",
+        "fc7_b",
+        "cls_score_w",
+        "bbox_pred_b",
+        "_[mask]_fcn2_w",
+        "conv5_mask_w",
+        "bbox2mask_mlp_l1_b",
+        "mask_fcn_logits_w_flat_w",
         "mask_mlp_logits_raw_w",
     ],
 )

@@ -37,8 +37,15 @@ def trained(tmp_path_factory):
 
 def test_groups_of_a_split_are_measured_apart(trained, tmp_path, run_tool, capsys):
     run_tool(
-        *("--model", trained / "baseline", "--masks-for", "scenes_half"),
-        *("--coco", trained / "annotations.json", trained, "--output", tmp_path / "found.json"),
+        "--model",
+        trained / "baseline",
+        "--masks-for",
+        "scenes_half",
+        "--coco",
+        trained / "annotations.json",
+        trained,
+        "--output",
+        tmp_path / "found.json",
     )
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found["mIoU"]) == {"all", "base", "novel"}

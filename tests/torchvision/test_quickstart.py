@@ -47,9 +47,22 @@ def test_the_command_on_coco_files(tmp_path, monkeypatch, capsys):
     names.write_text("red lamp shade\n")
     data, val = make_coco(tmp_path / "data"), make_coco(tmp_path / "val", count=1)
     arguments = (
-        *("--coco-train", *data, "--coco-val", *val, "--masks-for", str(names)),
-        *("--iterations", "1", "--batch-size", "2", "--image-size", "64"),
-        *("--backbone", "resnet18", "--output", str(tmp_path / "out")),
+        "--coco-train",
+        *data,
+        "--coco-val",
+        *val,
+        "--masks-for",
+        str(names),
+        "--iterations",
+        "1",
+        "--batch-size",
+        "2",
+        "--image-size",
+        "64",
+        "--backbone",
+        "resnet18",
+        "--output",
+        str(tmp_path / "out"),
     )
     monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
     runpy.run_path(str(TOOL), run_name="__main__")

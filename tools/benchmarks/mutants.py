@@ -45,9 +45,35 @@ __all__ = ["FORMATS", "Finding", "find_bad"]
 _SECONDS = 5  # in which a small file must be read or refused
 _SIZE = (24, 32)
 _ODD = (
-    *(None, True, False, 0, 1, -1, 3, 0.5, -0.0, 1e308, float("nan"), float("inf"), 2**31, 2**63),
-    *(10**400, "", "1", "a", "\ud800", "../x", [], [[]], [None], {}, {"a": 1}, [1, 2, 3, 4]),
-    *([[0, 0, 5, 0, 5, 5]], {"size": [24, 32], "counts": [768]}, {"size": [1], "counts": "\x00"}),
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    0.5,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    2**31,
+    2**63,
+    10**400,
+    "",
+    "1",
+    "a",
+    "\ud800",
+    "../x",
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": 1},
+    [1, 2, 3, 4],
+    [[0, 0, 5, 0, 5, 5]],
+    {"size": [24, 32], "counts": [768]},
+    {"size": [1], "counts": "\x00"},
 )
 
 

@@ -243,7 +243,8 @@ def _orderings() -> list[Ordering]:
     found.append(
         Ordering(
             "trained on C41 above trained on C43",
-            *((trained, "trained"), (f"train/C43_{_DEFAULT}", "trained")),
+            (trained, "trained"),
+            (f"train/C43_{_DEFAULT}", "trained"),
         )
     )
     for masks in (_PAPER, _DEFAULT):
@@ -273,7 +274,9 @@ STUDY = Study(
     settings=(
         *(f"proxy/{masks}" for masks in _MASKS),
         *(f"proxy/{masks}_crf" for masks in _MASKS),
-        *(f"train/C41_{_PAPER}", f"train/C41_{_DEFAULT}", f"train/C43_{_DEFAULT}"),
+        f"train/C41_{_PAPER}",
+        f"train/C41_{_DEFAULT}",
+        f"train/C43_{_DEFAULT}",
         "cosine",
     ),
     measures={

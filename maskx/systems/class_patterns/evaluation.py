@@ -55,7 +55,9 @@ def evaluate_proxy_masks(
         image_id = record["image_id"]
         truth = semantic_label_map(record, num_classes)
         predicted = read_label_map(
-            *(mask_path(masks_folder, image_id), record["height"], record["width"]),
+            mask_path(masks_folder, image_id),
+            record["height"],
+            record["width"],
             num_classes=num_classes,
             image_id=image_id,
         )
@@ -102,7 +104,8 @@ def draw_steps(
         row = number % len(labels)
         scores = found[row] / float(stds[labels[row]]) - thresholds[labels[row]]
         proxy = read_label_map(
-            *(mask_path(masks, image_id), *image.shape[:2]),
+            mask_path(masks, image_id),
+            *image.shape[:2],
             num_classes=num_classes,
             image_id=image_id,
         )

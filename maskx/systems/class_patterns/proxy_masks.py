@@ -298,7 +298,9 @@ def _make_mask(job: _Job) -> dict[str, int]:
             label_map = _refined_map(job, projections)
         else:
             label_map = proxy_label_map(
-                *(projections, labels, *size),
+                projections,
+                labels,
+                *size,
                 num_classes=job.num_classes,
                 thresholds=job.thresholds,
                 stds=job.stds,
@@ -324,7 +326,9 @@ def read_label_map_if_good(
     """Read a label map of an image, of an earlier run; None if it is missing or damaged."""
     try:
         return read_label_map(
-            *(path, record["height"], record["width"]),
+            path,
+            record["height"],
+            record["width"],
             num_classes=num_classes,
             image_id=record["image_id"],
         )

@@ -366,7 +366,11 @@ class _Matched:
         if missing:
             logger.warning(
                 "%s: %d of %d concepts have no usable %s in it: %s.",
-                *(self.source, len(missing), len(indices), what, listed(missing)),
+                self.source,
+                len(missing),
+                len(indices),
+                what,
+                listed(missing),
             )
 
 

@@ -404,7 +404,10 @@ def concept_test(
     if missing and records:
         logger.warning(
             "%s: %d of %d classes have no vector and are not measured, such as '%s'.",
-            *(source, len(missing), len(indices), missing[0]),
+            source,
+            len(missing),
+            len(indices),
+            missing[0],
         )
     levels = tuple(split.level_of(max(index, UNSEEN)) for index in indices.tolist())
     return ConceptTest(records, tuple(class_names), indices, vectors, levels)

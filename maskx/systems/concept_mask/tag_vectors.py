@@ -142,7 +142,10 @@ def learn_word_vectors(
     if kept.sum() < dim:
         logger.warning(
             "%s: vectors of length %d, not %d: its %d words give no more positive eigenvalues.",
-            *(tags.source, kept.sum(), dim, len(tags.names)),
+            tags.source,
+            kept.sum(),
+            dim,
+            len(tags.names),
         )
     eigenvalues = eigenvalues[kept]
     vectors = eigenvectors[:, kept] * np.sqrt(eigenvalues)
@@ -345,7 +348,9 @@ def _check_counts(counted: CoCounts, tags: TagList) -> None:
         logger.warning(
             "%s: the words fall into %d groups that share no image; all words of different groups "
             "are equally unlike. Outside the largest group: %s.",
-            *(tags.source, num_groups, listed([tags.names[i] for i in small], most=10)),
+            tags.source,
+            num_groups,
+            listed([tags.names[i] for i in small], most=10),
         )
 
 

@@ -199,8 +199,13 @@ def joint_sets_from_config(cfg: CfgNode) -> JointSets:
     for each in sets.data_sets:
         logger.info(
             "%s: %d images, supervision %r, %d of %d classes scored, ratio %d, %d pixels.",
-            *(each.name, len(each.records), each.supervision, len(sets.scored[each.name])),
-            *(len(set(each.class_names)), each.ratio, each.image_size),
+            each.name,
+            len(each.records),
+            each.supervision,
+            len(sets.scored[each.name]),
+            len(set(each.class_names)),
+            each.ratio,
+            each.image_size,
         )
     return sets
 
@@ -216,7 +221,10 @@ def _warn_of_novel_masks(cfg: CfgNode) -> None:
             logger.warning(
                 "DATASETS.MASKX.SPLIT %s is not of the classes of '%s', so its masks are all "
                 "used, also those of %d classes that are novel by it: %s.",
-                *(cfg.DATASETS.MASKX.SPLIT, each.name, len(found), listed(found)),
+                cfg.DATASETS.MASKX.SPLIT,
+                each.name,
+                len(found),
+                listed(found),
             )
 
 
@@ -314,7 +322,10 @@ class MaskXLargeVocabularyEvaluator(MaskXSemSegEvaluator):
         counts = [f"{len(indices)} {name}" for name, indices in self._groups.items()]
         logger.info(
             "%s: %d classes, %s (%s)\n%s",
-            *(self._dataset_name, len(classes), " and ".join(counts), self._rule),
+            self._dataset_name,
+            len(classes),
+            " and ".join(counts),
+            self._rule,
             format_table(result),
         )
         return {

@@ -325,7 +325,8 @@ class LarvSegModel(_ScoringModel):
             self._reported_untrained |= never
             logger.warning(
                 "%d classes were in no image of the training, so they are never predicted: %s.",
-                *(len(never), listed([self.class_names[index] for index in sorted(never)])),
+                len(never),
+                listed([self.class_names[index] for index in sorted(never)]),
             )
         if not is_trained.any():
             raise ValueError(

@@ -290,7 +290,10 @@ def joint_sets(
             merged = ", ".join(f"{name} x{len(them)}" for name, them in tied.items())
             logger.warning(
                 "Data set %r: %d labels of %d names; merged: %s.",
-                *(each.name, len(each.class_names), len(set(each.class_names)), merged),
+                each.name,
+                len(each.class_names),
+                len(set(each.class_names)),
+                merged,
             )
     usable = tuple(_usable(each) for each in data_sets)
     scored, trained = scored_classes(usable, class_names), set()
@@ -301,7 +304,9 @@ def joint_sets(
     if never:
         logger.warning(
             "%d of %d classes are in no image that is trained on, so they are never predicted: %s.",
-            *(len(never), len(class_names), listed(never)),
+            len(never),
+            len(class_names),
+            listed(never),
         )
     return JointSets(usable, class_names, scored, tuple(sorted(trained)))
 
@@ -364,7 +369,10 @@ def _usable(data_set: JointDataSet) -> JointDataSet:
         logger.warning(
             "Data set %r: %d of %d images have no %s, so there is nothing to learn from them: "
             "left out.",
-            *(data_set.name, len(data_set.records) - len(kept), len(data_set.records), what),
+            data_set.name,
+            len(data_set.records) - len(kept),
+            len(data_set.records),
+            what,
         )
     return replace(data_set, records=kept)
 

@@ -101,7 +101,8 @@ def transfer_sets(
     if num_unlabelled:
         logger.warning(
             "%d of %d images have no label, so there is nothing to learn from them: left out.",
-            *(num_unlabelled, len(records)),
+            num_unlabelled,
+            len(records),
         )
     for name, found, rule in (
         ("source", source, "only categories with masks"),

@@ -103,7 +103,9 @@ def test_the_file_is_what_was_chosen_and_everything_is_counted(write):
     assert json.loads(output.read_text()) == select_coco60(dataset)
     kept, with_voc, empty = map(len, reference(dataset))
     assert (summary.num_images, summary.num_with_voc, summary.num_without_annotation) == (
-        *(kept, with_voc, empty),
+        kept,
+        with_voc,
+        empty,
     )
     assert min(kept, with_voc, empty) > 0
     assert summary.num_read == 40
@@ -181,7 +183,9 @@ def test_real_images(shared_data, tmp_path):
     dataset = json.loads(path.read_text())
     kept, with_voc, empty = map(len, reference(dataset))
     assert (summary.num_images, summary.num_with_voc, summary.num_without_annotation) == (
-        *(kept, with_voc, empty),
+        kept,
+        with_voc,
+        empty,
     )
     load_coco(tmp_path / "coco60.json", tmp_path, check_images=False)
 

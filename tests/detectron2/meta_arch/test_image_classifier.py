@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from PIL import Image
+from settings import pairs
 
 from maskx.core.backbones import SmallResNet
 from maskx.core.image_classifier import ImageClassifier, LayerTaps, choose_labels
@@ -123,9 +124,13 @@ def test_layers_can_be_tapped(model):
         ),
         (
             "build_resnet_fpn_backbone",
-            (
-                *("MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"], "MODEL.FPN.OUT_CHANNELS", 16),
-                *("MODEL.FPN.IN_FEATURES", ["res4", "res5"], "MODEL.MASKX.IN_FEATURE", "p4"),
+            pairs(
+                {
+                    "MODEL.RESNETS.OUT_FEATURES": ["res4", "res5"],
+                    "MODEL.FPN.OUT_CHANNELS": 16,
+                    "MODEL.FPN.IN_FEATURES": ["res4", "res5"],
+                    "MODEL.MASKX.IN_FEATURE": "p4",
+                }
             ),
             "p4",
         ),

@@ -127,7 +127,10 @@ def test_it_agrees_with_algorithm_1_pixel_by_pixel(num_labels, seed, resolve):
     labels = random.permutation(7)[:num_labels].tolist()
     thresholds, stds = random.normal(0, 0.5, num_labels), random.uniform(0.5, 2, num_labels)
     found = proxy_label_map(
-        *(maps, labels, 4, 5),
+        maps,
+        labels,
+        4,
+        5,
         num_classes=7,
         thresholds=thresholds,
         stds=stds.astype(np.float32),
@@ -386,7 +389,9 @@ def test_masks_of_other_settings_are_not_mixed(make, records, data_folder, tmp_p
         ValueError, match=r"made with projections .* this run has projections .*'patterns': 'cd'"
     ):
         make_proxy_masks(
-            *(records, tmp_path / "other", tmp_path / "masks"),
+            records,
+            tmp_path / "other",
+            tmp_path / "masks",
             class_names=NAMES,
             stds=STDS,
             settings=NO_CRF,
@@ -422,7 +427,9 @@ def test_what_does_not_fit_is_named(make, records, data_folder, tmp_path):
     assert not (tmp_path / "masks").exists()
     with pytest.raises(FileNotFoundError, match=r"projections\.json': there is no such file"):
         make_proxy_masks(
-            *(records, tmp_path, tmp_path / "masks"),
+            records,
+            tmp_path,
+            tmp_path / "masks",
             class_names=NAMES,
             stds=STDS,
             settings=NO_CRF,
@@ -443,7 +450,9 @@ def test_single_values_that_are_not_finite_name_the_image(
     np.savez(projections_path(tmp_path / "projections", "a/2"), labels=[1], projections=maps)
     with pytest.raises(ValueError, match=r"\(image 'a/2'\): the projections have nan for class"):
         make_proxy_masks(
-            *(records, tmp_path / "projections", tmp_path / "masks"),
+            records,
+            tmp_path / "projections",
+            tmp_path / "masks",
             class_names=NAMES,
             stds=STDS,
             settings=ProxyMaskSettings(crf=False, threshold=threshold),
@@ -458,7 +467,9 @@ def test_the_annotation_file_gives_masks_to_training(make, data_folder, tmp_path
     data = load_coco(data_folder / "tags.json", data_folder)
     output = tmp_path / "new" / "proxy.json"
     write_proxy_json(
-        *(output, data.records, tmp_path / "masks"),
+        output,
+        data.records,
+        tmp_path / "masks",
         image_root=data_folder,
         class_names=data.class_names,
         category_ids=data.category_ids,

@@ -278,7 +278,7 @@ def test_masks_are_made_and_compared_per_layer(data, found):
             assert record["annotations"] == []
             labels, q = read_projections(projections_folder(folder, layer), record["image_id"])
             expected = proxy_label_map(
-                *(q, labels, 64, 64), num_classes=4, stds=patterns.layers[layer].std[labels]
+                q, labels, 64, 64, num_classes=4, stds=patterns.layers[layer].std[labels]
             )
             path = record["label_map_file_name"]
             mask = read_label_map(path, 64, 64, num_classes=4, image_id=0)
@@ -294,7 +294,10 @@ def test_tags_alone_give_masks_that_are_not_compared(data, found):
     _, patterns, folder = found
     lines = []
     made = make_masks(
-        *(records, patterns, LAYERS, folder),
+        records,
+        patterns,
+        LAYERS,
+        folder,
         image_root=data.json_file.parent,
         settings=PLAIN,
         report=lines.append,
@@ -328,7 +331,10 @@ def test_other_tags_of_an_image_make_its_projections_and_mask_again(data, found)
     project(source, records, patterns, LAYERS, folder, report=lines.append)
     assert lines[0].startswith("Projections of 10 images: 1 written (0 of them")
     again = make_masks(
-        *(records, patterns, LAYERS, folder),
+        records,
+        patterns,
+        LAYERS,
+        folder,
         image_root=data.json_file.parent,
         settings=PLAIN,
         report=lines.append,
@@ -347,7 +353,10 @@ def test_settings_lie_side_by_side(data, found):
     assert made["C41"].json_file.name == "C41-otsu-ignore.json"
     folder = found[2]
     assert sorted(p.name for p in (folder / "masks").iterdir()) == [
-        *("C41-otsu-ignore", "C41-zero-ignore", "layer3-otsu-ignore", "layer3-zero-ignore")
+        "C41-otsu-ignore",
+        "C41-zero-ignore",
+        "layer3-otsu-ignore",
+        "layer3-zero-ignore",
     ]
 
 
@@ -356,13 +365,16 @@ def test_a_class_without_images_leaves_no_background(data, found, tmp_path):
     without = [r for r in data.records if 2 not in r["image_labels"]]
     lines = []
     patterns = discover(
-        *(source, without, data.class_names, LAYERS), output=tmp_path / "p", report=lambda line: 0
+        source, without, data.class_names, LAYERS, output=tmp_path / "p", report=lambda line: 0
     )
     assert not patterns.layers["C41"].valid[2]
     folder = tmp_path / "q"
     project(source, data.records, patterns, LAYERS, folder, report=lambda line: None)
     made = make_masks(
-        *(data.records, patterns, LAYERS, folder),
+        data.records,
+        patterns,
+        LAYERS,
+        folder,
         image_root=data.json_file.parent,
         settings=PLAIN,
         report=lines.append,
@@ -388,12 +400,15 @@ def test_true_masks_change_nothing_but_the_comparison(data, found, tmp_path):
         nowhere = [a | {"bbox": [0, 0, 1, 1], "segmentation": None} for a in record["annotations"]]
         blind.append(record | {"annotations": nowhere, "supervision": "image"})
     again = discover(
-        *(source, blind, data.class_names, LAYERS), output=tmp_path / "p", report=lambda line: 0
+        source, blind, data.class_names, LAYERS, output=tmp_path / "p", report=lambda line: 0
     )
     assert_same_patterns(patterns, again)
     project(source, blind, again, LAYERS, tmp_path / "q", report=lambda line: None)
     second = make_masks(
-        *(blind, again, LAYERS, tmp_path / "q"),
+        blind,
+        again,
+        LAYERS,
+        tmp_path / "q",
         image_root=data.json_file.parent,
         settings=PLAIN,
         report=lambda line: None,

@@ -35,8 +35,11 @@ def tiny(monkeypatch, tmp_path):
 
 def test_every_kind_of_setting_is_measured_and_a_seed_shares_its_classifier(tiny, monkeypatch):
     settings = (
-        *("proxy/zero_ignore", "proxy/otsu_ignore", "train/C43_zero_ignore"),
-        *("train/C41_otsu_standardised", "cosine"),
+        "proxy/zero_ignore",
+        "proxy/otsu_ignore",
+        "train/C43_zero_ignore",
+        "train/C41_otsu_standardised",
+        "cosine",
     )
     trained = []
     original = training_chain.train

@@ -98,8 +98,12 @@ def test_a_truth_is_the_union_of_all_instances():
         "height": 32,
         "width": 32,
         "annotations": [
-            *(annotation(2, first), annotation(1, first), annotation(2, second)),
-            *(annotation(3, first), annotation(3), annotation(5, np.zeros((32, 32), bool))),
+            annotation(2, first),
+            annotation(1, first),
+            annotation(2, second),
+            annotation(3, first),
+            annotation(3),
+            annotation(5, np.zeros((32, 32), bool)),
         ],
     }
     truths = dict(concept_truths(record, 6))

@@ -121,10 +121,7 @@ def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(data, t
     chain.model(3, ConceptMaskMethod(two_sizes=False))
     chain.model(2, ConceptMaskMethod(negatives=False))
     chain.model(1, ConceptMaskMethod(final_relu=True))
-    names = [
-        *FOLDERS,
-        *("segmentation_one_size", "refinement_no_negatives", "embedding_final_relu"),
-    ]
+    names = [*FOLDERS, "segmentation_one_size", "refinement_no_negatives", "embedding_final_relu"]
     assert list(chain.seconds) == names
     assert chain.model(3, ConceptMaskMethod(two_sizes=False)).attention_sizes == (32, 32)
     assert list(chain.seconds) == names

@@ -195,8 +195,14 @@ def test_image_level_data_keep_nothing_but_their_labels(tmp_path):
     sets = joint_sets([image_set([record])])
     (kept,) = sets.data_sets[0].records
     assert set(kept) == {
-        *("file_name", "height", "width", "image_id", "image_labels"),
-        *("annotations", "supervision", "data_set"),
+        "file_name",
+        "height",
+        "width",
+        "image_id",
+        "image_labels",
+        "annotations",
+        "supervision",
+        "data_set",
     }
     assert kept["annotations"] == []
     assert sets.image_labels(kept) == [0, 1, 2]

@@ -214,8 +214,15 @@ def test_samples_say_what_their_data_set_is(sets):
         sample = mapper(each.records[0], np.random.RandomState(0))
         own = "image_labels" if number else "sem_seg"
         assert sample.keys() == {
-            *("image", "height", "width", "image_id", "file_name", own),
-            *("data_set", "single_label", "attention"),
+            "image",
+            "height",
+            "width",
+            "image_id",
+            "file_name",
+            own,
+            "data_set",
+            "single_label",
+            "attention",
         }
         assert (sample["data_set"], sample["single_label"]) == (each.name, False)
 

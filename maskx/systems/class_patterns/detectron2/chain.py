@@ -68,8 +68,12 @@ _DATA = ("maskx_tag_chain_proxy", "maskx_tag_chain_predicted")
 # What changes the features of a network beside its weights; a key stands for those below it.
 _INPUT_KEYS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
 _FEATURE_KEYS = (
-    *(*_INPUT_KEYS, "INPUT.MASKX.SIZE"),
-    *("MODEL.BACKBONE.NAME", "MODEL.RESNETS", "MODEL.FPN", "MODEL.MASKX.BACKBONE.OUTPUT_STRIDE"),
+    *_INPUT_KEYS,
+    "INPUT.MASKX.SIZE",
+    "MODEL.BACKBONE.NAME",
+    "MODEL.RESNETS",
+    "MODEL.FPN",
+    "MODEL.MASKX.BACKBONE.OUTPUT_STRIDE",
     "MODEL.MASKX.BACKBONE.NAME",
 )
 
@@ -136,7 +140,8 @@ def _tagged_records(cfg: CfgNode) -> list[dict[str, Any]]:
         logger.warning(
             "Class patterns and masks are made of '%s' alone, the first of DATASETS.TRAIN; not "
             "of %s.",
-            *(name, ", ".join(others)),
+            name,
+            ", ".join(others),
         )
     all_records = records_of(name)
     records = [record for record in all_records if "image_labels" in record]
@@ -148,7 +153,9 @@ def _tagged_records(cfg: CfgNode) -> list[dict[str, Any]]:
     if len(records) < len(all_records):
         logger.warning(
             "%d of the %d images of '%s' are left out: their labels are not known.",
-            *(len(all_records) - len(records), len(all_records), name),
+            len(all_records) - len(records),
+            len(all_records),
+            name,
         )
     for record in records:
         if "image_id" not in record:
@@ -276,7 +283,10 @@ class TagChain:
         def work() -> dict[str, float | None]:
             source = _open_source(cfg, self.classifier.final_weights)
             patterns = discover(
-                *(source, self._records, self._class_names, layers),
+                source,
+                self._records,
+                self._class_names,
+                layers,
                 output=self.output / "patterns",
                 max_images_per_class=self._max_images_per_class,
                 seed=max(0, cfg.SEED),
@@ -284,7 +294,10 @@ class TagChain:
             )
             project(source, self._records, patterns, layers, folder, report=report)
             made = make_masks(
-                *(self._records, patterns, layers, folder),
+                self._records,
+                patterns,
+                layers,
+                folder,
                 image_root=self._image_root,
                 settings=self._masks,
                 made_with=_about(run),

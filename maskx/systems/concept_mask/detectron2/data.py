@@ -253,7 +253,8 @@ class MaskXConceptEvaluator(DatasetEvaluator):
         result = scores.evaluate()
         logger.info(
             "Concepts of '%s' by level of supervision:\n%s",
-            *(self._dataset_name, format_concept_table(result)),
+            self._dataset_name,
+            format_concept_table(result),
         )
         measures = {
             f"{measure}_{level}": value

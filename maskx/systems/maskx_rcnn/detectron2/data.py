@@ -175,8 +175,11 @@ class MaskXDatasetMapper(DatasetMapper):
             logger.warning(
                 "Annotation %s of image %s (%s) goes on without its mask: %s. Others of this kind "
                 "(%s) are counted, but not logged.",
-                *(annotation.get("id", "without id"), record.get("image_id", "without id")),
-                *(record["file_name"], problem, problem.kind),
+                annotation.get("id", "without id"),
+                record.get("image_id", "without id"),
+                record["file_name"],
+                problem,
+                problem.kind,
             )
 
 

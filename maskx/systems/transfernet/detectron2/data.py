@@ -135,7 +135,9 @@ def transfer_records(cfg: CfgNode) -> TransferSets:
     chosen = source_subset(sets.source, keys.SOURCE_FRACTION, keys.SOURCE_SUBSET)
     logger.info(
         "%d of %d source images, %d target images %s masks.",
-        *(len(chosen), len(sets.source), len(sets.target)),
+        len(chosen),
+        len(sets.source),
+        len(sets.target),
         "with what there is of" if keys.USE_TARGET_MASKS else "without",
     )
     return replace(sets, source=chosen)

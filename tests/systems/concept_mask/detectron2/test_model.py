@@ -5,6 +5,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.modeling import build_model
+from settings import pairs
 from torch import nn
 
 from maskx.core.word_table import WordTable, load_word_table, save_word_table
@@ -80,11 +81,22 @@ def test_the_stride_is_that_of_the_backbone(make_concept_cfg):
 
 def test_a_backbone_of_detectron2_serves(make_concept_cfg):
     fpn = (
-        *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.OUT_FEATURES"),
-        *(["res2", "res3", "res4", "res5"], "MODEL.FPN.IN_FEATURES"),
-        *(["res2", "res3", "res4", "res5"], "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
-        *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.MASKX.IN_FEATURE", "p4"),
-        *("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0),
+        "MODEL.BACKBONE.NAME",
+        "build_resnet_fpn_backbone",
+        "MODEL.RESNETS.OUT_FEATURES",
+        ["res2", "res3", "res4", "res5"],
+        "MODEL.FPN.IN_FEATURES",
+        ["res2", "res3", "res4", "res5"],
+        "MODEL.RESNETS.RES2_OUT_CHANNELS",
+        64,
+        *pairs(
+            {
+                "MODEL.FPN.OUT_CHANNELS": 16,
+                "MODEL.MASKX.IN_FEATURE": "p4",
+                "MODEL.RESNETS.NORM": "BN",
+                "MODEL.BACKBONE.FREEZE_AT": 0,
+            }
+        ),
     )
     cfg = make_concept_cfg(*fpn, KEYS + "ATTENTION_SIZES", (32, 64), file=FILES[1])
     model = build_model(cfg).train()
@@ -218,8 +230,12 @@ def test_gamma_is_that_of_the_file(make_concept_cfg, concept_files):
         (
             3,
             (
-                *(KEYS + "ENCODER_PRETRAINED", True, KEYS + "ENCODER", "resnet18"),
-                *("INPUT.FORMAT", "BGR"),
+                KEYS + "ENCODER_PRETRAINED",
+                True,
+                KEYS + "ENCODER",
+                "resnet18",
+                "INPUT.FORMAT",
+                "BGR",
             ),
             r"FORMAT is BGR.*ENCODER_PRETRAINED loads.*expect RGB.*or ENCODER_PRETRAINED off",
         ),

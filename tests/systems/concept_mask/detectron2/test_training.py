@@ -61,7 +61,12 @@ def write_config(make_concept_cfg, concept_files, tmp_path):
         register = [["tiny_concepts", str(folder / "concepts.json"), str(folder)]]
         test = ("DATASETS.TEST", ()) if stage < 3 else ()
         cfg = make_concept_cfg(
-            *("DATASETS.MASKX.REGISTER", register, KEYS + "OVERLAP", "", *test, *opts),
+            "DATASETS.MASKX.REGISTER",
+            register,
+            KEYS + "OVERLAP",
+            "",
+            *test,
+            *opts,
             file=FILES[stage],
         )
         path = tmp_path / f"stage{stage}_{len(list(tmp_path.iterdir()))}.yaml"

@@ -228,9 +228,7 @@ def test_crop_level_labels_are_those_of_the_crop(make_joint_cfg, write_record):
 def test_test_samples_say_which_classes_to_choose_from(make_joint_cfg):
     cfg = make_joint_cfg()
     (sample,) = next(iter(Trainer.build_test_loader(cfg, TAGS)))
-    assert sample.keys() == {
-        *("file_name", "image_id", "height", "width", "image", "class_indices"),
-    }
+    assert sample.keys() == {"file_name", "image_id", "height", "width", "image", "class_indices"}
     assert sample["class_indices"] == (0, 1, 2, 3)
     (sample,) = next(iter(Trainer.build_test_loader(cfg, VAL)))
     assert sample["class_indices"] == tuple(range(9))

@@ -4,6 +4,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from settings import pairs
 from torch import nn
 
 from maskx.detectron2 import MaskXLarvSeg, MaskXSmallResNet
@@ -47,13 +48,23 @@ def test_the_predictor_gives_what_the_model_gives(make_larvseg_cfg, tmp_path):
 
 def test_the_configuration_is_read(make_larvseg_cfg):
     cfg = make_larvseg_cfg(
-        *("MODEL.MASKX.LARVSEG.BANK_SIZE", 3, "MODEL.MASKX.LARVSEG.WARM_UP", 2),
-        *("MODEL.MASKX.LARVSEG.TOP_TOKENS", 5, "MODEL.MASKX.LARVSEG.HIDDEN_CHANNELS", 6),
-        *("MODEL.MASKX.LARVSEG.SAMPLE_CLASSES", 2, "MODEL.MASKX.LARVSEG.SYNCHRONISE_BANK", True),
-        *("MODEL.MASKX.LARVSEG.LOGIT_FORM", "layernorm"),
-        *("MODEL.MASKX.LARVSEG.POOLING", "normalised"),
-        *("MODEL.MASKX.LARVSEG.IMAGE_WEIGHT", 0.3, "MODEL.MASKX.LARVSEG.ATTENTIVE_WEIGHT", 0.4),
-        *("MODEL.MASKX.IN_FEATURE", "layer3", "TEST.MASKX.WINDOW", 32, "TEST.MASKX.STRIDE", 16),
+        *pairs(
+            {
+                "MODEL.MASKX.LARVSEG.BANK_SIZE": 3,
+                "MODEL.MASKX.LARVSEG.WARM_UP": 2,
+                "MODEL.MASKX.LARVSEG.TOP_TOKENS": 5,
+                "MODEL.MASKX.LARVSEG.HIDDEN_CHANNELS": 6,
+                "MODEL.MASKX.LARVSEG.SAMPLE_CLASSES": 2,
+                "MODEL.MASKX.LARVSEG.SYNCHRONISE_BANK": True,
+                "MODEL.MASKX.LARVSEG.LOGIT_FORM": "layernorm",
+                "MODEL.MASKX.LARVSEG.POOLING": "normalised",
+                "MODEL.MASKX.LARVSEG.IMAGE_WEIGHT": 0.3,
+                "MODEL.MASKX.LARVSEG.ATTENTIVE_WEIGHT": 0.4,
+                "MODEL.MASKX.IN_FEATURE": "layer3",
+                "TEST.MASKX.WINDOW": 32,
+                "TEST.MASKX.STRIDE": 16,
+            }
+        )
     )
     model = build_model(cfg)
     network = model.network

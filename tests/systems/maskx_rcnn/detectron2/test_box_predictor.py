@@ -14,6 +14,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, StandardROIHeads, build_mode
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from settings import pairs
 
 from maskx.core.word_vectors import load_class_vectors
 from maskx.data.vocabularies import COCO_THING_CLASSES
@@ -43,12 +44,14 @@ def text_opts(tmp_path):
     (tmp_path / "words.txt").write_text("\n".join(words))
 
     def opts(names):
-        return (
-            *("MODEL.MASKX.TEXT_CLASSIFIER.VECTORS", str(tmp_path / "words.npy")),
-            *("MODEL.MASKX.TEXT_CLASSIFIER.CLASSES", names),
-            *("MODEL.ROI_HEADS.NUM_CLASSES", len(names)),
-            *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
-            *("MODEL.MASKX.TRANSFER.INPUTS", "cls"),
+        return pairs(
+            {
+                "MODEL.MASKX.TEXT_CLASSIFIER.VECTORS": str(tmp_path / "words.npy"),
+                "MODEL.MASKX.TEXT_CLASSIFIER.CLASSES": names,
+                "MODEL.ROI_HEADS.NUM_CLASSES": len(names),
+                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+                "MODEL.MASKX.TRANSFER.INPUTS": "cls",
+            }
         )
 
     return opts
@@ -131,8 +134,10 @@ def test_the_example_of_the_configs_takes_the_names_of_the_training_data(
         "".join(f"{n.replace(' ', '_')} {k} 1\n" for k, n in enumerate(names_of(tiny_train)))
     )
     cfg = make_cfg(
-        *("MODEL.MASKX.TEXT_CLASSIFIER.VECTORS", str(tmp_path / "names.txt")),
-        *("MODEL.MASKX.TEXT_CLASSIFIER.TEMPERATURE", 20.0),
+        "MODEL.MASKX.TEXT_CLASSIFIER.VECTORS",
+        str(tmp_path / "names.txt"),
+        "MODEL.MASKX.TEXT_CLASSIFIER.TEMPERATURE",
+        20.0,
         file="other_heads/text_cls_2_layer_R_50_FPN.yaml",
     )
     heads = build_model(cfg).roi_heads
@@ -218,12 +223,14 @@ def test_the_vectors_of_clip_for_the_classes_of_coco(
     (tmp_path / "clip.json").write_text(json.dumps(COCO_THING_CLASSES))
 
     def opts(names):
-        return (
-            *("MODEL.MASKX.TEXT_CLASSIFIER.VECTORS", str(tmp_path / "clip.npy")),
-            *("MODEL.MASKX.TEXT_CLASSIFIER.CLASSES", list(names)),
-            *("MODEL.ROI_HEADS.NUM_CLASSES", len(names)),
-            *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
-            *("MODEL.MASKX.TRANSFER.INPUTS", "cls"),
+        return pairs(
+            {
+                "MODEL.MASKX.TEXT_CLASSIFIER.VECTORS": str(tmp_path / "clip.npy"),
+                "MODEL.MASKX.TEXT_CLASSIFIER.CLASSES": list(names),
+                "MODEL.ROI_HEADS.NUM_CLASSES": len(names),
+                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+                "MODEL.MASKX.TRANSFER.INPUTS": "cls",
+            }
         )
 
     model = make_model(*opts(COCO_THING_CLASSES))
@@ -248,8 +255,10 @@ def test_the_vectors_of_clip_for_the_classes_of_coco(
         ),
         (
             (
-                *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", False),
-                *("MODEL.MASKX.TRANSFER.INPUTS", "randn"),
+                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG",
+                False,
+                "MODEL.MASKX.TRANSFER.INPUTS",
+                "randn",
             ),
             "Set MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True",
         ),

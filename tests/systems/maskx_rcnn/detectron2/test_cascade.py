@@ -5,13 +5,16 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from settings import pairs
 
 from maskx.detectron2 import MaskXCascadeROIHeads
 
-CASCADE = (
-    *("MODEL.ROI_HEADS.NAME", "MaskXCascadeROIHeads"),
-    *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
-    *("MODEL.MASKX.TRANSFER.INPUTS", "cls"),
+CASCADE = pairs(
+    {
+        "MODEL.ROI_HEADS.NAME": "MaskXCascadeROIHeads",
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+        "MODEL.MASKX.TRANSFER.INPUTS": "cls",
+    }
 )
 
 KINDS = {
@@ -151,7 +154,7 @@ def test_detections_have_masks(make_cascade, make_sample):
 
 def test_a_frozen_detector_trains_the_mask_head_only(make_cascade, make_sample):
     model = make_cascade(
-        *("MODEL.META_ARCHITECTURE", "MaskXRCNN", "MODEL.MASKX.FREEZE_DETECTOR", True)
+        "MODEL.META_ARCHITECTURE", "MaskXRCNN", "MODEL.MASKX.FREEZE_DETECTOR", True
     )
     for kind, batch in KINDS.items():
         losses = losses_of(model, [make_sample(has_mask) for has_mask in batch])

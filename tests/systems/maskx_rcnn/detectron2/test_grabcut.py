@@ -6,15 +6,19 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from settings import pairs
 
 from maskx.core.images import resized_image
 from maskx.data.grabcut import grabcut_mask
 from maskx.detectron2 import MaskXCOCOEvaluator, Trainer
 from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXGrabCutRCNN, predicts_masks
 
-GRABCUT = (
-    *("MODEL.META_ARCHITECTURE", "MaskXGrabCutRCNN", "MODEL.MASK_ON", False),
-    *("MODEL.ROI_HEADS.NAME", "StandardROIHeads"),
+GRABCUT = pairs(
+    {
+        "MODEL.META_ARCHITECTURE": "MaskXGrabCutRCNN",
+        "MODEL.MASK_ON": False,
+        "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+    }
 )
 
 

@@ -6,6 +6,7 @@ from detectron2.modeling import ROI_BOX_HEAD_REGISTRY
 from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from settings import pairs
 from torch import nn
 from torch.func import functional_call
 
@@ -111,10 +112,18 @@ def test_another_roi_head_cannot_drive_it():
 
 def test_config_keys_reach_the_head(make_cfg, tmp_path):
     cfg = make_cfg(
-        *("MODEL.MASKX.MLP", "bottleneck", "MODEL.MASKX.TRANSFER.INPUTS", "cls"),
-        *("MODEL.MASKX.TRANSFER.LAYERS", 3, "MODEL.MASKX.TRANSFER.ACTIVATION", "relu"),
-        *("MODEL.MASKX.TRANSFER.STOP_GRADIENT", False, "MODEL.MASKX.LOSS_WEIGHT", 2.0),
-        *("MODEL.ROI_MASK_HEAD.NORM", "GN", "MODEL.ROI_MASK_HEAD.CONV_DIM", 32),
+        *pairs(
+            {
+                "MODEL.MASKX.MLP": "bottleneck",
+                "MODEL.MASKX.TRANSFER.INPUTS": "cls",
+                "MODEL.MASKX.TRANSFER.LAYERS": 3,
+                "MODEL.MASKX.TRANSFER.ACTIVATION": "relu",
+                "MODEL.MASKX.TRANSFER.STOP_GRADIENT": False,
+                "MODEL.MASKX.LOSS_WEIGHT": 2.0,
+                "MODEL.ROI_MASK_HEAD.NORM": "GN",
+                "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
+            }
+        )
     )
     head = MaskXMaskHead(cfg, SHAPE)
     assert head.mlp.reduce is not None

@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.projects import point_rend
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from settings import pairs
 from torch import nn
 
 from maskx.detectron2 import MaskXPointRendMaskHead, PointLayers, add_maskx_config
@@ -21,14 +22,21 @@ SHAPES = {
     "p3": ShapeSpec(channels=6, stride=8),
     "p4": ShapeSpec(channels=6, stride=16),
 }
-POINT_REND = (
-    *("MODEL.ROI_MASK_HEAD.NAME", "MaskXPointRendMaskHead", "MODEL.ROI_MASK_HEAD.POOLER_TYPE", ""),
-    *("INPUT.MASK_FORMAT", "bitmask", "MODEL.MASKX.MLP", "none"),
-    *("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True),
+POINT_REND = pairs(
+    {
+        "MODEL.ROI_MASK_HEAD.NAME": "MaskXPointRendMaskHead",
+        "MODEL.ROI_MASK_HEAD.POOLER_TYPE": "",
+        "INPUT.MASK_FORMAT": "bitmask",
+        "MODEL.MASKX.MLP": "none",
+        "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": True,
+    }
 )
-CASCADE = (
-    *("MODEL.ROI_HEADS.NAME", "MaskXCascadeROIHeads", "MODEL.MASKX.TRANSFER.INPUTS", "cls"),
-    *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
+CASCADE = pairs(
+    {
+        "MODEL.ROI_HEADS.NAME": "MaskXCascadeROIHeads",
+        "MODEL.MASKX.TRANSFER.INPUTS": "cls",
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+    }
 )
 KINDS = {
     "masked": ([True, True, True], [True]),
@@ -46,15 +54,27 @@ def small_cfg(*opts):
     add_maskx_config(cfg)
     cfg.merge_from_list(
         [
-            *("MODEL.ROI_MASK_HEAD.CONV_DIM", 4, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 6),
-            *("MODEL.ROI_MASK_HEAD.FC_DIM", 9, "MODEL.ROI_MASK_HEAD.OUTPUT_SIDE_RESOLUTION", 3),
-            *("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "", "MODEL.ROI_MASK_HEAD.POINT_HEAD_ON", True),
-            *("MODEL.POINT_HEAD.FC_DIM", 7, "MODEL.POINT_HEAD.NUM_FC", 2),
-            *("MODEL.POINT_HEAD.IN_FEATURES", ("p2", "p3")),
-            *("MODEL.POINT_HEAD.TRAIN_NUM_POINTS", 20, "MODEL.POINT_HEAD.SUBDIVISION_STEPS", 3),
-            *("MODEL.POINT_HEAD.SUBDIVISION_NUM_POINTS", 40, "MODEL.ROI_HEADS.NUM_CLASSES", K),
-            *("MODEL.ROI_BOX_HEAD.FC_DIM", D, "MODEL.ROI_BOX_HEAD.NUM_FC", 1),
-            *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "INPUT.MASK_FORMAT", "bitmask"),
+            *pairs(
+                {
+                    "MODEL.ROI_MASK_HEAD.CONV_DIM": 4,
+                    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 6,
+                    "MODEL.ROI_MASK_HEAD.FC_DIM": 9,
+                    "MODEL.ROI_MASK_HEAD.OUTPUT_SIDE_RESOLUTION": 3,
+                    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": "",
+                    "MODEL.ROI_MASK_HEAD.POINT_HEAD_ON": True,
+                    "MODEL.POINT_HEAD.FC_DIM": 7,
+                    "MODEL.POINT_HEAD.NUM_FC": 2,
+                    "MODEL.POINT_HEAD.IN_FEATURES": ("p2", "p3"),
+                    "MODEL.POINT_HEAD.TRAIN_NUM_POINTS": 20,
+                    "MODEL.POINT_HEAD.SUBDIVISION_STEPS": 3,
+                    "MODEL.POINT_HEAD.SUBDIVISION_NUM_POINTS": 40,
+                    "MODEL.ROI_HEADS.NUM_CLASSES": K,
+                    "MODEL.ROI_BOX_HEAD.FC_DIM": D,
+                    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
+                    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+                    "INPUT.MASK_FORMAT": "bitmask",
+                }
+            ),
             *opts,
         ]
     )
@@ -224,9 +244,14 @@ def test_the_defaults_are_those_of_pointrend(make_cfg):
 def test_the_keys_of_pointrend_reach_the_head():
     head = MaskXPointRendMaskHead(
         small_cfg(
-            *("MODEL.ROI_MASK_HEAD.IN_FEATURES", ("p3", "p4"), "MODEL.MASKX.LOSS_WEIGHT", 0.5),
-            *("MODEL.POINT_HEAD.OVERSAMPLE_RATIO", 2),
-            *("MODEL.POINT_HEAD.IMPORTANCE_SAMPLE_RATIO", 0.5),
+            *pairs(
+                {
+                    "MODEL.ROI_MASK_HEAD.IN_FEATURES": ("p3", "p4"),
+                    "MODEL.MASKX.LOSS_WEIGHT": 0.5,
+                    "MODEL.POINT_HEAD.OVERSAMPLE_RATIO": 2,
+                    "MODEL.POINT_HEAD.IMPORTANCE_SAMPLE_RATIO": 0.5,
+                }
+            )
         ),
         SHAPES,
     )

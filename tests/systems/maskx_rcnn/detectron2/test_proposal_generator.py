@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
+from settings import pairs
 
 from maskx.detectron2 import Trainer, register_coco
 
@@ -66,9 +67,13 @@ def test_a_batch_of_incomplete_images_keeps_every_parameter_in_the_graph(make_mo
 def test_other_modules_are_refused_for_incomplete_boxes(make_cfg, scenes):
     names = [c["name"] for c in json.loads(scenes[0].read_text())["categories"]]
     register_coco("incomplete", *scenes, class_names=[*names, "without annotations"])
-    data = (
-        *("DATASETS.TRAIN", ("incomplete",), "DATASETS.TEST", ("incomplete",)),
-        *("MODEL.ROI_HEADS.NUM_CLASSES", 5, "DATASETS.MASKX.SPLIT", "all"),
+    data = pairs(
+        {
+            "DATASETS.TRAIN": ("incomplete",),
+            "DATASETS.TEST": ("incomplete",),
+            "MODEL.ROI_HEADS.NUM_CLASSES": 5,
+            "DATASETS.MASKX.SPLIT": "all",
+        }
     )
     with pytest.raises(ValueError, match=r"annotates 4 of 5 classes.*Set it to MaskXRPN"):
         Trainer(make_cfg(*data))

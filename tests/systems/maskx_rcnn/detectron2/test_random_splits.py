@@ -130,11 +130,22 @@ def test_an_interrupted_protocol_goes_on_and_no_run_is_made_twice(protocol, monk
 def test_the_tool_runs_the_protocol_and_plots(protocol, tmp_path, monkeypatch, capsys):
     output = protocol["output"]
     arguments = (
-        *(TOOL, "--stage1", protocol["detector"].config_file),
-        *("--baseline-config", protocol["configs"][BASELINE]),
-        *("--transfer-config", protocol["configs"][TRANSFER]),
-        *("--splits", protocol["splits"][0], "--output", output),
-        *("--stage1-opts", "SOLVER.MAX_ITER", "3", "SOLVER.MAX_ITER", "1"),
+        TOOL,
+        "--stage1",
+        protocol["detector"].config_file,
+        "--baseline-config",
+        protocol["configs"][BASELINE],
+        "--transfer-config",
+        protocol["configs"][TRANSFER],
+        "--splits",
+        protocol["splits"][0],
+        "--output",
+        output,
+        "--stage1-opts",
+        "SOLVER.MAX_ITER",
+        "3",
+        "SOLVER.MAX_ITER",
+        "1",
     )
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     runpy.run_path(TOOL, run_name="__main__")

@@ -2,18 +2,25 @@ import pytest
 import torch
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.utils.events import EventStorage
+from settings import pairs
 
 from maskx.data.masks import PastedMasks
 from maskx.detectron2 import MaskXRCNN, Trainer, register_coco
 from maskx.systems.maskx_rcnn.samples import masks_of_boxes
 
-STAGE_1 = (
-    *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.MASK_ON", False),
-    *("MODEL.RESNETS.NORM", "BN"),  # has statistics that training would change
+STAGE_1 = pairs(
+    {
+        "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+        "MODEL.MASK_ON": False,
+        "MODEL.RESNETS.NORM": "BN",
+    }
 )
-STAGE_2 = (
-    *("MODEL.META_ARCHITECTURE", "MaskXRCNN", "MODEL.MASKX.FREEZE_DETECTOR", True),
-    *("MODEL.RESNETS.NORM", "BN"),
+STAGE_2 = pairs(
+    {
+        "MODEL.META_ARCHITECTURE": "MaskXRCNN",
+        "MODEL.MASKX.FREEZE_DETECTOR": True,
+        "MODEL.RESNETS.NORM": "BN",
+    }
 )
 MASK_HEAD = "roi_heads.mask_head."
 
@@ -72,10 +79,13 @@ def test_an_unfrozen_second_stage_changes_the_detector(make_cfg, stage_1):
 @pytest.fixture
 def text_classifier(tmp_path):
     (tmp_path / "words.txt").write_text("cat 1 2\ndog -1 3\nowl 2 0\nyak 1 1\n")
-    return (
-        *("MODEL.MASKX.TEXT_CLASSIFIER.VECTORS", str(tmp_path / "words.txt")),
-        *("MODEL.MASKX.TEXT_CLASSIFIER.CLASSES", ["cat", "dog", "owl", "yak"]),
-        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True, "MODEL.MASKX.TRANSFER.INPUTS", "cls"),
+    return pairs(
+        {
+            "MODEL.MASKX.TEXT_CLASSIFIER.VECTORS": str(tmp_path / "words.txt"),
+            "MODEL.MASKX.TEXT_CLASSIFIER.CLASSES": ["cat", "dog", "owl", "yak"],
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+            "MODEL.MASKX.TRANSFER.INPUTS": "cls",
+        }
     )
 
 
@@ -87,9 +97,12 @@ def test_a_frozen_detector_computes_the_mask_loss_only(
 ):
     opts = {
         "MaskXROIHeads": ("MODEL.MASKX.TRANSFER.STOP_GRADIENT", False),  # frozen all the same
-        "MaskXCascadeROIHeads": (
-            *("MODEL.ROI_HEADS.NAME", "MaskXCascadeROIHeads", "MODEL.MASKX.TRANSFER.INPUTS", "cls"),
-            *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True),
+        "MaskXCascadeROIHeads": pairs(
+            {
+                "MODEL.ROI_HEADS.NAME": "MaskXCascadeROIHeads",
+                "MODEL.MASKX.TRANSFER.INPUTS": "cls",
+                "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+            }
         ),
         "text": text_classifier,
     }[heads]

@@ -19,6 +19,7 @@ from detectron2.structures import Boxes, BoxMode, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from settings import pairs
 from torch import nn
 
 from maskx.detectron2 import MaskXDatasetMapper, MaskXROIHeads, MaskXROIHeadsMixin
@@ -53,7 +54,7 @@ def test_every_parameter_is_in_the_graph_of_every_batch(
     make_model, make_sample, kind, predictor, gt_boxes_only
 ):
     model = make_model(
-        *("MODEL.MASKX.PREDICTOR", predictor, "MODEL.MASKX.GT_BOXES_ONLY", gt_boxes_only)
+        "MODEL.MASKX.PREDICTOR", predictor, "MODEL.MASKX.GT_BOXES_ONLY", gt_boxes_only
     )
     losses = losses_of(model, [make_sample(has_mask) for has_mask in KINDS[kind]])
 
@@ -405,9 +406,17 @@ def test_other_heads_are_built_from_explicit_arguments(make_tagging, make_sample
 def arguments_of(heads):
     """Explicit arguments that make the same heads again."""
     names = (
-        *("num_classes", "batch_size_per_image", "positive_fraction", "proposal_matcher"),
-        *("box_in_features", "box_pooler", "box_head", "box_predictor"),
-        *("mask_in_features", "mask_pooler", "mask_head"),
+        "num_classes",
+        "batch_size_per_image",
+        "positive_fraction",
+        "proposal_matcher",
+        "box_in_features",
+        "box_pooler",
+        "box_head",
+        "box_predictor",
+        "mask_in_features",
+        "mask_pooler",
+        "mask_head",
     )
     return {name: getattr(heads, name) for name in names}
 
@@ -470,9 +479,12 @@ class MaskXZeroShotROIHeads(MaskXROIHeadsMixin, ZeroShotROIHeads):
     pass
 
 
-ZERO_SHOT = (
-    *("MODEL.ROI_HEADS.NAME", "MaskXZeroShotROIHeads", "MODEL.MASKX.TRANSFER.INPUTS", "cls"),
-    *("MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS", 7),
+ZERO_SHOT = pairs(
+    {
+        "MODEL.ROI_HEADS.NAME": "MaskXZeroShotROIHeads",
+        "MODEL.MASKX.TRANSFER.INPUTS": "cls",
+        "MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS": 7,
+    }
 )
 
 
@@ -529,7 +541,7 @@ def test_rows_that_hold_the_background_are_refused(make_model, monkeypatch):
 def test_without_a_configuration_too_class_agnostic_boxes_give_no_rows(make_model):
     arguments = arguments_of(make_model().roi_heads)
     agnostic = make_model(
-        *("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True, "MODEL.MASKX.TRANSFER.INPUTS", "cls")
+        "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True, "MODEL.MASKX.TRANSFER.INPUTS", "cls"
     )
     arguments["box_predictor"] = agnostic.roi_heads.box_predictor
     with pytest.raises(ValueError, match=r"box regression is class-agnostic\. Make it class-spec"):

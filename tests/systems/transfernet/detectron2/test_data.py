@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from settings import pairs
 
 import maskx.data.label_maps
 from maskx.data.label_maps import label_map_of_instances, write_label_map
@@ -290,8 +291,14 @@ def test_photographs_of_coco_are_divided(make_transfer_cfg, shared_data):
     root = shared_data / "coco_mini"
     register_coco("mini", root / "annotations" / "instances_val2017.json", root / "val2017")
     cfg = make_transfer_cfg(
-        *("DATASETS.TRAIN", ("mini",), "DATASETS.TEST", ("mini",)),
-        *("DATASETS.MASKX.SPLIT", "coco_nonvoc", "MODEL.MASKX.NUM_CLASSES", 80),
+        *pairs(
+            {
+                "DATASETS.TRAIN": ("mini",),
+                "DATASETS.TEST": ("mini",),
+                "DATASETS.MASKX.SPLIT": "coco_nonvoc",
+                "MODEL.MASKX.NUM_CLASSES": 80,
+            }
+        )
     )
     check_config(cfg)
     sets, names = transfer_records(cfg), transfer_split(cfg).class_names
@@ -310,8 +317,14 @@ def test_the_classifier_needs_labels_of_all_classes(make_transfer_cfg, sparse_sc
     split = tmp_path / "split.txt"
     split.write_text(names[0])
     cfg = make_transfer_cfg(
-        *("DATASETS.TRAIN", ("partly",), "DATASETS.TEST", (), "MODEL.MASKX.NUM_CLASSES", 6),
-        *("DATASETS.MASKX.SPLIT", str(split)),
+        *pairs(
+            {
+                "DATASETS.TRAIN": ("partly",),
+                "DATASETS.TEST": (),
+                "MODEL.MASKX.NUM_CLASSES": 6,
+                "DATASETS.MASKX.SPLIT": str(split),
+            }
+        ),
         file="quick_schedules/stage0_classifier_scenes_cpu.yaml",
     )
     with pytest.raises(ValueError, match=r"'partly' annotates 4 of 6 classes"):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from settings import pairs
 
 KEYS = "MODEL.MASKX.TRANSFERNET."
 
@@ -137,9 +138,16 @@ def test_keys_that_do_not_fit_are_named(make_transfer_cfg, opts, words):
 
 def test_any_backbone_of_detectron2_will_do(make_transfer_cfg):
     cfg = make_transfer_cfg(
-        *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
-        *("MODEL.RESNETS.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", 0),
-        *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4"], "MODEL.MASKX.IN_FEATURE", "res3"),
+        *pairs(
+            {
+                "MODEL.BACKBONE.NAME": "build_resnet_backbone",
+                "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+                "MODEL.RESNETS.NORM": "GN",
+                "MODEL.BACKBONE.FREEZE_AT": 0,
+                "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4"],
+                "MODEL.MASKX.IN_FEATURE": "res3",
+            }
+        )
     )
     model = build_model(cfg)
     losses, _ = losses_of(model, [make_sample([2, 0], mask=True), make_sample([1])])

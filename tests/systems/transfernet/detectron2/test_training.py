@@ -15,6 +15,7 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from settings import pairs
 
 from maskx.core.digests import sha256_of
 from maskx.data.scenes.generator import generate_scenes
@@ -114,9 +115,21 @@ def test_an_interrupted_run_goes_on_where_it_stopped(make_transfer_cfg, tiny_spa
 
 def test_it_learns_the_masks_of_its_images(make_transfer_cfg, tiny_sparse):
     cfg = make_transfer_cfg(
-        *(*TRAINED, "SOLVER.MAX_ITER", 60, "SOLVER.BASE_LR", 0.005, "INPUT.MASKX.SIZE", 64),
-        *("MODEL.MASKX.IN_FEATURE", "layer3", KEYS + "NUM_FACTORS", 64),
-        *("SOLVER.IMS_PER_BATCH", 8, "INPUT.RANDOM_FLIP", "none"),
+        *TRAINED,
+        "SOLVER.MAX_ITER",
+        60,
+        "SOLVER.BASE_LR",
+        0.005,
+        "INPUT.MASKX.SIZE",
+        64,
+        "MODEL.MASKX.IN_FEATURE",
+        "layer3",
+        KEYS + "NUM_FACTORS",
+        64,
+        "SOLVER.IMS_PER_BATCH",
+        8,
+        "INPUT.RANDOM_FLIP",
+        "none",
     )
     latest = train(cfg).storage.latest()
     assert latest["sem_seg/mIoU_A"][0] > 30
@@ -149,8 +162,13 @@ def test_the_model_predicts_only_classes_of_the_data_set(make_transfer_cfg, tmp_
         Path(scenes).write_text(json.dumps(content | {"images": images}))
         register_coco(name, scenes, tmp_path / name)
     cfg = make_transfer_cfg(
-        *("DATASETS.TRAIN", ("source", "target"), "DATASETS.TEST", ("target",)),
-        *("DATASETS.MASKX.SPLIT", "all"),
+        *pairs(
+            {
+                "DATASETS.TRAIN": ("source", "target"),
+                "DATASETS.TEST": ("target",),
+                "DATASETS.MASKX.SPLIT": "all",
+            }
+        )
     )
     check_config(cfg)
     model = build_model(cfg).eval()
@@ -172,9 +190,12 @@ def test_the_model_predicts_only_classes_of_the_data_set(make_transfer_cfg, tmp_
 
 def cfg_pairs(cfg):
     keys = cfg.DATASETS
-    return (
-        *("DATASETS.TRAIN", keys.TRAIN, "DATASETS.TEST", keys.TEST),
-        *("DATASETS.MASKX.SPLIT", keys.MASKX.SPLIT),
+    return pairs(
+        {
+            "DATASETS.TRAIN": keys.TRAIN,
+            "DATASETS.TEST": keys.TEST,
+            "DATASETS.MASKX.SPLIT": keys.MASKX.SPLIT,
+        }
     )
 
 
@@ -315,7 +336,10 @@ def test_the_tool_trains_the_stages_and_none_twice(write_config, tmp_path, monke
                 assert torch.equal(state[f"network.encoder.{kept}"], value)
     moved = [n for n, v in states[1].items() if not torch.equal(v, states[2][n])]
     assert {n.split(".")[1] for n in moved} == {
-        *("attention", "classifier", "decoder", "decoder_norm")
+        "attention",
+        "classifier",
+        "decoder",
+        "decoder_norm",
     }
 
     assert run_here(*command).count("finished before, not run again") == 3
