@@ -46,13 +46,15 @@ from maskx.systems.maskx_rcnn.detectron2.heads import (
     MaskXMaskHead,
     MaskXTextOutputLayers,
 )
-from maskx.systems.maskx_rcnn.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
-from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXGrabCutRCNN, MaskXRCNN, MaskXRPN
-from maskx.systems.maskx_rcnn.detectron2.roi_heads import (
+from maskx.systems.maskx_rcnn.detectron2.model import (
     MaskXCascadeROIHeads,
+    MaskXGrabCutRCNN,
+    MaskXRCNN,
     MaskXROIHeads,
     MaskXROIHeadsMixin,
+    MaskXRPN,
 )
+from maskx.systems.maskx_rcnn.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
 from maskx.systems.transfernet.detectron2 import (
     MaskXTransferClassifier,
     MaskXTransferLabelEvaluator,

@@ -41,7 +41,7 @@ from maskx.detectron2 import (
 )
 from maskx.detectron2.datasets import class_names_of, split_from_config
 from maskx.systems.concept_mask.concept_sets import ConceptSplit, write_concept_split
-from maskx.systems.maskx_rcnn.detectron2.roi_heads import MaskXROIHeadsMixin
+from maskx.systems.maskx_rcnn.detectron2.model import MaskXROIHeadsMixin
 from maskx.systems.maskx_rcnn.mask_head import PREDICTORS
 from maskx.systems.maskx_rcnn.weight_transfer import ACTIVATIONS, TRANSFER_INPUTS
 

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maskx.systems.maskx_rcnn.mask_head import MaskXHead, mask_loss
-from maskx.systems.maskx_rcnn.mask_trunks import TRUNKS, Hourglass, trunk_layers
+from maskx.systems.maskx_rcnn.mask_head import TRUNKS, Hourglass, MaskXHead, mask_loss, trunk_layers
 
 C = 6
 

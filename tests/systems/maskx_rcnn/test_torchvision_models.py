@@ -7,7 +7,7 @@ from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
 from maskx.engine.batches import training_batches
 from maskx.engine.training import TrainingSettings, train
-from maskx.systems.maskx_rcnn.mask_trunks import TRUNKS
+from maskx.systems.maskx_rcnn.mask_head import TRUNKS
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
 from maskx.systems.maskx_rcnn.torchvision import (
     add_mask_branch,

@@ -36,8 +36,12 @@ from maskx.detectron2.adapters import AspectGroupedBatches, SeededMapper, seeded
 from maskx.detectron2.datasets import record_from_detectron2, split_from_config
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.hooks import Detectron2Hooks, check_classes, set_default_hooks
-from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXRPN, check_can_freeze, predicts_masks
-from maskx.systems.maskx_rcnn.detectron2.roi_heads import MaskXROIHeadsMixin
+from maskx.systems.maskx_rcnn.detectron2.model import (
+    MaskXROIHeadsMixin,
+    MaskXRPN,
+    check_can_freeze,
+    predicts_masks,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from settings import pairs
 from maskx.core.images import resized_image
 from maskx.data.grabcut import grabcut_mask
 from maskx.detectron2 import MaskXCOCOEvaluator, Trainer
-from maskx.systems.maskx_rcnn.detectron2.rcnn import MaskXGrabCutRCNN, predicts_masks
+from maskx.systems.maskx_rcnn.detectron2.model import MaskXGrabCutRCNN, predicts_masks
 
 GRABCUT = pairs(
     {
