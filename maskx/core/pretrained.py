@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from maskx.core.archives import read_archive
+
 __all__ = [
     "ALIASES",
     "PACKAGES",
@@ -196,11 +198,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ValueError(_UNREADABLE.format(path=path, error=error)) from error
-    except Exception as error:  # torch.load raises what the unpickler of its choice does
-        raise ValueError(_UNREADABLE.format(path=path, error=error)) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"'{path}' is damaged ({error}). {_ALLOWED}") from error
+    content = read_archive(path, remedy=_ALLOWED)
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -214,9 +214,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
-_UNREADABLE = (
-    "The weights '{path}' cannot be read: {error}. Give a file of safetensors, or a state dict "
-    "written by torch.save; pickled models are not opened, since that runs their code."
+_ALLOWED = (
+    "Give a file of safetensors, or a state dict written by torch.save; pickled models are not "
+    "opened, since that runs their code."
 )
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from maskx.core.archives import find_damage, read_archive
 from maskx.core.array_pickles import read_array_pickle
 from maskx.core.files import written_text, written_whole
 from maskx.engine.checkpoints import (
     check_finite,
-    find_damage,
     newest_whole,
-    read_archive,
     write_checkpoint,
 )
 
@@ -125,6 +125,14 @@ class MaskXCheckpointer(DetectionCheckpointer):
                 "model_final.pth of a training."
             )
         return content
+
+
+def read_weights(filename: str) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint, or of a state dict alone, without a model for them."""
+    content = read_archive(PathManager.get_local_path(filename.partition("?")[0]))
+    weights = content.get("model", content) if isinstance(content, dict) else content
+    _check_weights(weights, filename)
+    return weights
 
 
 def _zoo_weights(filename: str) -> dict[str, Any]:

@@ -1,14 +1,8 @@
-"""Checkpoints that are whole or not there, on both hosts, and the lock of a run folder.
-
-A checkpoint of PyTorch is a ZIP archive with a checksum of each part, which PyTorch does not
-compare when it reads. Here it is compared, so that no flipped bit goes unnoticed.
-"""
+"""Checkpoints that are whole or not there, on both hosts, and the lock of a run folder."""
 
 import contextlib
 import functools
 import os
-import tarfile
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +11,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from maskx.core.archives import find_damage
 from maskx.core.files import remove_leftovers, written_whole
 from maskx.core.text import listed
 
@@ -44,51 +39,6 @@ def write_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -
             f"'{path}' could not be written ({cause}). Nothing is lost: what was saved before is "
             "as it was. Make room or make the folder writable, and go on with --resume."
         ) from error
-
-
-def read_archive(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Any:
-    """Read a file of ``torch.save``, after its checksums were compared; it runs no code."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no checkpoint '{path}'. Train first, or correct it.")
-    damage = find_damage(path)
-    if damage is None:
-        try:
-            return torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # PyTorch raises whatever its reader meets
-            damage = f"{type(error).__name__}: {str(error).partition('.')[0]}"
-    raise ValueError(
-        f"'{path}' is no checkpoint, or is damaged ({damage}). Give another one, or go on from an "
-        "earlier one."
-    )
-
-
-def find_damage(path: str | os.PathLike[str]) -> str | None:
-    """Say what is damaged in a file of ``torch.save``; None where it is whole.
-
-    Files in PyTorch's form before 1.6 have no checksums; they count as whole if not empty.
-    """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-        if start != b"PK\x03\x04":
-            if _is_tar(path):
-                return "it is a tar archive, of which PyTorch before 2.6 runs code"
-            return None if start else "it is empty or cut off"
-        if not zipfile.is_zipfile(path):
-            return "it is empty or cut off"
-        with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()
-    except Exception as error:  # the reader raises whatever it meets
-        return f"{type(error).__name__}: {error}"
-    return None if part is None else f"the checksum of '{part}' differs"
-
-
-def _is_tar(path: str | os.PathLike[str]) -> bool:
-    try:
-        with tarfile.open(path, "r:"):
-            return True
-    except tarfile.TarError:
-        return False
 
 
 def newest_whole(paths: Iterable[str | os.PathLike[str]]) -> Path | None:

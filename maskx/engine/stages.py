@@ -14,8 +14,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from maskx.core.archives import find_damage
 from maskx.core.files import read_json
-from maskx.engine.checkpoints import find_damage, locked
+from maskx.engine.checkpoints import locked
 from maskx.engine.runs import RUN_NAME, Run, check_same_run, read_run, write_run
 
 logger = logging.getLogger(__name__)

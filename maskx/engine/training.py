@@ -20,11 +20,12 @@ from fvcore.common.param_scheduler import (
 from torch import nn
 from tqdm import tqdm
 
+from maskx.core.archives import read_archive
 from maskx.core.files import written_text
 from maskx.core.seeds import step_seed
 from maskx.core.text import listed
 from maskx.engine.batches import image_names
-from maskx.engine.checkpoints import check_finite, locked, read_archive, write_checkpoint
+from maskx.engine.checkpoints import check_finite, locked, write_checkpoint
 from maskx.engine.runs import Run, check_same_run, write_run
 
 CHECKPOINT_NAME, CURVES_NAME = "checkpoint.pth", "losses.csv"

@@ -72,13 +72,25 @@ def test_a_file_of_another_family_is_recognised(tmp_path):
         build_backbone("resnet10t", pretrained=tmp_path / "a.pth")
 
 
+def test_a_flipped_bit_in_weights_is_noticed(tmp_path):
+    path = tmp_path / "weights.pth"
+    state = build_backbone("resnet10t").state_dict()
+    torch.save(state, path)
+    content = bytearray(path.read_bytes())
+    values = max(state.values(), key=lambda value: value.numel()).numpy().tobytes()
+    content[content.index(values) + 40] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.pth' is no checkpoint.*checksum"):
+        build_backbone("resnet10t", pretrained=path)
+
+
 @pytest.mark.parametrize(
     ("content", "error", "words"),
     [
         (None, FileNotFoundError, r"no file of weights '.*weights\.pth'"),
-        (b"nothing", ValueError, r"weights\.pth' cannot be read: .*pickled models are not opened"),
+        (b"nothing", ValueError, r"weights\.pth' is no checkpoint.*pickled models are not opened"),
         ([1, 2], ValueError, r"weights\.pth' holds no state dict"),
-        (types.SimpleNamespace(a=1), ValueError, r"cannot be read: .*pickled models are not"),
+        (types.SimpleNamespace(a=1), ValueError, r"weights\.pth' is no checkpoint.*pickled models are"),
     ],
 )
 def test_what_is_no_file_of_weights_is_refused(tmp_path, content, error, words):
@@ -90,7 +102,7 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path, content, error, words):
     with pytest.raises(error, match=f"(?s){words}"):
         build_backbone("resnet10t", pretrained=path)
     (tmp_path / "weights.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"weights\.safetensors' cannot be read"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors' is damaged"):
         build_backbone("resnet10t", pretrained=tmp_path / "weights.safetensors")
 
 

@@ -15,11 +15,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 
 import maskx
+from maskx.core.archives import find_damage, read_archive
 from maskx.core.digests import sha256_of
 from maskx.detectron2 import Trainer, evaluate, setup
 from maskx.detectron2.checkpointer import FINAL_NAME
 from maskx.detectron2.runs import to_instances
-from maskx.engine.checkpoints import find_damage, locked, read_archive
+from maskx.engine.checkpoints import locked
 from maskx.engine.completion import CompletionOptions, complete
 from maskx.engine.runs import read_run
 

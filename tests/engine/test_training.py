@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from maskx.engine.checkpoints import locked, read_archive
+from maskx.core.archives import read_archive
+from maskx.engine.checkpoints import locked
 from maskx.engine.runs import Origin, Run, read_run
 from maskx.engine.training import CHECKPOINT_NAME, TrainingSettings, train
 from maskx.supervision import split_one_side

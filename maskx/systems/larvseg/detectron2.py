@@ -18,7 +18,6 @@ from detectron2.data import DatasetFromList, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
-from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from maskx.core.extra_state import EXTRA_STATE
@@ -26,6 +25,7 @@ from maskx.core.text import listed
 from maskx.data.images import read_image_sample
 from maskx.data.splits import check_masks, resolve_split
 from maskx.detectron2.adapters import in_format, seed_of, test_loader
+from maskx.detectron2.checkpointer import read_weights
 from maskx.detectron2.datasets import class_names_of, records_of
 from maskx.detectron2.evaluation import MaskXSemSegEvaluator
 from maskx.detectron2.hooks import Detectron2Hooks
@@ -71,7 +71,8 @@ def model_class_names(cfg: CfgNode) -> tuple[str, ...]:
     names = names or cfg.DATASETS.TRAIN
     if not names:
         if cfg.MODEL.WEIGHTS:
-            return read_extra_state(_weights_of(cfg))["class_names"]
+            weights = read_weights(cfg.MODEL.WEIGHTS)
+            return read_extra_state(weights)["class_names"]
         raise ValueError(
             f"DATASETS.TRAIN and {_CLASSES_OF} are empty, so the model has no classes. Name at "
             "least one registered data set in one of them, or a checkpoint in MODEL.WEIGHTS."
@@ -80,12 +81,6 @@ def model_class_names(cfg: CfgNode) -> tuple[str, ...]:
         return class_table({name: class_names_of(name) for name in names})
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
-
-
-def _weights_of(cfg: CfgNode) -> Mapping[str, Tensor]:
-    path = PathManager.get_local_path(cfg.MODEL.WEIGHTS.partition("?")[0])
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return content.get("model", content)
 
 
 def _test_classes(cfg: CfgNode, dataset_name: str) -> tuple[int, ...]:
@@ -366,7 +361,7 @@ def _log_losses(model: nn.Module, _: Any, losses: Any) -> dict[str, Tensor] | No
 def _started(cfg: CfgNode, model: nn.Module, missing: Sequence[str]) -> None:
     """Take the rows of a class list of another length, which Detectron2 left out."""
     if cfg.MODEL.WEIGHTS and model.lacks_class_rows(missing):
-        state = _weights_of(cfg)
+        state = read_weights(cfg.MODEL.WEIGHTS)
         if EXTRA_STATE in state:
             model.load_state_dict(dict(state), strict=False)
 

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
+from maskx.core.archives import read_archive
 from maskx.core.word_table import load_word_table
 from maskx.data.coco import load_coco
 from maskx.detectron2.adapters import in_format
@@ -262,7 +263,7 @@ def fit_checkpoint(
     names, source = data.class_names, str(json_file)
     test = concept_test(data.records, names, model.split, model.table, model.unseen, source=source)
     fitted = fit_concepts(model, test, in_format(read_sample, cfg.INPUT.FORMAT))
-    content = torch.load(cfg.MODEL.WEIGHTS, map_location="cpu", weights_only=True)
+    content = read_archive(cfg.MODEL.WEIGHTS)
     content["model"] |= {name: value.cpu() for name, value in model.state_dict().items()}
     write_checkpoint(cfg.MODEL.WEIGHTS, content)
     return fitted

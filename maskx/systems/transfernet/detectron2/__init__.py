@@ -1,10 +1,8 @@
 """TransferNet and its classifier of image labels as meta-architectures of Detectron2."""
 
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
@@ -14,6 +12,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
 from maskx.core.image_classifier import ImageClassifier
+from maskx.detectron2.checkpointer import read_weights
 from maskx.detectron2.evaluation import check_all_classes_known
 from maskx.detectron2.hooks import Detectron2Hooks
 from maskx.detectron2.whole_images import MaskXImageClassifier, choose_feature, pixel_arguments
@@ -71,7 +70,7 @@ class MaskXTransferNet(TransferNetModel):
     ) -> None:
         super().__init__(network, classifier, **arguments)
         if classifier_weights:
-            self.start_from(_read(classifier_weights), f"{_KEYS}.CLASSIFIER_WEIGHTS")
+            self.start_from(read_weights(classifier_weights), f"{_KEYS}.CLASSIFIER_WEIGHTS")
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -126,16 +125,6 @@ def _known_split(cfg: CfgNode) -> CategorySplit | None:
     """None without the data sets, of a predictor; the class names are those of the checkpoint."""
     is_known = cfg.DATASETS.TRAIN and all(n in DatasetCatalog for n in cfg.DATASETS.TRAIN)
     return transfer_split(cfg) if is_known else None
-
-
-def _read(path: str) -> dict[str, Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)["model"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{_KEYS}.CLASSIFIER_WEIGHTS '{path}' cannot be read ({type(error).__name__}). Give "
-            "the model_final.pth of a training of MaskXTransferClassifier."
-        ) from error
 
 
 def _check_loaded(cfg: CfgNode, model: MaskXTransferNet, missing: Sequence[str]) -> None:

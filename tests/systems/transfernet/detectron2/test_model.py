@@ -107,7 +107,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(make_transfer_cfg, tmp_path, co
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    with pytest.raises(ValueError, match=r"CLASSIFIER_WEIGHTS '.*model\.pth' cannot be read \(\w+"):
+    with pytest.raises(ValueError, match=r"model\.pth' (is no checkpoint|holds)"):
         build_model(make_transfer_cfg(KEYS + "CLASSIFIER_WEIGHTS", str(path)))
 
 
