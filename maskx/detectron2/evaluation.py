@@ -143,7 +143,8 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
         Returns:
             For "bbox" and "segm" AP, AP50, AP75, APs, APm, APl in percent (0 without detections,
             NaN without ground truth) and "AP-<class>"; under "bbox_A", "segm_B" and so on those of
-            A and B. Empty in processes other than the main one.
+            A and B, and of "rare", "common" and "frequent" where the file is of LVIS. Empty in
+            processes other than the main one.
         """
         own = (self._results, self._num_left_out, self._image_ids)
         parts = _gathered(own, self._distributed)
@@ -184,8 +185,8 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
         for iou_type, result in scores.items():
             per_class = zip(self._class_names, result["per_class"], strict=True)
             flat[iou_type] = result["all"] | {f"AP-{name}": value for name, value in per_class}
-            for group in ("A", "B"):
-                flat[f"{iou_type}_{group}"] = result[group]
+            groups = {g: v for g, v in result.items() if g != "all" and isinstance(v, dict)}
+            flat |= {f"{iou_type}_{group}": values for group, values in groups.items()}
         return flat
 
 

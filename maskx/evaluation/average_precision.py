@@ -35,6 +35,8 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _PARAMS = Params(iouType="bbox")  # thresholds and size labels, the same for boxes and masks
 _PER_CLASS = "per_class"
 _NUM_IGNORED = "num_ignored_without_mask"
+_NEGATIVE, _NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"  # of LVIS
+_FREQUENCIES = {"r": "rare", "c": "common", "f": "frequent"}
 
 
 def split_average_precision(
@@ -95,6 +97,11 @@ def evaluate_detections(
     a mask. For "segm" it becomes a crowd region that fills its box: a detection of its category
     that lies within, up to the IoU threshold, counts neither as right nor as wrong.
 
+    A file whose images have `neg_category_ids` is scored by the rule of LVIS: a category counts in
+    the images that have it or are known not to (negative), and where not all of its objects are
+    annotated (`not_exhaustive_category_ids`), a detection that hits none counts for nothing.
+    Groups more are the `frequency` of its categories: rare, common and frequent.
+
     Args:
         ground_truth: COCO dict or file. Missing `iscrowd` is 0; missing `area` is that of the
             mask, or of the box where there is no mask. It is not changed.
@@ -125,15 +132,20 @@ def evaluate_detections(
     if image_ids is not None:
         ground_truth = _of_images(ground_truth, set(image_ids))
     groups = {name: list(indices) for name, indices in groups.items()}
+    is_federated = any(_NEGATIVE in image for image in ground_truth["images"])
+    if is_federated:
+        groups |= _frequency_groups(ground_truth, category_ids)
     _check_request(ground_truth, category_ids, groups, iou_types)
     _check_detections(detections, ground_truth, category_ids, iou_types)
 
     results = {}
     for iou_type in iou_types:
         annotations, num_without_mask = _scored_annotations(ground_truth, category_ids, iou_type)
+        if is_federated:
+            annotations += _whole_image_crowds(ground_truth, category_ids, len(annotations))
         precision = run_cocoeval(
             {**ground_truth, "annotations": annotations},
-            detections,
+            _judged(detections, ground_truth, iou_type) if is_federated else detections,
             category_ids=category_ids,
             iou_type=iou_type,
             max_detections=max_detections,
@@ -176,6 +188,62 @@ def _of_images(ground_truth: Mapping[str, Any], image_ids: set[int | str]) -> di
         )
     annotations = [a for a in ground_truth["annotations"] if a["image_id"] in image_ids]
     return {**ground_truth, "images": images, "annotations": annotations}
+
+
+def _frequency_groups(
+    ground_truth: Mapping[str, Any], category_ids: Sequence[int]
+) -> dict[str, list[int]]:
+    frequency = {
+        category["id"]: category.get("frequency") for category in ground_truth["categories"]
+    }
+    found = [frequency.get(category_id) for category_id in category_ids]
+    return {
+        name: [index for index, letter in enumerate(found) if letter == key]
+        for key, name in _FREQUENCIES.items()
+        if key in found
+    }
+
+
+def _judged(
+    detections: Sequence[Mapping[str, Any]], ground_truth: Mapping[str, Any], iou_type: str
+) -> list[Mapping[str, Any]]:
+    """Detections of categories of which it is known whether their image has them.
+
+    As in lvis-api, an empty mask is none.
+    """
+    known = {image["id"]: set(image.get(_NEGATIVE, ())) for image in ground_truth["images"]}
+    for annotation in ground_truth["annotations"]:
+        known[annotation["image_id"]].add(annotation["category_id"])
+    return [
+        d
+        for d in detections
+        if d["category_id"] in known[d["image_id"]]
+        and (iou_type == "bbox" or mask_utils.area(d["segmentation"]) > 0)
+    ]
+
+
+def _whole_image_crowds(
+    ground_truth: Mapping[str, Any], category_ids: Sequence[int], num_before: int
+) -> list[dict[str, Any]]:
+    """Crowds that take the detections of a category that hit none of its objects in an image."""
+    evaluated, crowds = set(category_ids), []
+    for image in ground_truth["images"]:
+        height, width = int(image["height"]), int(image["width"])
+        # A box may reach out of the image, so that of the crowd does so everywhere.
+        box = [-width, -height, 3 * width, 3 * height]
+        for category_id in evaluated.intersection(image.get(_NOT_EXHAUSTIVE, ())):
+            crowds.append(
+                {
+                    "id": num_before + len(crowds) + 1,
+                    "image_id": image["id"],
+                    "category_id": category_id,
+                    "bbox": box,
+                    "area": height * width,
+                    "segmentation": _box_rle([0, 0, width, height], height, width),
+                    "iscrowd": 1,
+                }
+            )
+    return crowds
 
 
 def _mean_percent(precision: np.ndarray) -> float:

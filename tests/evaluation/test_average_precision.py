@@ -93,7 +93,7 @@ def toy_data(seed, categories=CATEGORY_IDS, num_images=4):
     return make_ground_truth(annotations, num_images), detections
 
 
-def official_metrics(ground_truth, detections, iou_type, category_ids):
+def official_metrics(ground_truth, detections, iou_type, category_ids, evaluator=COCOeval):
     """The six metrics by pycocotools alone, restricted with params.catIds."""
     region = {"bbox": "bbox", "segm": "segmentation"}[iou_type]
     keys = ("image_id", "category_id", "score", region)
@@ -102,7 +102,7 @@ def official_metrics(ground_truth, detections, iou_type, category_ids):
         coco.dataset = {"info": {}, **copy.deepcopy(ground_truth)}
         coco.createIndex()
         results = coco.loadRes([{key: detection[key] for key in keys} for detection in detections])
-        evaluation = COCOeval(coco, results, iou_type)
+        evaluation = evaluator(coco, results, iou_type)
         evaluation.params.catIds = sorted(category_ids)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -184,6 +184,48 @@ def test_real_annotations(shared_data):
                 ground_truth, detections, iou_type, [ids[index] for index in indices]
             )
             assert results[iou_type][name] == pytest.approx(expected, abs=1e-9)
+
+
+# --- the rule of LVIS
+
+
+class LvisEval(COCOeval):
+    """COCOeval with what lvis-api does otherwise: what is not known is not counted as wrong."""
+
+    def evaluateImg(self, image_id, category_id, area, limit):
+        image = self.cocoGt.imgs[image_id]
+        known = category_id in image["neg_category_ids"] or self._gts[image_id, category_id]
+        if not known:
+            return None
+        found = super().evaluateImg(image_id, category_id, area, limit)
+        if found and category_id in image["not_exhaustive_category_ids"]:
+            found["dtIgnore"] |= found["dtMatches"] == 0
+        return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lvis_file_is_scored_by_the_rule_of_lvis(seed):
+    ground_truth, detections = toy_data(seed, num_images=8)
+    federated, rng = copy.deepcopy(ground_truth), np.random.default_rng(seed)
+    for annotation in federated["annotations"]:
+        annotation["iscrowd"] = 0
+    for image in federated["images"]:
+        found = {a["category_id"] for a in federated["annotations"] if a["image_id"] == image["id"]}
+        others = [int(id_) for id_ in CATEGORY_IDS if id_ not in found]
+        image["neg_category_ids"] = [id_ for id_ in others if rng.random() < 0.5]
+        image["not_exhaustive_category_ids"] = [id_ for id_ in found if rng.random() < 0.4]
+    for category, letter in zip(federated["categories"], "rrffc", strict=True):
+        category["frequency"] = letter
+    results = evaluate(federated, detections)
+    assert not {"rare", "common", "frequent"} & evaluate(ground_truth, detections)["bbox"].keys()
+    groups = {**GROUPS, "rare": [0, 1], "common": [4], "frequent": [2, 3]}
+    for iou_type in ("bbox", "segm"):
+        for name, indices in groups.items():
+            ids = [CATEGORY_IDS[index] for index in indices]
+            expected = official_metrics(federated, detections, iou_type, ids, LvisEval)
+            assert results[iou_type][name] == pytest.approx(expected, abs=1e-9, nan_ok=True)
+        without = official_metrics(federated, detections, iou_type, CATEGORY_IDS)
+        assert results[iou_type]["all"]["AP"] > without["AP"]
 
 
 # --- known answers
