@@ -1,4 +1,4 @@
-"""Measure what the steps of a system cost in time and memory.
+r"""Measure what the steps of a system cost in time and memory.
 
 All rows of a table are measured in one run, interleaved, so that only ratios need to be compared:
 to the first row, the alternative, and to the floor, what the operations or the bytes of the step
@@ -15,9 +15,14 @@ Examples:
     python tools/benchmark.py photograph --megapixels 16 41
     python tools/benchmark.py data --images 5000 --json data.json
     python tools/benchmark.py long_run tools/quickstart.py --iterations 2000
+    python tools/benchmark.py long_run tools/benchmarks/tiny_detectron2.py maskx output/tiny
+    python tools/benchmark.py kill_trials tools/quickstart.py --resume --output {folder}
+    python tools/benchmark.py kill_trials tools/benchmarks/tiny_detectron2.py maskx {folder} \
+        --iterations 12 --period 3
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import tempfile
@@ -175,6 +180,13 @@ def parse_arguments() -> argparse.Namespace:
     add = long_run.add_argument
     add("--warm-up", type=positive, default=200, help="steps after which memory must be flat")
     add("command", nargs=argparse.REMAINDER, help="a Python tool, and all of its arguments")
+    kills = systems.add_parser("kill_trials", help="whether a killed tool ends with the same bits")
+    kills.set_defaults(run=run_kill_trials)
+    add = kills.add_argument
+    add("--trials", type=positive, default=8)
+    add("--seed", type=int, default=0, help="of the moments")
+    add("--folder", type=Path, help="of the trials (default: one that is removed)")
+    add("command", nargs=argparse.REMAINDER, help="a Python tool, and all of its arguments")
     number = {"type": positive}
     for system in (mask_head, class_patterns, large_vocabulary, concept_mask, data):
         system.set_defaults(run=run)
@@ -239,6 +251,31 @@ def run_long(arguments: argparse.Namespace) -> None:
         files = (str(run.end_files), str(run.end_files - run.start_files))
         table.append((str(number), str(run.steps), *memory, *files))
     print(format_table(table))
+
+
+def run_kill_trials(arguments: argparse.Namespace) -> None:
+    """Kill a tool at random moments, and say whether it ended as if it had not been killed."""
+    from benchmarks.kill_trials import kill_trials
+
+    for module in ("detectron2", "torchvision"):  # so that each start takes little time
+        if importlib.util.find_spec(module) is not None:
+            importlib.import_module(f"maskx.{module}")
+    found = []
+    print("trial  kills  in a write  seconds  checkpoints", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, options = arguments.folder or Path(scratch), {"seed": arguments.seed}
+        for trial in kill_trials(arguments.command, folder, count=arguments.trials, **options):
+            found.append(trial)
+            end = trial.failure or ", ".join(trial.differences) or "equal"
+            numbers = f"{len(found):5}  {trial.kills:5}  {trial.in_writes:10}"
+            print(f"{numbers}  {trial.seconds:7.0f}  {end}", flush=True)
+    equal, kills, in_writes = (
+        sum(getattr(trial, name) for trial in found) for name in ("is_equal", "kills", "in_writes")
+    )
+    print(
+        f"\n{equal} of {len(found)} trials ended with the same bits, after {kills} kills, "
+        f"{in_writes} of them in a write."
+    )
 
 
 def run_photograph(arguments: argparse.Namespace) -> None:
