@@ -51,6 +51,29 @@ def _concept_split(
     yield f"Written to {output}."
 
 
+def _concept_tests(
+    root: Path, *, split: Path | None, masks: list[Path] | None, min_images: int
+) -> Iterator[str]:
+    from maskx.core.files import write_json
+    from maskx.core.text import listed
+    from maskx.systems.concept_mask.concept_sets import read_concept_split, weak_lists
+
+    lists = weak_lists(
+        read_concept_split(split or root / "concepts" / "split.json"),
+        masks
+        or [
+            root / "lvis" / "annotations" / "concepts_val.json",
+            root / "open_images" / "annotations" / "val_masks.json",
+        ],
+        min_images=min_images,
+    )
+    output = root / "concepts" / "test_lists.json"
+    write_json(output, lists)
+    for name, names in lists.items():
+        yield f"{name}: {len(names)} concepts: {listed(names) or 'none'}."
+    yield f"Written to {output}."
+
+
 # The lists of a system are made of data sets, but data know no system.
 _CONCEPT_SPLIT = Preparation(
     "the lists of concepts with boxes and masks that ConceptMask trains with",
@@ -82,7 +105,27 @@ _CONCEPT_SPLIT = Preparation(
     },
 )
 
-_TABLE = {**PREPARATIONS, "concept_split": _CONCEPT_SPLIT}
+_CONCEPT_TESTS = Preparation(
+    "which concepts of the test masks are Weak-Box, Weak-Image and zero-shot, as in ConceptMask",
+    "Reads ROOT/concepts/split.json and the files of masks; writes ROOT/concepts/test_lists.json.",
+    _concept_tests,
+    {
+        "--split": {"type": Path, "help": "default: ROOT/concepts/split.json"},
+        "--masks": {
+            "type": Path,
+            "nargs": "+",
+            "help": "COCO files of images that are not trained on (default: those of LVIS and Open "
+            "Images in ROOT)",
+        },
+        "--min-images": {
+            "type": int,
+            "default": 5,
+            "help": "images with masks that a concept needs (default: %(default)s)",
+        },
+    },
+)
+
+_TABLE = {**PREPARATIONS, "concept_split": _CONCEPT_SPLIT, "concept_tests": _CONCEPT_TESTS}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -252,6 +252,25 @@ KNOWN_DATASETS: dict[str, KnownDataset] = {
         for part in ("train", "val")
         for what, file in (("tags", "tags.jsonl"), ("boxes", "boxes.json"))
     },
+    "maskx_open_images_val_masks": KnownDataset(
+        "open_images/annotations/val_masks.json",
+        "open_images/validation",
+        strict=False,
+        made_by=("open_images_masks",),
+    ),
+    **{
+        f"maskx_lvis_{name}": KnownDataset(
+            f"lvis/annotations/{file}.json",
+            "coco",
+            strict=False,
+            made_by=("lvis", "--split", part),
+        )
+        for name, file, part in (
+            ("v1_train", "lvis_v1_train", "train"),
+            ("v1_val", "lvis_v1_val", "val"),
+            ("concepts_val", "concepts_val", "val"),
+        )
+    },
     **{
         f"maskx_coco_stuff_{part}": KnownDataset(
             f"coco_stuff/coco_stuff_{file}.json",

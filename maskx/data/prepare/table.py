@@ -125,6 +125,20 @@ def _open_images(
     yield f"Written to {output}."
 
 
+def _lvis(root: Path, *, split: str, json_file: Path | None) -> Iterator[str]:
+    from maskx.data.prepare.lvis import prepare_lvis
+
+    output = root / "lvis" / "annotations"
+    made = prepare_lvis(
+        json_file or root / "lvis" / f"lvis_v1_{split}.json",
+        output / f"lvis_v1_{split}.json",
+        # The images of its train are all of COCO's train2017.
+        concepts=output / "concepts_val.json" if split == "val" else None,
+    )
+    yield str(made)
+    yield f"Written to {output}."
+
+
 def _path(text: str, **keywords: Any) -> dict[str, Any]:
     return {"type": Path, "help": text, **keywords}
 
@@ -241,6 +255,34 @@ PREPARATIONS: dict[str, Preparation] = {
                 "leave out images that are not in the folder, and count them"
             ),
             **_WORKERS,
+        },
+    ),
+    "open_images_masks": Preparation(
+        "masks of the validation images of Open Images, for testing ConceptMask",
+        "Reads validation-annotations-object-segmentation.csv and the folder masks/validation in "
+        "ROOT/open_images, and val_{boxes.json,sizes.csv} that `prepare.py open_images --split "
+        "val` writes; writes ROOT/open_images/annotations/val_masks.json.",
+        _made_by(
+            "open_images_masks.prepare_open_images_masks",
+            mask_file="open_images/validation-annotations-object-segmentation.csv",
+            masks="open_images/masks/validation",
+            boxes="open_images/annotations/val_boxes.json",
+            sizes="open_images/annotations/val_sizes.csv",
+            output="open_images/annotations/val_masks.json",
+        ),
+    ),
+    "lvis": Preparation(
+        "LVIS v1: mask AP by its own rule, and masks of concepts that COCO does not have",
+        "Reads ROOT/lvis/lvis_v1_SPLIT.json; writes ROOT/lvis/annotations/lvis_v1_SPLIT.json and, "
+        "of val, concepts_val.json. Images are those of ROOT/coco.",
+        _lvis,
+        {
+            "--split": {
+                "choices": ("train", "val"),
+                "default": "val",
+                "help": "default: %(default)s",
+            },
+            "--json": _path("default: ROOT/lvis/lvis_v1_SPLIT.json", dest="json_file"),
         },
     ),
     "coco_stuff": Preparation(

@@ -460,11 +460,52 @@ def format_concept_lists(split: ConceptSplit, summary: ConceptListSummary) -> st
     return "\n".join(lines)
 
 
-def _images_by_category(path: str | Path) -> Counter[str]:
-    """Count the images with a box of each category of a file, in its order, also 0."""
+def weak_lists(
+    split: ConceptSplit, masks: Sequence[str | Path], *, min_images: int = 5
+) -> dict[str, tuple[str, ...]]:
+    """Sort the concepts of test sets by what training knows of them, as in section 5.1.
+
+    Args:
+        masks: COCO files of images that are not trained on.
+        min_images: images that a concept needs in which all its objects have masks; the paper has
+            5 to 10.
+
+    Returns:
+        Names under "weak_box" (boxes, no masks), "weak_image" (tags alone) and "zero_shot" (not in
+        the vocabulary). None has masks in training, and none is in two lists.
+    """
+    found: Counter[str] = Counter()
+    for path in masks:
+        found.update(_images_by_category(path, fully_masked=True))
+    names = sorted(name for name, n in found.items() if n >= min_images)
+    boxed, known = frozenset(split.boxed), frozenset(split.vocabulary)
+    without_masks = [name for name in names if name not in frozenset(split.masked)]
+    lists = {
+        "weak_box": tuple(name for name in without_masks if name in boxed),
+        "weak_image": tuple(name for name in without_masks if name in known - boxed),
+        "zero_shot": tuple(name for name in without_masks if name not in known),
+    }
+    listed_names = [name for each in lists.values() for name in each]
+    assert len(set(listed_names)) == len(listed_names)
+    assert not set(listed_names) & set(split.masked)
+    return lists
+
+
+def _images_by_category(path: str | Path, *, fully_masked: bool = False) -> Counter[str]:
+    """Count the images with a box of each category of a file, in its order, also 0.
+
+    Args:
+        fully_masked: only those in which all its objects have masks.
+    """
     content = read_coco_json(Path(path))
     categories = sorted(content["categories"], key=lambda category: category["id"])
     name_of = {category["id"]: spelled(category["name"]) for category in categories}
     pairs = {(name_of[a["category_id"]], a["image_id"]) for a in content["annotations"]}
+    if fully_masked:
+        pairs -= {
+            (name_of[a["category_id"]], a["image_id"])
+            for a in content["annotations"]
+            if not a.get("segmentation")
+        }
     images = Counter(name for name, _ in pairs)
     return Counter({name: images[name] for name in name_of.values()})

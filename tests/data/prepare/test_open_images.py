@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
+from pycocotools import mask as mask_utils
 
 from maskx.data.coco import load_coco
 from maskx.data.images import read_image
@@ -20,6 +21,7 @@ from maskx.data.prepare.open_images import (
     prepare_open_images_tags,
     read_open_images_names,
 )
+from maskx.data.prepare.open_images_masks import prepare_open_images_masks
 from maskx.data.tag_lists import read_tag_list
 from maskx.data.vocabularies import COCO_THING_CLASSES
 
@@ -484,3 +486,34 @@ def test_the_command_makes_one_of_the_two_files(files):
     assert not (files.output / "val_boxes.json").exists()
     finished = run(files, "--only", "boxes", "--existing-images")
     assert "1 images with 2 boxes of 2 classes." in finished.stdout
+
+
+# --- masks
+
+
+def test_masks_are_put_to_their_boxes(files):
+    boxes, sizes = files.output / "boxes.json", files.output / "sizes.csv"
+    prepare_open_images_boxes(files.boxes, files.names, files.images, boxes, sizes=sizes)
+    masks = files.root / "masks"
+    masks.mkdir()
+    pixels = np.zeros((16, 16), np.uint8)  # not the size of its image, (8, 8)
+    pixels[4:12, 8:16] = 255
+    cv2.imwrite(str(masks / "c.png"), pixels)
+    header = "MaskPath,ImageID,LabelName,BoxID,BoxXMin,BoxXMax,BoxYMin,BoxYMax,PredictedIoU,Clicks"
+    rows = [f"c.png,{C},{DOG},x,0.5,1,0.25,0.75,0.9,", f"c.png,{C},{CAR},x,0.5,1,0.25,0.75,0.9,"]
+    rows += [f"c.png,{A},{DOG},x,0.5,1,0.25,0.75,0.9,"]  # its box is elsewhere
+    csv_file = files.write("masks.csv", "\n".join([header, *rows, ""]))
+    output = files.output / "masks.json"
+    made = prepare_open_images_masks(csv_file, masks, boxes, output, sizes=sizes)
+    assert "1 images with 1 masks of 1 classes" in str(made)
+    assert made.left_out == {"masks without their box": 2}
+    (record,) = load_coco(output, files.images).records
+    (annotation,) = record["annotations"]
+    expected = np.zeros((8, 8), bool)
+    expected[2:6, 4:8] = True
+    rle = annotation["segmentation"]
+    np.testing.assert_array_equal(mask_utils.decode(rle).astype(bool), expected)
+    text = f"{header}\n{rows[0].replace('c.png', 'nothing.png')}\n"
+    missing = files.write("missing.csv", text)
+    with pytest.raises(ValueError, match=r"nothing\.png: this mask is not there"):
+        prepare_open_images_masks(missing, masks, boxes, output, sizes=sizes)

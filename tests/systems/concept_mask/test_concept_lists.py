@@ -13,6 +13,7 @@ from maskx.systems.concept_mask.concept_sets import (
     concept_sets,
     format_concept_lists,
     read_concept_split,
+    weak_lists,
 )
 
 SCRIPT = Path(__file__).parents[3] / "datasets" / "prepare.py"
@@ -86,6 +87,21 @@ def test_the_files_can_be_used_with_their_lists(files):
     assert len(concept_sets(split, masks=masks).masked) == 2
 
 
+def test_test_concepts_are_in_one_list_by_what_training_knows(files, tmp_path):
+    split, _ = choose_concepts(VOCABULARY, **files, min_images=2)
+    shown = ["person", "car", "sky", "yurt"]
+    tests = coco_file(tmp_path / "test.json", [shown, [*shown, "wheel"], ["wheel", "apple"]])
+    content = json.loads(tests.read_text())
+    del content["annotations"][-2]["segmentation"]  # of the second wheel
+    tests.write_text(json.dumps(content))
+    lists = weak_lists(split, [tests], min_images=2)
+    assert lists == {"weak_box": ("car",), "weak_image": ("sky",), "zero_shot": ("yurt",)}
+    lists = weak_lists(split, [tests, files["boxes"][0]], min_images=1)
+    assert lists["weak_box"] == ("car", "wheel")
+    assert lists["weak_image"] == ("apple", "sky")
+    assert lists["zero_shot"] == ("yurt", "zeppelin")
+
+
 def test_bad_lists_are_named(files, tmp_path):
     with pytest.raises(ValueError, match=r"min_images is 0\. Allowed: at least 1"):
         choose_concepts(VOCABULARY, **files, min_images=0)
@@ -116,6 +132,15 @@ def test_the_command(files, tmp_path):
     assert "7 concepts: 2 with masks, 5 with boxes." in finished.stdout
     split = read_concept_split(tmp_path / "concepts" / "split.json", VOCABULARY)
     assert split == choose_concepts(VOCABULARY, **files, min_images=2)[0]
+    tests = [sys.executable, str(SCRIPT), "concept_tests", "--root", str(tmp_path), "--masks"]
+    tests += [*boxes[1:], "--min-images", "1"]
+    output = subprocess.run(tests, capture_output=True, text=True, check=True).stdout
+    assert "weak_image: 1 concepts: 'apple'." in output
+    assert list(json.loads((tmp_path / "concepts" / "test_lists.json").read_text())) == [
+        "weak_box",
+        "weak_image",
+        "zero_shot",
+    ]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 1
     assert "train_boxes.json: there is no such annotation file" in finished.stderr
