@@ -109,6 +109,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maskx: learn masks also from the boxes of objects without a mask (default: 0, off)",
     )
     add(
+        "--pseudo-weight",
+        default=default.pseudo_weight,
+        help="maskx: of masks that `maskx complete` made: quality (default), or one, as drawn ones",
+    )
+    add(
         "--crf",
         action="store_true",
         help="class_patterns, transfernet: dense CRF, needs the extra crf",

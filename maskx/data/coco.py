@@ -21,12 +21,15 @@ import numpy as np
 from maskx.data.coco_claims import BoxesAndMasks, check_label_maps
 from maskx.data.coco_shapes import (
     OUTSIDE_TOLERANCE,
+    QUALITY_KEY,
+    SOURCE_KEY,
     AnnotationProblem,
     is_positive_number,
     mask_extent,
     mend_shapes,
     read_box,
     read_mask,
+    read_quality,
 )
 from maskx.data.coco_structure import Report, Structure, read_structure
 from maskx.data.image_files import find_images
@@ -49,7 +52,7 @@ __all__ = [
     "with_labels_only",
 ]
 
-_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+_KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", SOURCE_KEY, QUALITY_KEY)
 _CHUNK = 10_000  # annotations that are decoded at a time
 _WHAT = "annotation file"
 
@@ -93,7 +96,8 @@ def load_coco(
       image), `class_index`, `iscrowd` (0 or 1) and, only where there is a usable mask,
       `segmentation`: polygons, each a list or array of x, y, x, y, ..., or an RLE dict with
       compressed counts. A missing, empty or null `segmentation` in the file is no error: that
-      annotation has a box only;
+      annotation has a box only. A mask that a model or a teacher made also has
+      `segmentation_source` and `segmentation_quality`, from 0 to 1;
     - `image_labels`: sorted class indices known to be present, from the annotations (also those
       left out for their box: what they show is known, only not where) and from an optional key
       `image_labels` of the image, a list of category ids;
@@ -455,6 +459,12 @@ def _read_row(
     height, width = record["height"], record["width"]
     shapes = mend_shapes(found.get("bbox"), found.get("segmentation"), height, width)
     index = structure.class_index[found["category_id"]]
+    quality = None
+    if shapes.mask is not None:
+        try:
+            quality = read_quality(found)
+        except AnnotationProblem as problem:
+            shapes = shapes._replace(mask=None, problems=[*shapes.problems, problem])
     for problem in shapes.problems:
         is_box = problem.kind.startswith("box")
         if is_box:
@@ -481,6 +491,8 @@ def _read_row(
     if shapes.mask is not None:
         is_list = isinstance(shapes.mask, list)
         entry["segmentation"] = [array("d", p) for p in shapes.mask] if is_list else shapes.mask
+        if quality is not None:
+            entry |= {SOURCE_KEY: found[SOURCE_KEY], QUALITY_KEY: quality}
     record["annotations"].append(entry)
 
 
@@ -515,6 +527,7 @@ class _UsualRows:
         elif set(map(type, self._ids)) != {int}:
             self.usual &= [type(id_) is int for id_ in self._ids]
         self._read_boxes(rows.column("bbox"))
+        self.usual &= [value in (MISSING, None) for value in rows.column(SOURCE_KEY)]
         self._read_polygons(rows.decoded("segmentation", list[list[float]]))
 
     def _read_boxes(self, column: list[Any]) -> None:

@@ -1,7 +1,7 @@
 """Boxes and masks of COCO annotations: what is usable, what can be mended, and what is wrong."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,8 @@ from pycocotools import mask as mask_utils
 
 __all__ = [
     "OUTSIDE_TOLERANCE",
+    "QUALITY_KEY",
+    "SOURCE_KEY",
     "AnnotationProblem",
     "Shapes",
     "is_positive_number",
@@ -16,6 +18,7 @@ __all__ = [
     "mend_shapes",
     "read_box",
     "read_mask",
+    "read_quality",
 ]
 
 OUTSIDE_TOLERANCE = 1.0
@@ -26,6 +29,9 @@ Official COCO needs next to none: 0.0 was measured on all 4577 boxes and 100k po
 count pixels from 1. Real files of tools have 1.2 to 7 pixels; more is another image's annotation
 or another image size.
 """
+
+SOURCE_KEY, QUALITY_KEY = "segmentation_source", "segmentation_quality"
+"""Keys of an annotation whose mask was not drawn by a person."""
 
 _MIN_INSIDE = 0.5  # share of a box or polygon in the image from which it is clipped, not refused
 
@@ -146,6 +152,28 @@ def read_mask(segmentation: Any, height: int, width: int) -> list[Sequence[float
         f"segmentation is a {type(segmentation).__name__}",
         "a list of polygons, an RLE dict, or no such key",
     )
+
+
+def read_quality(annotation: Mapping[str, Any]) -> float | None:
+    """Return the quality of a mask that a model or a teacher made.
+
+    Returns:
+        From 0 to 1; None if a person drew the mask, so that it has no source.
+
+    Raises:
+        AnnotationProblem: There is a source, and no such quality.
+    """
+    source, quality = annotation.get(SOURCE_KEY), annotation.get(QUALITY_KEY)
+    if source is None:
+        return None
+    is_number = isinstance(quality, int | float) and not isinstance(quality, bool)
+    if not is_number or not 0 <= quality <= 1:
+        raise AnnotationProblem(
+            "mask_quality",
+            f"{SOURCE_KEY} is {source!r:.80}, but {QUALITY_KEY} is {quality!r:.80}",
+            f"0 to 1, or no {SOURCE_KEY} if a person drew or corrected the mask",
+        )
+    return float(quality)
 
 
 def mask_extent(mask: list[Sequence[float]] | dict) -> tuple[float, float, float, float]:

@@ -26,6 +26,7 @@ from maskx.systems.larvseg.network import LarvSeg
 from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
 from maskx.systems.maskx_rcnn.detectron2.heads import MaskXMaskHead, TextClassifier
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead
+from maskx.systems.maskx_rcnn.samples import InstanceMapper
 from maskx.systems.maskx_rcnn.weight_transfer import WeightTransfer
 from maskx.systems.transfernet.model import build_network
 
@@ -82,6 +83,9 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.BOX_LOSS.DILATION = default_of(BoxMaskLoss, "dilation")
     # They are alike where exp(-distance of their Lab colours / 2) is at least this.
     keys.MODEL.MASKX.BOX_LOSS.MIN_SIMILARITY = default_of(BoxMaskLoss, "min_similarity")
+    # What masks that nobody drew (`maskx complete`) weigh in the mask loss: "quality", which they
+    # have in the file, or "one", as drawn ones.
+    keys.MODEL.MASKX.PSEUDO_WEIGHT = default_of(InstanceMapper, "pseudo_weight")
     # Multiplier of the mask loss; 1 in the paper.
     keys.MODEL.MASKX.LOSS_WEIGHT = default_of(MaskXMaskHead, "loss_weight")
 

@@ -24,6 +24,7 @@ from maskx.core.files import written_whole
 from maskx.core.processes import run_jobs
 from maskx.core.text import listed
 from maskx.data.coco import CocoData, load_coco
+from maskx.data.coco_shapes import QUALITY_KEY, SOURCE_KEY
 from maskx.data.images import read_image
 from maskx.data.json_edits import edited, rows, with_members
 from maskx.data.json_files import paused_collector, read_json
@@ -34,12 +35,9 @@ from maskx.engine.predictor import Predictor, open_run
 from maskx.engine.runs import Run, read_run
 from maskx.evaluation.calibration import MIN_MASKS, cross_validated, fit_calibration
 
-__all__ = ["QUALITY_KEY", "SOURCE_KEY", "Completed", "Completion", "CompletionOptions", "complete"]
+__all__ = ["Completed", "Completion", "CompletionOptions", "complete"]
 
 logger = logging.getLogger(__name__)
-
-SOURCE_KEY, QUALITY_KEY = "segmentation_source", "segmentation_quality"
-"""Keys of an annotation whose mask was not drawn by a person."""
 
 # Masks whose truth is known that a calibration is made of; more say little more.
 _MOST_KNOWN = 500

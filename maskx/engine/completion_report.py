@@ -47,7 +47,10 @@ def summary(completion: Completion) -> str:
         lines.append(f"Known masks: {_measured(known)}")
     true = _with_truth(masks)
     if true:
-        lines += ["", "Against the masks that were withheld:", _measured(true), _class_table(true)]
+        lines += ["", "Against the masks that were withheld:", _measured(true)]
+        lines += [_table(true, "category", [each.class_name for each in true])]
+        sources = [each.source for each in true]
+        lines += [_table(true, "source", sources)] * (len(set(sources)) > 1)
     if completion.failures:
         lines += ["", f"{len(completion.failures)} images failed:"]
         shown = list(completion.failures.items())
@@ -154,10 +157,10 @@ def _columns(entries: Sequence[Completed]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([e.quality for e in entries]), np.array([e.iou for e in entries])
 
 
-def _class_table(entries: Sequence[Completed]) -> str:
-    lines = ["| category | masks | mean IoU |", "|---|---|---|"]
-    for name in sorted({each.class_name for each in entries}):
-        ious = [each.iou for each in entries if each.class_name == name]
+def _table(entries: Sequence[Completed], what: str, names: Sequence[str]) -> str:
+    lines = [f"| {what} | masks | mean IoU |", "|---|---|---|"]
+    for name in sorted(set(names)):
+        ious = [each.iou for each, own in zip(entries, names, strict=True) if own == name]
         lines.append(f"| {name} | {len(ious)} | {np.mean(ious):.3f} |")
     return "\n".join(lines)
 

@@ -49,6 +49,8 @@ class QuickstartOptions:
             detector proposes: ``gt_boxes_only`` of :func:`maskx.torchvision.add_mask_branch`.
         box_loss: of ``maskx``, weight of the mask loss of objects that have a box only: ``weight``
             of :class:`maskx.systems.maskx_rcnn.box_loss.BoxMaskLoss`; 0 trains on masks alone.
+        pseudo_weight: of ``maskx``, what masks that nobody drew weigh, see
+            :func:`maskx.systems.maskx_rcnn.samples.mask_weight`.
         crf: refine masks by a dense CRF: of ``class_patterns`` proxy masks of images with one
             label, and predictions; of ``transfernet`` predictions.
         multi_scale: of ``class_patterns``, test the segmentation network at three sizes, as the
@@ -81,6 +83,7 @@ class QuickstartOptions:
     resolve: str | None = None
     annotated_boxes: bool = False
     box_loss: float = 0.0
+    pseudo_weight: str = "quality"
     crf: bool = False
     multi_scale: bool = False
     layer: str | None = None

@@ -480,3 +480,28 @@ def test_official_coco_is_read_without_loss(shared_data, name, count):
         else:
             area = sum(entry["segmentation"]["counts"][1::2])
             assert mask_utils.area(annotation["segmentation"]) == area
+
+
+MADE = {"segmentation": [TRIANGLE], "segmentation_source": "grabcut"}
+
+
+def test_masks_that_nobody_drew_say_where_they_come_from_and_how_good_they_are(load):
+    drawn = make_annotation(1, segmentation=[TRIANGLE], segmentation_source=None)
+    corrected = make_annotation(2, segmentation=[TRIANGLE], segmentation_quality=7)
+    made = make_annotation(3, **MADE, segmentation_quality=1)
+    (record,) = load(make_dataset([drawn, corrected, made])).records
+    one, two, three = record["annotations"]
+    for entry in (one, two):
+        assert "segmentation" in entry
+        assert not {"segmentation_source", "segmentation_quality"} & entry.keys()
+    assert (three["segmentation_source"], three["segmentation_quality"]) == ("grabcut", 1.0)
+
+
+@pytest.mark.parametrize("quality", [None, -0.01, 1.5, "0.5", True, float("nan")])
+def test_a_mask_that_nobody_drew_without_a_quality_is_refused_or_left_out(load, quality):
+    dataset = make_dataset([make_annotation(**MADE, segmentation_quality=quality)])
+    with pytest.raises(ValueError, match=r"annotation 1 .*'grabcut'.*segmentation_quality.*0 to 1"):
+        load(dataset)
+    data = load(dataset, strict=False)
+    assert data.problems == {"mask_quality": 1}
+    assert "segmentation" not in data.records[0]["annotations"][0]

@@ -144,6 +144,28 @@ def test_what_a_teacher_breaks_is_named_by_image_and_counted(
     assert annotations(options.output) == annotations(half)
 
 
+def test_a_predictor_of_segment_anything_is_a_teacher(options, tmp_path):
+    expected = complete(options)
+    found = complete(replace(options, teacher="teachers:sam", output=tmp_path / "sam.json"))
+    assert {each.source for each in found.masks} == {"teachers:sam"}
+    assert not found.failures
+    assert [e.found for e in found.masks] == [e.found for e in expected.masks]
+
+
+def test_masks_that_a_teacher_made_are_read_with_source_and_quality(options, original):
+    completion = complete(options)
+    data = load_coco(options.output, original.parent)
+    read_back = {
+        a["id"]: (a["segmentation_source"], a["segmentation_quality"])
+        for record in data.records
+        for a in record["annotations"]
+        if "segmentation_source" in a
+    }
+    assert read_back == {
+        each.annotation_id: (each.source, round(each.quality, 4)) for each in completion.masks
+    }
+
+
 def test_a_mask_that_is_not_found_is_no_failure(options, half):
     found = complete(replace(options, teacher="teachers:of_bright_objects"))
     assert found.failures == {}

@@ -170,6 +170,7 @@ def make_batch(flags):
                 "labels": torch.randint(1, K + 1, (count,), generator=generator),
                 "masks": masks & flags_of_image[:, None, None],
                 "has_masks": flags_of_image,
+                "mask_weights": torch.rand(count, generator=torch.Generator().manual_seed(count)),
             }
         )
         polygons.append(shapes)
@@ -187,6 +188,7 @@ def detectron2_targets(targets):
         instances.gt_classes = target["labels"] - 1
         instances.gt_masks = BitMasks(target["masks"])
         instances.gt_has_mask = target["has_masks"]
+        instances.gt_mask_weight = target["mask_weights"]
         result.append(instances)
     return result
 

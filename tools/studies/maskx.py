@@ -224,7 +224,7 @@ class _SeedRuns:
         batches = functools.partial(
             training_batches,
             records,
-            InstanceMapper(split.indices_with_masks, sizes=model.sizes),
+            InstanceMapper(split.indices_with_masks, pseudo_weight="one", sizes=model.sizes),
             batch_size=settings.batch_size,
             seed=settings.seed,
         )

@@ -50,15 +50,22 @@ def class_logits(features: Tensor, class_weights: Tensor) -> Tensor:
     return torch.bmm(class_weights[:, None], columns).reshape(num_rois, height, width)
 
 
-def mask_loss(mask_logits: Tensor, mask_targets: Tensor) -> Tensor:
+def mask_loss(mask_logits: Tensor, mask_targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean binary cross-entropy over the pixels of the RoIs that have a mask.
 
-    Both are (R, M, M): logits of the ground-truth class, and masks, bool or in [0, 1]. Without RoIs
-    it is zero with a graph, so that every process has a gradient for every parameter.
+    Without RoIs it is zero with a graph, so that every process has a gradient for every parameter.
+
+    Args:
+        mask_logits: (R, M, M) of the ground-truth class.
+        mask_targets: (R, M, M), bool or in [0, 1].
+        weights: (R,) factors of the RoIs, such as the quality of masks that nobody drew; None is 1.
+            The sum is divided by the number of RoIs, so that doubtful ones teach less.
     """
     mask_logits = mask_logits.to(torch.promote_types(mask_logits.dtype, torch.float32))
     targets = mask_targets.to(mask_logits.dtype)
-    total = F.binary_cross_entropy_with_logits(mask_logits, targets, reduction="sum")
+    if weights is not None:
+        weights = weights.to(mask_logits).reshape(-1, *[1] * (mask_logits.dim() - 1))
+    total = F.binary_cross_entropy_with_logits(mask_logits, targets, weights, reduction="sum")
     return global_mean(total, mask_logits.numel())
 
 

@@ -20,7 +20,7 @@ from maskx.engine.training import TrainingSettings, load_weights, select_device
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.instance_figures import save_pictures
 from maskx.supervision import CategorySplit
-from maskx.systems.maskx_rcnn.samples import InstanceMapper
+from maskx.systems.maskx_rcnn.samples import InstanceMapper, pseudo_masks_line
 from maskx.systems.maskx_rcnn.torchvision import (
     SampleDetector,
     detect,
@@ -56,6 +56,9 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
         f"{len(split.with_masks)} categories with masks (A), {len(split.without_masks)} with "
         f"boxes only (B), on {device}"
     )
+    for name, data in (("training", train_data), ("validation, scored against", val_data)):
+        if line := pseudo_masks_line(data.records):
+            report(f"{name}: {line}")
     link_run(options.output, "maskx")
     metrics: dict[str, Any] = {"system": "maskx"}
     detections: dict[str, list[dict[str, Any]]] = {}
@@ -96,6 +99,7 @@ def train_detector(
         "frozen_norm": options.pretrained is not False,
         "image_size": choose_image_size(options),
         "mask_branch": branch,
+        "pseudo_weight": options.pseudo_weight,
     }
     started = time.perf_counter()
     model, history = train_one(
@@ -117,7 +121,9 @@ def train_detector(
         ),
         folder=options.output / name,
         build=functools.partial(build_detector, pretrained=options.pretrained),
-        mapper=lambda model: InstanceMapper(split.indices_with_masks, sizes=model.sizes),
+        mapper=lambda model: InstanceMapper(
+            split.indices_with_masks, pseudo_weight=options.pseudo_weight, sizes=model.sizes
+        ),
         device=device,
         description=f"{name}: training",
     )

@@ -1,24 +1,30 @@
 """Samples of instances, of which some have masks, and what both hosts ask of them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from maskx.core.checks import check_choice
 from maskx.core.images import scale_boxes, shrink_image
+from maskx.data.coco_shapes import QUALITY_KEY, SOURCE_KEY, read_quality
 from maskx.data.images import read_image_sample
 from maskx.data.masks import PastedMasks, decode_at_size
+
+PSEUDO_WEIGHTS = ("quality", "one")
 
 
 class InstanceMapper:
     """Reads the image of a record and makes its training target.
 
-    Masks of categories without masks are never decoded, so nothing of them can reach a loss.
+    Masks of categories without masks are never decoded, so nothing of them can reach a loss; but
+    for those that a model or a teacher made, see :func:`mask_weight`.
 
     Args:
         classes_with_masks: class indices (A) whose masks are used.
+        pseudo_weight: see :func:`mask_weight`.
         flip: mirror half of the training samples.
         sizes: an image is shrunk before anything is made of it, where the model would do so: its
             shorter and its longer side are at most these; None leaves it as it is. A photograph
@@ -29,10 +35,13 @@ class InstanceMapper:
         self,
         classes_with_masks: Collection[int],
         *,
+        pseudo_weight: str = "quality",
         flip: bool = True,
         sizes: tuple[int, int] | None = None,
     ) -> None:
+        check_choice("pseudo_weight", pseudo_weight, PSEUDO_WEIGHTS)
         self.classes_with_masks = frozenset(classes_with_masks)
+        self.pseudo_weight = pseudo_weight
         self.flip = flip
         self.sizes = sizes
 
@@ -42,7 +51,8 @@ class InstanceMapper:
         Returns:
             What `read_image_sample` returns, with ``image`` (3, H, W) of the size that ``sizes``
             allow, and ``instances`` in its pixels: ``gt_boxes`` (N, 4) XYXY, ``gt_classes`` (N,)
-            class indices, ``gt_has_mask`` (N,) bool and ``gt_masks`` (N, H, W) bool, all zero where
+            class indices, ``gt_has_mask`` (N,) bool, ``gt_mask_weight`` (N,), what they weigh in
+            the mask loss, and ``gt_masks`` (N, H, W) bool, all zero where
             there is no mask, or none is left at this size. ``gt_boxes_complete`` (N,), all False,
             is there only if the record has ``boxes_complete`` False: objects without a box may be
             anywhere, so nothing may be taken for background.
@@ -55,15 +65,23 @@ class InstanceMapper:
         annotations = [a for a in record["annotations"] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         masks = torch.zeros(len(annotations), *size, dtype=torch.bool)
-        for mask, annotation in zip(masks, annotations, strict=True):
-            has_mask = "segmentation" in annotation
-            if has_mask and annotation["class_index"] in self.classes_with_masks:
+        weights = [
+            mask_weight(
+                annotation,
+                withheld=annotation["class_index"] not in self.classes_with_masks,
+                pseudo_weight=self.pseudo_weight,
+            )
+            for annotation in annotations
+        ]
+        for mask, weight, annotation in zip(masks, weights, annotations, strict=True):
+            if weight > 0:
                 pixels = decode_at_size(annotation["segmentation"], height, width, size)
                 mask[:] = torch.from_numpy(pixels)
         instances = {
             "gt_boxes": scale_boxes(boxes, of_file, size),
             "gt_classes": torch.tensor([a["class_index"] for a in annotations], dtype=torch.int64),
             "gt_has_mask": masks.flatten(1).any(dim=1),
+            "gt_mask_weight": torch.tensor(weights, dtype=torch.float32),
             "gt_masks": masks,
         }
         if not record.get("boxes_complete", True):
@@ -74,6 +92,47 @@ class InstanceMapper:
             x0, y0, x1, y1 = instances["gt_boxes"].unbind(dim=1)
             instances["gt_boxes"] = torch.stack([size[1] - x1, y0, size[1] - x0, y1], dim=1)
         return sample | {"instances": instances}
+
+
+def mask_weight(annotation: Mapping[str, Any], *, withheld: bool, pseudo_weight: str) -> float:
+    """Return what the mask of an annotation weighs in the mask loss; 0: it must not be used.
+
+    A mask that a person drew weighs 1, or nothing where it is withheld. One that a model or a
+    teacher made of the box (``segmentation_source``, see ``maskx complete``) says no more of its
+    category than the box does, so it is not withheld. It weighs by its quality, or as a drawn one.
+
+    Args:
+        annotation: of a record.
+        withheld: whether its category is one without masks (B).
+        pseudo_weight: of a mask that nobody drew: ``quality``, or ``one`` (as in the paper's
+            baseline that trains on masks of GrabCut).
+    """
+    if annotation.get("segmentation") is None:
+        return 0.0
+    quality = read_quality(annotation)
+    if quality is None:
+        return 0.0 if withheld else 1.0
+    return quality if pseudo_weight == "quality" else 1.0
+
+
+def pseudo_masks_line(records: Iterable[Mapping[str, Any]]) -> str | None:
+    """Say how many masks nobody drew, by what made them and how good they are; None: there is none.
+
+    Args:
+        records: of :func:`maskx.data.coco.load_coco`.
+    """
+    qualities: dict[str, list[float]] = {}
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            if annotation.get(SOURCE_KEY) is not None:
+                qualities.setdefault(annotation[SOURCE_KEY], []).append(annotation[QUALITY_KEY])
+    if not qualities:
+        return None
+    parts = [
+        f"{len(found)} by {source} (mean quality {sum(found) / len(found):.2f})"
+        for source, found in sorted(qualities.items())
+    ]
+    return f"masks that nobody drew: {', '.join(parts)}"
 
 
 def given_boxes(samples: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]] | None:

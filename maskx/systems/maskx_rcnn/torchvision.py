@@ -146,6 +146,7 @@ def _target(instances: dict[str, Tensor], device: torch.device) -> dict[str, Ten
         "labels": instances["gt_classes"].to(device) + 1,
         "masks": instances["gt_masks"].to(device, torch.uint8),
         "has_masks": instances["gt_has_mask"].to(device),
+        "mask_weights": instances["gt_mask_weight"].to(device),
     }
     if "gt_boxes_complete" in instances:
         target["boxes_complete"] = instances["gt_boxes_complete"].to(device)
@@ -305,7 +306,8 @@ class MaskXRoIHeads(BoxRoIHeads):
             image_shapes: likewise.
             targets: in training, per image ``boxes`` (N, 4), ``labels`` (N,) in [1, K] and, where
                 there are masks, ``masks`` (N, H, W) and ``has_masks`` (N,) bool. A row of
-                ``masks`` counts where ``has_masks`` is true. One with ``boxes_complete`` (N,), all
+                ``masks`` counts where ``has_masks`` is true, by ``mask_weights`` (N,) if they are
+                there. One with ``boxes_complete`` (N,), all
                 False, trains the mask branch alone.
 
         Returns:
@@ -347,7 +349,7 @@ class MaskXRoIHeads(BoxRoIHeads):
         targets: list[dict[str, Tensor]],
         samples: list[tuple[Tensor, Tensor, Tensor]],
     ) -> Tensor:
-        boxes, class_indices, mask_targets = [], [], []
+        boxes, class_indices, mask_targets, weights = [], [], [], []
         for target, (proposals, matched, labels) in zip(targets, samples, strict=True):
             masked = _masked(target, matched, labels)
             boxes.append(proposals[masked])
@@ -356,8 +358,12 @@ class MaskXRoIHeads(BoxRoIHeads):
                 size = self.mask_head.mask_size
                 rows = matched[masked]
                 mask_targets.append(crop_mask_targets(target["masks"], boxes[-1], rows, size))
+                given = target.get("mask_weights", torch.ones_like(target["boxes"][:, 0]))
+                weights.append(given[rows])
         mask_logits = self._mask_logits(features, boxes, class_indices, image_shapes)
-        return mask_loss(mask_logits, torch.cat(mask_targets) if mask_targets else mask_logits)
+        if not mask_targets:
+            return mask_loss(mask_logits, mask_logits)
+        return mask_loss(mask_logits, torch.cat(mask_targets), torch.cat(weights))
 
     def _box_mask_loss(
         self,
@@ -431,7 +437,9 @@ def _masked(target: dict[str, Tensor], matched: Tensor, labels: Tensor) -> Tenso
 
 def _only_masked(target: dict[str, Tensor]) -> dict[str, Tensor]:
     has_masks = _has_masks(target)
-    keys = target.keys() & {"boxes", "labels", "masks", "has_masks", "boxes_complete"}
+    keys = target.keys() & {
+        *("boxes", "labels", "masks", "has_masks", "mask_weights", "boxes_complete")
+    }
     return {key: target[key][has_masks] for key in keys}
 
 
@@ -443,7 +451,7 @@ def _has_masks(target: dict[str, Tensor]) -> Tensor:
 
 def _check_target(image: int, target: dict[str, Tensor], num_classes: int) -> None:
     labels, where = target["labels"], f"Target {image} of the batch has"
-    for key in {"masks", "has_masks"} & set(target):
+    for key in {"masks", "has_masks", "mask_weights"} & set(target):
         if len(target[key]) != len(target["boxes"]):
             raise ValueError(
                 f"{where} {len(target['boxes'])} boxes but {len(target[key])} rows of '{key}'. "

@@ -27,6 +27,7 @@ from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.structures import BitMasks, PolygonMasks
 from torch import nn
 
+from maskx.core.checks import check_choice, default_of
 from maskx.core.text import listed
 from maskx.data.coco import AnnotationProblem, read_mask
 from maskx.data.images import read_image, read_rgb
@@ -42,6 +43,12 @@ from maskx.systems.maskx_rcnn.detectron2.model import (
     check_can_freeze,
     predicts_masks,
 )
+from maskx.systems.maskx_rcnn.samples import (
+    PSEUDO_WEIGHTS,
+    InstanceMapper,
+    mask_weight,
+    pseudo_masks_line,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +60,7 @@ class MaskXDatasetMapper(DatasetMapper):
     instances have, besides ``gt_boxes`` and ``gt_classes``:
 
     - ``gt_has_mask``: (N,) bool;
+    - ``gt_mask_weight``: (N,), what the masks weigh in the loss;
     - ``gt_masks``: ``PolygonMasks`` if ``instance_mask_format`` is "polygon", all masks of the
       image are polygons and it is not cropped, else ``BitMasks``; empty where there is no mask;
     - ``gt_boxes_complete``: (N,) bool, all False, only if the record has ``boxes_complete`` False:
@@ -65,7 +73,9 @@ class MaskXDatasetMapper(DatasetMapper):
 
     Args:
         classes_with_masks: class indices (A) whose masks are used; None for all. The masks of all
-            other classes are removed before anything is computed from them.
+            other classes are removed before anything is computed from them, but for those that a
+            model or a teacher made, see :func:`maskx.systems.maskx_rcnn.samples.mask_weight`.
+        pseudo_weight: see there.
 
     Attributes:
         lost_masks: number of masks that could not be used, by reason. Each worker of the loader
@@ -78,9 +88,12 @@ class MaskXDatasetMapper(DatasetMapper):
         is_train: bool,
         *,
         classes_with_masks: Collection[int] | None = None,
+        pseudo_weight: str = default_of(InstanceMapper, "pseudo_weight"),
         **kwargs: Any,
     ) -> None:
         super().__init__(is_train, **kwargs)
+        check_choice("MODEL.MASKX.PSEUDO_WEIGHT", pseudo_weight, PSEUDO_WEIGHTS)
+        self.pseudo_weight = pseudo_weight
         if self.recompute_boxes:
             raise ValueError(
                 "recompute_boxes would fit boxes of instances with a mask to what a crop leaves of "
@@ -97,6 +110,7 @@ class MaskXDatasetMapper(DatasetMapper):
         ret = super().from_config(cfg, is_train) | {"recompute_boxes": False}
         if is_train and cfg.MODEL.MASK_ON:
             ret["classes_with_masks"] = split_from_config(cfg).indices_with_masks
+            ret["pseudo_weight"] = cfg.MODEL.MASKX.PSEUDO_WEIGHT
         return ret
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +151,15 @@ class MaskXDatasetMapper(DatasetMapper):
         """Replace ``annotations`` by ``instances``; hook of :class:`DatasetMapper`."""
         annotations = [a for a in dataset_dict.pop("annotations") if a.get("iscrowd", 0) == 0]
         # Withheld masks leave first, so that nothing below can depend on them.
-        segmentations = [self._take_segmentation(annotation) for annotation in annotations]
+        weights = [self._mask_weight(annotation) for annotation in annotations]
+        segmentations = [
+            segmentation if weight > 0 else None
+            for segmentation, weight in zip(
+                [annotation.pop("segmentation", None) for annotation in annotations],
+                weights,
+                strict=True,
+            )
+        ]
         for annotation in annotations:
             if not self.use_keypoint:
                 annotation.pop("keypoints", None)
@@ -159,17 +181,16 @@ class MaskXDatasetMapper(DatasetMapper):
                     masks.append(None)
                     self._count_lost(problem, annotation, dataset_dict)
             instances.gt_has_mask = torch.tensor([m is not None for m in masks], dtype=torch.bool)
+            instances.gt_mask_weight = torch.tensor(weights, dtype=torch.float32)
             instances.gt_masks = _collect_masks(masks, image_shape, self.instance_mask_format)
         if not dataset_dict.get("boxes_complete", True):
             instances.gt_boxes_complete = torch.zeros(len(instances), dtype=torch.bool)
         dataset_dict["instances"] = utils.filter_empty_instances(instances, by_mask=False)
 
-    def _take_segmentation(self, annotation: dict[str, Any]) -> Any:
-        """Remove the mask from an annotation and return it, or None if it is to be withheld."""
-        segmentation = annotation.pop("segmentation", None)
-        if self.classes_with_masks is None or annotation["category_id"] in self.classes_with_masks:
-            return segmentation
-        return None
+    def _mask_weight(self, annotation: dict[str, Any]) -> float:
+        classes = self.classes_with_masks
+        withheld = classes is not None and annotation["category_id"] not in classes
+        return mask_weight(annotation, withheld=withheld, pseudo_weight=self.pseudo_weight)
 
     def _count_lost(
         self, problem: AnnotationProblem, annotation: dict[str, Any], record: dict[str, Any]
@@ -285,6 +306,8 @@ def _train_loader(cfg: CfgNode) -> Any:
     if cfg.MODEL.MASK_ON:
         split = split_from_config(cfg)
         check_masks(map(record_from_detectron2, records), split, label_maps=False)
+        if line := pseudo_masks_line(records):
+            logger.info("Training: %s", line)
     return seeded_train_loader(cfg, records, SeededMapper(mapper), batches)
 
 

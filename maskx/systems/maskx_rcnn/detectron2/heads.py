@@ -118,7 +118,8 @@ class MaskXMaskHead(MaskXHead):
         get_event_storage().put_scalar("maskx/num_mask_rois", len(features))
         class_indices = torch.cat([x.gt_classes for x in instances])
         mask_logits = super().forward(features, class_indices, detector)
-        loss = mask_loss(mask_logits, crop_gt_masks(instances, self.mask_size, mask_logits.device))
+        targets = crop_gt_masks(instances, self.mask_size, mask_logits.device)
+        loss = mask_loss(mask_logits, targets, gt_mask_weights(instances))
         return {"loss_mask": loss * self.loss_weight}
 
 
@@ -137,6 +138,16 @@ def crop_gt_masks(rois: list[Instances], size: int, device: torch.device) -> Ten
     ]
     none = torch.empty(0, size, size, dtype=torch.bool, device=device)
     return torch.cat(targets) if targets else none
+
+
+def gt_mask_weights(rois: list[Instances]) -> Tensor:
+    """Return (R,) what the masks of RoIs weigh; 1 where nothing is said."""
+    return torch.cat(
+        [
+            x.gt_mask_weight if x.has("gt_mask_weight") else torch.ones_like(x.gt_classes).float()
+            for x in rois
+        ]
+    )
 
 
 def num_classes_from_config(cfg: CfgNode) -> int | None:

@@ -27,6 +27,7 @@ from maskx.core.layers import msra_fill
 from maskx.systems.maskx_rcnn.detectron2.heads import (
     add_masks,
     crop_gt_masks,
+    gt_mask_weights,
     num_classes_from_config,
     transfer_arguments,
 )
@@ -198,9 +199,10 @@ class MaskXPointRendMaskHead(nn.Module):
         point_logits = self._point_logits(features, boxes, coords, *head)
         get_event_storage().put_scalar("maskx/num_mask_rois", len(class_indices))
         size, device = coarse_logits.shape[-1], coarse_logits.device
+        weights = gt_mask_weights(rois)
         losses = {
-            "loss_mask": mask_loss(coarse_logits[:, 0], crop_gt_masks(rois, size, device)),
-            "loss_mask_point": mask_loss(point_logits, labels),
+            "loss_mask": mask_loss(coarse_logits[:, 0], crop_gt_masks(rois, size, device), weights),
+            "loss_mask_point": mask_loss(point_logits, labels, weights),
         }
         return {name: loss * self.loss_weight for name, loss in losses.items()}
 

@@ -118,7 +118,8 @@ def test_images_without_masks_have_all_fields(make_record, count, mask_format):
     record = make_record(*[{}] * count)
     instances = make_mapper(instance_mask_format=mask_format)(record)["instances"]
     assert len(instances) == count
-    assert set(instances.get_fields()) == {"gt_boxes", "gt_classes", "gt_masks", "gt_has_mask"}
+    expected = {"gt_boxes", "gt_classes", "gt_masks", "gt_has_mask", "gt_mask_weight"}
+    assert set(instances.get_fields()) == expected
     assert isinstance(instances.gt_masks, BitMasks if mask_format == "bitmask" else PolygonMasks)
     assert not instances.gt_has_mask.any()
 
@@ -295,3 +296,29 @@ def test_configuration(make_cfg, tiny_train):
     assert not mapper.recompute_boxes
     assert mapper.instance_mask_format == "bitmask"
     assert MaskXDatasetMapper(cfg, is_train=False).classes_with_masks is None
+
+
+def test_masks_that_nobody_drew_weigh_by_their_quality_in_every_category(make_record):
+    made = {"segmentation_source": "grabcut", "segmentation_quality": 0.4}
+    record = make_record(
+        {"segmentation": polygon()},
+        {"segmentation": polygon()},
+        {"segmentation": polygon(), **made},
+        {},
+    )
+    mapper = make_mapper(classes_with_masks=[0])
+    instances = mapper(record)["instances"]
+    assert instances.gt_has_mask.tolist() == [True, False, True, False]
+    torch.testing.assert_close(instances.gt_mask_weight, torch.tensor([1.0, 0.0, 0.4, 0.0]))
+    alike = make_mapper(pseudo_weight="one")(record)["instances"]
+    assert alike.gt_mask_weight.tolist() == [1.0, 1.0, 1.0, 0.0]
+
+
+def test_the_weight_of_masks_that_nobody_drew_is_in_the_configuration(make_cfg, tiny_train):
+    cfg = make_cfg(
+        *("DATASETS.TRAIN", (tiny_train,), "DATASETS.MASKX.SPLIT", "all"),
+        *("MODEL.MASKX.PSEUDO_WEIGHT", "one"),
+    )
+    assert MaskXDatasetMapper(cfg, is_train=True).pseudo_weight == "one"
+    with pytest.raises(ValueError, match=r"PSEUDO_WEIGHT.*quality.*'half'"):
+        make_mapper(pseudo_weight="half")

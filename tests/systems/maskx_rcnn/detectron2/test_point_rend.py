@@ -208,6 +208,11 @@ def test_every_parameter_learns():
     whole = run(lambda: full(make_features(), rois, make_detector()))
     for name, loss in whole.items():
         torch.testing.assert_close(losses[name], loss * 0.5)
+    for instances in rois:
+        instances.gt_mask_weight = torch.full((len(instances),), 0.5)
+    weighted = run(lambda: full(make_features(), rois, make_detector()))
+    for name, loss in losses.items():
+        torch.testing.assert_close(weighted[name], loss)
 
 
 @pytest.mark.parametrize("predictor", ["transfer", "class_agnostic", "class_specific"])
