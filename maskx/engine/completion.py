@@ -53,8 +53,8 @@ class CompletionOptions:
         data: annotation file and image folder.
         output: file to write.
         run: run folder of a model that segments given boxes, or makes label maps of images.
-        teacher: ``grabcut`` or ``module:callable``, see
-            :class:`maskx.engine.mask_sources.Teacher`; besides a run or instead of one.
+        teacher: ``grabcut``, ``u2netp`` or ``module:callable``, see
+            :func:`maskx.engine.mask_sources.load_teacher`; besides a run or instead of one.
         agree: least IoU of the masks of run and teacher; where they agree less, there is no mask.
         min_quality: masks of a lower quality are left out.
         withhold: category split, see :func:`maskx.data.splits.resolve_split`: masks of its

