@@ -100,6 +100,10 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.TRANSFER.ACTIVATION = default_of(WeightTransfer, "activation")
     # True: the mask loss does not reach the box predictor through T (section 3.1).
     keys.MODEL.MASKX.TRANSFER.STOP_GRADIENT = default_of(WeightTransfer, "stop_gradient")
+    # Above 0: at inference the mask weights of a class that no mask loss has taught are a mean of
+    # those of the taught ones, by the softmax of their likeness at this temperature; 0: off, as in
+    # the paper.
+    keys.MODEL.MASKX.TRANSFER.MIX = default_of(WeightTransfer, "mix")
     # Length of a classifier row, where a box predictor of another code base gives its rows by a
     # method detector_weights(); 0: the length of the features that enter the box predictor.
     keys.MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS = 0

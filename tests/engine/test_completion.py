@@ -334,7 +334,7 @@ def test_the_rest_of_another_completion_is_refused(options, interrupted):
         ({"agree": 0.5}, ValueError, "agree compares a run with a teacher"),
         ({"min_quality": 2}, ValueError, r"min_quality is 2\. Allowed: 0 to 1"),
         ({"workers": 0}, ValueError, "workers must be at least 1, got 0"),
-        ({"teacher": "grabkut"}, ValueError, "no teacher 'grabkut'. Allowed: grabcut, or module:c"),
+        ({"teacher": "grabkut"}, ValueError, "no teacher 'grabkut'. Allowed: grabcut, u2netp, or"),
         ({"teacher": "teachers:none"}, ValueError, "'teachers:none' cannot be imported"),
         ({"teacher": "no_such:thing"}, ValueError, "cannot be imported.*No module named 'no_such'"),
         ({"teacher": "teachers:constant"}, ValueError, "is a int, not a function"),

@@ -366,6 +366,7 @@ class MaskXHead(nn.Module):
         transfer_layers: int = default_of(WeightTransfer, "num_layers"),
         transfer_activation: str = default_of(WeightTransfer, "activation"),
         stop_gradient: bool = default_of(WeightTransfer, "stop_gradient"),
+        transfer_mix: float = default_of(WeightTransfer, "mix"),
         detector_channels: int | None = None,
         class_vectors: Tensor | None = None,
     ) -> None:
@@ -402,6 +403,7 @@ class MaskXHead(nn.Module):
             num_layers=transfer_layers,
             activation=transfer_activation,
             stop_gradient=stop_gradient,
+            mix=transfer_mix,
         )
         self.mlp = None if mlp == "none" else MaskMLP(channels, self.mask_size, mlp)
 
@@ -419,6 +421,8 @@ class MaskXHead(nn.Module):
                 "transfer_layers": transfer_layers,
                 "transfer_activation": transfer_activation,
             }
+            if transfer_mix:  # the checkpoint says which classes were taught
+                self.architecture["transfer_mix"] = transfer_mix
 
     def forward(
         self,

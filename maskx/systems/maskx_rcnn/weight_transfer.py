@@ -7,9 +7,11 @@ Shape legend:
     D: channels that enter the box predictor; E: length of the transfer input of one class.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskx.core.checks import check_choice
@@ -77,6 +79,9 @@ class WeightTransfer(nn.Module):
         num_layers: 1, 2 or 3 fully connected layers.
         activation: between layers: ``leaky_relu`` (slope 0.1) or ``relu``.
         stop_gradient: keep the mask loss from changing the detector weights (section 3.1).
+        mix: temperature; 0, the paper, is off. Else T extrapolates to no class: at inference the
+            weight of one that no mask loss has taught is a mean of those of the taught ones, by
+            the softmax of the cosines between what T predicts for it and for them.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class WeightTransfer(nn.Module):
         num_layers: int = 2,
         activation: str = "leaky_relu",
         stop_gradient: bool = True,
+        mix: float = 0.0,
     ) -> None:
         super().__init__()
         check_choice("transfer inputs", inputs, TRANSFER_INPUTS)
@@ -110,6 +116,19 @@ class WeightTransfer(nn.Module):
             _check_given(inputs, "class_vectors", class_vectors)
             in_channels = class_vectors.shape[1]
         self.register_buffer("class_vectors", class_vectors)
+        if not 0 <= mix < math.inf:
+            raise ValueError(
+                f"mix of weight transfer (MODEL.MASKX.TRANSFER.MIX) is {mix}. Allowed: 0, which is "
+                "off, or a temperature above 0 such as 0.05."
+            )
+        self.mix = mix
+        if mix:
+            if num_classes is None:
+                raise ValueError(
+                    f"mix of weight transfer is {mix}, but the classes of this model may change, "
+                    "so that none counts as taught. Set mix (MODEL.MASKX.TRANSFER.MIX) 0."
+                )
+            self.register_buffer("taught", torch.zeros(num_classes, dtype=torch.bool))
 
         layers: list[nn.Module] = []
         for layer in range(num_layers):
@@ -141,7 +160,15 @@ class WeightTransfer(nn.Module):
         if class_indices.is_meta:  # shapes alone, without values that could be alike
             return self.layers(self.class_inputs(class_indices, detector))
         classes, row_of_roi = torch.unique(class_indices, return_inverse=True)
-        return self.layers(self.class_inputs(classes, detector))[row_of_roi]
+        weights = self.layers(self.class_inputs(classes, detector))
+        if self.mix and self.training:
+            self.taught[classes] = True
+        elif self.mix and self.taught.any():
+            known = self.layers(self.class_inputs(self.taught.nonzero()[:, 0], detector))
+            cosines = F.normalize(weights, dim=1) @ F.normalize(known, dim=1).T
+            mixed = (cosines / self.mix).softmax(dim=1) @ known
+            weights = torch.where(self.taught[classes][:, None], weights, mixed)
+        return weights[row_of_roi]
 
 
 def class_agnostic_box_message(inputs: str) -> str:

@@ -156,3 +156,35 @@ def test_random_vectors_are_the_same_in_every_run_and_of_norm_one():
     second = make_transfer(inputs="randn").class_vectors
     assert torch.equal(first, second)
     assert first.norm(dim=1).mean().item() == pytest.approx(0.055 * 300**0.5, rel=0.1)
+
+
+def test_mixed_weights_of_classes_that_were_not_taught():
+    """Means of the taught ones, by a softmax over cosines; all else is T."""
+    plain, transfer, detector = make_transfer(), make_transfer(mix=0.05), make_detector()
+    everything = torch.arange(K)
+    rows = plain(everything, detector)
+    torch.testing.assert_close(transfer.eval()(everything, detector), rows)  # none was taught
+    taught = torch.tensor([2, 0, 2])
+    torch.testing.assert_close(transfer.train()(taught, detector), rows[taught])
+    found = transfer.eval()(torch.tensor([3, 0, 1, 2, 3]), detector)
+    torch.testing.assert_close(found[[1, 3]], rows[[0, 2]])
+    assert torch.equal(found[0], found[4])
+    for row, index in ((found[0], 3), (found[2], 1)):
+        cosines = [torch.cosine_similarity(rows[index], rows[known], dim=0) for known in (0, 2)]
+        first, second = [(cosine / 0.05).exp() for cosine in cosines]
+        expected = (first * rows[0] + second * rows[2]) / (first + second)
+        torch.testing.assert_close(row, expected)
+    restored = make_transfer(mix=0.05)
+    restored.load_state_dict(transfer.state_dict())
+    assert torch.equal(restored.eval()(everything, detector), transfer(everything, detector))
+
+
+@pytest.mark.parametrize("mix", [-0.1, float("nan"), float("inf")])
+def test_a_bad_temperature_of_mixing_is_refused(mix):
+    with pytest.raises(ValueError, match=r"TRANSFER\.MIX.*Allowed: 0"):
+        make_transfer(mix=mix)
+
+
+def test_mixing_needs_a_class_list_that_stays():
+    with pytest.raises(ValueError, match=r"classes of this model may change.*MIX\) 0"):
+        make_transfer(mix=0.05, num_classes=None)

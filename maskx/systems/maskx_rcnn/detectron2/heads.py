@@ -84,7 +84,7 @@ class MaskXMaskHead(MaskXHead):
         _check_config(cfg)
         transfer = transfer_arguments(cfg, input_shape.channels)
         names = {"inputs": "transfer_inputs", "num_layers": "transfer_layers"}
-        names["activation"] = "transfer_activation"
+        names |= {"activation": "transfer_activation", "mix": "transfer_mix"}
         return {
             "input_shape": input_shape,
             "loss_weight": maskx.LOSS_WEIGHT,
@@ -171,6 +171,7 @@ def transfer_arguments(cfg: CfgNode, in_channels: int) -> dict[str, Any]:
         "num_layers": maskx.TRANSFER.LAYERS,
         "activation": maskx.TRANSFER.ACTIVATION,
         "stop_gradient": maskx.TRANSFER.STOP_GRADIENT,
+        "mix": maskx.TRANSFER.MIX,
         "detector_channels": _detector_channels(cfg, in_channels) if from_detector else None,
         "class_vectors": _class_vectors(cfg) if transfers and inputs == "vectors" else None,
     }
