@@ -26,8 +26,8 @@ REQUIRES = [
     "msgspec>=0.18",
 ]
 PLOTS = ["matplotlib>=3.7"]
-# COCO matching, five times as fast as that of pycocotools.
-FAST = ["hotcoco>=1.3"]
+# COCO matching, five times as fast as that of pycocotools; numbers of large annotation files.
+FAST = ["hotcoco>=1.3", "pysimdjson>=7"]
 SERVE = ["flask>=3"]
 # `maskx export-model` to ONNX.
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5"]

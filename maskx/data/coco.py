@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 _KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", SOURCE_KEY, QUALITY_KEY)
-_CHUNK = 10_000  # annotations that are decoded at a time
+_CHUNK = 2000  # annotations that are decoded at a time
 _WHAT = "annotation file"
 
 
@@ -424,16 +424,17 @@ def _read_annotations(
     """Read the annotations into the records, those that are as usual many at a time."""
     record_of = {record["image_id"]: record for record in records}
     table = _Images(records)
+    add_to = [record["annotations"].append for record in records]
     for start in range(0, len(rows), _CHUNK):
         chunk = rows.take(start, min(start + _CHUNK, len(rows)))
-        usual = _UsualRows(chunk, table, structure)
-        claims.add_arrays(usual)
-        for index, (record, entry) in enumerate(usual.entries()):
-            if entry is not None:
-                record["annotations"].append(entry)
-                record["image_labels"].add(entry["class_index"])
+        found = _UsualRows(chunk, table, structure)
+        claims.add_arrays(found)
+        for index, (is_usual, image_index, entry) in enumerate(found.entries()):
+            if is_usual:
+                add_to[image_index](entry)
             else:
                 _read_row(start + index, chunk[index], record_of, structure, report, claims)
+    table.give_labels()
 
 
 def _read_row(
@@ -497,13 +498,28 @@ def _read_row(
 
 
 class _Images:
-    """Records by image id, and their sizes; the last is no image."""
+    """Records by image id, their sizes, and the labels of their usual annotations."""
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
-        self.records = [*records, {}]
+        self.records = records
         self.index_of = {record["image_id"]: index for index, record in enumerate(records)}
         sizes = [(record["height"], record["width"]) for record in records]
-        self.sizes = np.array([*sizes, (0, 0)], np.float64)
+        self.sizes = np.array([*sizes, (0, 0)], np.float64)  # the last is of no image
+        self._labels = []
+
+    def add_labels(self, image_index: np.ndarray, class_index: np.ndarray) -> None:
+        """Note that images show classes."""
+        self._labels.append(image_index << 32 | class_index)
+
+    def give_labels(self) -> None:
+        """Add the labels to those that the records have, sorted."""
+        found = np.unique(np.concatenate([np.empty(0, np.int64), *self._labels]))
+        ends = np.searchsorted(found >> 32, np.arange(len(self.records)), side="right").tolist()
+        labels, start = (found & 0xFFFFFFFF).tolist(), 0
+        for record, end in zip(self.records, ends, strict=True):
+            given, own = record["image_labels"], labels[start:end]
+            record["image_labels"] = sorted(given.union(own)) if given else own
+            start = end
 
 
 class _UsualRows:
@@ -513,26 +529,29 @@ class _UsualRows:
     # make the same entry.
 
     def __init__(self, rows: Rows, images: _Images, structure: Structure) -> None:
-        image_index = _looked_up(rows.column("image_id"), images.index_of)
+        self._images = images
+        self._image_index = _looked_up(rows.column("image_id"), images.index_of)
         self._class_index = _looked_up(rows.column("category_id"), structure.class_index)
+        image_index, class_index = np.array(self._image_index), np.array(self._class_index)
         self.sizes = images.sizes[image_index]
-        self._records = [images.records[index] for index in image_index]
         self._ids = rows.column("id")
         self._crowd = _numbers(rows.column("iscrowd"), {int}, missing=0)
         area = _numbers(rows.column("area"), {int, float}, missing=1)
-        self.usual = (np.array(image_index) >= 0) & (np.array(self._class_index) >= 0)
+        self.usual = (image_index >= 0) & (class_index >= 0)
         self.usual &= np.isin(self._crowd, (0, 1)) & (area > 0) & (area < 1e18)
         if structure.has_repeated_ids:
             self.usual[:] = False
         elif set(map(type, self._ids)) != {int}:
             self.usual &= [type(id_) is int for id_ in self._ids]
         self._read_boxes(rows.column("bbox"))
-        self.usual &= [value in (MISSING, None) for value in rows.column(SOURCE_KEY)]
-        self._read_polygons(rows.decoded("segmentation", list[list[float]]))
+        sources = rows.column(SOURCE_KEY)
+        if sources.count(MISSING) < len(sources):
+            self.usual &= [value in (MISSING, None) for value in sources]
+        self._read_polygons(*rows.number_lists("segmentation"))
+        images.add_labels(image_index[self.usual], class_index[self.usual])
 
     def _read_boxes(self, column: list[Any]) -> None:
-        packed = _pack_rows(column, 4)
-        self.given = given = np.frombuffer(packed, np.float64).reshape(-1, 4)
+        self.given = given = np.frombuffer(_pack_boxes(column), np.float64).reshape(-1, 4)
         x1, y1, width, height = given.T
         x2, y2 = x1 + width, y1 + height
         height_of, width_of = self.sizes.T
@@ -546,36 +565,37 @@ class _UsualRows:
             fits &= (boxes[0] < boxes[2]) & (boxes[1] < boxes[3])
         self.usual &= fits
 
-    def _read_polygons(self, column: list[Any]) -> None:
-        """Pack the polygons, and see which are in their image and have an area."""
-        self._polygons: list[list[bytes] | None] = [None] * len(column)
-        self.extents = np.full((len(column), 4), np.nan)
-        owners, packed = [], []
-        for index, value in enumerate(column):
-            if value is MISSING or value is None or value == []:
-                continue
-            parts = _pack_polygons(value)
-            if parts is None:
-                self.usual[index] = False
-                continue
-            self._polygons[index] = parts
-            packed += parts
-            owners += [index] * len(parts)
-        if not packed:
+    def _read_polygons(self, numbers: array, sizes: np.ndarray, num_parts: np.ndarray) -> None:
+        """See which polygons are in their image and have an area."""
+        self.extents = np.full((len(num_parts), 4), np.nan)
+        self.usual &= num_parts >= 0
+        num_parts = np.maximum(num_parts, 0)
+        self._last_part = np.cumsum(num_parts)
+        ends = np.cumsum(sizes)
+        starts = ends - sizes
+        self._parts = [numbers[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        owner = np.repeat(np.arange(len(num_parts)), num_parts)
+        malformed = (sizes < 6) | (sizes % 2 > 0)
+        points = np.frombuffer(numbers)
+        if malformed.any():
+            self.usual[owner[malformed]] = False
+            points = points[np.repeat(~malformed, sizes)]
+            owner, sizes = owner[~malformed], sizes[~malformed]
+            ends = np.cumsum(sizes)
+            starts = ends - sizes
+        if not len(owner):
             return
-        owner = np.array(owners)
-        num_points = np.array([len(part) // 16 for part in packed])
-        starts = np.concatenate([[0], np.cumsum(num_points)[:-1]])
-        points = np.frombuffer(b"".join(packed), np.float64).reshape(-1, 2)
-        x, y = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
-        after = np.arange(1, len(x) + 1)
-        after[starts + num_points - 1] = starts
-        area = np.add.reduceat(x * y[after] - x[after] * y, starts)
         first = np.flatnonzero(np.diff(owner, prepend=-1))
         masked = owner[first]
+        x, y = points.reshape(-1, 2).T.copy()
+        starts, last = starts // 2, ends // 2 - 1
+        cross = np.empty_like(x)
+        cross[:-1] = x[:-1] * y[1:] - x[1:] * y[:-1]
+        cross[last] = x[last] * y[starts] - x[starts] * y[last]
+        area = np.add.reduceat(cross, starts)
         low, high = (np.minimum, np.maximum)
         extents = [
-            function.reduceat(function.reduceat(values, starts), first)
+            function.reduceat(values, starts[first])
             for function, values in ((low, x), (low, y), (high, x), (high, y))
         ]
         x1, y1, x2, y2 = extents
@@ -587,27 +607,27 @@ class _UsualRows:
 
     def ids(self, indices: Iterable[int]) -> list[tuple[Any, Any]]:
         """Return the ids of annotations and of their images."""
-        return [(self._ids[i], self._records[i]["image_id"]) for i in indices]
+        images = self._images.records
+        return [(self._ids[i], images[self._image_index[i]]["image_id"]) for i in indices]
 
-    def entries(self) -> Iterable[tuple[dict[str, Any], dict[str, Any] | None]]:
-        """Give the record and the entry of each annotation; None where it is not usual."""
-        for usual, record, id_, box, index, crowd, parts in zip(
+    def entries(self) -> Iterable[tuple[bool, int, dict[str, Any]]]:
+        """Give of each annotation whether it is usual, and if so, its image and its entry."""
+        first = 0
+        for is_usual, image_index, id_, box, index, crowd, last in zip(
             self.usual.tolist(),
-            self._records,
+            self._image_index,
             self._ids,
             self._boxes.tolist(),
             self._class_index,
             np.where(self.usual, self._crowd, 0).astype(np.int8).tolist(),
-            self._polygons,
+            self._last_part.tolist(),
             strict=True,
         ):
-            if not usual:
-                yield record, None
-                continue
             entry = {"id": id_, "bbox": box, "class_index": index, "iscrowd": crowd}
-            if parts is not None:
-                entry["segmentation"] = [array("d", part) for part in parts]
-            yield record, entry
+            if first < last:
+                entry["segmentation"] = self._parts[first:last]
+                first = last
+            yield is_usual, image_index, entry
 
 
 def _looked_up(keys: Sequence[Any], table: Mapping[Any, int]) -> list[int]:
@@ -626,40 +646,22 @@ def _numbers(values: Sequence[Any], kinds: set[type], *, missing: float) -> np.n
     return np.array([v if -1e300 < v < 1e300 else math.nan for v in found], np.float64)
 
 
-_NAN_BOX = struct.pack("4d", *[float("nan")] * 4)
+_PACK_BOX = struct.Struct("4d").pack
+_NAN_BOX = _PACK_BOX(*[math.nan] * 4)
 
 
-def _pack_rows(column: list[Any], length: int) -> bytes:
-    """Pack lists of numbers, NaN where one is of another length or holds something else."""
-    pack = struct.Struct(f"{length}d").pack
+def _pack_boxes(column: list[Any]) -> bytes:
+    """Pack lists of four numbers, NaN where one is of another length or holds something else."""
+    if set(map(type, column)) == {list}:
+        with contextlib.suppress(struct.error, OverflowError):
+            return b"".join(itertools.starmap(_PACK_BOX, column))
     packed = []
     for row in column:
         try:
-            packed.append(pack(*row) if type(row) is list and len(row) == length else _NAN_BOX)
+            packed.append(_PACK_BOX(*row) if type(row) is list else _NAN_BOX)
         except (struct.error, OverflowError):
             packed.append(_NAN_BOX)
     return b"".join(packed)
-
-
-class _Packers(dict):
-    """Functions that pack a polygon, by its number of coordinates; no such key below 3 points."""
-
-    def __missing__(self, length: int) -> Any:
-        if length < 6 or length % 2:
-            raise KeyError(length)
-        self[length] = pack = struct.Struct(f"{length}d").pack
-        return pack
-
-
-_PACKERS = _Packers()
-
-
-def _pack_polygons(parts: Any) -> list[bytes] | None:
-    """Pack polygons of at least 3 points; None if one is something else."""
-    try:
-        return [_PACKERS[len(part)](*part) for part in parts]
-    except (struct.error, OverflowError, KeyError, TypeError):
-        return None
 
 
 def _check_something_is_left(

@@ -5,11 +5,15 @@ plain for it (NaN, a key that stands twice), is read again by Python's own parse
 """
 
 import contextlib
+import functools
 import gc
+import itertools
 import json
 import operator
 import os
-from collections.abc import Iterator, Sequence
+import struct
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +23,17 @@ try:
     import msgspec
 except ImportError:  # all files are read by Python's own parser then: the same, but slower
     msgspec = None
+try:
+    import simdjson
+except ImportError:  # numbers become Python's before they are packed
+    simdjson = None
 
 __all__ = ["MISSING", "Rows", "paused_collector", "read_json", "read_json_rows"]
 
 MISSING: Any = object() if msgspec is None else msgspec.UNSET
 """Stands for a value that is not there."""
 
+_OPEN = ord("[")
 _MANY_OBJECTS = 1_000_000
 _MAX_DIGITS = 4300  # of an integer, as Python's own limit is
 
@@ -51,59 +60,110 @@ class Rows:
     """A list of JSON objects of which some keys are asked for, column by column.
 
     Args:
-        rows: dicts, or structs with one attribute for each key.
-        raw_key: The key whose values are left as JSON text in structs; None for dicts.
+        rows: dicts; None if columns are given.
+        columns: Values by key, `MISSING` where a row lacks it.
+        raw_key: The key whose column holds JSON text.
     """
 
-    def __init__(self, rows: list[Any], raw_key: str | None = None) -> None:
-        self._rows, self._raw_key = rows, raw_key
+    def __init__(
+        self,
+        rows: list[Any] | None,
+        columns: dict[str, list[Any]] | None = None,
+        raw_key: str | None = None,
+    ) -> None:
+        self._rows, self._columns, self._raw_key = rows, columns or {}, raw_key
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(next(iter(self._columns.values())) if self._rows is None else self._rows)
 
     def __getitem__(self, index: int) -> Any:
-        """Return a row as `json.loads` would, of structs with the keys that were asked for."""
-        row = self._rows[index]
-        if self._raw_key is None:
-            return row
-        found = {key: getattr(row, key) for key in row.__struct_fields__}
-        found = {key: value for key, value in found.items() if value is not MISSING}
+        """Return a row as `json.loads` would, of columns with the keys that were asked for."""
+        if self._rows is not None:
+            return self._rows[index]
+        values = {key: column[index] for key, column in self._columns.items()}
+        found = {key: value for key, value in values.items() if value is not MISSING}
         if self._raw_key in found:
-            found[self._raw_key] = json.loads(bytes(found[self._raw_key]))
+            found[self._raw_key] = json.loads(found[self._raw_key])
         return found
 
     def take(self, start: int, stop: int) -> "Rows":
         """Return some rows, which are forgotten here so that their memory can go with them."""
-        taken = self._rows[start:stop]
-        self._rows[start:stop] = [None] * len(taken)
-        return Rows(taken, self._raw_key)
+        if self._rows is not None:
+            return Rows(_taken(self._rows, start, stop))
+        columns = {key: _taken(column, start, stop) for key, column in self._columns.items()}
+        return Rows(None, columns, self._raw_key)
 
     def column(self, key: str) -> list[Any]:
         """Return the values of a key; `MISSING` where a row lacks it or is no object."""
-        if self._raw_key is None:
-            return [r.get(key, MISSING) if isinstance(r, dict) else MISSING for r in self._rows]
-        return list(map(operator.attrgetter(key), self._rows))
+        if self._rows is None:
+            return self._columns[key]
+        return [r.get(key, MISSING) if isinstance(r, dict) else MISSING for r in self._rows]
 
-    def decoded(self, key: str, kind: Any) -> list[Any]:
-        """Return the values of the raw key, of one type; another value where one is of another."""
-        if self._raw_key is None:
-            return self.column(key)
+    def number_lists(self, key: str) -> tuple[array, np.ndarray, np.ndarray]:
+        """Return the values of the raw key that are lists of lists of numbers, end to end.
+
+        Returns:
+            All numbers; the length of each list; how many lists each row has, 0 where there is none
+            and -1 where the value is something else.
+        """
         values = self.column(key)
-        given = [value for value in values if value is not MISSING]
-        try:  # all at once
-            found = iter(
-                msgspec.json.decode(b"[%b]" % b",".join(given), type=list[kind | dict | None])
-            )
-            return [value if value is MISSING else next(found) for value in values]
-        except msgspec.DecodeError:
-            decode = msgspec.json.Decoder(kind).decode
-        found = []
-        for value in values:
+        if self._rows is None:
+            flat = None if simdjson is None else _flattened(values)
+            if flat is not None:
+                return flat
+            text = b"[%b]" % b",".join([b"null" if v is MISSING else v for v in values])
             try:
-                found.append(value if value is MISSING else decode(value))
-            except msgspec.DecodeError:
-                found.append(False)
-        return found
+                values = msgspec.json.decode(text)
+            except msgspec.DecodeError:  # such as of a number that no float holds
+                values = json.loads(text)
+        numbers, sizes, num_lists = array("d"), [], []
+        for value in values:
+            packed = [] if value is None or value is MISSING else _packed(value)
+            num_lists.append(-1 if packed is None else len(packed))
+            for part in packed or ():
+                numbers.frombytes(part)
+                sizes.append(len(part) // 8)
+        return numbers, np.array(sizes, np.int64), np.array(num_lists)
+
+
+def _flattened(texts: list[Any]) -> tuple[array, np.ndarray, np.ndarray] | None:
+    """Return the numbers of JSON texts; None if a list holds something else than lists of them."""
+    nothing = (MISSING, b"null")
+    num_lists = [0 if text in nothing else -1 for text in texts]
+    where = [index for index, text in enumerate(texts) if text is not MISSING and text[0] == _OPEN]
+    joined = b"[%b]" % b",".join([texts[index] for index in where])
+    try:
+        parsed = simdjson.Parser().parse(joined)
+        sizes = [[len(part) for part in value] for value in parsed]
+        numbers = array("d")
+        numbers.frombytes(parsed.as_buffer(of_type="d"))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    flat = list(itertools.chain.from_iterable(sizes))
+    if joined.count(b"[") != 1 + len(sizes) + len(flat):  # a list in one of these
+        return None
+    for index, row in zip(where, sizes, strict=True):
+        num_lists[index] = len(row)
+    return numbers, np.array(flat, np.int64), np.array(num_lists)
+
+
+def _packed(value: Any) -> list[bytes] | None:
+    """Pack lists of numbers; None if a value is something else."""
+    try:
+        return [_packer(len(part))(*part) for part in value] if type(value) is not dict else None
+    except (struct.error, OverflowError, TypeError):
+        return None
+
+
+@functools.cache
+def _packer(size: int) -> Callable[..., bytes]:
+    return struct.Struct(f"{size}d").pack
+
+
+def _taken(values: list[Any], start: int, stop: int) -> list[Any]:
+    taken = values[start:stop]
+    values[start:stop] = [None] * len(taken)
+    return taken
 
 
 def read_json(path: str | os.PathLike[str], *, what: str = "JSON file") -> Any:
@@ -182,23 +242,31 @@ def _read_plain(
     # as there are keys, unless a string has some or a row has keys that were not asked for.
     span = _address(text) - _address(content), len(memoryview(text))
     span = span[0], sum(span)
-    in_rows = _num_colons(content, *span)
     in_rest = _num_colons(content, 0, span[0]) + _num_colons(content, span[1])
     if in_rest != 1 + len(rest) + sum(map(_num_keys, rest.values())):
         return None
-    table = Rows(rows, raw_key)
-    found = {key: len(rows) - table.column(key).count(MISSING) for key in (*keys, raw_key)}
+    columns = {key: list(map(operator.attrgetter(key), rows)) for key in (*keys, raw_key)}
+    found = {key: len(rows) - column.count(MISSING) for key, column in columns.items()}
     num_keys = sum(found.values())
     # Objects in the rows are mostly run-length masks, of two keys each.
-    if in_rows != num_keys and in_rows != num_keys + 2 * content.count(b'"counts"', *span):
+    plain = (num_keys, num_keys + 2 * content.count(b'"counts"', *span))
+    if _num_bytes(content, b":", *span) not in plain and _num_colons(content, *span) not in plain:
         for key, number in found.items():
             if content.count(b'"%b"' % key.encode(), *span) != number:
                 return None
-    return rest, Rows(rows, raw_key)
+    # Copies, so that the file is not kept: what was read of it grows while these are forgotten.
+    raw = [value if value is MISSING else bytes(value) for value in columns[raw_key]]
+    return rest, Rows(None, {**columns, raw_key: raw}, raw_key)
 
 
 def _address(buffer: Any) -> int:
     return np.frombuffer(buffer, np.uint8).ctypes.data
+
+
+def _num_bytes(text: bytes, byte: bytes, start: int, stop: int) -> int:
+    values, step = np.frombuffer(text, np.uint8)[start:stop], 2**20  # fast, and without a copy
+    blocks = (values[i : i + step] for i in range(0, len(values), step))
+    return sum(int(np.count_nonzero(block == ord(byte))) for block in blocks)
 
 
 def _num_colons(text: bytes, *span: int) -> int:
