@@ -16,6 +16,7 @@ VERBS = {
     "train": "train one of the five systems on own data, or on generated scenes",
     "predict": "predict images, folders and videos with a trained run",
     "complete": "give objects with boxes alone masks, by a trained run or a teacher",
+    "report": "write a page of what a training gave: curves, measures, best and worst images",
     "serve": "try a trained run on a local page: drop a photograph, see its masks",
     "export": "bring annotations into the format of another tool, such as CVAT or YOLO",
     "export-model": "write a trained run as a program of torch.export or as ONNX",

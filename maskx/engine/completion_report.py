@@ -1,11 +1,8 @@
 """What was completed, the worst first: a page of its own, and lines for the terminal."""
 
-import base64
-import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from maskx.core.files import written_text
@@ -14,6 +11,7 @@ from maskx.data.masks import decode_segmentation
 from maskx.engine.completion import Completed, Completion
 from maskx.evaluation.calibration import MIN_MASKS, reliability_table, share_of_error
 from maskx.evaluation.figures import contact_sheet, draw_instances
+from maskx.evaluation.html import chart, page, paragraph, picture, table
 
 __all__ = ["summary", "worst_sheet", "write_report"]
 
@@ -21,15 +19,6 @@ _TILES, _COLUMNS, _TILE_SIDE = 24, 6, 220
 _MARGIN = 0.3  # of the larger side of a box that a tile shows around it
 _ROWS = 1000  # of the list
 _FAILURES = 20  # named in the terminal
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 84rem; margin: 2rem auto;
-  padding: 0 1rem; }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; }
-th, td { text-align: left; padding: 0.15rem 0.9rem 0.15rem 0; border-bottom: 1px solid #ddd; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; }
-"""
 
 
 def summary(completion: Completion) -> str:
@@ -68,27 +57,23 @@ def write_report(path: Path, completion: Completion, title: str) -> None:
         title: of the page.
     """
     masks = completion.masks
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<pre>{html.escape(summary(completion))}</pre>"]
+    parts = [paragraph(summary(completion), "pre")]
     for heading, entries in (
         ("Reliability, on masks that were known", completion.known),
         ("Reliability, on masks that were withheld", masks),
     ):
         entries = _with_truth(entries)
         if entries:
-            parts += [f"<h2>{heading}</h2>", _reliability(entries)]
+            parts += [paragraph(heading, "h2"), _reliability(entries)]
     if masks:
         parts += [
-            "<h2>The worst first</h2>",
-            "<p>The quality is the IoU to be expected. Correct these in your labelling tool.</p>",
-            _picture(worst_sheet(masks)),
+            paragraph("The worst first", "h2"),
+            paragraph("The quality is the IoU to be expected. Correct these in your tool."),
+            picture(worst_sheet(masks), "The worst masks", wide=True),
             _list(masks),
         ]
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style>{''.join(parts)}</html>\n"
-    )
     with written_text(path) as file:
-        file.write(page)
+        file.write(page(title, parts))
 
 
 def worst_sheet(masks: Sequence[Completed], *, side: int = _TILE_SIDE) -> np.ndarray:
@@ -167,48 +152,34 @@ def _table(entries: Sequence[Completed], what: str, names: Sequence[str]) -> str
 
 def _reliability(entries: Sequence[Completed]) -> str:
     """A table of ranges of quality, and the curve beside the line where both are equal."""
-    table = reliability_table(*_columns(entries))
-    cells = "".join(
-        f"<tr><td>{row.low:.1f} to {row.high:.1f}</td><td class=n>{row.count}</td>"
-        f"<td class=n>{row.quality:.3f}</td><td class=n>{row.iou:.3f}</td></tr>"
-        for row in table
+    ranges = reliability_table(*_columns(entries))
+    curve = chart(
+        [(row.quality, row.iou) for row in ranges],
+        x="quality",
+        y="mean IoU",
+        size=(240, 240),
+        span=(0, 1),
+        dots=True,
+        diagonal=True,
     )
-    side = 240
-    points = [(row.quality * side, (1 - row.iou) * side) for row in table]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#0b3c6f"/>' for x, y in points)
-    return (
-        f'<svg width="{side + 60}" height="{side + 40}" viewBox="-40 -8 {side + 60} {side + 40}" '
-        'font-size="12">'
-        f'<rect width="{side}" height="{side}" fill="none" stroke="#999"/>'
-        f'<line x1="0" y1="{side}" x2="{side}" y2="0" stroke="#bbb" stroke-dasharray="4"/>'
-        f'<polyline points="{line}" fill="none" stroke="#0b3c6f" stroke-width="2"/>{dots}'
-        f'<text x="{side / 2}" y="{side + 22}" text-anchor="middle">quality</text>'
-        f'<text x="-22" y="{side / 2}" text-anchor="middle" '
-        f'transform="rotate(-90 -22 {side / 2})">mean IoU</text>'
-        f'<text x="-6" y="{side}" text-anchor="end">0</text><text x="-6" y="10" '
-        'text-anchor="end">1</text></svg>'
-        "<table><tr><th>quality</th><th class=n>masks</th><th class=n>mean quality</th>"
-        f"<th class=n>mean IoU</th></tr>{cells}</table>"
-    )
-
-
-def _picture(image: np.ndarray) -> str:
-    encoded = cv2.imencode(".jpg", np.ascontiguousarray(image[:, :, ::-1]))[1]
-    content = base64.b64encode(encoded.tobytes()).decode("ascii")
-    return f'<img alt="The worst masks" src="data:image/jpeg;base64,{content}">'
+    rows = [
+        (f"{row.low:.1f} to {row.high:.1f}", row.count, round(row.quality, 3), round(row.iou, 3))
+        for row in ranges
+    ]
+    return curve + table(("quality", "masks", "mean quality", "mean IoU"), rows)
 
 
 def _list(masks: Sequence[Completed]) -> str:
-    rows = "".join(
-        f"<tr><td class=n>{each.quality:.3f}</td><td>{html.escape(each.class_name)}</td>"
-        f"<td>{html.escape(Path(each.file_name).name)}</td>"
-        f"<td>{html.escape(str(each.annotation_id))}</td><td>{html.escape(each.source)}</td></tr>"
+    rows = [
+        (
+            round(each.quality, 3),
+            each.class_name,
+            Path(each.file_name).name,
+            str(each.annotation_id),
+            each.source,
+        )
         for each in masks[:_ROWS]
-    )
+    ]
     more = len(masks) - _ROWS
-    rest = f"<p>{more} better ones are not listed.</p>" if more > 0 else ""
-    return (
-        "<table><tr><th class=n>quality</th><th>category</th><th>image</th><th>annotation</th>"
-        f"<th>source</th></tr>{rows}</table>{rest}"
-    )
+    rest = paragraph(f"{more} better ones are not listed.") if more > 0 else ""
+    return table(("quality", "category", "image", "annotation", "source"), rows) + rest

@@ -83,7 +83,15 @@ def _pipeline(
     scores = system.scores(split.class_names, split)
     metrics = {"system": name, "losses": history[-1]}
     metrics |= predict_and_score(model, val_data.records, scores)
-    return write_metrics(options, metrics, started=started, split=split, pictures=(), report=report)
+    return write_metrics(
+        options,
+        metrics,
+        data=val_data,
+        started=started,
+        split=split,
+        pictures=(),
+        report=report,
+    )
 
 
 def train_one(

@@ -10,6 +10,8 @@ from maskx.data.coco import CocoData, in_class_list, load_coco
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import check_masks, resolve_split
 from maskx.engine.options import QuickstartOptions
+from maskx.engine.predictor import open_run
+from maskx.engine.training_report import REPORT_NAME, write_training_report
 from maskx.supervision import CategorySplit
 
 TRAIN_SCENES, VAL_SCENES = 3000, 200
@@ -79,12 +81,16 @@ def write_metrics(
     options: QuickstartOptions,
     metrics: Mapping[str, Any],
     *,
+    data: CocoData,
     started: float,
     split: CategorySplit | None = None,
     pictures: Sequence[str] = ("predictions.png",),
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write ``metrics.json`` and say what the run has written.
+    """Write ``metrics.json`` and ``report.html``, and say what the run has written.
+
+    Args:
+        data: of the validation.
 
     Returns:
         The metrics with ``split``, and ``seconds`` since ``started``.
@@ -94,7 +100,9 @@ def write_metrics(
         metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     write_json(options.output / "metrics.json", nan_to_null(metrics))
-    written = [str(options.output / name) for name in ("metrics.json", *pictures)]
+    predictor = open_run(options.output, options.device)
+    write_training_report(options.output / REPORT_NAME, options.output, predictor, data)
+    written = [str(options.output / name) for name in ("metrics.json", REPORT_NAME, *pictures)]
     report(f"\nWrote {', '.join(written)}")
     return metrics
 

@@ -52,6 +52,8 @@ class System:
             pixels of the file and (R,) class indices; None for a system that makes label maps.
         exportable: makes, of a trained model and its class names, a network of tensors; None where
             there is none.
+        has_background: whether its label maps have one; else pixels that nobody labelled are
+            unknown.
         takes_concepts: whether a predictor can be asked for ``concepts`` by name.
         learns_from: kinds of half-labelled data that it is for, see
             :data:`maskx.data.overview.KINDS`.
@@ -68,6 +70,7 @@ class System:
     prediction: "Callable[[Mapping[str, Any], Sequence[str]], Prediction] | None" = None
     box_masks: "Callable[[nn.Module, Mapping[str, Any], Tensor, Tensor], PastedMasks] | None" = None
     exportable: "Callable[[nn.Module, Sequence[str]], Exportable] | None" = None
+    has_background: bool = True
     takes_concepts: bool = False
     learns_from: tuple[str, ...] = ()
     options: frozenset[str] = frozenset()

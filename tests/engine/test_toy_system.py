@@ -40,6 +40,11 @@ def test_it_trains_resumes_evaluates_and_predicts(options, tmp_path):
     resumed = SYSTEM.pipeline(again, print)
     assert resumed["sem_seg"] == whole["sem_seg"]
 
+    page = (tmp_path / "whole" / "report.html").read_text()
+    for text in ("loss_pixels: ", "mIoU_B", "on 16 of 16 images", "The worst images"):
+        assert text in page
+    assert "src=" not in page.replace('src="data:', "")  # it needs no other file
+
     run = json.loads((tmp_path / "whole" / "run.json").read_text())
     assert (run["system"], run["host"]) == ("colours", "pip")
     predictor = maskx.open_run(tmp_path / "whole")

@@ -66,7 +66,7 @@ def quickstart_class_patterns(
         device=device,
         report=report,
     )
-    return write_metrics(options, metrics, started=started, report=report)
+    return write_metrics(options, metrics, data=val_data, started=started, report=report)
 
 
 SYSTEM = System(

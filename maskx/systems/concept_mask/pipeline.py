@@ -600,7 +600,7 @@ def quickstart_concept_mask(
     metrics["split"] = {
         name: list(getattr(split, name)) for name in ("vocabulary", "boxed", "masked", "unseen")
     }
-    return write_metrics(options, metrics, started=started, report=report)
+    return write_metrics(options, metrics, data=data.val, started=started, report=report)
 
 
 def make_scene_data(folder: Path, seed: int) -> ConceptData:

@@ -56,7 +56,9 @@ def quickstart_larvseg(options: QuickstartOptions, report: Callable[[str], None]
         device=device,
         report=report,
     )
-    return write_metrics(options, metrics, started=started, split=split, report=report)
+    return write_metrics(
+        options, metrics, data=val_data, started=started, split=split, report=report
+    )
 
 
 SYSTEM = System(
@@ -66,6 +68,7 @@ SYSTEM = System(
     open=lambda run, device: open_larvseg(run.folder, device),
     prediction=label_map_prediction,
     exportable=exportable,
+    has_background=False,
     learns_from=("tags_and_masks", "many_tags_and_masks"),
     options=frozenset(["masks_for"]),
 )

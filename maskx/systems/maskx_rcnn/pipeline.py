@@ -76,7 +76,13 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
         metrics["grabcut"] = _evaluate("grabcut", val_data, found, split, report, **limit)
     pictures = [path.name for path in save_pictures(options.output, val_data, detections, split)]
     return write_metrics(
-        options, metrics, started=started, split=split, pictures=pictures, report=report
+        options,
+        metrics,
+        data=val_data,
+        started=started,
+        split=split,
+        pictures=pictures,
+        report=report,
     )
 
 

@@ -63,7 +63,9 @@ def _pipeline(options: QuickstartOptions, report: Callable[[str], None]) -> dict
         device=device,
         report=report,
     )
-    return write_metrics(options, metrics, started=started, split=split, report=report)
+    return write_metrics(
+        options, metrics, data=val_data, started=started, split=split, report=report
+    )
 
 
 def _load(options: QuickstartOptions) -> tuple[CocoData, CocoData, CategorySplit, list[int]]:

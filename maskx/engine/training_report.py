@@ -1,0 +1,216 @@
+"""What a training gave, as one page: curves, measures, categories, best and worst predictions."""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskx.core.files import written_text
+from maskx.core.text import listed
+from maskx.data.coco import CocoData
+from maskx.engine.comparison import SURE, Comparison, compare, compared, in_classes_of
+from maskx.engine.predictor import Predictor
+from maskx.engine.results import Prediction
+from maskx.engine.training import CURVES_NAME
+from maskx.evaluation.figures import COLOR_WITH_MASKS, COLOR_WITHOUT_MASKS
+from maskx.evaluation.html import bars, bullets, chart, page, paragraph, picture, table
+
+__all__ = ["REPORT_NAME", "write_training_report"]
+
+REPORT_NAME = "report.html"
+_EXAMPLES, _SIDE = 6, 320
+_MOST_BARS = 100
+_LOG_NAME = "metrics.json"  # of Detectron2 lines of JSON, of the quick start its measures
+_LEFT_OUT = ("system", "losses", "split", "step_seconds", "num_images")  # said elsewhere, or small
+
+Points = list[tuple[float, float]]
+
+
+def write_training_report(
+    path: Path, folder: Path, predictor: Predictor, data: CocoData
+) -> Comparison:
+    """Write a page that needs no other file.
+
+    Args:
+        path: HTML file to write.
+        folder: output folder of the training.
+        predictor: of :func:`maskx.engine.predictor.open_run`.
+        data: annotations to compare predictions with, such as those of the validation.
+
+    Returns:
+        What was compared.
+
+    Raises:
+        ValueError: the categories are others than those of the run.
+    """
+    data = in_classes_of(predictor, data)
+    found = compare(predictor, data)
+    parts = [_overview(predictor)]
+    metrics = _measures(folder, predictor.run.results)
+    if curves := _curves(folder):
+        parts += [paragraph("Losses", "h2"), *(_charts(*item) for item in curves.items())]
+    if metrics:
+        parts += [paragraph("Measured at the end of the training", "h2"), *_tables(metrics)]
+    parts += [paragraph("Categories", "h2"), *_categories(predictor, data, found)]
+    if found.images:
+        parts += _examples(predictor, data, found)
+    if found.failures:
+        names = [f"{name}: {why}" for name, why in found.failures.items()]
+        parts += [paragraph("Images that cannot be read", "h2"), bullets(names)]
+    with written_text(path) as file:
+        file.write(page(f"{predictor.system.title}: {folder.resolve().name}", parts))
+    return found
+
+
+def _overview(predictor: Predictor) -> str:
+    run = predictor.run
+    words = f"{predictor.system.title} on {run.host}, maskx {run.version}: "
+    words += f"{len(run.class_names)} categories, {listed(run.class_names)}."
+    if run.split is not None:
+        words += f" With masks in training (A): {listed(run.split.with_masks) or 'none'};"
+        words += f" without (B): {listed(run.split.without_masks) or 'none'}."
+    return paragraph(words)
+
+
+def _curves(folder: Path) -> dict[str, dict[str, Points]]:
+    """Read the losses of all trainings in a folder: by training and loss."""
+    found: dict[str, dict[str, Points]] = {}
+    for path in sorted(folder.rglob(CURVES_NAME), key=os.path.getmtime):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        found[os.path.relpath(path.parent, folder)] = _by_loss(rows)
+    log = _lines(folder / _LOG_NAME)
+    if log:
+        found["."] = _by_loss(log)
+    return {name: points for name, points in found.items() if points}
+
+
+def _by_loss(rows: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
+    points: dict[str, Points] = {}
+    for row in rows:
+        for name, value in row.items():
+            if "loss" in name or name == "total":
+                points.setdefault(name, []).append((row["iteration"], value))
+    return points
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Read the log of Detectron2, which is one object a line; nothing if it is no such file."""
+    if not path.is_file():
+        return []
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError:
+        return []
+    return [row for row in rows if isinstance(row, dict) and "iteration" in row]
+
+
+def _charts(name: str, losses: Mapping[str, Points]) -> str:
+    title = [] if name == "." else [paragraph(name, "h3")]
+    charts = [
+        chart(points, x="iteration", y=f"{loss}: {points[-1][1]:.3g}")
+        for loss, points in losses.items()
+    ]
+    return "".join([*title, *charts])
+
+
+def _measures(folder: Path, results: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the measures of a quick start, or those of an evaluation of Detectron2, by task."""
+    try:
+        content = json.loads((folder / _LOG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # which are lines, or none
+        content = None
+    if isinstance(content, dict) and "iteration" not in content:
+        return {key: value for key, value in content.items() if key not in _LEFT_OUT}
+    found: dict[str, Any] = {}
+    for name, value in (results or {}).items():
+        task, _, metric = name.partition("/")
+        found.setdefault("", {}).setdefault(task, {})[metric] = value
+    return found
+
+
+def _tables(metrics: Mapping[str, Any]) -> list[str]:
+    """Lay out nested measures: two names and a number make a table, all else a list."""
+    parts, single = [], []
+    for key, value in metrics.items():
+        if not isinstance(value, Mapping):
+            single.append((key.replace("_", " "), value))
+        elif all(isinstance(inner, Mapping) for inner in value.values()):
+            parts += [paragraph(key, "h3")] if key else []
+            parts.append(_matrix(value))
+        else:
+            rows = []
+            for name, inner in value.items():
+                inner = inner if isinstance(inner, Mapping) else {"": inner}
+                rows += [(f"{name} {last}".strip(), number) for last, number in inner.items()]
+            parts += [paragraph(key, "h3"), table(("", ""), [(n, _cell(v)) for n, v in rows])]
+    single = [(name, _cell(v)) for name, v in single if isinstance(v, int | float | str | None)]
+    return [*parts, table(("", ""), single)] if single else parts
+
+
+def _matrix(values: Mapping[str, Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in values.values() for name in row))
+    rows = list(values)
+    if len(columns) > len(rows):
+        cells = [(name, *(_cell(values[row].get(name)) for row in rows)) for name in columns]
+        return table(("", *rows), cells)
+    return table(
+        ("", *columns), [(row, *(_cell(values[row].get(name)) for name in columns)) for row in rows]
+    )
+
+
+def _cell(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return round(value, 2) if isinstance(value, float) else str(value)
+
+
+def _categories(predictor: Predictor, data: CocoData, found: Comparison) -> list[str]:
+    if not found.images:
+        return [paragraph("The images have no annotation that predictions can be compared with.")]
+    number, split = len(found.images), predictor.run.split
+    text = f"{found.measure} in percent, on {number} of {len(data.records)} images."
+    if split is not None:
+        text += " Green: with masks in training (A). Red: without (B)."
+    rows = sorted(found.categories.items(), key=lambda item: -item[1])
+    parts = [paragraph(text)]
+    if len(rows) > _MOST_BARS:
+        half = _MOST_BARS // 2
+        parts.append(paragraph(f"The best {half} and the worst {half} of {len(rows)}:"))
+        rows = rows[:half] + rows[-half:]
+    without = set(split.without_masks) if split is not None else set()
+    colors = [
+        "#" + bytes(COLOR_WITHOUT_MASKS if name in without else COLOR_WITH_MASKS).hex()
+        for name, _ in rows
+    ]
+    return [*parts, bars([(*row, color) for row, color in zip(rows, colors, strict=True)])]
+
+
+def _examples(predictor: Predictor, data: CocoData, found: Comparison) -> list[str]:
+    count = min(_EXAMPLES, max(1, len(found.images) // 2))
+    parts = []
+    for title, images in (
+        ("The best images", found.images[::-1][:count]),
+        ("The worst images", found.images[:count]),
+    ):
+        parts.append(paragraph(title, "h2"))
+        parts.append(paragraph("Left what people say, right what is predicted."))
+        for record, value in images:
+            prediction, truth = compared(predictor, data, record)
+            tiles = [_tile(truth), _tile(prediction.above(SURE))]
+            caption = f"{Path(record['file_name']).name}: {found.image_measure} {value:.2f}"
+            parts.append(picture(np.concatenate(tiles, axis=1), caption, wide=True))
+    return parts
+
+
+def _tile(prediction: Prediction) -> np.ndarray:
+    """Draw a prediction without the empty rows and columns of a square tile."""
+    height, width = prediction.image_size
+    scale = _SIDE / max(height, width)
+    tile = prediction.plot(side=_SIDE)
+    return tile[: max(1, round(height * scale)), : max(1, round(width * scale))]
