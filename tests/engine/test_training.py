@@ -224,3 +224,14 @@ def test_the_losses_are_a_table_that_goes_on_with_the_run(tmp_path):
     run_of(tmp_path / "parts")
     table = (tmp_path / "parts" / "losses.csv").read_bytes()
     assert table == (tmp_path / "whole" / "losses.csv").read_bytes()
+
+
+def test_tensorboard_shows_the_same(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with pytest.raises(FloatingPointError):
+        run_of(tmp_path, wrong={30: ("loss",)})
+    _, history = run_of(tmp_path)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    for name in ("loss_x", "total"):
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        assert shown == pytest.approx({row["iteration"]: row[name] for row in history})
