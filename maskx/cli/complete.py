@@ -1,9 +1,10 @@
 r"""Give every object that has a box and no mask a mask.
 
 A trained run segments each object in the box it has; --teacher grabcut needs no training. Masks
-that people drew stay as they are, and so does everything else in the file. Each new mask says what
-made it (segmentation_source) and how good it probably is (segmentation_quality, the IoU to be
-expected, from 0 to 1). Beside the output lies a report that lists the worst first.
+that people drew stay as they are, and so does everything else in a COCO file; of another format,
+such as a YOLO folder, the result is a COCO file too, and `maskx export` brings it back. Each new
+mask says what made it (segmentation_source) and how good it probably is (segmentation_quality, the
+IoU to be expected, from 0 to 1). Beside the output lies a report that lists the worst first.
 
 A run of a system that makes label maps writes them for the images that have tags alone.
 
@@ -20,19 +21,20 @@ Examples:
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.usage = "maskx complete [RUN] DATA.json [IMAGES] --output FILE [options]"
+    parser.usage = "maskx complete [RUN] DATA [IMAGES] --output FILE [options]"
     add = parser.add_argument
     add(
         "inputs",
         nargs="+",
-        metavar="[RUN] DATA.json [IMAGES]",
-        help="run folder (none with --teacher alone); COCO file; folder of its images (default: "
-        "that of the file)",
+        metavar="[RUN] DATA [IMAGES]",
+        help="run folder (none with --teacher alone); annotations that `maskx check` reads; folder "
+        "of the images (default: where the annotations say, or their own)",
     )
     add("--output", type=Path, required=True, metavar="FILE", help="COCO file to write")
     add(
@@ -46,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--calibrate",
         nargs=2,
-        metavar=("JSON", "IMAGES"),
-        help="file with masks that the run was not trained on",
+        metavar=("DATA", "IMAGES"),
+        help="annotations with masks that the run was not trained on",
     )
     add(
         "--withhold",
@@ -66,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Complete a file; the status is 1 where an image failed."""
     import maskx.systems  # noqa: F401 - registers them
+    from maskx.data.formats.table import as_coco
     from maskx.engine.completion import CompletionOptions, complete
     from maskx.engine.completion_report import summary, write_report
 
@@ -75,42 +78,49 @@ def run(args: argparse.Namespace) -> int:
         raise FileExistsError(
             f"{page} exists already. Add --overwrite to replace it, or name another --report."
         )
-    options = CompletionOptions(
-        data=(data, images),
-        run=run_folder,
-        **{
-            name: getattr(args, name)
-            for name in (
-                "output",
-                "teacher",
-                "agree",
-                "min_quality",
-                "calibrate",
-                "withhold",
-                "again",
-                "skip_bad",
-                "workers",
-                "device",
-                "overwrite",
-            )
-        },
-    )
-    completion = complete(options)
+    with tempfile.TemporaryDirectory() as scratch:
+        made, strict = Path(scratch), not args.skip_bad
+        calibrate = args.calibrate
+        if calibrate is not None:
+            calibrate = as_coco(*calibrate, made / "calibrate.json", strict=strict)
+        options = CompletionOptions(
+            data=as_coco(data, images, made / "data.json", strict=strict),
+            calibrate=calibrate,
+            run=run_folder,
+            **{
+                name: getattr(args, name)
+                for name in (
+                    "output",
+                    "teacher",
+                    "agree",
+                    "min_quality",
+                    "withhold",
+                    "again",
+                    "skip_bad",
+                    "workers",
+                    "device",
+                    "overwrite",
+                )
+            },
+        )
+        completion = complete(options)
     write_report(page, completion, f"Completed: {Path(data).name}")
     print(summary(completion))
     print(f"\nWrote {args.output} and {page}")
     return 1 if completion.failures else 0
 
 
-def _inputs(words: list[str]) -> tuple[Path | None, str, str]:
-    """Tell run folder, annotation file and image folder apart: the file is the one with .json."""
-    files = [index for index, word in enumerate(words) if word.lower().endswith(".json")]
-    if len(files) != 1 or files[0] > 1 or len(words) - files[0] > 2:
+def _inputs(words: list[str]) -> tuple[Path | None, str, str | None]:
+    """Tell run folder, annotations and image folder apart."""
+    from maskx.engine.runs import RUN_NAME
+
+    is_run = (Path(words[0]) / RUN_NAME).is_file()
+    if len(words) == 2 and not is_run:
+        is_run = not Path(words[1]).is_dir()
+    run_folder, *rest = words if is_run or len(words) > 2 else (None, *words)
+    if not 1 <= len(rest) <= 2:
         raise ValueError(
-            f"Got {' '.join(words)}. Allowed: a run folder (or none with --teacher), one "
-            "annotation file that ends in .json, and perhaps the folder of its images."
+            f"Got {' '.join(words)}. Allowed: a run folder (or none with --teacher), annotations, "
+            "and perhaps the folder of their images."
         )
-    (position,) = files
-    folder = Path(words[0]) if position else None
-    images = words[position + 1] if len(words) > position + 1 else str(Path(words[position]).parent)
-    return folder, words[position], images
+    return None if run_folder is None else Path(run_folder), rest[0], (*rest, None)[1]

@@ -41,7 +41,9 @@ def test_the_report_lists_the_worst_first(data, output, capsys):
     assert page.count("data:image/jpeg;base64,") == 1
     assert "Reliability, on masks that were known" in page
     made = {a["id"]: a for a in json.loads(output.read_text())["annotations"]}
-    rows = re.findall(r"<tr><td class=n>([\d.]+)</td><td>[^<]+</td><td>[^<]+</td><td>(\d+)", page)
+    rows = re.findall(
+        r'<td class="number">([\d.]+)</td><td>[^<]+</td><td>[^<]+</td><td>(\d+)', page
+    )
     qualities = [float(quality) for quality, _ in rows]
     assert qualities == sorted(qualities)
     assert {int(id_) for _, id_ in rows} == {a["id"] for a in todo}
@@ -79,14 +81,15 @@ def test_an_image_that_fails_is_named_and_the_status_is_1(data, output, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a.json"], "Nothing makes masks"),
-        (["run", "b.txt", "--teacher", "grabcut"], "Allowed: a run folder .* one annotation file"),
-        (["a.json", "b.json", "--teacher", "grabcut"], "Got a.json b.json. Allowed"),
-        (["a", "b", "c.json"], "Got a b c.json. Allowed"),
-        (["no_such_run", "a.json"], "'no_such_run': there is no such run folder"),
+        (["{data}"], "Nothing makes masks"),
+        (["a.json", "--teacher", "grabcut"], "a.json: there is no such file or folder"),
+        (["run", "b.txt", "--teacher", "grabcut"], "b.txt: there is no such file or folder"),
+        (["a", "b", "c", "d"], "Got a b c d. Allowed: a run folder"),
+        (["no_such_run", "{data}"], "'no_such_run': there is no such run folder"),
     ],
 )
-def test_what_cannot_be_is_said_in_one_line(words, message, output):
+def test_what_cannot_be_is_said_in_one_line(words, message, data, output):
+    words = [word.format(data=data) for word in words]
     with pytest.raises(SystemExit) as ending:
         main(["complete", *words, "--output", str(output)])
     assert re.search(message, str(ending.value.code))
@@ -104,3 +107,41 @@ def test_a_report_that_exists_is_not_overwritten(data, output):
     assert page.read_text() == "mine"
     assert main([*words, "--report", str(page.with_name("other.html"))]) == 0
     assert Path(page.with_name("other.html")).exists()
+
+
+@pytest.mark.parametrize("name", ["yolo", "labelme", "cvat", "label-studio", "voc"])
+def test_annotations_of_other_formats(name, data, output, tmp_path, capsys):
+    content = json.loads(data.read_text())
+    content["images"] = content["images"][:3]
+    for image in content["images"]:
+        del image["stuff_file_name"]
+    wanted = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in wanted]
+    with_boxes = [a for a in content["annotations"] if "segmentation" not in a]
+    data.write_text(json.dumps(content))
+    export = ["export", str(data), str(data.parent), "--format", name, "--copy-images"]
+    assert main([*export, "--output", str(tmp_path / "tool")]) == 0
+    source = tmp_path / "tool"
+    if name == "yolo":  # whose export has no box beside masks, but people's folders do
+        sizes = {i["id"]: (i["width"], i["height"]) for i in content["images"]}
+        stems = {i["id"]: Path(i["file_name"]).stem for i in content["images"]}
+        for each in with_boxes:
+            (x, y, w, h), (width, height) = each["bbox"], sizes[each["image_id"]]
+            numbers = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
+            (labels,) = (source / "labels").rglob(f"{stems[each['image_id']]}.txt")
+            line = " ".join(map(str, [each["category_id"] - 1, *numbers]))
+            labels.write_text(f"{labels.read_text().rstrip()}\n{line}\n")
+    inputs = [str(source)]
+    if name in ("cvat", "label-studio"):  # which say nothing of a folder of images
+        file = {"cvat": "annotations/instances_default.json", "label-studio": "tasks.json"}[name]
+        inputs = [str(source / file), str(source / "images")]
+    words = ["complete", *inputs, "--teacher", "teachers:ellipses", "--output", str(output)]
+    assert main(words) == 0
+    assert f"{len(with_boxes)} objects were to get a mask, {len(with_boxes)} have one now" in (
+        capsys.readouterr().out
+    )
+    rows = json.loads(output.read_text())["annotations"]
+    made = [row for row in rows if "segmentation_source" in row]
+    assert len(made) == len(with_boxes)
+    assert len(rows) == len(content["annotations"])
+    assert all(row["segmentation"] for row in rows)

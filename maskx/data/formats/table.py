@@ -121,7 +121,7 @@ def read_dataset(
 
 def as_coco(
     path: str | os.PathLike[str],
-    images: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None,
     output: str | os.PathLike[str],
     *,
     strict: bool = True,
@@ -130,18 +130,20 @@ def as_coco(
 
     Args:
         path: As of `read_dataset`.
-        images: Likewise.
+        images: Likewise; None is the folder that the format says, or else that of the annotations.
         output: JSON file to write, if one has to be made.
         strict: As of `read_dataset`.
 
     Returns:
         The file, and the folder of the images.
     """
+    path, images = Path(path), None if images is None else Path(images)
     if find_format(path) == "coco":
-        return file_of(Path(path)), Path(images)
+        path = file_of(path)
+        return path, images or path.parent
     dataset = read_dataset(path, images, strict=strict)
     write_json(output, dataset.content, compact=True)
-    return Path(output), dataset.image_root or Path(images)
+    return Path(output), dataset.image_root or images or (path if path.is_dir() else path.parent)
 
 
 def write_dataset(
