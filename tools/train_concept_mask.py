@@ -27,6 +27,8 @@ from pathlib import Path
 
 from maskx.core.command_line import ended_in_one_line
 
+_STAGES = ("stage1", "stage2", "stage3")
+
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
@@ -44,6 +46,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, default=Path("output/concept_mask"), help="folder of the stages")
     add("--num-gpus", type=int, default=1, help="processes, one per GPU; 1 on a CPU")
     add("--resume", action="store_true", help="go on with an interrupted stage")
+    for stage in _STAGES:
+        add(
+            f"--{stage}-opts",
+            nargs=2,
+            action="extend",
+            default=[],
+            metavar=("KEY", "VALUE"),
+            help=f"a pair for {stage} alone; may be repeated",
+        )
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="pairs for all stages")
     arguments = parser.parse_args()
     if not arguments.stage2 and not arguments.stage2_weights:
@@ -68,6 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.stage3,
         output=arguments.output,
         opts=tuple(arguments.opts),
+        own_opts={stage: getattr(arguments, f"{stage}_opts") for stage in _STAGES},
     )
     finished = check_concept_stages(stages)
     run_stages(stages, finished, num_gpus=arguments.num_gpus, resume=arguments.resume)

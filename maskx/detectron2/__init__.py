@@ -28,6 +28,7 @@ from maskx.detectron2.evaluation import (
 from maskx.detectron2.hooks import Detectron2Hooks
 from maskx.detectron2.known_datasets import register_all
 from maskx.detectron2.model_zoo import get_config_file
+from maskx.detectron2.runs import to_instances
 from maskx.detectron2.solver import build_lr_scheduler, build_optimizer
 from maskx.detectron2.trainer import Trainer, check_num_gpus, evaluate, setup
 from maskx.detectron2.whole_images import MaskXImageClassifier
@@ -109,4 +110,5 @@ __all__ = [
     "register_from_config",
     "register_tag_list",
     "setup",
+    "to_instances",
 ]

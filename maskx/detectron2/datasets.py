@@ -26,6 +26,7 @@ from maskx.data.label_maps import voc_palette
 from maskx.data.splits import resolve_split
 from maskx.data.tag_lists import read_tag_list
 from maskx.data.things_and_stuff import things_and_stuff
+from maskx.evaluation.figures import COLOR_WITH_MASKS, COLOR_WITHOUT_MASKS
 from maskx.supervision import CategorySplit, Supervision
 
 
@@ -174,7 +175,7 @@ def _set_classes(name: str, class_list: list[str], class_index: dict[int, int]) 
         # By label of a label map, for Detectron2's Visualizer.
         stuff_classes=["background", *class_list],
         stuff_colors=voc_palette(len(class_list) + 1).tolist(),
-        evaluator_type="maskx_coco",
+        evaluator_type="coco",  # so that Detectron2's own tool evaluates it too
     )
 
 
@@ -208,7 +209,8 @@ def register_from_config(cfg: CfgNode) -> None:
     """Register the data sets of ``DATASETS.MASKX.REGISTER``. Calling it again does nothing.
 
     A file that ends with ``.jsonl`` is a tag list. A test set with the categories of the training
-    data in another order is registered in their order.
+    data in another order is registered in their order. All data sets of the configuration get the
+    colours of its split for Detectron2's Visualizer: categories with masks (A) green, others red.
     """
     train, test = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
     for entry in cfg.DATASETS.MASKX.REGISTER:
@@ -232,6 +234,20 @@ def register_from_config(cfg: CfgNode) -> None:
                 check_same_categories(found, _names_by_id(train[0], names), files=files)
                 class_names = names
         register_coco(*entry, strict=cfg.DATASETS.MASKX.STRICT, class_names=class_names)
+    _set_colors(cfg)
+
+
+def _set_colors(cfg: CfgNode) -> None:
+    for name in {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} & DatasetCatalog.keys():
+        metadata = MetadataCatalog.get(name)
+        class_names = metadata.get("thing_classes") or ()
+        try:
+            with_masks = set(resolve_split(cfg.DATASETS.MASKX.SPLIT, class_names).with_masks)
+        except (ValueError, FileNotFoundError):  # the classes are not known yet, or are others
+            continue
+        colors = [COLOR_WITH_MASKS if n in with_masks else COLOR_WITHOUT_MASKS for n in class_names]
+        # Metadata takes a value once, but the next configuration may have another split.
+        vars(metadata)["thing_colors"] = colors
 
 
 def check_class_list(name: str, class_names: Sequence[str], source: str) -> None:

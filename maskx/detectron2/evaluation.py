@@ -19,7 +19,11 @@ from maskx.data.label_maps import semantic_label_map
 from maskx.data.splits import resolve_split
 from maskx.detectron2.datasets import class_names_of, records_of
 from maskx.engine.system import Scores
-from maskx.evaluation.average_precision import evaluate_detections, format_table
+from maskx.evaluation.average_precision import (
+    evaluate_detections,
+    format_class_table,
+    format_table,
+)
 from maskx.evaluation.image_labels import evaluate_image_labels
 from maskx.evaluation.mean_iou import MeanIoU
 from maskx.evaluation.mean_iou import format_table as format_iou_table
@@ -177,6 +181,8 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
             image_ids=list(itertools.chain.from_iterable(image_ids)) or None,
         )
         logger.info("Evaluation on A (with masks) and B (without):\n%s", format_table(scores))
+        by_class = format_class_table(scores, self._class_names)
+        logger.info("Average precision by category:\n%s", by_class)
         return self._flatten(scores)
 
     def _flatten(self, scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -234,6 +234,11 @@ def check_config(cfg: CfgNode) -> None:
             f"SOLVER.AMP.ENABLED is True, but MODEL.DEVICE is '{cfg.MODEL.DEVICE}': mixed "
             "precision needs a GPU in Detectron2. Set SOLVER.AMP.ENABLED False."
         )
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.AUG.ENABLED is True, but maskx evaluates images at one size and unflipped. Set "
+            "TEST.AUG.ENABLED False."
+        )
     weights = cfg.MODEL.WEIGHTS
     # As in Detectron2, "?matching_heuristics=True" may follow the path.
     if weights and "://" not in weights and not PathManager.isfile(weights.partition("?")[0]):

@@ -23,6 +23,7 @@ __all__ = [
     "METRICS",
     "class_average_precision",
     "evaluate_detections",
+    "format_class_table",
     "format_table",
     "split_average_precision",
 ]
@@ -173,6 +174,18 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(
         f"{iou_type:<4}  {name:<{width}}" + "".join(f"{cell:>8}" for cell in cells)
         for iou_type, name, cells in rows
+    )
+
+
+def format_class_table(results: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
+    """Lay out the AP by class of what `evaluate_detections` returns: classes by IoU type."""
+    width = max(map(len, names))
+    rows = [("category", list(results))]
+    for index, name in enumerate(names):
+        values = (result[_PER_CLASS][index] for result in results.values())
+        rows.append((name, ["-" if math.isnan(value) else f"{value:.2f}" for value in values]))
+    return "\n".join(
+        f"{name:<{max(width, 8)}}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows
     )
 
 

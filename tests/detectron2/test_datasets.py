@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from detectron2.data import (
     DatasetCatalog,
     MetadataCatalog,
@@ -13,12 +14,14 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.datasets import load_coco_json, register_coco_instances
-from detectron2.structures import BoxMode
-from detectron2.utils.visualizer import Visualizer
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.visualizer import ColorMode, Visualizer
 from settings import pairs
 
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import write_label_map
+from maskx.data.masks import decode_segmentation
 from maskx.data.prepare.visual_genome import COCO_SYNSETS, prepare_visual_genome
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES
 from maskx.detectron2 import (
@@ -58,7 +61,6 @@ def test_records_are_those_of_the_reader(write_coco):
     assert metadata.thing_classes == ["cat", "dog", "owl", "yak"]
     assert metadata.thing_dataset_id_to_contiguous_id == {10: 0, 20: 1, 30: 2, 40: 3}
     assert (metadata.json_file, metadata.image_root) == (str(path), str(root))
-    assert metadata.evaluator_type == "maskx_coco"
 
 
 def test_a_box_with_only_bad_polygons_stays(write_coco):
@@ -494,3 +496,40 @@ def test_a_coco_file_with_fewer_categories_is_an_error(vg_root):
     register_all(vg_root)
     with pytest.raises(ValueError, match=r"instances_val2017\.json has 3 categories, .* the 80"):
         DatasetCatalog.get("maskx_coco_2017_val")
+
+
+def test_detectron2s_own_tool_evaluates_a_data_set(write_coco, tmp_path):
+    """By ``evaluator_type`` its tools/train_net.py chooses this evaluator."""
+    path, root = write_coco([GOOD])
+    register_coco("farm", path, root)
+    assert MetadataCatalog.get("farm").evaluator_type == "coco"
+    (record,) = DatasetCatalog.get("farm")
+    found = Instances((record["height"], record["width"]))
+    found.pred_boxes = Boxes(torch.tensor([record["annotations"][0]["bbox"]], dtype=torch.float32))
+    found.scores, found.pred_classes = torch.ones(1), torch.tensor([3])
+    mask = decode_segmentation(GOOD["segmentation"], record["height"], record["width"])
+    found.pred_masks = torch.from_numpy(mask[None])
+    evaluator = COCOEvaluator("farm", output_dir=str(tmp_path), use_fast_impl=False)
+    evaluator.reset()
+    evaluator.process([{"image_id": record["image_id"]}], [{"instances": found}])
+    results = evaluator.evaluate()
+    assert results["bbox"]["AP-yak"] == results["segm"]["AP-yak"] == pytest.approx(100)
+
+
+def test_the_visualizer_draws_a_green_and_b_red(make_cfg, tiny_train, tmp_path):
+    names = MetadataCatalog.get(tiny_train).thing_classes
+    for with_masks in (names[1:], names[:1]):  # the last configuration counts
+        (tmp_path / "split.txt").write_text("\n".join(with_masks))
+        register_from_config(make_cfg("DATASETS.MASKX.SPLIT", str(tmp_path / "split.txt")))
+    found = Instances((64, 64))
+    found.pred_classes = torch.tensor([0, 1])
+    found.pred_masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    found.pred_masks[0, :, :20], found.pred_masks[1, :, 44:] = True, True
+    drawn = Visualizer(
+        np.zeros((64, 64, 3), np.uint8),
+        MetadataCatalog.get(tiny_train),
+        instance_mode=ColorMode.SEGMENTATION,
+    ).draw_instance_predictions(found)
+    left, right = (drawn.get_image()[32, column].astype(int) for column in (3, 60))
+    assert left[1] > left[0] + 40  # in A
+    assert right[0] > right[1] + 40

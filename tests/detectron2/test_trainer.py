@@ -290,6 +290,7 @@ def test_evaluation_sees_changed_weights(make_cfg, tiny_train, tmp_path):
         (("DATASETS.MASKX.SPLIT", "coco_vox"), FileNotFoundError, r"Did you mean 'coco_voc'"),
         (("DATASETS.MASKX.SPLIT", "coco_voc"), ValueError, r"'person', which is not among the 4"),
         (("MODEL.DEVICE", "cuda"), ValueError, r"MODEL\.DEVICE is 'cuda'.*Set MODEL\.DEVICE cpu"),
+        (("TEST.AUG.ENABLED", True), ValueError, "Set TEST.AUG.ENABLED False"),
         (("MODEL.WEIGHTS", "none.pth"), FileNotFoundError, r"MODEL\.WEIGHTS 'none\.pth'"),
         (
             (

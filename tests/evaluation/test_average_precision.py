@@ -15,6 +15,7 @@ from maskx.evaluation.average_precision import (
     METRICS,
     class_average_precision,
     evaluate_detections,
+    format_class_table,
     format_table,
     split_average_precision,
 )
@@ -498,3 +499,12 @@ def test_bad_ground_truth_is_named(tmp_path):
         evaluate({"images": []}, [])
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         evaluate(tmp_path / "none.json", [])
+
+
+def test_a_table_of_the_categories():
+    results = {"bbox": {"per_class": [50.0, math.nan]}, "segm": {"per_class": [0.0, 12.345]}}
+    assert format_class_table(results, ["cat", "polar bear"]).splitlines() == [
+        "category      bbox    segm",
+        "cat          50.00    0.00",
+        "polar bear       -   12.35",
+    ]

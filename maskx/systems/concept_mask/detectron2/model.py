@@ -1,7 +1,7 @@
 """The three networks of ConceptMask in Detectron2, their chain, and finding concepts with them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.structures import Instances
 from torch import nn
 
 from maskx.core.archives import read_archive
@@ -138,6 +139,22 @@ class _FromConfig:
     @configurable
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+
+    def forward(self, samples: list[dict[str, Any]]) -> Any:
+        """As on the embedded host; in evaluation with ``instances`` too.
+
+        These are what Detectron2's Visualizer draws: ``pred_masks``, ``scores`` and
+        ``pred_classes``, rows of the word table, of the concepts that are in it.
+        """
+        results = super().forward(samples)
+        for result in () if self.training else results:
+            known = result["concept_indices"] >= 0
+            instances = Instances(tuple(result["masks"].shape[1:]))
+            instances.pred_masks = result["masks"][known]
+            instances.scores = result["existence"][known].clamp(0, 1)
+            instances.pred_classes = result["concept_indices"][known]
+            result["instances"] = instances
+        return results
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -279,7 +296,13 @@ def _load(cfg: CfgNode) -> EmbeddingModel:
 
 
 def concept_stages(
-    stage1: Path | None, stage2: Path, stage3: Path, *, output: Path, opts: tuple[Any, ...] = ()
+    stage1: Path | None,
+    stage2: Path,
+    stage3: Path,
+    *,
+    output: Path,
+    opts: tuple[Any, ...] = (),
+    own_opts: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Stage]:
     """Make the runs of a chain, in folders of `output`; weights of a stage go into the next.
 
@@ -290,7 +313,9 @@ def concept_stages(
         stage1: YAML file of the embedding, or its weights (any other file); None where stage 2 is
             weights.
         output: folder of the runs ``stage1``, ``stage2`` and ``stage3``.
+        own_opts: pairs for one of them alone, by its name.
     """
+    own_opts = own_opts or {}
     if "MODEL.WEIGHTS" in opts[::2]:
         raise ValueError(
             "MODEL.WEIGHTS is given for all stages, but each starts from the one before. Remove "
@@ -302,7 +327,8 @@ def concept_stages(
         if config is None:
             continue
         if config.suffix == ".yaml":
-            stages.append(Stage(config, output / name, opts, weights))
+            own = (*opts, *own_opts.get(name, ()))
+            stages.append(Stage(config, output / name, own, weights))
             weights = stages[-1].final_weights
         elif not config.is_file():
             raise FileNotFoundError(f"--{name}-weights '{config}': there is no such file.")

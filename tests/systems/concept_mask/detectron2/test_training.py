@@ -10,9 +10,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, Metadata
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from detectron2.utils.visualizer import Visualizer
 
 from maskx.core.word_table import WordTable, load_word_table, save_word_table
 from maskx.data.coco import load_coco
@@ -194,7 +195,15 @@ def test_the_default_predictor_finds_the_concepts_of_the_config(trained, image):
     for key in ("masks", "masks_prob", "attention"):
         assert found[key].shape == (2, 50, 64)
     assert found["existence"].shape == found["exists"].shape == (2,)
-    predicted = ConceptPredictor(trained)(image, ["green", "grass"])
+    instances = found["instances"]
+    assert torch.equal(instances.pred_masks, found["masks"])
+    predictor = ConceptPredictor(trained)
+    names = predictor.model.table.names
+    assert [names[row] for row in instances.pred_classes] == ["grass", "green"]
+    metadata = Metadata().set(thing_classes=list(names))
+    drawn = Visualizer(image, metadata).draw_instance_predictions(instances).get_image()
+    assert drawn.shape == image.shape
+    predicted = predictor(image, ["green", "grass"])
     for row, name in enumerate(found["concepts"]):
         np.testing.assert_allclose(
             predicted[name].mask_prob, found["masks_prob"][row].numpy(), atol=1e-5
@@ -487,3 +496,13 @@ def test_the_tool_says_what_is_missing(arguments, words, monkeypatch, capsys, tm
 
 def test_two_processes_train_and_measure_together(run_two_processes):
     run_two_processes(Path(__file__).with_name("two_concept_processes.py"))
+
+
+def test_a_stage_takes_pairs_of_its_own(write_config, tmp_path):
+    stages = concept_stages(
+        **{f"stage{number}": write_config(number) for number in (1, 2, 3)},
+        output=tmp_path / "out",
+        opts=("SOLVER.MAX_ITER", 7),
+        own_opts={"stage2": ["SOLVER.MAX_ITER", "9"]},
+    )
+    assert [stage.cfg.SOLVER.MAX_ITER for stage in stages] == [7, 9, 7]
