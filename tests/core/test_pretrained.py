@@ -90,7 +90,11 @@ def test_a_flipped_bit_in_weights_is_noticed(tmp_path):
         (None, FileNotFoundError, r"no file of weights '.*weights\.pth'"),
         (b"nothing", ValueError, r"weights\.pth' is no checkpoint.*pickled models are not opened"),
         ([1, 2], ValueError, r"weights\.pth' holds no state dict"),
-        (types.SimpleNamespace(a=1), ValueError, r"weights\.pth' is no checkpoint.*pickled models are"),
+        (
+            types.SimpleNamespace(a=1),
+            ValueError,
+            r"weights\.pth' is no checkpoint.*pickled models are",
+        ),
     ],
 )
 def test_what_is_no_file_of_weights_is_refused(tmp_path, content, error, words):
