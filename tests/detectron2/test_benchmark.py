@@ -1,9 +1,14 @@
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import tiny_detectron2
 from benchmarks.whole_model import benchmark_cfg, make_batch, model_cases
 from detectron2.utils.events import EventStorage
+
+from maskx.detectron2.config import read_config
+from maskx.detectron2.datasets import records_of, register_from_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "MaskX" / "Base-MaskX-RCNN-FPN.yaml"
 
@@ -60,3 +65,16 @@ def test_the_recipe_of_the_paper_is_what_is_measured():
     assert (cfg.MODEL.MASKX.MLP, cfg.MODEL.MASKX.TRANSFER.INPUTS) == ("none", "cls+box")
     assert (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.WEIGHTS) == (1203, "")
     assert cfg.MODEL.DEVICE == "cpu"
+
+
+@pytest.mark.parametrize("system", tiny_detectron2.RUNS)
+def test_configs_of_a_system_take_the_pairs_of_its_tiny_training(system, tmp_path):
+    tool, *arguments = tiny_detectron2.command(system, tmp_path, iterations=10, period=5)
+    assert Path(tool).is_file()
+    start = next(i for i, text in enumerate(arguments) if re.fullmatch(r"[A-Z]+\.[A-Z_.]+", text))
+    configs = [text for text in arguments if text.endswith(".yaml")]
+    for config in configs:
+        cfg = read_config(Path(config), arguments[start:])
+        assert cfg.SOLVER.MAX_ITER == 10
+        register_from_config(cfg)
+        assert all(records_of(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))

@@ -7,6 +7,7 @@ from detectron2.utils.events import EventStorage
 
 from maskx.detectron2 import Trainer
 from maskx.detectron2.trainer import check_config
+from maskx.engine.training import TrainingSettings, train
 
 # RoIs are the ground-truth boxes: proposals of random weights change order by a bit.
 BOXES = ("MODEL.RPN.POST_NMS_TOPK_TRAIN", 0)
@@ -86,6 +87,17 @@ def test_numbers_that_are_not_finite_name_step_and_images(cfg, value, monkeypatc
     trainer = Trainer(cfg)
     with pytest.raises(FloatingPointError, match=r"(?s)Iteration 1: .*images of that step \('"):
         trainer.train()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_loop_of_pip_alone_names_them_too(cfg, value, tmp_path):
+    if cfg.MODEL.META_ARCHITECTURE == "MaskXRCNN":
+        pytest.skip("tests/torchvision has the detector of pip alone")
+    loader = Poisoned(Trainer.build_train_loader(cfg), value)
+    settings = TrainingSettings(iterations=3, batch_size=2, learning_rate=1e-3)
+    words = r"(?s)iteration 1 .*not finite.*images of that step \(\S+"
+    with EventStorage(), pytest.raises(FloatingPointError, match=words):
+        train(build_model(cfg), lambda **_: loader, settings, output_dir=tmp_path / "pip")
 
 
 def test_a_gradient_that_is_not_finite_names_step_and_images(make_deeplab_cfg, tiny_train):

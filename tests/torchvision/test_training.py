@@ -27,10 +27,15 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def run(make_detector, scenes, split, tmp_path):
-    """Train a tiny detector; ``stop_before`` breaks the run off before that step."""
+    """Train a tiny detector; ``stop_before`` breaks the run off before that step.
 
-    def run(settings=SETTINGS, *, folder="run", resume=False, stop_before=None, **mask_branch):
-        model = make_detector(**mask_branch)
+    ``pixel`` is the value of all pixels of step 3.
+    """
+
+    def run(
+        settings=SETTINGS, *, folder="run", resume=False, stop_before=None, pixel=None, **branch
+    ):
+        model = make_detector(**branch)
         mapper = InstanceMapper(split.indices_with_masks)
 
         def batches(start, stop):
@@ -45,6 +50,8 @@ def run(make_detector, scenes, split, tmp_path):
             for iteration, batch in enumerate(loader, start):
                 if iteration == stop_before:
                     raise Interrupted
+                for sample in batch if pixel is not None and iteration == 3 else ():
+                    sample["image"] = torch.full_like(sample["image"].float(), pixel)
                 yield batch
 
         history = train(model, batches, settings, output_dir=tmp_path / folder, resume=resume)
@@ -242,6 +249,13 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path):
     saved = torch.load(tmp_path / CHECKPOINT_NAME, weights_only=True)
     assert saved["iteration"] == 5
     assert torch.isfinite(saved["model"]["weight"])
+
+
+@pytest.mark.parametrize("pixel", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite_name_step_and_images(run, pixel):
+    words = r"iteration 3 .*not finite.*images of that step \('\d', '\d'\)"
+    with pytest.raises(FloatingPointError, match=words):
+        run(pixel=pixel)
 
 
 class Diverges(nn.Module):

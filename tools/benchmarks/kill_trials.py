@@ -9,6 +9,7 @@ has loaded they need not load. Not for Windows.
 import os
 import random
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -33,7 +34,7 @@ class Trial:
     """What became of a training that was killed.
 
     Attributes:
-        kills: times that it was killed.
+        kills: times that it was killed, at least 1 if it did not fail.
         in_writes: kills that left a file half written.
         differences: checkpoints that do not hold the bits of the uninterrupted training.
         failure: what it ended with, if not by itself; "" else.
@@ -72,8 +73,15 @@ def kill_trials(
     if _run(command, reference).code:
         raise RuntimeError(f"{command[0]} fails uninterrupted. {_last_words(reference)}")
     duration = time.monotonic() - started
-    for number in range(count):
-        yield _try(command, folder / f"trial_{number}", reference, draw, duration)
+    number = 0
+    while number < count:
+        trial = _try(command, folder / f"trial_{number}", reference, draw, duration)
+        if trial.kills or not trial.is_equal:
+            yield trial
+            number += 1
+        else:  # it ended before its first moment: the uninterrupted run was a slow one
+            duration = min(duration, trial.seconds)
+            shutil.rmtree(folder / f"trial_{number}")
 
 
 def _try(

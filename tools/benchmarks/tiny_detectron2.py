@@ -1,18 +1,14 @@
 r"""Train a system on Detectron2 on a few scenes of 64 pixels: all its steps, with evaluation.
 
-For tools that watch a training. What an interrupted run left in the folder goes on. Other options
-go to the tool that trains.
+For tools that watch a training. What an interrupted run left in the folder goes on.
 
-Examples:
+Example:
     python tools/benchmarks/tiny_detectron2.py larvseg output/tiny --iterations 10
-    python tools/benchmarks/tiny_detectron2.py transfernet output/tiny --iterations 10 \
-        --stage0-opts SOLVER.MAX_ITER 2000
 """
 
 import argparse
 import runpy
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 TOOLS = Path(__file__).parents[1]
@@ -76,9 +72,7 @@ RUNS = {
 }
 
 
-def command(
-    system: str, folder: Path, options: Sequence[str], *, iterations: int, period: int
-) -> list[str]:
+def command(system: str, folder: Path, iterations: int, period: int) -> list[str]:
     """Write the data and return the command: a file of ``tools`` and its arguments."""
     from maskx.data.scenes.concepts import generate_concept_scenes
     from maskx.data.scenes.generator import generate_scenes
@@ -103,23 +97,22 @@ def command(
         for name, source in zip(dict.fromkeys([*names, test]), sources, strict=True)
     ]
     tool, configs, pairs = RUNS[system]
-    arguments = ["--resume"]
+    output, arguments = folder / "output", ["--resume"]
+    if tool == "train_net":
+        pairs = (*pairs, "OUTPUT_DIR", output)
+    else:
+        arguments += ["--output", str(output)]
     for option, config in configs.items():
         path = CONFIGS / f"{config.format('quick_schedules')}_scenes_cpu.yaml"
         arguments += [f"--{option}", str(path)]
     if system == "transfernet":  # which makes no masks yet
         arguments += ["--stage1-opts", "DATASETS.TEST", "()"]
-    output = folder / "output"
-    if tool == "train_net":
-        pairs = (*pairs, "OUTPUT_DIR", output)
-    else:
-        arguments += ["--output", str(output)]
     solver = {"MAX_ITER": iterations, "CHECKPOINT_PERIOD": period, "IMS_PER_BATCH": 2}
     solver |= {"BASE_LR": 1e-3, "STEPS": (), "WARMUP_ITERS": 0}
     pairs += tuple(x for key, value in solver.items() for x in (f"SOLVER.{key}", value))
     pairs += ("SEED", 0, "DATASETS.MASKX.REGISTER", registered)
     pairs += ("DATASETS.TRAIN", tuple(names), "DATASETS.TEST", (test,))
-    return [str(TOOLS / f"{tool}.py"), *arguments, *options, *map(str, pairs)]
+    return [str(TOOLS / f"{tool}.py"), *arguments, *map(str, pairs)]
 
 
 def main() -> None:
@@ -131,8 +124,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of the data and the output")
     parser.add_argument("--iterations", type=int, default=2000, help="of each training")
     parser.add_argument("--period", type=int, default=500, help="steps between checkpoints")
-    arguments, options = parser.parse_known_args()
-    sys.argv = command(options=options, **vars(arguments))
+    sys.argv = command(**vars(parser.parse_args()))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
