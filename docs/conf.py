@@ -13,5 +13,5 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True, "special-members": "__call__"}
 autodoc_mock_imports = [] if importlib.util.find_spec("detectron2") else ["detectron2"]

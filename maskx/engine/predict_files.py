@@ -134,9 +134,9 @@ def predict_files(
     output.mkdir(parents=True, exist_ok=True)
 
     def predict(images: Sequence[np.ndarray]) -> list[Prediction]:
-        return predictor.many(images, **(asked or {}))
+        return predictor.many(images, threshold=threshold, **(asked or {}))
 
-    work = _Work(predict, predictor.class_names, output, threshold, batch_size, tile, pictures)
+    work = _Work(predict, predictor.class_names, output, batch_size, tile, pictures)
     done = work.run(list(zip(inputs, _names(inputs), strict=True)))
     categories = [{"id": id_, "name": name} for name, id_ in work.ids.items()]
     content = {
@@ -155,12 +155,11 @@ class _Work:
         predict: Callable[[Sequence[np.ndarray]], list[Prediction]],
         class_names: Sequence[str],
         output: Path,
-        threshold: float,
         batch_size: int,
         tile: int | None,
         pictures: bool,
     ) -> None:
-        self.predict, self.output, self.threshold = predict, output, threshold
+        self.predict, self.output = predict, output
         self.batch_size, self.tile, self.pictures = batch_size, tile, pictures
         self.ids = {name: index for index, name in enumerate(class_names, start=1)}
         self.done = Predicted()
@@ -222,10 +221,10 @@ class _Work:
             while batch := list(itertools.islice(group, 1 if self.tile else self.batch_size)):
                 keys, pixels = zip(*batch, strict=True)
                 if self.tile:
-                    options = {"threshold": self.threshold, "batch_size": self.batch_size}
-                    found = [predict_tiles(self.predict, *pixels, self.tile, **options)]
+                    batch_size = self.batch_size
+                    found = [predict_tiles(self.predict, *pixels, self.tile, batch_size=batch_size)]
                 else:
-                    found = [each.above(self.threshold) for each in self.predict(pixels)]
+                    found = self.predict(pixels)
                 yield from zip(keys, found, strict=True)
 
     def _note(self, found: Prediction, source: Path | int, name: str, **more: Any) -> None:

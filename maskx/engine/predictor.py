@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,21 +52,27 @@ class Predictor:
         self,
         images: Sequence[str | os.PathLike[str] | np.ndarray],
         order: Literal["RGB", "BGR"] = "RGB",
+        *,
+        threshold: float = 0.0,
         **asked: Any,
     ) -> list[Prediction]:
         """Predict several images at once, which must fit into memory; see a call.
 
         Images of one shape give what they give one by one, up to rounding.
+
+        Args:
+            threshold: least score of an instance. Masks of others are not made, which in a large
+                image is most of the time.
         """
         pixels = [_pixels(image, order) for image in images]
         with torch.inference_mode():
             results = self.model([self.prepare(each) | asked for each in pixels])
-        return [
-            dataclasses.replace(
-                self.system.prediction(result, self.class_names), image=each, split=self.run.split
-            )
-            for result, each in zip(results, pixels, strict=True)
-        ]
+        predictions = []
+        for result, each in zip(results, pixels, strict=True):
+            found = self.system.prediction(_above(result, threshold), self.class_names)
+            found = dataclasses.replace(found, image=each, split=self.run.split)
+            predictions.append(found.above(threshold))
+        return predictions
 
     def masks_of_boxes(
         self,
@@ -144,6 +150,18 @@ def rgb_sample(image: np.ndarray) -> Sample:
     pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     height, width = image.shape[:2]
     return {"image": pixels, "height": height, "width": width, "image_id": 0, "image_labels": []}
+
+
+def _above(result: Mapping[str, Any], threshold: float) -> Mapping[str, Any]:
+    """Leave out instances of a low score before their masks are pasted, on either host."""
+    instances = result.get("instances")
+    if threshold <= 0 or instances is None:
+        return result
+    is_plain = isinstance(instances, Mapping)
+    kept = (instances["scores"] if is_plain else instances.scores) >= threshold
+    if is_plain:
+        return {**result, "instances": {key: value[kept] for key, value in instances.items()}}
+    return {**result, "instances": instances[kept]}
 
 
 def _pixels(image: str | os.PathLike[str] | np.ndarray, order: str) -> np.ndarray:

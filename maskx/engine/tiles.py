@@ -28,7 +28,6 @@ def predict_tiles(
     image: np.ndarray,
     side: int,
     *,
-    threshold: float = 0.0,
     batch_size: int = 1,
 ) -> Prediction:
     """Predict an image by tiles; one that is no larger than a tile is predicted as it is.
@@ -37,12 +36,11 @@ def predict_tiles(
         predict: predicts images of one shape.
         image: (H, W, 3) uint8 RGB.
         side: of the tiles in pixels; they overlap by at least a quarter of it.
-        threshold: least score of an instance.
         batch_size: tiles that are predicted at a time.
     """
     size = image.shape[:2]
     if max(size) <= side:
-        return predict([image])[0].above(threshold)
+        return predict([image])[0]
     windows = list(itertools.product(*(_spans(length, side) for length in size)))
     found: list[Prediction] = []
     for start in range(0, len(windows), batch_size):
@@ -50,7 +48,7 @@ def predict_tiles(
             np.ascontiguousarray(image[rows.start : rows.stop, columns.start : columns.stop])
             for rows, columns in windows[start : start + batch_size]
         ]
-        found += [each.above(threshold) for each in predict(tiles)]
+        found += predict(tiles)
     parts: dict[str, Any] = {"image": image}
     if found[0].label_map is not None:
         parts["label_map"] = np.zeros(size, found[0].label_map.dtype)
@@ -58,7 +56,7 @@ def predict_tiles(
             own = each.label_map[rows.own(), columns.own()]
             parts["label_map"][slice(*rows.inside), slice(*columns.inside)] = own
     if found[0].class_indices is not None:
-        views = [predict([image])[0].above(threshold)]
+        views = [predict([image])[0]]
         is_cut = [np.zeros(len(views[0].class_indices), bool)]
         for (rows, columns), each in zip(windows, found, strict=True):
             views.append(_placed(each, rows.start, columns.start, size))

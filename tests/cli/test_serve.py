@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import socket
+import webbrowser
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 
 pytest.importorskip("flask", reason="the extra `serve` is not installed")
 
+import maskx
 from maskx.cli.main import main
 from maskx.cli.web.app import make_app
 from maskx.data.masks import decode_segmentation, encode_masks
@@ -172,3 +175,22 @@ def test_other_wrong_questions_are_refused_by_name(client):
 def test_a_folder_without_a_run_ends_in_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*run\.json"):
         main(["serve", str(tmp_path)])
+
+
+def test_a_port_in_use_is_named(answers, monkeypatch):
+    monkeypatch.setattr(maskx, "open_run", lambda folder, device: answers, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"--port {port} is in use"):
+            main(["serve", "run", "--port", str(port)])
+
+
+def test_without_a_browser_the_address_is_said(answers, monkeypatch, capsys):
+    monkeypatch.setattr(maskx, "open_run", lambda folder, device: answers, raising=False)
+    monkeypatch.setattr(webbrowser, "open", lambda url: False)
+    monkeypatch.setattr(
+        "werkzeug.serving.make_server",
+        lambda *_, **__: SimpleNamespace(server_port=8123, serve_forever=lambda: None),
+    )
+    assert main(["serve", "run", "--open"]) == 0
+    assert "No browser was found. Open http://127.0.0.1:8123/ yourself" in capsys.readouterr().out

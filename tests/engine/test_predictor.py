@@ -1,3 +1,5 @@
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
@@ -5,7 +7,9 @@ import torch
 
 import maskx
 from maskx.core.sample_models import SampleModel
-from maskx.engine.results import Prediction
+from maskx.data.masks import PastedMasks
+from maskx.engine.predictor import Predictor
+from maskx.engine.results import Prediction, instances_prediction
 from maskx.engine.runs import Run, read_run, write_run
 from maskx.engine.system import System, register_system
 from maskx.engine.training import TrainingSettings, load_weights, train
@@ -130,3 +134,32 @@ def test_what_the_front_door_offers():
     assert {"open_run", "CategorySplit", "resolve_split", "load_coco"} <= set(dir(maskx))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = maskx.nothing
+
+
+class Masks(PastedMasks):
+    """Says which masks were asked for."""
+
+    asked = ()
+
+    def __getitem__(self, item):
+        Masks.asked = item.tolist()
+        return super().__getitem__(item)
+
+
+def test_masks_below_the_threshold_are_not_made():
+    scores = torch.tensor([0.9, 0.2, 0.5])
+    boxes = torch.tensor([[0.0, 0, 3, 4], [1, 1, 4, 4], [2, 0, 6, 3]])
+    result = {
+        "pred_boxes": boxes,
+        "scores": scores,
+        "pred_classes": torch.tensor([0, 1, 2]),
+        "pred_masks": Masks(torch.ones(3, 4, 4), boxes, (4, 6)),
+    }
+    system = dataclasses.replace(SYSTEM, prediction=instances_prediction)
+    predictor = Predictor(RUN, system, lambda samples: [{"instances": result}], lambda image: {})
+    (found,) = predictor.many([IMAGE], threshold=0.5)
+    assert Masks.asked == [True, False, True]
+    whole = predictor(IMAGE).above(0.5)
+    assert found.names == whole.names == ["red", "blue"]
+    assert found.segmentations == whole.segmentations
+    np.testing.assert_array_equal(found.boxes, whole.boxes)

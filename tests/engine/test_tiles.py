@@ -80,12 +80,6 @@ def test_each_object_is_found_once_and_whole(picture, batch_size):
     assert len(whole.class_indices) == 2
 
 
-def test_instances_below_the_threshold_are_left_out(picture):
-    found = predict_tiles(find_shapes, picture, SIDE, threshold=0.6)
-    assert found.scores.min() >= 0.6
-    assert 0 < len(found.scores) < 16
-
-
 def test_an_image_without_objects():
     found = predict_tiles(find_shapes, np.zeros((200, 100, 3), np.uint8), SIDE)
     assert found.boxes.shape == (0, 4)
