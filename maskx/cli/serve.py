@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
         ) from error
     import maskx
 
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port is {args.port}. Allowed: 0, for a free one, to {2**16 - 1}.")
     predictor = maskx.open_run(args.run_folder, device=args.device)
     app = make_app(
         predictor,

@@ -19,7 +19,7 @@ def read_archive(
     path: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     *,
-    remedy: str = "Give another one, or go on from an earlier one.",
+    remedy: str = "Give another one, or remove it to train anew.",
 ) -> Any:
     """Read a file of ``torch.save``, after its checksums were compared; it runs no code.
 

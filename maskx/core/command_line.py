@@ -2,13 +2,13 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 
 __all__ = ["ended_in_one_line"]
 
@@ -27,14 +27,20 @@ def ended_in_one_line(goes_on: str = "nothing is lost: give the command again") 
     Args:
         goes_on: what to say of an interrupted command, such as "--resume goes on".
     """
+    # A log file on a full disk would print a traceback for each of its lines.
+    logging.raiseExceptions, before = False, logging.raiseExceptions
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(f"interrupted; {goes_on}")
     except Exception as error:  # the last one to see it
-        if isinstance(error, _OWN) and not _of_worker(error):
+        _close_log_files()
+        is_own = isinstance(error, _OWN) and getattr(error, "errno", None) is None
+        if is_own and not _of_worker(error):
             sys.exit(f"error: {error}")
-        sys.exit(f"error: {_one_line(error)} The traceback is in {_write_traceback(error)}.")
+        sys.exit(f"error: {_one_line(error)}{_traceback_file(error)}")
+    finally:
+        logging.raiseExceptions = before
 
 
 def _of_worker(error: BaseException) -> bool:
@@ -54,6 +60,7 @@ def _one_line(error: Exception) -> str:
             errno.EDQUOT: f"The quota of the disk is used up{where}. Make room.",
             errno.EROFS: f"The file system of{where or ' the output'} is read-only. Choose another "
             "output folder.",
+            errno.ENOENT: f"There is no file or folder{where}. Correct the path.",
             errno.EACCES: f"No permission to use{where or ' a file'}. Choose another folder, or "
             "change its permissions.",
         }
@@ -65,7 +72,9 @@ def _one_line(error: Exception) -> str:
                 "name it as a local file (for weights: --weights FILE)."
             )
     text = _first_line(error)
-    if "out of memory" in text.lower() or isinstance(error, MemoryError):
+    if isinstance(error, OSError) and error.errno is None:
+        return _ended(text)  # of the package itself
+    if re.search("out of memory|allocate memory", text) or isinstance(error, MemoryError):
         return f"There is not enough memory: {_ended(text)} Lower the batch or the image size."
     kind = type(error).__name__
     return f"{kind}: {_ended(text)}" if text else f"{kind}, without a message."
@@ -80,9 +89,23 @@ def _ended(text: object) -> str:
     return line if line.endswith((".", "!", "?")) else f"{line}."
 
 
-def _write_traceback(error: Exception) -> Path:
-    number, name = tempfile.mkstemp(prefix="maskx-", suffix=".log")
-    with os.fdopen(number, "w", encoding="utf-8") as file:
-        file.write(" ".join(sys.argv) + "\n\n")
-        file.writelines(traceback.format_exception(error))
-    return Path(name)
+def _traceback_file(error: Exception) -> str:
+    """Write the traceback into a file, unless that disk is full too, and say which."""
+    with contextlib.suppress(OSError):
+        number, name = tempfile.mkstemp(prefix="maskx-", suffix=".log")
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(" ".join(sys.argv) + "\n\n")
+            file.writelines(traceback.format_exception(error))
+        return f" The traceback is in {name}."
+    return ""
+
+
+def _close_log_files() -> None:
+    """Close those that a full disk does not take, which would say so again at the very end."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    for handler in [h for each in loggers for h in getattr(each, "handlers", ())]:
+        try:
+            handler.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                handler.stream.close()

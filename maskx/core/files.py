@@ -47,9 +47,11 @@ def written_whole(path: str | os.PathLike[str], *, durable: bool = False) -> Ite
         if durable:
             _sync(scratch)
         os.replace(scratch, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # the error inside says more
             scratch.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(scratch):
+            error.filename = str(path)
         raise
 
 

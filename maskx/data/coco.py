@@ -85,7 +85,6 @@ def load_coco(
     *,
     strict: bool = True,
     check_images: bool = True,
-    check_content: bool | None = None,
 ) -> CocoData:
     """Read a COCO-format file whose annotations may lack masks.
 
@@ -121,9 +120,8 @@ def load_coco(
             that have no area or the whole mask and keeps its box, and entries that refer to
             nothing, stand twice or whose image is missing or broken are left out. All are counted
             in `CocoData.problems` and reported in one warning.
-        check_images: Whether the image root and every file named must exist.
-        check_content: Whether broken images are looked for, by their first and last bytes; None
-            for: without `strict`. It opens every file.
+        check_images: Whether the image root and every file named must exist, and the images be
+            whole and of their size, by their header and end. It opens every file.
 
     Raises:
         FileNotFoundError: If the annotation file, the image root or a file named is missing.
@@ -131,12 +129,9 @@ def load_coco(
             not where their masks are, nothing is left, or, with `strict`, an entry is bad.
     """
     report = Report(Path(json_file), strict=strict)
-    content = not strict if check_content is None else check_content
     with paused_collector():
         dataset, rows = read_json_rows(json_file, "annotations", _KEYS, "segmentation", what=_WHAT)
-        return _read(
-            dataset, rows, report, image_root, check_images=check_images, check_content=content
-        )
+        return _read(dataset, rows, report, image_root, check_images=check_images)
 
 
 def check_coco(
@@ -178,9 +173,8 @@ def _collected(
     dataset: Any, rows: Rows | None, image_root: str | os.PathLike[str] | None, report: Report
 ) -> tuple[CocoData | None, Report]:
     looked_at = image_root is not None
-    parts = (dataset, rows, report, image_root or "")
     try:
-        return _read(*parts, check_images=looked_at, check_content=looked_at), report
+        return _read(dataset, rows, report, image_root or "", check_images=looked_at), report
     except ValueError as error:
         report.stop(error)
         return None, report
@@ -193,13 +187,12 @@ def _read(
     image_root: str | os.PathLike[str],
     *,
     check_images: bool,
-    check_content: bool,
 ) -> CocoData:
     json_file = report.source
     structure = read_structure(dataset, rows, report, need_files=True)
     records = [_new_record(image, structure, image_root) for image in structure.images]
     if check_images:
-        records = find_images(records, Path(image_root), report, check_content=check_content)
+        records = find_images(records, Path(image_root), report)
     num_found, num_rows = len(records), len(rows)
     claims = BoxesAndMasks(report)
     _read_annotations(rows, records, structure, report, claims)

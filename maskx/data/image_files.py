@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from maskx.data.images import is_broken, problem_of_size
+from maskx.data.images import problem_of_file
 
 if TYPE_CHECKING:
     from maskx.data.coco_structure import Report
@@ -22,9 +22,9 @@ _NUM_NEAR = 5  # missing files of which a similar one is looked for
 
 
 def find_images(
-    records: list[dict[str, Any]], image_root: Path, report: "Report", *, check_content: bool
+    records: list[dict[str, Any]], image_root: Path, report: "Report"
 ) -> list[dict[str, Any]]:
-    """Check that the files of records exist, and correct paths as tools write them.
+    """Check that the files of records exist and are whole, and correct paths as tools write them.
 
     Backslashes, `%20`, other Unicode forms, another case of the ending and the prefixes of Label
     Studio are found where exactly one file is meant.
@@ -32,13 +32,13 @@ def find_images(
     Args:
         records: With `file_name` below the root and perhaps `label_map_file_name` and
             `sem_seg_file_name`; their paths are corrected in place.
-        check_content: Whether broken images are looked for too.
 
     Returns:
         The records whose image is there; all, if the report only collects.
 
     Raises:
         FileNotFoundError: The root or all images are missing; with strict reading, any file.
+        ValueError: No image is whole; with strict reading, any is not.
     """
     if not image_root.is_dir():
         if not report.collect:
@@ -83,36 +83,30 @@ def find_images(
             "Check the image folder, correct the names, or remove these images from the file",
         )
     gone = {id(record) for record in lost}
-    if check_content:
-        found = [record for record in records if id(record) not in gone]
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            broken = list(pool.map(lambda record: is_broken(record["file_name"]), found))
-            if report.collect:
-                _check_sizes(found, broken, pool, report)
-        for record, problem in zip(found, broken, strict=True):
-            if problem:
-                report.entry("image_broken", f"image {record['file_name']} {problem}", "Restore it")
-                gone.add(id(record))
-        if len(gone) == len(records) > 0 and not report.collect:
-            raise ValueError(
-                f"{report.source}: none of its {len(records)} images is whole; the first, "
-                f"{records[0]['file_name']}, {is_broken(records[0]['file_name'])}. Restore them."
-            )
+    found = [record for record in records if id(record) not in gone]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        problems = list(pool.map(_problem_of, found))
+    broken = [(record, text) for record, text in zip(found, problems, strict=True) if text]
+    if len(broken) == len(found) > 0 and not report.collect:
+        raise ValueError(
+            f"{report.source}: none of its {len(found)} images is whole; the first, "
+            f"{found[0]['file_name']}, {problems[0]}. Restore them, or correct the annotation file."
+        )
+    for record, text in broken:
+        is_other = "annotations" in text
+        report.entry(
+            "image_of_other_size" if is_other else "image_broken",
+            f"image {record['file_name']} {text}",
+            "Correct width and height in the annotation file, or restore the original image"
+            if is_other
+            else "Restore it",
+        )
+        gone.add(id(record))
     return [record for record in records if report.collect or id(record) not in gone]
 
 
-def _check_sizes(
-    records: list[dict[str, Any]], broken: list[str], pool: ThreadPoolExecutor, report: "Report"
-) -> None:
-    whole = [record for record, problem in zip(records, broken, strict=True) if not problem]
-    problems = pool.map(lambda r: problem_of_size(r["file_name"], r["height"], r["width"]), whole)
-    for record, problem in zip(whole, problems, strict=True):
-        if problem:
-            report.refuse(
-                "image_of_other_size",
-                f"image {record['file_name']} {problem}",
-                "Correct width and height in the annotation file, or restore the original image",
-            )
+def _problem_of(record: Mapping[str, Any]) -> str:
+    return problem_of_file(record["file_name"], record["height"], record["width"])
 
 
 def _refuse_missing(

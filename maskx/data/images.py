@@ -4,7 +4,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -101,18 +101,31 @@ def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
     return np.ascontiguousarray(read_image(path, None, None, None)[:, :, ::-1])
 
 
-def is_broken(path: str | os.PathLike[str]) -> str:
-    """Say what is wrong with an image file, by its first and last bytes; nothing if it is whole."""
+def problem_of_file(path: str | os.PathLike[str], height: int, width: int) -> str:
+    """Say why an image file is not what its annotations say, by its header and its end, or "".
+
+    That takes 0.3 ms, most of it for the size.
+    """
     with open(path, "rb") as file:
         head = file.read(16)
-        file.seek(max(0, os.path.getsize(path) - _TAIL))
-        return problem_of(head, file.read())
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+        problem = _problem_of(head, file.read())
+        if problem:
+            return problem
+        found = image_size(file)
+    if found is None:  # what Pillow does not know, OpenCV may
+        is_known = cv2.haveImageReader(os.fspath(path))
+        return "" if is_known else "is of no kind of image that can be read"
+    # Whether an image is turned is known of JPEG files alone.
+    if found == (height, width) or (head[:1] != b"\xff" and found == (width, height)):
+        return ""
+    return f"is {found[1]} x {found[0]} pixels, but its annotations say {width} x {height}"
 
 
-def image_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+def image_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int] | None:
     """Return (height, width) of an image, turned as its EXIF tag says; None if Pillow cannot."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             width, height = image.size
             # Of a PNG file this would read all of it, to look for the tag behind the pixels.
             if image.format == "JPEG" and image.getexif().get(_ORIENTATION, 1) > 4:
@@ -122,16 +135,8 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
         return None
 
 
-def problem_of_size(path: str | os.PathLike[str], height: int, width: int) -> str:
-    """Say that an image has another size than it should; nothing if it has not."""
-    found = image_size(path)
-    if found in (None, (height, width)):  # what Pillow does not know, OpenCV may
-        return ""
-    return f"is {found[1]} x {found[0]} pixels, but its annotations say {width} x {height}"
-
-
-def problem_of(head: bytes, tail: bytes) -> str:
-    """As `is_broken`, of the first 16 and the last 4096 bytes."""
+def _problem_of(head: bytes, tail: bytes) -> str:
+    """Say what is wrong by the first 16 and the last 4096 bytes."""
     if not head:
         return "is empty"
     if head.startswith(b"\xff\xd8"):
@@ -147,7 +152,7 @@ def _check_before_decoding(
     content: np.ndarray, height: int | None, width: int | None, where: str
 ) -> None:
     """Refuse a file by its header and its end, before its pixels take any memory."""
-    problem = problem_of(content[:16].tobytes(), content[-4096:].tobytes())
+    problem = _problem_of(content[:16].tobytes(), content[-4096:].tobytes())
     if problem:
         raise ValueError(f"{where} {problem}. It cannot be read; restore the file.")
     try:

@@ -325,7 +325,7 @@ def read_config(file: str | os.PathLike[str], opts: Sequence[Any] = ()) -> CN:
     except (AssertionError, KeyError, ValueError) as error:
         pairs = f" with KEY VALUE pairs {list(opts)}" if opts else ""
         raise ValueError(
-            f"{file}{pairs}: {error.args[0]}. Correct the key or its value."
+            f"{error.args[0]}: {file}{pairs}. Correct the key or its value."
         ) from error
     return cfg
 

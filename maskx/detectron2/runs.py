@@ -195,12 +195,12 @@ def _register_what_is_there(cfg: CfgNode) -> None:
 
 
 def _sample(cfg: CfgNode, image: np.ndarray) -> dict[str, Any]:
-    sample = rgb_sample(image)
+    height, width = image.shape[:2]
     if not issubclass(architecture_of(cfg), SampleModel):
         # As Detectron2's own models expect it; those of whole images warp it themselves.
         sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         image = ResizeShortestEdge([sizes[0]] * 2, sizes[1]).get_transform(image).apply_image(image)
-        sample["image"] = rgb_sample(image)["image"]
+    sample = rgb_sample(image) | {"height": height, "width": width}
     if cfg.INPUT.FORMAT == "BGR":
         sample["image"] = sample["image"].flip(0)
     return sample

@@ -3,6 +3,8 @@
 SGD or Adam, with a learning rate of its own for the backbone; and the polynomial schedule.
 """
 
+import math
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier, WarmupParamScheduler, get_default_optimizer_params
@@ -81,7 +83,18 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRSche
 
 
 def check_solver(cfg: CfgNode) -> None:
-    """Refuse bad values of ``SOLVER.MASKX`` and of the schedule that maskx adds."""
+    """Refuse numbers of a training that are out of range, and bad values of ``SOLVER.MASKX``."""
+    for key, value, least in (
+        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER, 1),
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, 1),
+        ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD, 1),
+        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 0),
+        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{key} is {value}. Allowed: {least} or more.")
+    if not 0 <= cfg.SOLVER.BASE_LR < math.inf:
+        raise ValueError(f"SOLVER.BASE_LR is {cfg.SOLVER.BASE_LR}. Allowed: a number, 0 or more.")
     keys = cfg.SOLVER.MASKX
     if keys.OPTIMIZER not in OPTIMIZERS:
         raise ValueError(

@@ -242,7 +242,10 @@ def check_config(cfg: CfgNode) -> None:
     weights = cfg.MODEL.WEIGHTS
     # As in Detectron2, "?matching_heuristics=True" may follow the path.
     if weights and "://" not in weights and not PathManager.isfile(weights.partition("?")[0]):
-        raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}': there is no such file.")
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS '{weights}': there is no such file. Correct the path, train what makes "
+            "it first, or set MODEL.WEIGHTS '' to start from random weights."
+        )
     backbone = cfg.MODEL.BACKBONE.NAME
     if backbone not in BACKBONE_REGISTRY:
         raise ValueError(

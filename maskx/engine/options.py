@@ -90,8 +90,18 @@ class QuickstartOptions:
     max_images: int | None = None
 
 
+_MOST_SEED = 2**30  # the seeds of scenes are made of it
+
+
 def check_options(system: str, options: QuickstartOptions) -> None:
-    """Refuse options that have no meaning for a system."""
+    """Refuse options that have no meaning for a system, and numbers out of range."""
+    if not 0 <= options.seed <= _MOST_SEED:
+        raise ValueError(f"seed is {options.seed}. Allowed: 0 to {_MOST_SEED}.")
+    if options.workers < 0:
+        raise ValueError(
+            f"workers is {options.workers}. Allowed: 0, to read images in the process that trains, "
+            "or more."
+        )
     owners: dict[str, list[str]] = {}
     for name in system_names():
         for option in find_system(name).options:

@@ -103,7 +103,7 @@ def predict_files(
     Args:
         predictor: of any system.
         inputs: of :func:`find_inputs`.
-        output: folder to write to; it is made.
+        output: folder to write to; it is made when there is something to write.
         threshold: least score of an instance.
         batch_size: images, frames or tiles that are predicted at a time, if they have one shape.
         tile: side of the tiles that larger images are predicted in, see
@@ -131,7 +131,6 @@ def predict_files(
         raise FileExistsError(
             f"{output} exists already. Add --overwrite to write into it, or name another output."
         )
-    output.mkdir(parents=True, exist_ok=True)
 
     def predict(images: Sequence[np.ndarray]) -> list[Prediction]:
         return predictor.many(images, threshold=threshold, **(asked or {}))
@@ -207,6 +206,7 @@ class _Work:
                         continue
                     picture = _picture(found)
                     if writer is None:
+                        self.output.mkdir(parents=True, exist_ok=True)
                         path = self.output / f"{name}.mp4"
                         opened = _written_video(path, video.rate, picture.shape)
                         writer = stack.enter_context(opened)
@@ -244,7 +244,7 @@ class _Work:
                 self.done.annotations.append(row)
         if found.label_map is not None:
             folder = self.output / _LABEL_MAPS
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             write_label_map(
                 folder / f"{name}.png", found.label_map, num_classes=len(found.class_names)
             )

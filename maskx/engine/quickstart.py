@@ -19,14 +19,18 @@ SCENE_SIZE = 128
 # Few classes on quiet ground, for learning from image labels.
 SPARSE_SCENES, SPARSE_STYLE = 1500, {"style": "sparse", "num_categories": 12}
 _COCO_SIZE = 256
+_SMALLEST_SIZE, _LARGEST_SIZE = 8, 2**14
 
 
 def choose_image_size(options: QuickstartOptions) -> int:
     """Return the size that is asked for, or the default of scenes and of COCO files."""
     if options.image_size is None:
         return _COCO_SIZE if options.coco_train else SCENE_SIZE
-    if options.image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {options.image_size}.")
+    if not _SMALLEST_SIZE <= options.image_size <= _LARGEST_SIZE:
+        raise ValueError(
+            f"image_size is {options.image_size}. Allowed: {_SMALLEST_SIZE} to {_LARGEST_SIZE} "
+            "pixels."
+        )
     return options.image_size
 
 
@@ -72,8 +76,16 @@ def load_split_data(
         label_maps: see :func:`maskx.data.splits.check_masks`.
     """
     train_data, val_data = load_data(options, sparse=sparse)
-    split = resolve_split(options.masks_for or default_split, train_data.class_names)
-    check_masks(train_data.records, split, label_maps=label_maps)
+    try:
+        split = resolve_split(options.masks_for or default_split, train_data.class_names)
+        check_masks(train_data.records, split, label_maps=label_maps)
+    except ValueError as error:
+        if options.masks_for or "--masks-for" in str(error):
+            raise
+        raise ValueError(
+            f"{error} '{default_split}' is the default: name the categories with masks by "
+            "--masks-for (masks_for in Python), a file or a named split."
+        ) from error
     return train_data, val_data, split
 
 

@@ -114,10 +114,12 @@ def select_device(name: str) -> torch.device:
             f"Device '{name}' was asked for, but PyTorch finds no GPU here. Use 'cpu' or 'auto', "
             "or install a PyTorch build that fits the GPU driver."
         )
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"Device must be 'auto', 'cpu' or 'cuda', got '{name}'.")
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"Device must be 'auto', 'cpu' or 'cuda', got '{name}'.") from error
+        raise ValueError(f"Device '{name}' has no number. Use 'cuda' or 'cuda:0'.") from error
 
 
 def train(

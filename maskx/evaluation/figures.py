@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from maskx.core.files import written_whole
 from maskx.data.label_maps import ignore_label, voc_palette
 
 # RGB. Green and red differ in brightness too, for readers who cannot tell them apart by hue.
@@ -217,7 +218,7 @@ def _title(text: str, width: int) -> np.ndarray:
 
 
 def save_png(path: Path, image: np.ndarray) -> None:
-    """Write an (H, W, 3) uint8 RGB image.
+    """Write an (H, W, 3) uint8 RGB image, whole or not at all; its folder is made.
 
     Raises:
         OSError: the file cannot be written.
@@ -225,7 +226,8 @@ def save_png(path: Path, image: np.ndarray) -> None:
     encoded, content = cv2.imencode(".png", np.ascontiguousarray(image[:, :, ::-1]))
     if not encoded:
         raise OSError(f"'{path}' could not be encoded as PNG.")
-    path.write_bytes(content.tobytes())
+    with written_whole(path) as scratch:
+        scratch.write_bytes(content.tobytes())
 
 
 def varied_records(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from maskx.core.sample_models import SampleModel
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import read_label_map
 from maskx.data.masks import encode_masks
+from maskx.engine.predict_files import find_inputs, predict_files
 from maskx.engine.results import Prediction
 from maskx.engine.runs import Run
 from maskx.engine.system import System, register_system
@@ -198,6 +200,19 @@ def test_what_cannot_be_is_said_in_one_line(make_run, photos, tmp_path, words, m
     with pytest.raises(SystemExit) as ending:
         main(["predict", make_run("halves"), *words, "--output", str(tmp_path / "out")])
     assert re.search(message, str(ending.value.code))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_question_that_cannot_be_answered_leaves_no_folder(photos, tmp_path):
+    def refuse(images, concepts):
+        raise ValueError(f"no word vector of {concepts}")
+
+    system = types.SimpleNamespace(takes_concepts=True)
+    predictor = types.SimpleNamespace(system=system, class_names=(), many=refuse)
+    with pytest.raises(ValueError, match="no word vector of unicorn"):
+        predict_files(
+            predictor, find_inputs([str(photos)]), tmp_path / "out", asked={"concepts": "unicorn"}
+        )
     assert not (tmp_path / "out").exists()
 
 

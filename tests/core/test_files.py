@@ -35,6 +35,14 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
     assert path.read_bytes() == b"a\nb\n"
 
 
+def test_an_error_of_the_disk_names_the_file_that_is_meant(tmp_path):
+    path = tmp_path / "result.json"
+    path.mkdir()
+    with pytest.raises(OSError, match=r"result\.json'") as caught:
+        write_json(path, 1)
+    assert ".partial" not in str(caught.value)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="modes are of POSIX")
 def test_files_get_the_mode_of_the_umask_whoever_writes_them(tmp_path):
     before = os.umask(0o027)

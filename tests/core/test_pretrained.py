@@ -93,7 +93,7 @@ def test_a_flipped_bit_in_weights_is_noticed(tmp_path):
         (
             types.SimpleNamespace(a=1),
             ValueError,
-            r"weights\.pth' is no checkpoint.*pickled models are",
+            r"weights\.pth' is no checkpoint.*pickled models are not",
         ),
     ],
 )

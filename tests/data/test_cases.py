@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from maskx.data.coco import check_coco, in_class_list, load_coco, read_coco_json
 from maskx.data.label_maps import semantic_label_map
@@ -375,14 +376,36 @@ def test_a_file_that_teaches_nothing_is_named(folder, caplog):
         (b"", "is empty"),
         (b"<!DOCTYPE html><html>", "page of text"),
         (b"\x89PNG\r\n\x1a\n00", "cut"),
+        (b"\0 of no kind", "no kind of image"),
     ],
 )
-def test_broken_images_are_passed_over_and_counted(folder, caplog, content, words):
+def test_broken_images_are_found_before_training_or_passed_over_and_counted(
+    folder, caplog, content, words
+):
     (folder / "img" / "2.png").write_bytes(content)
     found = read(folder, base(), strict=False)
     assert [record["image_id"] for record in found.records] == [1, 2, 4]
     assert found.problems == {"image_broken": 1}
     assert words in caplog.text
+    with pytest.raises(ValueError, match=rf"ann\.json: image .*2\.png .*{words}"):
+        read(folder, base())
+
+
+def test_an_image_of_another_size_is_found_before_training(folder):
+    """Sides the other way round are right where a JPEG file says that it is turned."""
+    content = base()
+    content["images"][2] |= {"file_name": "2.jpg", "height": SIZE - 6}
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for size, exif in (((SIZE, SIZE - 6), Image.Exif()), ((SIZE - 6, SIZE), turned)):
+        Image.new("RGB", size).save(folder / "img" / "2.jpg", exif=exif)
+        assert len(read(folder, content).records) == 4
+    Image.new("RGB", (SIZE - 6, SIZE)).save(folder / "img" / "2.jpg")
+    with pytest.raises(
+        ValueError, match=r"2\.jpg is 90 x 96 pixels, but its annotations say 96 x 90"
+    ):
+        read(folder, content)
+    assert read(folder, content, strict=False).problems == {"image_of_other_size": 1}
 
 
 def map_content(folder, values, labels):
@@ -617,6 +640,9 @@ EXPECTED = {
     "a85": ("polygon_outside", None),
     "a86": ("box_outside", None),
     "a87": ("box_malformed", None),
+    "b02": ("JPEG file that is cut off", None),
+    "b03": ("page of text", None),
+    "b04": ("is empty", None),
     "c03": ("drawn as 255", "drawn as 255"),
     "c11": ("from 0", "from 0"),
     "g03": ("box_empty", None),

@@ -4,6 +4,7 @@ from array import array
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as mask_utils
 
 from maskx.data.coco import (
@@ -43,13 +44,13 @@ def make_dataset(annotations=(), images=None):
 
 @pytest.fixture
 def load(tmp_path):
-    """Writes a data set and its (empty) image files, and loads it."""
+    """Writes a data set and its image files, and loads it."""
 
     def write_and_load(dataset, **kwargs):
         json_file = tmp_path / "toy.json"
         json_file.write_text(json.dumps(dataset))
         for image in dataset["images"]:
-            (tmp_path / image["file_name"]).write_bytes(b"no image, but not empty")
+            Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / image["file_name"])
         return load_coco(json_file, tmp_path, **kwargs)
 
     return write_and_load

@@ -342,7 +342,7 @@ def test_a_label_map_of_an_annotation_file_is_found(tmp_path):
         "categories": [{"id": 4, "name": "cat"}, {"id": 9, "name": "dog"}],
     }
     (tmp_path / "toy.json").write_text(json.dumps(content))
-    (tmp_path / "1.jpg").touch()
+    cv2.imwrite(str(tmp_path / "1.jpg"), np.zeros((5, 7, 3), np.uint8))
     data = load_coco(tmp_path / "toy.json", tmp_path)
     assert np.array_equal(semantic_label_map(data.records[0], 2), np.eye(5, 7) * 2)
 

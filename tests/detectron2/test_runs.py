@@ -13,6 +13,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
+from full_disk import full_disk
 
 import maskx
 from maskx.core.archives import find_damage, read_archive
@@ -147,7 +148,7 @@ def test_a_run_goes_on_with_its_own_data_classes_and_masks_alone(write_config, s
     assert read_run(folder).settings["SOLVER"]["MAX_ITER"] == 3
 
 
-@pytest.mark.parametrize("harm", ["cut", "flipped", "gone", "untagged"])
+@pytest.mark.parametrize("harm", ["empty", "cut", "flipped", "gone", "untagged"])
 def test_a_final_checkpoint_that_is_damaged_is_made_again(write_config, tmp_path, harm):
     """The period divides the number of steps, as by default."""
     config = write_config("SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", ())
@@ -156,7 +157,9 @@ def test_a_final_checkpoint_that_is_damaged_is_made_again(write_config, tmp_path
     final = folder / FINAL_NAME
     expected = read_archive(final)["model"]
     content = bytearray(final.read_bytes())
-    if harm == "cut":
+    if harm == "empty":
+        final.write_bytes(b"")
+    elif harm == "cut":
         final.write_bytes(content[: len(content) // 3])
     elif harm == "flipped":
         content[len(content) // 2] ^= 4
@@ -171,6 +174,16 @@ def test_a_final_checkpoint_that_is_damaged_is_made_again(write_config, tmp_path
     found = read_archive(final)["model"]
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert (folder / "last_checkpoint").read_text() == FINAL_NAME
+
+
+def test_a_full_disk_loses_nothing(write_config, tmp_path):
+    config = write_config("SOLVER.CHECKPOINT_PERIOD", 1, "DATASETS.TEST", ())
+    message = r"model_0000000\.pth' could not be written"
+    with full_disk(1_000_000), pytest.raises(OSError, match=message):
+        train(config)
+    assert not list((tmp_path / "out").glob("*.p*"))
+    assert train(config, resume=True).start_iter == 0
+    assert find_damage(tmp_path / "out" / FINAL_NAME) is None
 
 
 def test_weights_that_are_not_finite_name_step_and_images(write_config, tmp_path, monkeypatch):

@@ -155,11 +155,16 @@ def test_other_schedules_are_detectron2s_own(make_classifier_cfg):
 @pytest.mark.parametrize(
     ("opts", "words"),
     [
+        (("SOLVER.MAX_ITER", 0), r"SOLVER\.MAX_ITER is 0\. Allowed: 1 or more"),
+        (("SOLVER.IMS_PER_BATCH", -2), r"IMS_PER_BATCH is -2\. Allowed: 1 or more"),
+        (("SOLVER.CHECKPOINT_PERIOD", 0), r"CHECKPOINT_PERIOD is 0\. Allowed: 1 or more"),
+        (("DATALOADER.NUM_WORKERS", -1), r"NUM_WORKERS is -1\. Allowed: 0 or more"),
+        (("SOLVER.BASE_LR", float("nan")), r"BASE_LR is nan\. Allowed: a number"),
         (("SOLVER.BASE_LR_END", 0.1), r"BASE_LR_END is 0\.1 and BASE_LR 0\.001\. Allowed for Warm"),
         (("SOLVER.MASKX.POLY_POWER", 0.0), r"POLY_POWER is 0\.0\. Allowed: above 0"),
     ],
 )
-def test_bad_values_of_the_polynomial_schedule_are_named(make_classifier_cfg, opts, words):
+def test_bad_numbers_of_a_training_are_named(make_classifier_cfg, opts, words):
     cfg = make_classifier_cfg(*POLY, *opts)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     with pytest.raises(ValueError, match=words):

@@ -1,11 +1,10 @@
 import os
-import resource
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from full_disk import full_disk
 
 from maskx.core.archives import find_damage, read_archive
 from maskx.engine.checkpoints import (
@@ -48,19 +47,12 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path):
     assert newest_whole(paths[1:]) is None
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="limits of file sizes are of POSIX")
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     path = tmp_path / "checkpoint.pth"
     write_checkpoint(path, CONTENT)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"could not be written \(.*File too large.*--resume"):
-            write_checkpoint(path, CONTENT | {"iteration": 8})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    message = r"could not be written \(.*File too large.*--resume"
+    with full_disk(5000), pytest.raises(OSError, match=message):
+        write_checkpoint(path, CONTENT | {"iteration": 8})
     assert same(read_archive(path))
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 

@@ -1,5 +1,6 @@
 """What all quick starts do with their data."""
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -45,6 +46,13 @@ def test_a_split_without_any_mask_is_refused(system, options):
         match=r"'scenes_half' says that 2 .* no annotation of theirs has one: 'red lamp shade",
     ):
         find_system(system).pipeline(options(None), print)
+
+
+@pytest.mark.parametrize("system", ["maskx", "transfernet", "larvseg", "concept_mask"])
+def test_where_the_default_split_does_not_fit_the_option_is_named(system, options):
+    made = dataclasses.replace(options(None), masks_for=None)
+    with pytest.raises(ValueError, match=r"--masks-for"):
+        find_system(system).pipeline(made, print)
 
 
 def test_label_maps_are_no_masks_of_single_objects(options):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from full_disk import full_disk
 from torch import nn
 
 from maskx.core.archives import read_archive
@@ -131,6 +132,17 @@ def test_slow_steps_are_saved_by_the_clock(tmp_path, seconds, kept):
     path = tmp_path / CHECKPOINT_NAME
     assert (read_archive(path)["iteration"] if path.is_file() else None) == kept
     # How often a run saves is not what it learns: other settings of it go on.
+    found, _ = run_of(tmp_path)
+    expected, _ = run_of(tmp_path / "whole")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    with pytest.raises(FloatingPointError):
+        run_of(tmp_path, wrong={7: ("loss",)})
+    with full_disk(1000), pytest.raises(OSError, match=r"checkpoint\.pth' could not be written"):
+        run_of(tmp_path)
+    assert read_archive(tmp_path / CHECKPOINT_NAME)["iteration"] == 7
     found, _ = run_of(tmp_path)
     expected, _ = run_of(tmp_path / "whole")
     assert all(torch.equal(found[name], value) for name, value in expected.items())

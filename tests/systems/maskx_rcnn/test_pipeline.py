@@ -85,11 +85,16 @@ def test_resume_needs_no_second_training(tiny):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"device": "mps"}, "Device must be 'auto', 'cpu' or 'cuda', got 'mps'"),
+        ({"seed": -1}, r"seed is -1\. Allowed: 0 to"),
+        ({"seed": 2**70}, r"seed is \d+\. Allowed: 0 to"),
+        ({"workers": -1}, r"workers is -1\. Allowed: 0"),
+        ({"image_size": 10**7}, r"image_size is 10000000\. Allowed: 8 to"),
         ({"device": "gpu"}, "Device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
         ({"backbone": "resnet5"}, "There is no backbone 'resnet5'.*the closest: resnet50"),
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"image_size": 0}, "image_size is 0. Allowed: 8 to 16384 pixels"),
         ({"pretrained": True}, "no pretrained weights of the backbone 'small'"),
         ({"masks_for": "coco_voc"}, "names 'person', which is not among the 40"),
     ],
