@@ -24,7 +24,7 @@ __all__ = ["REPORT_NAME", "write_training_report"]
 
 REPORT_NAME = "report.html"
 _EXAMPLES, _SIDE = 6, 320
-_MOST_BARS = 100
+_MOST_ROWS = 100
 _LOG_NAME = "metrics.json"  # of Detectron2 lines of JSON, of the quick start its measures
 _LEFT_OUT = ("system", "losses", "split", "step_seconds", "num_images")  # said elsewhere, or small
 
@@ -130,27 +130,38 @@ def _measures(folder: Path, results: Mapping[str, Any] | None) -> dict[str, Any]
     found: dict[str, Any] = {}
     for name, value in (results or {}).items():
         task, _, metric = name.partition("/")
-        found.setdefault("", {}).setdefault(task, {})[metric] = value
+        if not metric.startswith("AP-"):  # of a category, which the bars show
+            found.setdefault("", {}).setdefault(task, {})[metric] = value
     return found
 
 
 def _tables(metrics: Mapping[str, Any]) -> list[str]:
-    """Lay out nested measures: two names and a number make a table, all else a list."""
+    """Lay out nested measures: two names and a number make a table, deeper ones several."""
     parts, single = [], []
     for key, value in metrics.items():
         if not isinstance(value, Mapping):
             single.append((key.replace("_", " "), value))
-        elif all(isinstance(inner, Mapping) for inner in value.values()):
-            parts += [paragraph(key, "h3")] if key else []
+            continue
+        parts += [paragraph(key, "h3")] if key else []
+        inner = list(value.values())
+        if any(isinstance(each, Mapping) for row in inner for each in _values(row)):
+            for name, row in value.items():
+                parts += _tables({f"{key}, {name}": row})
+        elif inner and all(isinstance(row, Mapping) for row in inner):
             parts.append(_matrix(value))
         else:
-            rows = []
-            for name, inner in value.items():
-                inner = inner if isinstance(inner, Mapping) else {"": inner}
-                rows += [(f"{name} {last}".strip(), number) for last, number in inner.items()]
-            parts += [paragraph(key, "h3"), table(("", ""), [(n, _cell(v)) for n, v in rows])]
-    single = [(name, _cell(v)) for name, v in single if isinstance(v, int | float | str | None)]
+            rows = [
+                (f"{name} {last}".strip(), _cell(number))
+                for name, row in value.items()
+                for last, number in (row.items() if isinstance(row, Mapping) else [("", row)])
+            ]
+            parts.append(_cut(("", ""), rows))
+    single = [(n, _cell(v)) for n, v in single if isinstance(v, int | float | str | None)]
     return [*parts, table(("", ""), single)] if single else parts
+
+
+def _values(row: Any) -> list[Any]:
+    return list(row.values()) if isinstance(row, Mapping) else []
 
 
 def _matrix(values: Mapping[str, Mapping[str, Any]]) -> str:
@@ -158,10 +169,16 @@ def _matrix(values: Mapping[str, Mapping[str, Any]]) -> str:
     rows = list(values)
     if len(columns) > len(rows):
         cells = [(name, *(_cell(values[row].get(name)) for row in rows)) for name in columns]
-        return table(("", *rows), cells)
-    return table(
+        return _cut(("", *rows), cells)
+    return _cut(
         ("", *columns), [(row, *(_cell(values[row].get(name)) for name in columns)) for row in rows]
     )
+
+
+def _cut(head: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
+    more = len(rows) - _MOST_ROWS
+    rest = paragraph(f"And {more} more in {_LOG_NAME}.") if more > 0 else ""
+    return table(head, rows[:_MOST_ROWS]) + rest
 
 
 def _cell(value: Any) -> Any:
@@ -179,8 +196,8 @@ def _categories(predictor: Predictor, data: CocoData, found: Comparison) -> list
         text += " Green: with masks in training (A). Red: without (B)."
     rows = sorted(found.categories.items(), key=lambda item: -item[1])
     parts = [paragraph(text)]
-    if len(rows) > _MOST_BARS:
-        half = _MOST_BARS // 2
+    if len(rows) > _MOST_ROWS:
+        half = _MOST_ROWS // 2
         parts.append(paragraph(f"The best {half} and the worst {half} of {len(rows)}:"))
         rows = rows[:half] + rows[-half:]
     without = set(split.without_masks) if split is not None else set()

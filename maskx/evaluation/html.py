@@ -102,7 +102,7 @@ def chart(
         y: Likewise.
         size: (width, height) of the axes in pixels.
         span: Least and largest value of both axes; None for those of the points, and y from 0.
-        dots: Mark each point.
+        dots: Mark each point; one alone always is.
         diagonal: Draw where x and y are equal, too.
     """
     width, height = size
@@ -118,7 +118,7 @@ def chart(
         ends = f'x1="0" y1="{height}" x2="{width}" y2="0"'
         parts.append(f'<line {ends} stroke="{_LINE_2}" stroke-dasharray="4"/>')
     parts.append(f'<polyline points="{line}" fill="none" stroke="{_LINE}" stroke-width="1.5"/>')
-    if dots:
+    if dots or len(points) == 1:
         places = map(place, points)
         parts += [f'<circle cx="{a}" cy="{b}" r="3" fill="{_LINE}"/>' for a, b in places]
     parts += [
@@ -129,9 +129,9 @@ def chart(
         _text(width, height + 15, f"{right:.6g}", "end"),
         _text(4, -6, y),
     ]
-    whole = width + 70, height + 60
+    whole = width + 76, height + 60
     return (
-        f'<svg width="{whole[0]}" height="{whole[1]}" viewBox="-50 -22 {whole[0]} {whole[1]}" '
+        f'<svg width="{whole[0]}" height="{whole[1]}" viewBox="-56 -22 {whole[0]} {whole[1]}" '
         f'role="img" aria-label="{escape(y)} over {escape(x)}">{"".join(parts)}</svg>'
     )
 

@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 from settings import pairs
 
 import maskx.detectron2
+from maskx.cli.main import main
 from maskx.detectron2 import Trainer, check_num_gpus, evaluate, get_cfg, setup
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def test_the_script_trains_and_evaluates_in_a_process_of_its_own(config_file, tm
     assert json.loads(results.read_text())[0].keys() >= {"bbox", "segmentation"}
 
 
-def test_the_script_resumes_and_evaluates(config_file, run_tool, tmp_path):
+def test_the_script_resumes_and_evaluates(config_file, run_tool, scenes, tmp_path):
     output = tmp_path / "output"
     run_tool("--config-file", config_file)
     run_tool("--resume", "--config-file", config_file, "SOLVER.MAX_ITER", 3)
@@ -75,6 +76,11 @@ def test_the_script_resumes_and_evaluates(config_file, run_tool, tmp_path):
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     logged = {key for line in lines for key in line}
     assert {"loss_mask", "maskx/num_mask_rois", "segm_A/AP", "segm_B/APs"} <= logged
+
+    words = ["report", output, *scenes, "--device", "cpu"]
+    assert main(list(map(str, words))) == 0
+    page = (output / "report.html").read_text()
+    assert all(word in page for word in ("loss_mask: ", "segm_B", "The best images"))
 
     run_tool("--eval-only", "--config-file", config_file, *weights_of(output))
     assert "copypaste: Task: segm_B" in (output / "evaluation" / "log.txt").read_text()
