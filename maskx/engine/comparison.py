@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as mask_api
 
-from maskx.data.coco import CocoData, in_class_list, read_coco_json
+from maskx.core.text import listed
+from maskx.data.coco import CocoData, read_coco_json
 from maskx.data.images import read_record_image
 from maskx.data.label_maps import has_pixels, ignore_label, semantic_label_map
 from maskx.data.masks import decode_segmentation, encode_masks
@@ -47,15 +48,48 @@ class Comparison:
 def in_classes_of(predictor: Predictor, data: CocoData) -> CocoData:
     """Return annotations in the class list of a model, by name; as they are for concepts.
 
+    Classes of the model that the file does not have get None as their category id.
+
     Raises:
-        ValueError: the categories are others.
+        ValueError: the file has categories that the model does not know; or the order differs, and
+            there are label maps.
     """
-    run = predictor.run
-    if predictor.system.takes_concepts:
+    names, own = predictor.class_names, data.class_names
+    if predictor.system.takes_concepts or own == names:
         return data
-    ids = tuple(range(-len(run.class_names), 0))  # none that a file has
-    own = replace(data, class_names=run.class_names, category_ids=ids, json_file=run.folder)
-    return in_class_list(data, own)
+    index_of = {name: index for index, name in enumerate(names)}
+    unknown = [name for name in own if name not in index_of]
+    if unknown:
+        raise ValueError(
+            f"'{data.json_file}' has categories that the run in '{predictor.run.folder}' does not "
+            f"know: {listed(unknown)}. It knows {listed(names)}. Rename them, or leave them out."
+        )
+    mapped = next((r for r in data.records if "label_map_file_name" in r), None)
+    if mapped is not None and names[: len(own)] != own:
+        raise ValueError(
+            f"'{data.json_file}' has its categories in another order than the run in "
+            f"'{predictor.run.folder}', but image {mapped['image_id']!r} has a label map, whose "
+            "labels count the categories of its own file. Number them as the training did."
+        )
+    new_index = [index_of[name] for name in own]
+    records = [
+        {
+            **record,
+            "image_labels": sorted(new_index[label] for label in record["image_labels"]),
+            "annotations": [
+                {**each, "class_index": new_index[each["class_index"]]}
+                for each in record["annotations"]
+            ],
+        }
+        for record in data.records
+    ]
+    ids = dict(zip(own, data.category_ids, strict=True))
+    return replace(
+        data,
+        records=records,
+        class_names=names,
+        category_ids=tuple(ids.get(name) for name in names),
+    )
 
 
 def compare(predictor: Predictor, data: CocoData, *, most: int = 200) -> Comparison:
@@ -215,7 +249,8 @@ class _Table:
             measures = own.evaluate()
             present = [value for value in measures["per_class"] if not math.isnan(value)]
             return (float(np.mean(present)) if present else measures["background"]) / 100
-        self.detections += found.to_coco(record["image_id"], self.data.category_ids)
+        results = found.to_coco(record["image_id"], self.data.category_ids)
+        self.detections += [each for each in results if each["category_id"] is not None]
         self.image_ids.append(record["image_id"])
         with_masks = any("segmentation" in o for o in record["annotations"])
         self.has_masks |= with_masks and found.segmentations is not None
@@ -231,7 +266,7 @@ class _Table:
 
     def values(self) -> dict[str, float]:
         """Return the values in percent by category."""
-        names = self.data.class_names
+        names, ids = self.data.class_names, self.data.category_ids
         if self.of_concepts:
             return {name: 100 * float(np.mean(ious)) for name, ious in self.ious.items()}
         if self.pixels is not None:
@@ -240,11 +275,12 @@ class _Table:
         wanted, content = set(self.image_ids), read_coco_json(self.data.json_file, strict=False)
         images = [image for image in content["images"] if image["id"] in wanted]
         rows = [row for row in content["annotations"] if row["image_id"] in wanted]
+        classes = [(name, id_) for name, id_ in zip(names, ids, strict=True) if id_ is not None]
         results = evaluate_detections(
             {**content, "images": images, "annotations": rows},
             self.detections,
-            category_ids=self.data.category_ids,
-            groups={"all": range(len(names))},
+            category_ids=[id_ for _, id_ in classes],
+            groups={"all": range(len(classes))},
             iou_types=(kind,),
         )
-        return dict(zip(names, results[kind]["per_class"], strict=True))
+        return dict(zip([name for name, _ in classes], results[kind]["per_class"], strict=True))
