@@ -93,8 +93,8 @@ def write_metrics(
     options: QuickstartOptions,
     metrics: Mapping[str, Any],
     *,
-    data: CocoData,
     started: float,
+    data: CocoData | None = None,
     split: CategorySplit | None = None,
     pictures: Sequence[str] = ("predictions.png",),
     report: Callable[[str], None],
@@ -102,7 +102,7 @@ def write_metrics(
     """Write ``metrics.json`` and ``report.html``, and say what the run has written.
 
     Args:
-        data: of the validation.
+        data: of the validation; None where there is no run to report on.
 
     Returns:
         The metrics with ``split``, and ``seconds`` since ``started``.
@@ -112,9 +112,12 @@ def write_metrics(
         metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
     metrics["seconds"] = round(time.perf_counter() - started, 1)
     write_json(options.output / "metrics.json", nan_to_null(metrics))
-    predictor = open_run(options.output, options.device)
-    write_training_report(options.output / REPORT_NAME, options.output, predictor, data)
-    written = [str(options.output / name) for name in ("metrics.json", REPORT_NAME, *pictures)]
+    names = ["metrics.json", *pictures]
+    if data is not None:
+        predictor = open_run(options.output, options.device)
+        write_training_report(options.output / REPORT_NAME, options.output, predictor, data)
+        names.append(REPORT_NAME)
+    written = [str(options.output / name) for name in names]
     report(f"\nWrote {', '.join(written)}")
     return metrics
 
