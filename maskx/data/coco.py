@@ -506,7 +506,8 @@ class _Images:
 
     def give_labels(self) -> None:
         """Add the labels to those that the records have, sorted."""
-        found = np.unique(np.concatenate([np.empty(0, np.int64), *self._labels]))
+        found = np.sort(np.concatenate([np.empty(0, np.int64), *self._labels]))
+        found = found[np.diff(found, prepend=-1) > 0]
         ends = np.searchsorted(found >> 32, np.arange(len(self.records)), side="right").tolist()
         labels, start = (found & 0xFFFFFFFF).tolist(), 0
         for record, end in zip(self.records, ends, strict=True):
@@ -661,23 +662,24 @@ def _check_something_is_left(
     records: list[dict[str, Any]], num_images: int, num_rows: int, report: Report
 ) -> None:
     """Name a file that nothing can be learned from."""
-    annotations = [a for record in records for a in record["annotations"]]
+    some = any(record["annotations"] for record in records)
     has_other = any(r["image_labels"] or "label_map_file_name" in r for r in records)
-    if num_rows and not annotations and not has_other:
+    if num_rows and not some and not has_other:
         report.refuse(
             "nothing_left",
             f"none of its {num_rows} annotations can be used",
             "Correct the file, or remove them if the images show nothing",
         )
-    elif num_images and not annotations and not has_other:
+    elif num_images and not some and not has_other:
         report.warn(
             "no_labels",
             "it has no annotation, image label or label map: nothing but background can be "
             "learned from it.",
         )
-    elif annotations and all(annotation["iscrowd"] for annotation in annotations):
+    elif some and all(a["iscrowd"] for record in records for a in record["annotations"]):
+        number = sum(len(record["annotations"]) for record in records)
         report.warn(
             "all_crowd",
-            f"all of its {len(annotations)} annotations are crowd regions (iscrowd 1), which teach "
+            f"all of its {number} annotations are crowd regions (iscrowd 1), which teach "
             "no object.",
         )

@@ -191,11 +191,15 @@ class Structure:
         self.class_index = {id_: index for index, id_ in enumerate(self.category_ids)}
         self._image_ids = {image["id"] for image in images}
         self._seen: dict[Any, Any] = {}
-        ids = [id_ for id_ in rows.column("id") if type(id_) in (int, str)]
+        ids = rows.column("id")
+        numbers = ids
+        if set(map(type, ids)) != {int}:
+            ids = [id_ for id_ in ids if type(id_) in (int, str)]
+            numbers = [id_ for id_ in ids if type(id_) is int]
         self.has_repeated_ids = len(set(ids)) < len(ids)
         if self.has_repeated_ids and report.strict:
             _check_unique("annotations", "id", [{"id": id_} for id_ in ids], report)
-        self._next_id = max((id_ for id_ in ids if type(id_) is int), default=0) + 1
+        self._next_id = max(numbers, default=0) + 1
 
     def annotation(self, position: int, row: Any) -> dict[str, Any] | None:
         """Return a copy of an annotation, its ids and `iscrowd` as they are meant.
