@@ -12,6 +12,7 @@ Examples:
     OMP_NUM_THREADS=1 python tools/benchmark.py large_vocabulary --section inference
     python tools/benchmark.py concept_mask --section attention
     python tools/benchmark.py word_vectors --images 100000 --words 5000
+    python tools/benchmark.py gpu --json gpu.json
     python tools/benchmark.py photograph --megapixels 16 41
     python tools/benchmark.py data --images 5000 --json data.json
     python tools/benchmark.py long_run tools/quickstart.py --iterations 2000
@@ -77,6 +78,34 @@ def mask_head_tables(
             cfg = benchmark_cfg(CONFIG, num_classes=num_classes, device=device)
             title = f"whole model, training step, K = {num_classes}, one image of {size} pixels"
             yield title, lambda c=cfg: model_cases(c, image_size=size)
+
+
+def gpu_tables(
+    arguments: argparse.Namespace, device: "torch.device"
+) -> "Iterator[tuple[str, Callable[[], list[Case]]]]":
+    """Yield the title of each table and what makes its cases, beside Detectron2's."""
+    import maskx.detectron2  # noqa: F401 - says what is missing
+
+    # isort: split
+    from benchmarks.mask_head import predictor_cases
+    from benchmarks.whole_model import benchmark_cfg, model_cases
+
+    amp, words = device.type == "cuda", "AMP"
+    if not amp:
+        words = "float32 on a CPU"
+        print("There is no GPU: this shows no more than that the script runs.\n")
+    rois = {"num_rois": arguments.rois, "device": device, "classes": arguments.classes}
+    for backward in (False, True):
+        passes = "forward and backward" if backward else "forward"
+        title = f"predictor alone, {passes}, {arguments.rois} RoIs, float32"
+        yield title, lambda b=backward: list(predictor_cases(**rois, backward=b))
+    for num_classes in arguments.classes[:2]:
+        cfg = benchmark_cfg(CONFIG, num_classes=num_classes, device=device)
+        for training in (True, False):
+            task = "training step" if training else "inference"
+            title = f"whole model, {task}, K = {num_classes}, {words}"
+            sizes = {"image_size": arguments.image_size, "training": training, "amp": amp}
+            yield title, lambda c=cfg, s=sizes: model_cases(c, **s)
 
 
 def class_patterns_tables(
@@ -165,6 +194,8 @@ def parse_arguments() -> argparse.Namespace:
     systems = parser.add_subparsers(dest="system", required=True)
     mask_head = systems.add_parser("mask_head", help="the mask head of Mask^X R-CNN")
     mask_head.set_defaults(tables=mask_head_tables)
+    gpu = systems.add_parser("gpu", help="Mask^X R-CNN beside Detectron2's Mask R-CNN on a GPU")
+    gpu.set_defaults(tables=gpu_tables)
     class_patterns = systems.add_parser("class_patterns", help="the pass that finds patterns")
     class_patterns.set_defaults(tables=class_patterns_tables)
     large_vocabulary = systems.add_parser("large_vocabulary", help="LarvSeg with all its classes")
@@ -188,11 +219,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--folder", type=Path, help="of the trials (default: one that is removed)")
     add("command", nargs=argparse.REMAINDER, help="a Python tool, and all of its arguments")
     number = {"type": positive}
-    for system in (mask_head, class_patterns, large_vocabulary, concept_mask, data):
-        system.set_defaults(run=run)
+    in_process = (mask_head, gpu, class_patterns, large_vocabulary, concept_mask, data)
+    for system in (*in_process, word_vectors, photograph, long_run):
         add = system.add_argument
         add("--json", type=Path, metavar="FILE", help="write all rows; compare with those there")
         add("--compare", type=Path, metavar="FILE", help="of an earlier run (default: --json)")
+    for system in in_process:
+        system.set_defaults(run=run)
+        add = system.add_argument
         add("--repeats", **number, default=5, help="rounds after one that warms up")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add = class_patterns.add_argument
@@ -219,13 +253,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--classes", **number, nargs="+", default=[80, 3000, 21841], help=classes_help)
     add("--model-classes", **number, nargs="+", default=[80, 1203], help="of the whole model")
     add("--image-size", **number, default=320, help="pixels, for the whole model")
+    add = gpu.add_argument
+    add("--rois", **number, default=100, help="of the predictor alone")
+    add("--classes", **number, nargs="+", default=[80, 1203, 21841], help="models: the first two")
+    add("--image-size", **number, default=800, help="pixels")
     add = data.add_argument
     add("--section", nargs="+", choices=DATA_SECTIONS, help="default: all")
     add("--images", **number, default=2000, help="of the annotation file; COCO's has 118,287")
     add("--classes", **number, nargs="+", default=[80, 300, 600, 1000, 21841], help="of mean IoU")
     word_vectors.set_defaults(run=run_word_vectors)
     add = word_vectors.add_argument
-    add("--json", type=Path, metavar="FILE", help="write the result to a file")
     add("--images", **number, default=1_000_000)
     add("--words", **number, default=18_000, help="of the vocabulary")
     add("--tags", **number, default=30, help="per image")
@@ -233,24 +270,52 @@ def parse_arguments() -> argparse.Namespace:
     add("--dim", **number, default=512, help="of the vectors")
     photograph.set_defaults(run=run_photograph)
     add = photograph.add_argument
-    add("--json", type=Path, metavar="FILE", help="write all rows to a file")
     add("--megapixels", type=float, nargs="+", default=[16, 41])
     add("--objects", **number, default=24, help="with masks")
     add("--image-size", **number, default=128, help="pixels, in training and prediction")
     return parser.parse_args()
 
 
+def stored_rows(arguments: argparse.Namespace) -> list[dict]:
+    """Return the rows of the last run: of --compare, or of the file that --json writes."""
+    path = arguments.compare or arguments.json
+    if path is None or not (arguments.compare or path.is_file()):
+        return []
+    return json.loads(path.read_text("utf-8"))["rows"]
+
+
+def say_changes(found: list[dict], stored: list[dict]) -> None:
+    """Print what changed since the last run."""
+    from benchmarks.measure import changes
+
+    if compared := changes(found, stored):
+        print("since the last stored run:", *compared, sep="\n  ", end="\n\n", flush=True)
+
+
+def write(arguments: argparse.Namespace, rows: list[dict], **content: object) -> None:
+    """Write all rows, if asked for."""
+    from maskx.core.files import write_json
+
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(arguments.json, {**content, "rows": rows})
+
+
 def run_long(arguments: argparse.Namespace) -> None:
     """Run a tool, and say how memory and open files of each of its trainings grew."""
+    import torch
     from benchmarks.long_runs import watch
-    from benchmarks.measure import format_table
+    from benchmarks.measure import describe_machine, format_memory_rows, memory_row
 
-    table = [("training", "steps", "MB", "growth", "open files", "more")]
+    rows, table = [], " ".join(arguments.command)
     for number, run in enumerate(watch(arguments.command, warm_up=arguments.warm_up), 1):
-        memory = (f"{run.end_bytes / 1e6:.0f}", f"{100 * run.growth:.2f} %")
-        files = (str(run.end_files), str(run.end_files - run.start_files))
-        table.append((str(number), str(run.steps), *memory, *files))
-    print(format_table(table))
+        files = run.end_files - run.start_files
+        name = f"training {number}, {run.steps} steps, {run.end_files} open files, {files} more"
+        start = {"alternative": run.start_bytes, "floor": run.start_bytes}
+        rows.append(memory_row(table, name, run.end_bytes, **start, open_files=run.end_files))
+    print(f"{format_memory_rows(rows)}\n")
+    say_changes(rows, stored_rows(arguments))
+    write(arguments, rows, machine=describe_machine(torch.device("cpu")))
 
 
 def run_kill_trials(arguments: argparse.Namespace) -> None:
@@ -281,39 +346,29 @@ def run_kill_trials(arguments: argparse.Namespace) -> None:
 def run_photograph(arguments: argparse.Namespace) -> None:
     """Measure processes of their own, on every host that is installed."""
     import torch
-    from benchmarks.measure import describe_machine, format_table
+    from benchmarks.measure import describe_machine, format_memory_rows
     from benchmarks.photographs import photograph_rows
-
-    from maskx.core.files import write_json
 
     hosts = ("pip", "detectron2") if importlib.util.find_spec("detectron2") else ("pip",)
     machine = describe_machine(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
     sizes = {"objects": arguments.objects, "image_size": arguments.image_size}
-    rows = []
+    rows, stored = [], stored_rows(arguments)
     for megapixels in arguments.megapixels:
-        for row in photograph_rows(megapixels=megapixels, hosts=hosts, **sizes):
-            rows.append({"megapixels": megapixels, **sizes, **row})
-    table = [("host, task", "megapixels", "peak MB")]
-    table += [
-        (f"{r['host']}, {r['task']}", f"{r['megapixels']:g}", f"{r['peak_bytes'] / 1e6:.0f}")
-        for r in rows
-    ]
-    print(format_table(table))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.json, {"machine": machine, "rows": rows})
+        found = photograph_rows(megapixels=megapixels, hosts=hosts, **sizes)
+        print(f"{found[0]['table']}\n{format_memory_rows(found)}\n", flush=True)
+        say_changes(found, stored)
+        rows += found
+    write(arguments, rows, machine=machine)
 
 
 def run_word_vectors(arguments: argparse.Namespace) -> None:
     """Learn word vectors once: minutes, so nothing is repeated."""
     import torch
-    from benchmarks.measure import describe_machine
-    from benchmarks.tag_vectors import measure_learning, write_generated_tags
+    from benchmarks.measure import describe_machine, measure_rates
+    from benchmarks.tag_vectors import measure_arpack, measure_learning, write_generated_tags
 
-    from maskx.core.files import write_json
-
-    machine = describe_machine(torch.device("cpu"))
+    machine, rates = describe_machine(torch.device("cpu")), measure_rates(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in machine.items()), end="\n\n")
     sizes = {"num_images": arguments.images, "num_words": arguments.words}
     sizes |= {"tags_per_image": arguments.tags, "num_topics": arguments.topics}
@@ -321,39 +376,31 @@ def run_word_vectors(arguments: argparse.Namespace) -> None:
         path = Path(folder) / "tags.jsonl"
         write_generated_tags(path, **sizes, seed=0)
         cost = measure_learning(path, dim=arguments.dim)
+        alternative, operations = measure_arpack(path, dim=arguments.dim)
+        floor = rates.floor(operations, path.stat().st_size)
     print(
         f"reading the tag list {cost.read_seconds:.1f} s, learning {cost.learn_seconds:.1f} s, "
-        f"both {cost.cpu_seconds:.1f} CPU s, peak memory {cost.peak_bytes / 1e9:.2f} GB"
+        f"both {cost.cpu_seconds:.1f} CPU s, peak memory {cost.peak_bytes / 1e9:.2f} GB; "
+        f"alternative (ARPACK) {alternative:.1f} CPU s, floor {floor:.1f} s\n"
     )
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {**sizes, "dim": arguments.dim}
-        write_json(arguments.json, {"machine": machine, "settings": settings, **cost._asdict()})
+    settings = {**sizes, "dim": arguments.dim}
+    ratios = {"ratio": cost.cpu_seconds / alternative, "over_floor": cost.cpu_seconds / floor}
+    row = {"table": f"word vectors {settings}", "name": "learn_word_vectors", **ratios}
+    row |= {"alternative_seconds": alternative, "floor_seconds": floor, "spread": 0.05}
+    say_changes([row], stored_rows(arguments))
+    write(arguments, [row], machine=machine, settings=settings, **cost._asdict())
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, print and write the tables of a system."""
     import torch
-    from benchmarks.measure import (
-        changes,
-        describe_machine,
-        format_rows,
-        measure_rates,
-        measure_table,
-    )
-
-    from maskx.core.files import write_json
+    from benchmarks.measure import describe_machine, format_rows, measure_rates, measure_table
 
     name, has_gpu = arguments.device, torch.cuda.is_available()
     if name == "cuda" and not has_gpu:
         raise ValueError("--device cuda: PyTorch finds no GPU here. Allowed: auto, cpu.")
     device = torch.device(name if name != "auto" else "cuda" if has_gpu else "cpu")
-    last = arguments.json if arguments.json and arguments.json.is_file() else None
-    stored = (
-        json.loads((arguments.compare or last).read_text("utf-8"))
-        if arguments.compare or last
-        else {}
-    )
+    stored = stored_rows(arguments)
     machine, rates = describe_machine(device), measure_rates(device)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print(
@@ -366,12 +413,9 @@ def run(arguments: argparse.Namespace) -> None:
             title, list(make_cases()), rounds=arguments.repeats, device=device, rates=rates
         )
         print(f"{title}\n{format_rows(found)}\n", flush=True)
-        if compared := changes(found, stored.get("rows", ())):
-            print("since the last stored run:", *compared, sep="\n  ", end="\n\n")
+        say_changes(found, stored)
         rows += found
-        if arguments.json:
-            content = {"machine": machine, "rates": rates._asdict()}
-            write_json(arguments.json, {**content, "repeats": arguments.repeats, "rows": rows})
+        write(arguments, rows, machine=machine, rates=rates._asdict(), repeats=arguments.repeats)
 
 
 def main() -> None:

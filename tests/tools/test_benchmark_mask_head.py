@@ -218,3 +218,26 @@ def test_without_detectron2_the_tool_leaves_the_whole_model_out(run_tool, monkey
 
     with pytest.raises(SystemExit, match=r"error: maskx\.detectron2 needs Detectron2"):
         run_tool("--section", "model", "--device", "cpu")
+
+
+def test_whole_models_train_and_infer_beside_those_of_detectron2():
+    pytest.importorskip("detectron2")
+    from benchmarks.whole_model import benchmark_cfg, model_cases
+
+    config = TOOL.parents[1] / "configs/MaskX/quick_schedules/maskx_scenes_cpu.yaml"
+    cfg = benchmark_cfg(config, num_classes=3, device=CPU)
+    for case in model_cases(cfg, image_size=64):
+        assert case.step().keys() >= {"loss_cls", "loss_mask"}
+    for case in model_cases(cfg, image_size=64, training=False):
+        (result,) = case.step()
+        assert len(result["instances"].pred_masks) > 0  # else the mask head is not measured
+
+
+def test_the_gpu_table_says_that_there_is_no_gpu(capsys):
+    pytest.importorskip("detectron2")
+    arguments = argparse.Namespace(rois=1, classes=[3], image_size=64)
+    titles = [title for title, _ in runpy.run_path(str(TOOL))["gpu_tables"](arguments, CPU)]
+    assert "There is no GPU" in capsys.readouterr().out
+    assert [title.partition(",")[0] for title in titles] == 2 * ["predictor alone"] + 2 * [
+        "whole model"
+    ]

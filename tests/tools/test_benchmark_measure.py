@@ -7,12 +7,15 @@ from benchmarks.measure import (
     changes,
     count_operations,
     describe_machine,
+    format_memory_rows,
     format_rows,
     format_table,
     measure,
     measure_rates,
     measure_table,
+    memory_row,
     peak_bytes,
+    sync_share,
 )
 
 CPU = torch.device("cpu")
@@ -174,3 +177,18 @@ def test_the_first_row_of_a_table_is_compared_by_its_floor(over_floor, words):
     row = {"table": "t", "name": "a", "ratio": 1.0, "over_floor": 2.0, "spread": 0.0}
     (line,) = changes([row | {"over_floor": over_floor}], [row])
     assert line.startswith(f"a: {words}")
+
+
+def test_memory_of_processes_is_compared_with_the_last_run():
+    sizes = {"alternative": 400_000_000, "floor": 100_000_000}
+    before = memory_row("photograph", "train", 200_000_000, **sizes, objects=24)
+    row = memory_row("photograph", "train", 250_000_000, **sizes, objects=24)
+    assert (row["ratio"], row["over_floor"], row["settings"]) == (0.625, 2.5, {"objects": 24})
+    assert format_memory_rows([row]).splitlines()[1].split() == [
+        *("train", "400", "100", "250", "0.625", "2.500")
+    ]
+    assert changes([row], [before]) == ["train: larger (+25%, noise 3%)"]
+
+
+def test_on_a_cpu_nothing_waits_for_a_gpu():
+    assert sync_share(lambda: torch.ones(3).sum().item(), CPU) is None

@@ -123,8 +123,8 @@ def changes(rows: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any
     """Compare rows with those of an earlier run, one line for each row that both have.
 
     What is compared is the ratio to the first row of the table and, of the first row itself, to its
-    floor, so that the runs may be of different machines. A change within three times the noise of
-    both runs is none.
+    floor, so that the runs may be of different machines; of whole processes it is their memory. A
+    change within three times the noise of both runs is none.
     """
     before = {(row["table"], row["name"]): row for row in stored}
     lines = []
@@ -134,10 +134,12 @@ def changes(rows: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any
             continue
         is_first = row["ratio"] == old["ratio"] == 1
         key = "over_floor" if is_first and row["over_floor"] and old.get("over_floor") else "ratio"
+        key = "peak_bytes" if "floor_bytes" in row else key
         change = row[key] / old[key] - 1
         least = _NOISE_OF_RATES if key == "over_floor" else _LEAST_NOISE
         noise = 3 * math.hypot(row["spread"], old.get("spread", 0.0), least)
-        verdict = "unchanged" if abs(change) <= noise else "slower" if change > 0 else "faster"
+        worse, better = ("larger", "smaller") if key == "peak_bytes" else ("slower", "faster")
+        verdict = "unchanged" if abs(change) <= noise else worse if change > 0 else better
         lines.append(f"{row['name']}: {verdict} ({change:+.0%}, noise {noise:.0%})")
     return lines
 
@@ -175,6 +177,41 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         allocated += event["args"]["Bytes"]
         peak = max(peak, allocated)
     return peak
+
+
+def sync_share(step: Callable[[], object], device: torch.device) -> float | None:
+    """Measure in which share of a step the host waits for the GPU; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    step()
+    _synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        started = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - started
+        _synchronize(device)
+    # The last one, after the step, waits as well, but not in the step: it is the device's own.
+    waits = [event for event in profiler.key_averages() if event.key == "cudaStreamSynchronize"]
+    return sum(event.self_cpu_time_total for event in waits) / 1e6 / seconds
+
+
+def memory_row(
+    table: str, name: str, peak: int, *, alternative: int, floor: int, **settings: Any
+) -> dict[str, Any]:
+    """Make a row of a table that compares the memory of whole processes."""
+    row = {"table": table, "name": name, "peak_bytes": peak, "alternative_bytes": alternative}
+    row |= {"floor_bytes": floor, "ratio": peak / alternative, "over_floor": peak / floor}
+    return {**row, "spread": 0.0, "settings": settings}
+
+
+def format_memory_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay out rows of :func:`memory_row`."""
+    table = [("", "alternative MB", "floor MB", "MB", "ratio", "over floor")]
+    for row in rows:
+        sizes = [row[f"{key}_bytes"] for key in ("alternative", "floor", "peak")]
+        cells = [f"{size / 1e6:.0f}" for size in sizes]
+        table.append((row["name"], *cells, f"{row['ratio']:.3f}", f"{row['over_floor']:.3f}"))
+    return format_table(table)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -252,6 +289,7 @@ def measure_table(
             row["peak_bytes"] = traced_peak_bytes(case.step)
         row |= {"operations": operations, "num_bytes": case.num_bytes, "floor_seconds": floor}
         row["over_floor"] = cost.seconds / floor if floor else None
+        row["sync_share"] = sync_share(case.step, device)
         rows.append({**row, "settings": case.settings})
     return rows
 
@@ -261,14 +299,15 @@ _COLUMNS = ("alternative", "floor", "ms", "fastest", "ratio", "over floor", "pea
 
 def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     """Lay out rows: the first is the alternative, whose time is that of every row's ratio."""
-    table = [("", "parameters", *_COLUMNS)]
+    has_syncs = any(row.get("sync_share") is not None for row in rows)
+    table = [("", "parameters", *_COLUMNS, *["waiting for the GPU"] * has_syncs)]
     for row in rows:
         times = [rows[0]["seconds"], row["floor_seconds"], row["seconds"], row["seconds_min"]]
         over = "-" if row["over_floor"] is None else f"{row['over_floor']:.1f}"
         cells = [f"{1e3 * seconds:.2f}" for seconds in times] + [f"{row['ratio']:.2f}", over]
-        table.append(
-            (row["name"], f"{row['parameters']:,}", *cells, f"{row['peak_bytes'] / 1e6:.2f}")
-        )
+        cells += [f"{row['peak_bytes'] / 1e6:.2f}"]
+        cells += [f"{row['sync_share']:.0%}"] if has_syncs else []
+        table.append((row["name"], f"{row['parameters']:,}", *cells))
     return format_table(table)
 
 

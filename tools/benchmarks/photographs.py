@@ -35,20 +35,30 @@ def photograph_rows(
         hosts: of "pip" and "detectron2".
 
     Returns:
-        Rows with ``host``, ``task`` ("nothing" has read neither image nor annotations) and
-        ``peak_bytes``.
+        Rows of :func:`memory_row` by host and task; "nothing" has read neither image nor
+        annotations. The floor is that and the decoded image, the alternative has all masks at the
+        size of the photograph beside it, a byte a pixel.
     """
-    rows = []
+    from benchmarks.measure import memory_row  # not found where this file runs by itself
+
+    rows, table = [], f"photograph of {megapixels:g} megapixels"
+    settings = {"megapixels": megapixels, "objects": objects, "image_size": image_size}
+    pixels = round(megapixels * 1e6)
     with tempfile.TemporaryDirectory() as folder:
         json_file = write_photograph(Path(folder), megapixels=megapixels, objects=objects)
         for host in hosts:
+            floor = alternative = 0
             for task in _TASKS:
                 command = [sys.executable, __file__, host, task, str(json_file), str(image_size)]
                 finished = subprocess.run(command, capture_output=True, text=True, check=False)
                 if finished.returncode:
                     raise RuntimeError(f"{host}, {task}: {finished.stderr[-2000:]}")
                 peak = json.loads(finished.stdout.splitlines()[-1])
-                rows.append({"host": host, "task": task, "peak_bytes": peak})
+                parts = {"alternative": alternative or peak, "floor": floor or peak}
+                rows.append(memory_row(table, f"{host}, {task}", peak, **parts, **settings))
+                if task == "nothing":
+                    floor = peak + 3 * pixels
+                    alternative = floor + objects * pixels
     return rows
 
 

@@ -43,8 +43,10 @@ def benchmark_cfg(config_file: Path, *, num_classes: int, device: torch.device) 
     return cfg
 
 
-def model_cases(cfg: CfgNode, *, image_size: int) -> list[Case]:
-    """Make training steps of Detectron2's Mask R-CNN, the reference, and of Mask^X R-CNN.
+def model_cases(
+    cfg: CfgNode, *, image_size: int, training: bool = True, amp: bool = False
+) -> list[Case]:
+    """Make steps of Detectron2's Mask R-CNN, the reference, and of Mask^X R-CNN.
 
     The two have the same weights but for the mask predictor, see the same image, and sample the
     same RoIs. All classes have masks, so both mask heads get the same RoIs.
@@ -52,7 +54,12 @@ def model_cases(cfg: CfgNode, *, image_size: int) -> list[Case]:
     Args:
         cfg: of Mask^X R-CNN.
         image_size: height and width of the image in pixels.
+        training: or inference, in which every model has 100 detections with masks.
+        amp: whether in half precision where PyTorch's autocast says so.
     """
+    cfg = cfg.clone()
+    if not training:
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     reference_cfg = cfg.clone()
     reference_cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     reference_cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
@@ -65,11 +72,13 @@ def model_cases(cfg: CfgNode, *, image_size: int) -> list[Case]:
     return [
         Case(
             name,
-            _training_step(built.train(), batch),
+            _step(built.train(training), batch, amp=amp),
             num_parameters(built),
             {
                 "num_classes": cfg.MODEL.ROI_HEADS.NUM_CLASSES,
                 "image_size": image_size,
+                "training": training,
+                "amp": amp,
                 "detectron2": detectron2.__version__,
                 **_count(cfg, gathered=built is model),
             },
@@ -122,13 +131,19 @@ def _copy_shared_weights(source: nn.Module, target: nn.Module) -> None:
     assert all(key.startswith("roi_heads.mask_head.") for key in differing), differing
 
 
-def _training_step(model: nn.Module, batch: list[dict]) -> Callable[[], dict]:
-    def step() -> dict:
+def _step(model: nn.Module, batch: list[dict], *, amp: bool) -> Callable[[], object]:
+    device = model.device.type
+
+    def train() -> dict:
         torch.manual_seed(0)  # RoIs are sampled at random
-        with EventStorage():
+        with EventStorage(), torch.autocast(device, enabled=amp):
             losses = model(batch)
         sum(losses.values()).backward()
         model.zero_grad()
         return {name: loss.item() for name, loss in losses.items()}
 
-    return step
+    def infer() -> list:
+        with torch.inference_mode(), torch.autocast(device, enabled=amp):
+            return model(batch)
+
+    return train if model.training else infer
