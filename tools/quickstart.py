@@ -23,6 +23,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser)
+    parser.set_defaults(overwrite=True)
     run(parser.parse_args())
 
 

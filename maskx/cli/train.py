@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maskx: class-agnostic masks and GrabCut as well; transfernet: DecoupledNet",
     )
     add("--resume", action="store_true", help="go on with an interrupted run")
+    add("--overwrite", action="store_true", help="replace the run that the output folder holds")
     add("--device", default=default.device, help="auto, cpu or cuda")
     pair = {"nargs": 2, "metavar": ("DATA", "IMAGES")}
     add(
@@ -125,10 +126,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the quick start of the chosen system."""
+    from maskx.engine.runs import RUN_NAME
+
     options = dict(vars(args))
     system = options.pop("system")
     options["output"] = options["output"] or Path("output") / f"quickstart-{system}"
+    overwrite = options.pop("overwrite")
     with ended_in_one_line("the same command with --resume goes on from the last checkpoint"):
+        if (options["output"] / RUN_NAME).is_file() and not (overwrite or options["resume"]):
+            raise FileExistsError(
+                f"{options['output']} holds a run already. Name another --output, add --resume to "
+                "go on with it, or --overwrite to replace it."
+            )
         for key in ("coco_train", "coco_val", "target_train"):
             if options[key]:
                 options[key] = _as_coco(key, options)

@@ -75,6 +75,13 @@ def test_as_a_module_it_is_the_same_command():
     assert "Traceback" not in finished.stderr
 
 
+def test_a_run_that_exists_is_not_replaced(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"holds a run already.*add --resume.*--overwrite"):
+        main(["train", "--output", str(tmp_path)])
+    assert (tmp_path / "run.json").read_text() == "{}"
+
+
 def test_every_command_of_the_pages_is_one():
     root = Path(__file__).parents[2]
     pages = [page for folder in (".", "docs", "datasets") for page in root.glob(f"{folder}/*.md")]
