@@ -63,11 +63,13 @@ def label_map(result, class_names):
     return Prediction(tuple(class_names), label_map=labels)
 
 
-for name, prediction in (("halves", instances), ("half_maps", label_map)):
-    register_system(
-        name,
-        System(name, "Halves", lambda o, r: {}, open=open_halves, prediction=prediction),
-    )
+for name, prediction in (
+    ("halves", instances),
+    ("half_maps", label_map),
+    ("asked_halves", instances),
+):
+    parts = {"open": open_halves, "prediction": prediction, "takes_concepts": "asked" in name}
+    register_system(name, System(name, "Halves", lambda o, r: {}, **parts))
 
 
 @pytest.fixture(params=["halves", "half_maps"])
@@ -214,6 +216,12 @@ def test_a_question_that_cannot_be_answered_leaves_no_folder(photos, tmp_path):
             predictor, find_inputs([str(photos)]), tmp_path / "out", asked={"concepts": "unicorn"}
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_concepts_are_of_whole_images(make_run, photos, tmp_path):
+    words = ["predict", make_run("asked_halves"), str(photos), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="tile has no meaning for Halves"):
+        main([*words, "--tile", "64"])
 
 
 def test_a_folder_that_holds_files_is_not_written_into(make_run, photos, tmp_path):
