@@ -10,9 +10,10 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg as get_detectron2_cfg
-from detectron2.data import build_detection_train_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.engine import DefaultPredictor, DefaultTrainer, default_argument_parser
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from settings import pairs
 
 import maskx.detectron2
@@ -369,3 +370,31 @@ def test_three_lines_plug_it_into_a_project(make_cfg, tiny_train, tmp_path):
     trainer.resume_or_load(resume=False)
     trainer.train()
     assert trainer.storage.latest()["loss_mask"][0] > 0
+
+
+@pytest.mark.parametrize(("limit", "is_found"), [(1, False), (2, True)])
+def test_as_many_detections_are_scored_as_the_model_may_give(
+    make_cfg, tiny_train, caplog, limit, is_found
+):
+    """Two of one category in each image: a wrong one that is surer, and a right one."""
+    evaluator = Trainer.build_evaluator(make_cfg("TEST.DETECTIONS_PER_IMAGE", limit), tiny_train)
+    evaluator.reset()
+    records = DatasetCatalog.get(tiny_train)
+    category = records[0]["annotations"][0]["category_id"]
+    for record in records:
+        size = (record["height"], record["width"])
+        right = [a["bbox"] for a in record["annotations"] if a["category_id"] == category][:1]
+        boxes = [[0, 0, 1, 1], *right]
+        found = Instances(size)
+        found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+        found.scores = torch.tensor([0.9, 0.5][: len(boxes)])
+        found.pred_classes = torch.full((len(boxes),), category)
+        found.pred_masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
+        evaluator.process([{"image_id": record["image_id"]}], [{"instances": found}])
+    with caplog.at_level("INFO"):
+        results = evaluator.evaluate()
+    name = MetadataCatalog.get(tiny_train).thing_classes[category]
+    value = results["bbox"][f"AP-{name}"]
+    assert (value > 0) == is_found
+    line = next(row for row in caplog.text.splitlines() if row.startswith(name))
+    assert line.split()[-2] == f"{value:.2f}"
