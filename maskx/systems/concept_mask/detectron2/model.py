@@ -140,21 +140,19 @@ class _FromConfig:
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
 
-    def forward(self, samples: list[dict[str, Any]]) -> Any:
-        """As on the embedded host; in evaluation with ``instances`` too.
+    def predict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Find concepts as on the embedded host, with ``instances`` too.
 
         These are what Detectron2's Visualizer draws: ``pred_masks``, ``scores`` and
         ``pred_classes``, rows of the word table, of the concepts that are in it.
         """
-        results = super().forward(samples)
-        for result in () if self.training else results:
-            known = result["concept_indices"] >= 0
-            instances = Instances(tuple(result["masks"].shape[1:]))
-            instances.pred_masks = result["masks"][known]
-            instances.scores = result["existence"][known].clamp(0, 1)
-            instances.pred_classes = result["concept_indices"][known]
-            result["instances"] = instances
-        return results
+        result = super().predict(*args, **kwargs)
+        known = result["concept_indices"] >= 0
+        instances = Instances(tuple(result["masks"].shape[1:]))
+        instances.pred_masks = result["masks"][known]
+        instances.scores = result["existence"][known].clamp(0, 1)
+        instances.pred_classes = result["concept_indices"][known]
+        return result | {"instances": instances}
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
