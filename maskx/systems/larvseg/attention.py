@@ -236,18 +236,21 @@ def pseudo_background(
     tokens = tokens.flatten(2)
     scores = pairs.unpad(pairs.pad(foreground) @ tokens)
     centred = scores - scores.mean(dim=-1, keepdim=True)
+    # A map's covariance with that of the foreground is the product of the mean with these; its
+    # sign is that of the correlation. So half of the maps need not be made.
+    directions = (tokens[pairs.images] @ centred[:, :, None]).squeeze(-1)
+    images = pairs.images.tolist()
     total = torch.zeros_like(scores)
     count = scores.new_zeros(len(scores), 1)
     for chunk in class_indices.split(_CLASS_CHUNK):
-        maps = (bank.class_means(chunk) @ tokens)[pairs.images]
-        # The sign of the covariance is that of the correlation; the map of the class itself has 1.
-        covariance = (maps @ centred[:, :, None]).squeeze(-1)
-        kept = bank.seen(chunk) & (covariance < 0) & (maps.amax(dim=-1) > _MIN_BACKGROUND_COSINE)
-        # Few are left, whose best tokens are sought.
-        likely = maps[kept]
-        best = likely.topk(min(_BACKGROUND_TOKENS, maps.shape[-1]), dim=-1).values.mean(dim=-1)
-        is_there = best > _MIN_BACKGROUND_COSINE
-        owners = kept.nonzero()[is_there, 0]
-        total.index_add_(0, owners, likely[is_there])
-        count.index_add_(0, owners, torch.ones_like(likely[is_there, :1]))
+        means = bank.class_means(chunk)
+        opposed = (means @ directions.T < 0) & bank.seen(chunk)[:, None]
+        for pair, image in enumerate(images):
+            maps = means[opposed[:, pair]] @ tokens[image]
+            # Few are left, whose best tokens are sought.
+            likely = maps[maps.amax(dim=-1) > _MIN_BACKGROUND_COSINE]
+            best = likely.topk(min(_BACKGROUND_TOKENS, maps.shape[-1]), dim=-1).values.mean(dim=-1)
+            is_there = best > _MIN_BACKGROUND_COSINE
+            total[pair] += likely[is_there].sum(dim=0)
+            count[pair] += is_there.sum()
     return total / count.clamp(min=1)

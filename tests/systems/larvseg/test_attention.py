@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from maskx.core.losses import label_pairs
 from maskx.systems.larvseg.attention import (
@@ -124,6 +125,19 @@ def test_pseudo_background_is_what_is_there_and_elsewhere():
     scores = slow_scores(tokens[0], stored[0]) - expected
     torch.testing.assert_close(attention[0], z_score(scores).sigmoid())
     assert attention[0].reshape(4, 6)[:, :3].min() > 0.5 > attention[0].reshape(4, 6)[:, 3:].max()
+
+
+def test_maps_that_cannot_be_background_are_not_made():
+    torch.manual_seed(0)
+    num_classes, d, side = 400, 16, 10
+    bank = MemoryBank(num_classes, d, size=1, warm_up=1).double()
+    bank.enqueue(torch.arange(num_classes), torch.randn(num_classes, d, dtype=torch.float64))
+    tokens, pairs = unit_tokens(2, d, side, side), label_pairs([[0], [1]], num_classes)
+    arguments = (tokens, pairs, bank.class_means(pairs.classes), bank, torch.arange(num_classes))
+    with FlopCounterMode(display=False) as counter:
+        pseudo_background(*arguments)
+    every_map = 2 * 2 * num_classes * d * side**2
+    assert counter.get_total_flops() < 0.65 * every_map
 
 
 def test_without_a_background_the_map_is_that_of_the_foreground():
