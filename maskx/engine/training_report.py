@@ -143,6 +143,7 @@ def _tables(metrics: Mapping[str, Any]) -> list[str]:
             single.append((key.replace("_", " "), value))
             continue
         parts += [paragraph(key, "h3")] if key else []
+        value = {name: row for name, row in value.items() if row is not None}  # not measured
         inner = list(value.values())
         if any(isinstance(each, Mapping) for row in inner for each in _values(row)):
             for name, row in value.items():
@@ -184,7 +185,7 @@ def _cut(head: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
 def _cell(value: Any) -> Any:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return round(value, 2) if isinstance(value, float) else str(value)
+    return round(value, 2 if abs(value) >= 1 else 3) if isinstance(value, float) else str(value)
 
 
 def _categories(predictor: Predictor, data: CocoData, found: Comparison) -> list[str]:
