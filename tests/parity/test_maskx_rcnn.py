@@ -265,6 +265,7 @@ def test_losses_and_gradients_are_the_same(kind, gt_boxes_only):
         {"stop_gradient": False},
         {"transfer_inputs": "cls", "transfer_layers": 1, "mlp": "none"},
         {"transfer_inputs": "box", "transfer_activation": "relu", "mlp": "single_fc"},
+        {"transfer_mix": 0.05},
         {"predictor": "class_agnostic"},
         {"predictor": "class_specific", "trunk": "residual"},
     ],
@@ -304,11 +305,19 @@ def test_predictions_are_the_same():
     assert len(torch.cat([x.pred_classes for x in expected]).unique()) > 1
 
 
-def test_masks_of_given_boxes_are_the_same():
-    ours, theirs = (heads.mask_head.eval() for heads in both_heads())
+@pytest.mark.parametrize("mix", [0.0, 0.05])
+def test_masks_of_given_boxes_are_the_same(mix):
+    ours, theirs = (heads.mask_head for heads in both_heads(transfer_mix=mix))
     weights, other_weights = (heads.detector_weights() for heads in both_heads())
     features = torch.randn(K, C, P, P, dtype=torch.float64)
     classes = torch.arange(K)
+    if mix:  # both were taught the first two classes
+        rois = Instances((9, 9), gt_classes=classes[:2], proposal_boxes=Boxes(torch.rand(2, 4)))
+        rois.gt_masks = BitMasks(torch.ones(2, 9, 9, dtype=torch.bool))
+        ours.train()(features[:2], classes[:2], weights)
+        with EventStorage():
+            theirs.train()(features[:2], [rois], other_weights)
+    ours.eval(), theirs.eval()
     with torch.no_grad():
         found = ours(features, classes, weights).sigmoid()
         (given,) = theirs(features, [Instances((9, 9), pred_classes=classes)], other_weights)
