@@ -51,6 +51,7 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
     "mlp": {"mlp": "single_fc"},
     "bottleneck": {"mlp": "bottleneck"},
     "gtboxes": {"gt_boxes_only": True},
+    "mix": {"transfer_mix": 0.05},
     "residual": {"trunk": "residual", "num_convs": 4},
     "hourglass": {"trunk": "hourglass", "num_convs": 2},
 }

@@ -33,9 +33,14 @@ _ITERATIONS, _BATCH_SIZE = 1200, 8
 # Per image of a batch. 0.00125 is usual for ResNets, 0.02 for a batch of 16.
 _LEARNING_RATES = {"small": 0.00375}
 
-# The full method of the paper, with the light form of the MLP, and its baseline.
+# The full method of the paper, with the light form of the MLP and mixed weights, and its baseline.
 MASK_BRANCHES = {
-    "maskx": {"predictor": "transfer", "transfer_inputs": "cls+box", "mlp": "bottleneck"},
+    "maskx": {
+        "predictor": "transfer",
+        "transfer_inputs": "cls+box",
+        "transfer_mix": 0.05,
+        "mlp": "bottleneck",
+    },
     "class_agnostic": {"predictor": "class_agnostic", "mlp": "none"},
 }
 

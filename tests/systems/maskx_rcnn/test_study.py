@@ -56,6 +56,7 @@ ARGUMENTS = {
     "MODEL.MASKX.TRANSFER.LAYERS": "transfer_layers",
     "MODEL.MASKX.TRANSFER.ACTIVATION": "transfer_activation",
     "MODEL.MASKX.TRANSFER.STOP_GRADIENT": "stop_gradient",
+    "MODEL.MASKX.TRANSFER.MIX": "transfer_mix",
     "MODEL.ROI_MASK_HEAD.NUM_CONV": "num_convs",
 }
 
@@ -79,9 +80,9 @@ def test_words_set_what_they_set_in_the_configs():
         return {key: str(value) for key, value in values.items()}
 
     shared = WORDS.keys() & cells.keys()
-    assert WORDS.keys() - shared == {"bottleneck", "gtboxes", "residual", "hourglass"}
+    assert WORDS.keys() - shared == {"bottleneck", "gtboxes", "mix", "residual", "hourglass"}
     assert {word: arguments(word) for word in shared} == {w: as_text(WORDS[w]) for w in shared}
-    plus = as_text(mask_branch("sw/clsbox_2_layer_hourglass_gtboxes"))
+    plus = as_text(mask_branch("sw/clsbox_2_layer_mix_hourglass_gtboxes"))
     assert plus == arguments("maskx_plus") | arguments("sw")
 
 
