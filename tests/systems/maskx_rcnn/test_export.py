@@ -48,7 +48,7 @@ def some_boxes(number, size, num_classes):
 @pytest.mark.parametrize("ending", [".pt2", ".onnx"])
 def test_the_program_predicts_what_the_run_does(run, predictor, tmp_path, ending, monkeypatch):
     with torch.no_grad():  # hardly trained masks are grey
-        predictor.model.detector.roi_heads.mask_head.predictor.layers[-1].weight.mul_(100)
+        predictor.model.detector.roi_heads.mask_head.predictor.layers[-1].weight.mul_(200)
     monkeypatch.setattr(maskx, "open_run", lambda *args, **options: predictor)
     program, said = export_or_skip(run, tmp_path / f"model{ending}")
     names = predictor.class_names
