@@ -33,7 +33,7 @@ def run(tmp_path):
     tool = tmp_path / "tool.py"
     tool.write_text(TOOL)
     return lambda kind: list(
-        kill_trials([str(tool), "{folder}", kind], tmp_path / "trials", count=5)
+        kill_trials([str(tool), "{folder}", kind], tmp_path / "trials", count=4)
     )
 
 
