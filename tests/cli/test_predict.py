@@ -206,7 +206,7 @@ def test_what_cannot_be_is_said_in_one_line(make_run, photos, tmp_path, words, m
 
 
 def test_a_question_that_cannot_be_answered_leaves_no_folder(photos, tmp_path):
-    def refuse(images, concepts):
+    def refuse(images, concepts, **_):
         raise ValueError(f"no word vector of {concepts}")
 
     system = types.SimpleNamespace(takes_concepts=True)
