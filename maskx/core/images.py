@@ -4,7 +4,10 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+
+_STRIP = 512  # rows
 
 
 def warp_image(image: Tensor, size: int) -> Tensor:
@@ -55,6 +58,27 @@ def resized_image(image: Tensor, height: int, width: int) -> np.ndarray:
     shrinks = height < pixels.shape[0]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=interpolation)
+
+
+def resize_in_strips(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize an image bilinearly to the pixels that Pillow makes of it, in less memory.
+
+    Pillow resizes rows, then columns, of a copy that has four bytes for each pixel. Of images that
+    are much higher than wide it may resize columns first, which rounds otherwise.
+
+    Args:
+        image: (H, W, 3) uint8, at most twice as high as wide.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    strips = [image[top : top + _STRIP] for top in range(0, len(image), _STRIP)]
+    rows = np.concatenate([_resized(strip, len(strip), width) for strip in strips])
+    return _resized(rows, height, width)
+
+
+def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def shrink_image(image: Tensor, sizes: tuple[int, int]) -> Tensor:

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, build_detection_test_loader
+from detectron2.data import transforms as T
 from detectron2.utils import comm
+from PIL import Image
 
+from maskx.core.images import resize_in_strips
 from maskx.data.images import read_image_sample
 from maskx.data.splits import check_masks
 from maskx.detectron2.datasets import (
@@ -34,6 +37,8 @@ from maskx.supervision import CategorySplit
 
 Sample = dict[str, Any]
 
+_LARGE = 2**25  # bytes of an image, of 11 megapixels
+
 
 def in_format(read: Callable[..., Sample], image_format: str) -> Callable[..., Sample]:
     """Make samples whose images are RGB have the channel order of the model.
@@ -53,6 +58,21 @@ class _InBGR:  # a class, as other processes read images
     def __call__(self, *args: Any) -> Sample:
         sample = self.read(*args)
         return sample | {"image": sample["image"].flip(0)}
+
+
+class PhotographInput(T.AugInput):
+    """An image to augment. It is resized as Detectron2 does it, but in less memory."""
+
+    def transform(self, tfm: T.Transform) -> None:
+        """Apply a transform to the image, and keep the new one."""
+        image = self.image
+        is_plain = image.dtype == np.uint8 and image.shape[2:] == (3,)
+        is_large = image.nbytes >= _LARGE and len(image) <= 2 * image.shape[1]
+        resizes = isinstance(tfm, T.ResizeTransform) and tfm.interp == Image.BILINEAR
+        if resizes and is_plain and is_large:
+            self.image = resize_in_strips(image, tfm.new_h, tfm.new_w)
+        else:
+            super().transform(tfm)
 
 
 class SeededMapper:

@@ -22,6 +22,7 @@ from torch import nn
 
 from maskx.core.sample_models import SampleModel
 from maskx.core.text import listed
+from maskx.detectron2.adapters import PhotographInput
 from maskx.detectron2.checkpointer import FINAL_NAME
 from maskx.detectron2.config import get_cfg
 from maskx.detectron2.datasets import register_from_config
@@ -199,7 +200,9 @@ def _sample(cfg: CfgNode, image: np.ndarray) -> dict[str, Any]:
     if not issubclass(architecture_of(cfg), SampleModel):
         # As Detectron2's own models expect it; those of whole images warp it themselves.
         sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-        image = ResizeShortestEdge([sizes[0]] * 2, sizes[1]).get_transform(image).apply_image(image)
+        resized = PhotographInput(image)
+        ResizeShortestEdge([sizes[0]] * 2, sizes[1])(resized)
+        image = resized.image
     sample = rgb_sample(image) | {"height": height, "width": width}
     if cfg.INPUT.FORMAT == "BGR":
         sample["image"] = sample["image"].flip(0)

@@ -6,9 +6,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from detectron2.data import transforms as T
 
 from maskx.detectron2 import Trainer
-from maskx.detectron2.adapters import AspectGroupedBatches, SeededMapper, in_format
+from maskx.detectron2.adapters import AspectGroupedBatches, PhotographInput, SeededMapper, in_format
 from maskx.engine.batches import SeededBatches
 
 IS_WIDE = [True, False, True, True, False, True, True]
@@ -70,3 +71,24 @@ def test_a_resumed_detector_has_the_same_weights_to_the_bit(make_cfg, tiny_train
     train("parts", 2)
     resumed = train("parts", 4, resume=True)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("size", "new"),
+    [
+        ((70, 90), (5, 6)),
+        ((900, 90), (50, 5)),
+        ((3001, 4000), (96, 128)),
+        ((4003, 3000), (128, 96)),
+    ],
+)
+def test_a_photograph_is_resized_to_detectron2s_pixels(size, new):
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    resize = T.ResizeTransform(*size, *new)
+    found = PhotographInput(image)
+    found.transform(resize)
+    expected = resize.apply_image(image)
+    assert np.array_equal(found.image, expected)
+    flipped = T.HFlipTransform(new[1])
+    found.transform(flipped)
+    assert np.array_equal(found.image, expected[:, ::-1])

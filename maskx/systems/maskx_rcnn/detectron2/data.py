@@ -33,7 +33,12 @@ from maskx.data.coco import AnnotationProblem, read_mask
 from maskx.data.images import read_image, read_rgb
 from maskx.data.masks import decode_segmentation
 from maskx.data.splits import check_masks
-from maskx.detectron2.adapters import AspectGroupedBatches, SeededMapper, seeded_train_loader
+from maskx.detectron2.adapters import (
+    AspectGroupedBatches,
+    PhotographInput,
+    SeededMapper,
+    seeded_train_loader,
+)
 from maskx.detectron2.datasets import record_from_detectron2, split_from_config
 from maskx.detectron2.evaluation import MaskXCOCOEvaluator
 from maskx.detectron2.hooks import Detectron2Hooks, check_classes, set_default_hooks
@@ -120,7 +125,7 @@ class MaskXDatasetMapper(DatasetMapper):
         sample = copy.deepcopy(dataset_dict)
         sample.pop("sem_seg_file_name", None)
         # In no name of its own, so that a photograph is let go once it is resized.
-        resized = T.AugInput(self._read_image(sample))
+        resized = PhotographInput(self._read_image(sample))
         transforms = self.augmentations(resized)
         size = resized.image.shape[:2]
         sample["image"] = torch.from_numpy(np.ascontiguousarray(resized.image.transpose(2, 0, 1)))
