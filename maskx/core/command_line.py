@@ -69,7 +69,7 @@ def _one_line(error: Exception) -> str:
         if type(error).__name__ in ("URLError", "HTTPError", "ConnectionError", "SSLError"):
             return (
                 f"The network could not be used: {_ended(error)} Download the file elsewhere, and "
-                "name it as a local file (for weights: --weights FILE)."
+                "name it as a local file (for weights: --weights FILE, MODEL.WEIGHTS FILE)."
             )
     text = _first_line(error)
     if isinstance(error, OSError) and error.errno is None:

@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from maskx.core.checks import check_choice
 from maskx.core.global_mean import means_per_process
 from maskx.core.seeds import step_seed
 from maskx.core.text import listed
@@ -253,10 +254,26 @@ def check_config(cfg: CfgNode) -> None:
             f"{', '.join(sorted(name for name, _ in BACKBONE_REGISTRY))}. One of another project "
             "is there once that is imported."
         )
+    _check_values(cfg)
     hooks = hooks_of(cfg)
     check_solver(cfg)
     register_from_config(cfg)
     hooks.check(cfg)
+
+
+def _check_values(cfg: CfgNode) -> None:
+    """Refuse values that Detectron2 takes for others, or fails at without naming the key."""
+    check_choice("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ("polygon", "bitmask"))
+    if "resnet" in cfg.MODEL.BACKBONE.NAME:  # Detectron2's own
+        check_choice("MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH, (18, 34, 50, 101, 152))
+    if not cfg.INPUT.MIN_SIZE_TRAIN:
+        raise ValueError("INPUT.MIN_SIZE_TRAIN is empty. Give at least one size in pixels.")
+    means, stds = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    if not len(means) == len(stds) == 3 or not all(value > 0 for value in stds):
+        raise ValueError(
+            f"MODEL.PIXEL_MEAN is {means} and MODEL.PIXEL_STD {stds}. Allowed: three numbers, of "
+            "the channels, those of PIXEL_STD above 0."
+        )
 
 
 def _check_gradients(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -309,6 +309,11 @@ def test_evaluation_sees_changed_weights(make_cfg, tiny_train, tmp_path):
             ValueError,
             r"VECTORS is 'clip\.npy', but MODEL\.ROI_HEADS\.NAME StandardROIHeads do not read it",
         ),
+        (("INPUT.MASK_FORMAT", "masks"), ValueError, r"MASK_FORMAT must be .*'bitmask', got 'mas"),
+        (("MODEL.RESNETS.DEPTH", 51), ValueError, r"RESNETS\.DEPTH must be one of 18, .*got 51"),
+        (("INPUT.MIN_SIZE_TRAIN", ()), ValueError, r"MIN_SIZE_TRAIN is empty"),
+        (("MODEL.PIXEL_MEAN", [1.0]), ValueError, r"PIXEL_MEAN is \[1\.0\] and .*three numbers"),
+        (("MODEL.PIXEL_STD", [0.0] * 3), ValueError, r"those of PIXEL_STD above 0"),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_built(
