@@ -143,7 +143,8 @@ def read_tag_list(
             alphabet.
         min_count: without a vocabulary, tags on fewer images are left out, which is reported.
         strict: whether a tag that is not in the vocabulary, or is twice on an image, is an error.
-            If False it is left out, counted and reported in one warning.
+            If False it is left out, counted and reported in one warning. Likewise bad entries of a
+            COCO file, see :func:`maskx.data.coco.read_coco_json`.
 
     Raises:
         ValueError: the file cannot be used; the message says why.
@@ -158,7 +159,7 @@ def read_tag_list(
         )
     names = None if vocabulary is None else _checked_vocabulary(vocabulary, "The vocabulary")
     reader = _Reader(path, names, strict)
-    entries = _json_lines(path) if _is_json_lines(path) else _coco_entries(path)
+    entries = _json_lines(path) if _is_json_lines(path) else _coco_entries(path, strict)
     for where, image_id, tags in entries:
         reader.add(where, image_id, tags)
     return reader.finish(min_count)
@@ -358,9 +359,11 @@ def _json_lines(path: Path) -> Iterator[tuple[Callable[[], str], str | int, list
             yield lambda n=number: f"'{path}', line {n}", image_id, entry["tags"]
 
 
-def _coco_entries(path: Path) -> Iterator[tuple[Callable[[], str], str | int, list[str]]]:
+def _coco_entries(
+    path: Path, strict: bool
+) -> Iterator[tuple[Callable[[], str], str | int, list[str]]]:
     try:
-        dataset = read_coco_json(path)
+        dataset = read_coco_json(path, strict=strict)
     except ValueError as error:
         raise ValueError(f"{error} As a tag list: {_ALLOWED[0].lower()}{_ALLOWED[1:]}.") from None
     name_of = {category["id"]: category["name"] for category in dataset["categories"]}

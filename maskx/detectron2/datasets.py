@@ -98,7 +98,7 @@ def register_coco(
     Raises:
         ValueError: the name stands for another data set, or a category is not in ``class_names``.
     """
-    categories = _read_categories(json_file)
+    categories = _read_categories(json_file, strict)
     source = CocoSource(
         json_file,
         image_root,
@@ -227,7 +227,7 @@ def register_from_config(cfg: CfgNode) -> None:
             continue
         class_names = None
         if is_test[entry[0]] and train and train[0] in DatasetCatalog:
-            found = _read_categories(entry[1])
+            found = _read_categories(entry[1], cfg.DATASETS.MASKX.STRICT)
             names = MetadataCatalog.get(train[0]).get("thing_classes") or ()
             if list(found.values()) != list(names) and set(found.values()) == set(names):
                 files = (f"data set '{entry[0]}'", f"'{train[0]}'")
@@ -448,6 +448,6 @@ def check_file(file: str | os.PathLike, remedy: str) -> None:
         raise FileNotFoundError(f"There is no file {os.fspath(file)}. {remedy or 'Correct it.'}")
 
 
-def _read_categories(json_file: str | os.PathLike) -> dict[int, str]:
-    categories = read_coco_json(json_file)["categories"]
+def _read_categories(json_file: str | os.PathLike, strict: bool) -> dict[int, str]:
+    categories = read_coco_json(json_file, strict=strict)["categories"]
     return {c["id"]: c["name"] for c in sorted(categories, key=lambda c: c["id"])}

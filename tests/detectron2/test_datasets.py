@@ -73,6 +73,20 @@ def test_a_box_with_only_bad_polygons_stays(write_coco):
     assert ["segmentation" in a for a in record["annotations"]] == [False, True]
 
 
+def test_entries_that_refer_to_nothing_are_passed_over_where_asked(make_cfg, write_coco):
+    path, root = write_coco([{"category_id": 10, "bbox": [2, 2, 9, 9]}])
+    content = json.loads(path.read_text())
+    content["annotations"].append(content["annotations"][0] | {"id": 2, "image_id": 999})
+    content["images"] += [{}, content["images"][0]]
+    path.write_text(json.dumps(content))
+    opts = ("DATASETS.MASKX.REGISTER", [["farm", str(path), str(root)]])
+    with pytest.raises(ValueError, match="annotations.json: images"):
+        register_from_config(make_cfg(*opts))
+    register_from_config(make_cfg(*opts, "DATASETS.MASKX.STRICT", False))
+    (record,) = DatasetCatalog.get("farm")
+    assert len(record["annotations"]) == 1
+
+
 def test_strict_is_the_default_and_names_the_annotation(write_coco):
     register_coco("farm", *write_coco([BAD_POLYGON]))
     with pytest.raises(ValueError, match=r"annotation 1 of image 7, category 'dog'"):
