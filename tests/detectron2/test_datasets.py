@@ -80,7 +80,7 @@ def test_entries_that_refer_to_nothing_are_passed_over_where_asked(make_cfg, wri
     content["images"] += [{}, content["images"][0]]
     path.write_text(json.dumps(content))
     opts = ("DATASETS.MASKX.REGISTER", [["farm", str(path), str(root)]])
-    with pytest.raises(ValueError, match="annotations.json: images"):
+    with pytest.raises(ValueError, match=r"annotations\.json: images"):
         register_from_config(make_cfg(*opts))
     register_from_config(make_cfg(*opts, "DATASETS.MASKX.STRICT", False))
     (record,) = DatasetCatalog.get("farm")
