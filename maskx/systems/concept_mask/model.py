@@ -576,7 +576,8 @@ class RefinementModel(_RefinedModel):
             rows; None trains without the spatial discrimination loss.
         num_matched: N of Eq. 2, at most half of V is used.
         matching_weight: c of Eq. 2.
-        discrimination_weight: of the spatial discrimination loss. The paper names none.
+        discrimination_weight: of the spatial discrimination loss. The paper names none; 1 costs
+            pointing on generated scenes.
         shared: of :class:`EmbeddingModel`, and ``hidden_channels`` of the refinement.
     """
 
@@ -592,7 +593,7 @@ class RefinementModel(_RefinedModel):
         gamma: tuple[Any, Any, Any] | None = None,
         num_matched: int = 800,
         matching_weight: float = 1e-6,
-        discrimination_weight: float = 1.0,
+        discrimination_weight: float = 0.1,
         **shared: Any,
     ) -> None:
         for name, value in (
