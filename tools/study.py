@@ -1,4 +1,4 @@
-r"""Compare settings of a system on generated scenes, over several seeds.
+r"""Compare settings of a system on generated scenes or own data, over several seeds.
 
 A run whose result lies in OUTPUT is not made again, an interrupted one goes on. Several such
 commands may run on one OUTPUT at a time, with the same or with other settings and seeds; the last
@@ -14,6 +14,8 @@ Examples:
     python tools/study.py --system concept_mask --settings original refined
     python tools/study.py --coco-train train.json train --coco-val val.json val \
         --masks-for random_5_1 --settings sw/baseline sw/clsbox_2_layer oracle/sw/mask_rcnn
+    python tools/study.py --system larvseg --coco-train train.json train --coco-val val.json val \
+        --masks-for base.txt --settings baseline larvseg
 """
 
 import argparse
@@ -41,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--stage2-iterations", type=int, help="of what is trained on it")
     add("--batch-size", type=int, help="images per step")
     add("--device", default=default.device, help="auto, cpu or cuda")
-    own = parser.add_argument_group("own data, of Mask^X R-CNN")
+    own = parser.add_argument_group("own data, of maskx, larvseg and transfernet")
     add = own.add_argument
     files = {"nargs": 2, "metavar": ("JSON", "IMAGES")}
     add("--coco-train", **files, help="COCO file and image folder to train on")

@@ -104,6 +104,8 @@ def _defaults() -> CN:
     # those of the taught ones, by the softmax of their likeness at this temperature; 0: off, as in
     # the paper.
     keys.MODEL.MASKX.TRANSFER.MIX = default_of(WeightTransfer, "mix")
+    # Share of the numbers of w_det that T does not see in a training step.
+    keys.MODEL.MASKX.TRANSFER.DROPOUT = default_of(WeightTransfer, "dropout")
     # Length of a classifier row, where a box predictor of another code base gives its rows by a
     # method detector_weights(); 0: the length of the features that enter the box predictor.
     keys.MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS = 0

@@ -1,7 +1,7 @@
-"""Ablations of LarvSeg on generated scenes; the settings are the names of its methods.
+"""Ablations of LarvSeg on generated scenes or own data; the settings are the names of its methods.
 
 ``supervised`` is the baseline with masks of the novel classes too, the upper bound of the paper.
-All settings of a seed share the scenes and the backbone that they start from.
+All settings of a seed share the data and the backbone that they start from.
 """
 
 from collections.abc import Mapping
@@ -9,15 +9,15 @@ from dataclasses import asdict
 from typing import Any
 
 from maskx.data.splits import resolve_split
-from maskx.engine.options import QuickstartOptions
-from maskx.engine.quickstart import load_data
+from maskx.engine.quickstart import choose_image_size, load_split_data
 from maskx.engine.runs import origins_of_data
 from maskx.engine.training import select_device
+from maskx.supervision import CategorySplit
 from maskx.systems.larvseg.evaluation import evaluate_larvseg
 from maskx.systems.larvseg.pipeline import LarvSegChain, LarvSegMethod, LarvSegSettings
 from maskx.systems.larvseg.samples import labelled_images, sets_of_one_file
 from maskx.systems.larvseg.system import SCENES
-from studies.options import StudyOptions
+from studies.options import OWN_OPTIONS, StudyOptions
 from studies.study import Measure, Ordering, Report, Study, process_lock
 
 _BASELINE, _CROSS = LarvSegMethod("baseline"), LarvSegMethod()
@@ -35,14 +35,21 @@ _GROUPS = ("novel", "base", "all")
 def _larvseg_settings(options: StudyOptions, seed: int = 0) -> LarvSegSettings:
     names = {"iterations": "start_iterations", "stage2_iterations": "iterations"}
     given = options.given(batch_size="batch_size", **names)
-    return LarvSegSettings(seed=seed, **SCENES | given)
+    return LarvSegSettings(
+        seed=seed,
+        backbone=options.backbone,
+        pretrained=options.pretrained,
+        image_size=choose_image_size(options.quickstart(seed)),
+        **(SCENES if options.coco_train is None else {}) | given,
+    )
 
 
 def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
     if setting not in METHODS:
         raise ValueError(f"Setting '{setting}' is not known. Allowed: {', '.join(METHODS)}.")
     settings = asdict(_larvseg_settings(options))
-    return {name: value for name, value in settings.items() if name not in ("seed", "workers")}
+    run = {name: value for name, value in settings.items() if name not in ("seed", "workers")}
+    return run | options.own()
 
 
 class _SeedRuns:
@@ -53,12 +60,10 @@ class _SeedRuns:
         self.settings = _larvseg_settings(options, seed)
         self.device = select_device(options.device)
         with process_lock(self.folder):
-            self.train_data, val_data = load_data(
-                QuickstartOptions(output=self.folder, seed=seed), sparse=True
-            )
+            data = load_split_data(options.quickstart(seed), sparse=True)
+        self.train_data, val_data, split = data
         self.test = labelled_images(val_data)
-        self.chain = self._open_chain("scenes_half", "shared")
-        split = resolve_split("scenes_half", self.train_data.class_names)
+        self.chain = self._open_chain(split, "shared")
         self.novel = split.without_masks
 
     def run(self, setting: str) -> dict[str, float]:
@@ -66,14 +71,14 @@ class _SeedRuns:
             backbone = self.chain.backbone  # trained once
         chain = self.chain
         if setting == _SUPERVISED:
-            chain = self._open_chain("all", _SUPERVISED)
+            everything = resolve_split("all", self.train_data.class_names)
+            chain = self._open_chain(everything, _SUPERVISED)
             chain.backbone = backbone
         model = chain.train_method(METHODS[setting])
         found = evaluate_larvseg(model, self.test, self.novel, description=f"{setting}: evaluation")
         return {group: found["mIoU"][group] for group in _GROUPS}
 
-    def _open_chain(self, masks_for: str, name: str) -> LarvSegChain:
-        split = resolve_split(masks_for, self.train_data.class_names)
+    def _open_chain(self, split: CategorySplit, name: str) -> LarvSegChain:
         return LarvSegChain(
             sets_of_one_file(self.train_data, split, image_size=self.settings.image_size),
             self.settings,
@@ -101,5 +106,6 @@ STUDY = Study(
     ),
     describe=_describe,
     open_seed=_SeedRuns,
+    takes=OWN_OPTIONS - {"vectors"},
 )
 """LarvSeg; the orderings are of novel classes."""

@@ -19,7 +19,6 @@ from maskx.data.coco import load_coco
 from maskx.data.splits import resolve_split
 from maskx.engine.batches import training_batches
 from maskx.engine.completion import CompletionOptions, complete
-from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import choose_image_size, load_data
 from maskx.engine.training import TrainingSettings, select_device, train
 from maskx.evaluation.average_precision import evaluate_detections
@@ -31,8 +30,8 @@ from maskx.systems.maskx_rcnn.torchvision import (
     faster_rcnn,
     maskx_rcnn,
 )
-from studies.options import StudyOptions
-from studies.study import OWN_OPTIONS, Measure, Ordering, Report, Study, process_lock
+from studies.options import OWN_OPTIONS, StudyOptions
+from studies.study import Measure, Ordering, Report, Study, process_lock
 
 # What each word of a method sets; those of configs/MaskX/README.md set the same there.
 WORDS: Mapping[str, Mapping[str, Any]] = {
@@ -48,6 +47,7 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
     "3_layer": {"transfer_layers": 3},
     "relu": {"transfer_activation": "relu"},
     "nostopgrad": {"stop_gradient": False},
+    "dropout": {"transfer_dropout": 0.8},
     "mlp": {"mlp": "single_fc"},
     "bottleneck": {"mlp": "bottleneck"},
     "gtboxes": {"gt_boxes_only": True},
@@ -130,10 +130,7 @@ class _SeedRuns:
         self.options, self.seed, self.numbers = options, seed, _numbers_of(options)
         self.folder = options.seed_folder(seed)
         self.device = select_device(options.device)
-        given = ("coco_train", "coco_val", "masks_for", "skip_bad", "image_size")
-        self.quickstart = QuickstartOptions(
-            output=self.folder, seed=seed, **{name: getattr(options, name) for name in given}
-        )
+        self.quickstart = options.quickstart(seed)
         with process_lock(self.folder):
             self.train_data, self.val_data = load_data(self.quickstart)
         own_data = options.coco_train is not None
@@ -267,9 +264,7 @@ def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
         run["detector_iterations"] = numbers["iterations"]
     if branch.get("transfer_inputs") == "vectors" and options.vectors is None:
         raise ValueError(f"Setting '{setting}' needs a file of word vectors. Give --vectors FILE.")
-    own = {name: getattr(options, name) for name in sorted(OWN_OPTIONS)}
-    given = {name: value for name, value in own.items() if value != getattr(StudyOptions, name)}
-    return run | {name: v if isinstance(v, bool | int) else str(v) for name, v in given.items()}
+    return run | options.own()
 
 
 def _above(name: str, better: str, worse: str) -> Ordering:

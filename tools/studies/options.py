@@ -3,8 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["StudyOptions"]
+from maskx.engine.options import QuickstartOptions
+
+__all__ = ["OWN_OPTIONS", "StudyOptions"]
+
+# Options that only some systems take.
+OWN_OPTIONS = frozenset(("coco_train", "coco_val", "masks_for", "skip_bad")) | frozenset(
+    ("image_size", "backbone", "pretrained", "vectors")
+)
 
 
 @dataclass(frozen=True)
@@ -27,14 +35,15 @@ class StudyOptions:
         batch_size: images per step.
         device: ``auto``, ``cpu`` or ``cuda``.
         coco_train: annotation file and image folder to train on instead of generated scenes, with
-            the options that follow; of ``maskx``.
+            the options that follow; of ``maskx``, ``larvseg`` and ``transfernet``.
         coco_val: annotation file and image folder to evaluate on.
         masks_for: category split, see :func:`maskx.data.splits.resolve_split`.
         skip_bad: leave bad annotations out, counted, instead of stopping at them.
         image_size: shorter side of the images in pixels.
         backbone: see :func:`maskx.torchvision.faster_rcnn`.
         pretrained: start from ImageNet weights.
-        vectors: file of vectors of the class names, for settings that transfer from vectors.
+        vectors: file of vectors of the class names, for settings of ``maskx`` that transfer from
+            vectors.
     """
 
     output: Path
@@ -57,6 +66,18 @@ class StudyOptions:
     def seed_folder(self, seed: int) -> Path:
         """Folder of all runs of a seed."""
         return self.output / f"seed_{seed}"
+
+    def quickstart(self, seed: int) -> QuickstartOptions:
+        """Return the options of the quick start that name the data of a seed."""
+        names = ("coco_train", "coco_val", "masks_for", "skip_bad", "image_size")
+        own = {name: getattr(self, name) for name in names}
+        return QuickstartOptions(output=self.seed_folder(seed), seed=seed, **own)
+
+    def own(self) -> dict[str, Any]:
+        """Return those of the options of own data that are not the default, fit for JSON."""
+        own = {name: getattr(self, name) for name in sorted(OWN_OPTIONS)}
+        given = {name: value for name, value in own.items() if value != getattr(StudyOptions, name)}
+        return {n: v if isinstance(v, bool | int) else str(v) for n, v in given.items()}
 
     def given(self, **names: str) -> dict[str, int]:
         """Return those of the options that are not None, by the names that a system has for them.

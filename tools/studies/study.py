@@ -17,10 +17,9 @@ from filelock import FileLock, Timeout
 
 from maskx.core.files import write_json, written_whole
 from maskx.evaluation.plots import plot_settings
-from studies.options import StudyOptions
+from studies.options import OWN_OPTIONS, StudyOptions
 
 __all__ = [
-    "OWN_OPTIONS",
     "Measure",
     "Ordering",
     "Study",
@@ -31,10 +30,6 @@ __all__ = [
     "process_lock",
 ]
 
-# Options that only some systems take.
-OWN_OPTIONS = frozenset(("coco_train", "coco_val", "masks_for", "skip_bad")) | frozenset(
-    ("image_size", "backbone", "pretrained", "vectors")
-)
 _RESULT = "result.json"
 _RESULT_KEYS = {"run", "result"}
 

@@ -1,6 +1,6 @@
-"""Ablations of TransferNet on generated scenes; the settings are the names of its methods.
+"""Ablations of TransferNet on scenes or own data; the settings are the names of its methods.
 
-All settings of a seed share the scenes, the classifier with its encoder, and those of TransferNet
+All settings of a seed share the data, the classifier with its encoder, and those of TransferNet
 the first stage. A share of the source is that of the images with masks: the classifier and the
 first stage, which need no masks, learn from the labels of all source images.
 """
@@ -10,15 +10,13 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
-from maskx.data.splits import resolve_split
-from maskx.engine.options import QuickstartOptions
-from maskx.engine.quickstart import load_data
+from maskx.engine.quickstart import choose_image_size, load_split_data
 from maskx.engine.runs import origins_of_data
 from maskx.engine.training import select_device
 from maskx.systems.transfernet.evaluation import evaluate_transfer
 from maskx.systems.transfernet.pipeline import TransferChain, TransferMethod, TransferSettings
-from maskx.systems.transfernet.samples import SOURCE_FRACTIONS, transfer_sets
-from studies.options import StudyOptions
+from maskx.systems.transfernet.samples import SOURCE_FRACTIONS, labelled_records, transfer_sets
+from studies.options import OWN_OPTIONS, StudyOptions
 from studies.study import Measure, Ordering, Report, Study, process_lock
 
 _FULL = TransferMethod()
@@ -41,14 +39,21 @@ def _transfer_settings(options: StudyOptions, seed: int = 0) -> TransferSettings
     given = options.given(batch_size="batch_size", **names)
     if "joint_iterations" in given:
         given["attention_iterations"] = max(1, given["joint_iterations"] // 2)
-    return TransferSettings(seed=seed, **given)
+    return TransferSettings(
+        seed=seed,
+        backbone=options.backbone,
+        pretrained=options.pretrained,
+        image_size=choose_image_size(options.quickstart(seed)),
+        **given,
+    )
 
 
 def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
     if setting not in METHODS:
         raise ValueError(f"Setting '{setting}' is not known. Allowed: {', '.join(METHODS)}.")
     settings = asdict(_transfer_settings(options))
-    return {name: value for name, value in settings.items() if name not in ("seed", "workers")}
+    run = {name: value for name, value in settings.items() if name not in ("seed", "workers")}
+    return run | options.own()
 
 
 class _SeedRuns:
@@ -57,11 +62,12 @@ class _SeedRuns:
     def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
         self.folder = options.seed_folder(seed)
         with process_lock(self.folder):
-            train_data, self.val_data = load_data(
-                QuickstartOptions(output=self.folder, seed=seed), sparse=True
-            )
-        split = resolve_split("scenes_half", train_data.class_names)
-        sets = transfer_sets(train_data.records, split)
+            train_data, val_data, split = load_split_data(options.quickstart(seed), sparse=True)
+        records, self.val_records = (
+            labelled_records(data.records, len(split.class_names))
+            for data in (train_data, val_data)
+        )
+        sets = transfer_sets(records, split)
         report(
             f"seed {seed}: {len(sets.source)} source images with masks, {len(sets.target)} target "
             "images with tags"
@@ -92,7 +98,7 @@ class _SeedRuns:
         for suffix in _LABELS:
             found = evaluate_transfer(
                 model,
-                self.val_data.records,
+                self.val_records,
                 self.groups,
                 gt_labels=bool(suffix),
                 description=f"{setting}: {_LABELS[suffix]}",
@@ -144,5 +150,6 @@ STUDY = Study(
     orderings=_orderings(),
     describe=_describe,
     open_seed=_SeedRuns,
+    takes=OWN_OPTIONS - {"vectors"},
 )
 """TransferNet; the orderings are of target categories."""

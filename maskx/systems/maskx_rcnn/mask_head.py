@@ -367,6 +367,7 @@ class MaskXHead(nn.Module):
         transfer_activation: str = default_of(WeightTransfer, "activation"),
         stop_gradient: bool = default_of(WeightTransfer, "stop_gradient"),
         transfer_mix: float = default_of(WeightTransfer, "mix"),
+        transfer_dropout: float = default_of(WeightTransfer, "dropout"),
         detector_channels: int | None = None,
         class_vectors: Tensor | None = None,
     ) -> None:
@@ -404,6 +405,7 @@ class MaskXHead(nn.Module):
             activation=transfer_activation,
             stop_gradient=stop_gradient,
             mix=transfer_mix,
+            dropout=transfer_dropout,
         )
         self.mlp = None if mlp == "none" else MaskMLP(channels, self.mask_size, mlp)
 

@@ -82,6 +82,9 @@ class WeightTransfer(nn.Module):
         mix: temperature; 0, the paper, is off. Else T extrapolates to no class: at inference the
             weight of one that no mask loss has taught is a mean of those of the taught ones, by
             the softmax of the cosines between what T predicts for it and for them.
+        dropout: share of the numbers of a row that T does not see in a training step, others for
+            each class. T learns from as many examples as there are classes with masks; where these
+            are few it learns them by heart. 0 is the paper's.
     """
 
     def __init__(
@@ -96,13 +99,17 @@ class WeightTransfer(nn.Module):
         activation: str = "leaky_relu",
         stop_gradient: bool = True,
         mix: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"transfer dropout is {dropout}. Allowed: from 0 to below 1.")
         check_choice("transfer inputs", inputs, TRANSFER_INPUTS)
         check_choice("transfer activation", activation, ACTIVATIONS)
         check_choice("transfer layers", num_layers, (1, 2, 3))
         self.inputs = inputs
         self.stop_gradient = stop_gradient
+        self.dropout = dropout
         if inputs in DETECTOR_INPUTS:
             _check_given(inputs, "detector_channels", detector_channels)
             in_channels = detector_channels * {"cls": 1, "box": 4, "cls+box": 5}[inputs]
@@ -160,7 +167,8 @@ class WeightTransfer(nn.Module):
         if class_indices.is_meta:  # shapes alone, without values that could be alike
             return self.layers(self.class_inputs(class_indices, detector))
         classes, row_of_roi = torch.unique(class_indices, return_inverse=True)
-        weights = self.layers(self.class_inputs(classes, detector))
+        rows = F.dropout(self.class_inputs(classes, detector), self.dropout, self.training)
+        weights = self.layers(rows)
         if self.mix and self.training:
             self.taught[classes] = True
         elif self.mix and self.taught.any():

@@ -57,6 +57,7 @@ ARGUMENTS = {
     "MODEL.MASKX.TRANSFER.ACTIVATION": "transfer_activation",
     "MODEL.MASKX.TRANSFER.STOP_GRADIENT": "stop_gradient",
     "MODEL.MASKX.TRANSFER.MIX": "transfer_mix",
+    "MODEL.MASKX.TRANSFER.DROPOUT": "transfer_dropout",
     "MODEL.ROI_MASK_HEAD.NUM_CONV": "num_convs",
 }
 
@@ -211,5 +212,7 @@ def test_own_data_with_every_source_of_masks(tiny, tmp_path, monkeypatch):
     assert all(annotation["segmentation"] for annotation in grabcut["annotations"])
     with pytest.raises(ValueError, match=r"glove_2_layer' needs a file of word vectors"):
         run_study(dataclasses.replace(options, vectors=None), print)
-    with pytest.raises(ValueError, match=r"coco_train has no meaning for a study of larvseg"):
-        run_study(dataclasses.replace(options, system="larvseg", settings=None), print)
+    with pytest.raises(
+        ValueError, match=r"coco_train has no meaning for a study of class_patterns"
+    ):
+        run_study(dataclasses.replace(options, system="class_patterns", settings=None), print)

@@ -92,6 +92,21 @@ def test_stop_gradient_decides_what_reaches_the_detector(stop_gradient):
             assert touched.tolist() == [False, True, True, False]
 
 
+def test_dropout_hides_numbers_of_a_row_in_training_alone():
+    detector = DetectorWeights(torch.ones(K, 1000), None)
+    transfer = make_transfer(
+        inputs="cls", detector_channels=1000, num_layers=1, out_channels=1, dropout=0.8
+    )
+    torch.nn.init.ones_(transfer.layers[0].weight)
+    classes = torch.tensor([2, 0, 2])
+    assert transfer.eval()(classes, detector).flatten().tolist() == pytest.approx([1000] * 3)
+    seen = transfer.train()(classes, detector).flatten() / 5  # what is left is 5 times as large
+    assert seen[0] == seen[2] != seen[1]  # by class, the same for its RoIs
+    assert all(100 < number < 300 for number in seen.tolist())
+    with pytest.raises(ValueError, match=r"transfer dropout is 1\. Allowed: from 0 to below 1"):
+        make_transfer(dropout=1)
+
+
 def test_mask_weights_follow_the_detector_by_every_route():
     """Nothing is cached: in eval mode too, changed detector weights change the output at once."""
     predictor = torch.nn.Linear(D, K + 1)

@@ -12,7 +12,9 @@ from studies.options import StudyOptions
 from studies.run import run_study
 from studies.transfernet import METHODS
 
+from maskx.data.scenes.generator import generate_scenes, half_split_names
 from maskx.engine import quickstart, training_chain
+from maskx.engine.quickstart import SPARSE_STYLE
 from maskx.systems.transfernet import pipeline as transfernet
 
 ROOT = Path(__file__).parents[3]
@@ -183,3 +185,26 @@ def test_processes_that_share_a_study_make_each_part_once(tiny):
         assert printed.count(f"seed 0: {setting} done") == 1
     assert rows == alone[::-1]
     assert run_study(StudyOptions(**tiny | {"output": together}), print) == alone
+
+
+@pytest.mark.parametrize(
+    ("system", "setting"), [("transfernet", "baseline"), ("larvseg", "larvseg")]
+)
+def test_own_data(system, setting, tiny, tmp_path):
+    files = [
+        generate_scenes(tmp_path / name, count=count, size=64, seed=seed, **SPARSE_STYLE)
+        for name, count, seed in (("train", 24, 0), ("val", 4, 1))
+    ]
+    with_masks = tmp_path / "with_masks.txt"
+    with_masks.write_text("\n".join(half_split_names(12, "sparse")))
+    own = {"coco_train": (str(files[0]), str(files[0].parent)), "masks_for": str(with_masks)}
+    own |= {"coco_val": (str(files[1]), str(files[1].parent)), "image_size": 48}
+    options = tiny | {"system": system, "settings": (setting,), **own}
+    (row,) = run_study(StudyOptions(**options), lambda line: None)
+    assert row["setting"] == setting
+    result = json.loads((options["output"] / f"seed_0/{setting}/result.json").read_text())
+    assert result["run"]["image_size"] == 48
+    assert result["run"]["masks_for"] == str(with_masks)
+    assert not (options["output"] / "seed_0" / "scenes").exists()
+    with pytest.raises(ValueError, match="vectors has no meaning for a study of"):
+        run_study(StudyOptions(**options | {"vectors": Path("glove.txt")}), lambda line: None)

@@ -84,7 +84,8 @@ class MaskXMaskHead(MaskXHead):
         _check_config(cfg)
         transfer = transfer_arguments(cfg, input_shape.channels)
         names = {"inputs": "transfer_inputs", "num_layers": "transfer_layers"}
-        names |= {"activation": "transfer_activation", "mix": "transfer_mix"}
+        names |= {"activation": "transfer_activation"}
+        names |= {"mix": "transfer_mix", "dropout": "transfer_dropout"}
         return {
             "input_shape": input_shape,
             "loss_weight": maskx.LOSS_WEIGHT,
@@ -172,6 +173,7 @@ def transfer_arguments(cfg: CfgNode, in_channels: int) -> dict[str, Any]:
         "activation": maskx.TRANSFER.ACTIVATION,
         "stop_gradient": maskx.TRANSFER.STOP_GRADIENT,
         "mix": maskx.TRANSFER.MIX,
+        "dropout": maskx.TRANSFER.DROPOUT,
         "detector_channels": _detector_channels(cfg, in_channels) if from_detector else None,
         "class_vectors": _class_vectors(cfg) if transfers and inputs == "vectors" else None,
     }
