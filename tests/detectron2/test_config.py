@@ -834,7 +834,7 @@ def test_experiments_of_concept_mask_have_the_papers_settings(name):
     assert (keys.EMBEDDING_CHANNELS, keys.HIDDEN_CHANNELS) == ((2048, 2048), 1024)
     assert ("resnet50", own == 3) == (keys.ENCODER, keys.ENCODER_PRETRAINED)
     assert ("final_relu" in name) == keys.FINAL_RELU
-    assert (0.0 if "no_negatives" in name else 1.0) == keys.DISCRIMINATION_WEIGHT
+    assert (0.0 if "no_negatives" in name else 0.1) == keys.DISCRIMINATION_WEIGHT
     assert (own == 1) == cfg.MODEL.MASKX.BACKBONE.PRETRAINED
     assert f"output/ConceptMask/{name.removesuffix('.yaml')}" == cfg.OUTPUT_DIR
 

@@ -57,7 +57,6 @@ ARGUMENTS = {
     "MODEL.MASKX.TRANSFER.ACTIVATION": "transfer_activation",
     "MODEL.MASKX.TRANSFER.STOP_GRADIENT": "stop_gradient",
     "MODEL.MASKX.TRANSFER.MIX": "transfer_mix",
-    "MODEL.MASKX.TRANSFER.DROPOUT": "transfer_dropout",
     "MODEL.ROI_MASK_HEAD.NUM_CONV": "num_convs",
 }
 
