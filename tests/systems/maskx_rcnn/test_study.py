@@ -80,7 +80,14 @@ def test_words_set_what_they_set_in_the_configs():
         return {key: str(value) for key, value in values.items()}
 
     shared = WORDS.keys() & cells.keys()
-    assert WORDS.keys() - shared == {"bottleneck", "gtboxes", "mix", "residual", "hourglass"}
+    assert WORDS.keys() - shared == {
+        "dropout",
+        "bottleneck",
+        "gtboxes",
+        "mix",
+        "residual",
+        "hourglass",
+    }
     assert {word: arguments(word) for word in shared} == {w: as_text(WORDS[w]) for w in shared}
     plus = as_text(mask_branch("sw/clsbox_2_layer_mix_hourglass_gtboxes"))
     assert plus == arguments("maskx_plus") | arguments("sw")
