@@ -13,7 +13,12 @@ from typing import Any, TextIO
 import yaml
 
 __all__ = [
-    *("parse_json", "parse_yaml", "read_json", "remove_leftovers", "write_json", "written_text"),
+    "parse_json",
+    "parse_yaml",
+    "read_json",
+    "remove_leftovers",
+    "write_json",
+    "written_text",
     "written_whole",
 ]
 

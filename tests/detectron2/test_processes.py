@@ -23,31 +23,50 @@ pytestmark = pytest.mark.skipif(
 
 # No RoI and no anchor is drawn by chance, and a step takes little time.
 ALL_BOXES = (
-    *("MODEL.BACKBONE.NAME", "MaskXTimmFPN", "MODEL.MASKX.BACKBONE.NAME", "test_resnet"),
-    *("MODEL.MASKX.BACKBONE.PRETRAINED", False),
-    *("MODEL.FPN.IN_FEATURES", ["layer1", "layer2", "layer3", "layer4"]),
-    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 0, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10**5),
-    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 10**5, "INPUT.MASK_FORMAT", "bitmask"),
+    "MODEL.BACKBONE.NAME",
+    "MaskXTimmFPN",
+    "MODEL.MASKX.BACKBONE.NAME",
+    "test_resnet",
+    "MODEL.MASKX.BACKBONE.PRETRAINED",
+    False,
+    "MODEL.FPN.IN_FEATURES",
+    ["layer1", "layer2", "layer3", "layer4"],
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+    0,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
+    10**5,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+    10**5,
+    "INPUT.MASK_FORMAT",
+    "bitmask",
 )
 FROZEN = (*ALL_BOXES, "MODEL.MASKX.FREEZE_DETECTOR", True, "MODEL.MASKX.GT_BOXES_ONLY", True)
 STAGES = "quick_schedules/stage{}_scenes_cpu.yaml"
 SYSTEMS = {
     "Mask^X": ("make_cfg", "", ALL_BOXES),
     "Mask^X, incomplete boxes": (
-        *("make_cfg", ""),
+        "make_cfg",
+        "",
         (*ALL_BOXES, "MODEL.PROPOSAL_GENERATOR.NAME", "MaskXRPN"),
     ),
     "Mask^X, stage 2": ("make_cfg", "voc2nonvoc/sw/clsbox_2_layer_mlp_R_50_FPN_1x.yaml", FROZEN),
     "Mask^X, hourglass": (
-        *("make_cfg", ""),
+        "make_cfg",
+        "",
         (
-            *(*FROZEN, "MODEL.MASKX.TRUNK", "hourglass", "MODEL.ROI_MASK_HEAD.NUM_CONV", 2),
-            *("MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 7),
+            *FROZEN,
+            "MODEL.MASKX.TRUNK",
+            "hourglass",
+            "MODEL.ROI_MASK_HEAD.NUM_CONV",
+            2,
+            "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION",
+            7,
         ),
     ),
     "Mask^X, masks from boxes": ("make_cfg", "", (*FROZEN, "MODEL.MASKX.BOX_LOSS.WEIGHT", 1.0)),
     "Mask^X, PointRend": (
-        *("make_cfg", "other_heads/pointrend_clsbox_2_layer_R_50_FPN.yaml"),
+        "make_cfg",
+        "other_heads/pointrend_clsbox_2_layer_R_50_FPN.yaml",
         FROZEN,
     ),
     "classifier": ("make_classifier_cfg", "", ()),
@@ -58,7 +77,8 @@ SYSTEMS = {
     "LarvSeg": ("make_joint_cfg", "", ("MODEL.MASKX.LARVSEG.SYNCHRONISE_BANK", True)),
     "LarvSeg, one image": ("make_joint_cfg", "", ("MODEL.MASKX.LARVSEG.MEMORY", "single_image")),
     "ConceptMask 1": (  # which wants two images or more in each process
-        *("make_concept_cfg", STAGES.format("1_embedding")),
+        "make_concept_cfg",
+        STAGES.format("1_embedding"),
         ("SOLVER.IMS_PER_BATCH", 8),
     ),
     "ConceptMask 2": ("make_concept_cfg", STAGES.format("2_refinement"), ()),

@@ -185,7 +185,12 @@ def test_memory_of_processes_is_compared_with_the_last_run():
     row = memory_row("photograph", "train", 250_000_000, **sizes, objects=24)
     assert (row["ratio"], row["over_floor"], row["settings"]) == (0.625, 2.5, {"objects": 24})
     assert format_memory_rows([row]).splitlines()[1].split() == [
-        *("train", "400", "100", "250", "0.625", "2.500")
+        "train",
+        "400",
+        "100",
+        "250",
+        "0.625",
+        "2.500",
     ]
     assert changes([row], [before]) == ["train: larger (+25%, noise 3%)"]
 

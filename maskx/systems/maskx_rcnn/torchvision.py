@@ -438,7 +438,12 @@ def _masked(target: dict[str, Tensor], matched: Tensor, labels: Tensor) -> Tenso
 def _only_masked(target: dict[str, Tensor]) -> dict[str, Tensor]:
     has_masks = _has_masks(target)
     keys = target.keys() & {
-        *("boxes", "labels", "masks", "has_masks", "mask_weights", "boxes_complete")
+        "boxes",
+        "labels",
+        "masks",
+        "has_masks",
+        "mask_weights",
+        "boxes_complete",
     }
     return {key: target[key][has_masks] for key in keys}
 

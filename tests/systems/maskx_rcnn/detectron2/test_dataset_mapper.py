@@ -316,8 +316,12 @@ def test_masks_that_nobody_drew_weigh_by_their_quality_in_every_category(make_re
 
 def test_the_weight_of_masks_that_nobody_drew_is_in_the_configuration(make_cfg, tiny_train):
     cfg = make_cfg(
-        *("DATASETS.TRAIN", (tiny_train,), "DATASETS.MASKX.SPLIT", "all"),
-        *("MODEL.MASKX.PSEUDO_WEIGHT", "one"),
+        "DATASETS.TRAIN",
+        (tiny_train,),
+        "DATASETS.MASKX.SPLIT",
+        "all",
+        "MODEL.MASKX.PSEUDO_WEIGHT",
+        "one",
     )
     assert MaskXDatasetMapper(cfg, is_train=True).pseudo_weight == "one"
     with pytest.raises(ValueError, match=r"PSEUDO_WEIGHT.*quality.*'half'"):
