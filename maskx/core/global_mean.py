@@ -1,4 +1,4 @@
-"""Means over what all processes of a training see together."""
+"""Means and flags of what all processes of a training see together."""
 
 import contextlib
 import contextvars
@@ -43,3 +43,11 @@ def global_mean(total: Tensor, count: Tensor | int, *, takes_part: bool = True) 
     counts[0] += count
     dist.all_reduce(counts)
     return total * (counts[1] / counts[0].clamp(min=1))
+
+
+def unite_flags(flags: Tensor) -> None:
+    """Set a bool tensor, in place, where that of any process is set; all processes must call it."""
+    if dist.is_available() and dist.is_initialized():
+        counts = flags.to(torch.uint8)
+        dist.all_reduce(counts, dist.ReduceOp.MAX)
+        flags.copy_(counts > 0)

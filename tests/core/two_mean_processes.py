@@ -11,6 +11,7 @@ from maskx.systems.concept_mask.network import concept_segmentation_loss, embedd
 from maskx.systems.larvseg.network import LarvSeg
 from maskx.systems.maskx_rcnn.box_loss import box_mask_losses
 from maskx.systems.maskx_rcnn.mask_head import mask_loss
+from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, WeightTransfer
 from maskx.systems.transfernet import network as transfernet
 
 
@@ -119,7 +120,18 @@ def take_turns(rank):
         torch.testing.assert_close(mean_gradient(loss, [weight]), torch.tensor([expected]))
 
 
+def teach(rank):
+    """A class that one process taught is a taught one in all of them."""
+    detector = DetectorWeights(torch.randn(3, 5, generator=torch.Generator().manual_seed(3)), None)
+    torch.manual_seed(4)
+    options = {"num_classes": 3, "inputs": "cls", "detector_channels": 5, "mix": 0.05}
+    transfer = WeightTransfer(out_channels=2, **options).train()
+    transfer(torch.tensor([rank]), detector)
+    assert transfer.taught.tolist() == [True, True, False]
+
+
 def work(rank):
+    teach(rank)
     compare(rank)
     compare_larvseg(rank)
     take_turns(rank)

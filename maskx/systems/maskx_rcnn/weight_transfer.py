@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskx.core.checks import check_choice
+from maskx.core.global_mean import unite_flags
 
 DETECTOR_INPUTS = ("cls", "box", "cls+box")
 TRANSFER_INPUTS = (*DETECTOR_INPUTS, "vectors", "randn")
@@ -171,6 +172,7 @@ class WeightTransfer(nn.Module):
         weights = self.layers(rows)
         if self.mix and self.training:
             self.taught[classes] = True
+            unite_flags(self.taught)
         elif self.mix and self.taught.any():
             known = self.layers(self.class_inputs(self.taught.nonzero()[:, 0], detector))
             cosines = F.normalize(weights, dim=1) @ F.normalize(known, dim=1).T
