@@ -16,8 +16,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from maskx.core.command_line import ended_in_one_line
 
 
@@ -57,6 +55,8 @@ def measure_detections(
         What :meth:`maskx.systems.concept_mask.evaluation.ConceptScores.evaluate` returns, and the
         concepts that the detector does not know, which are not measured.
     """
+    import numpy as np
+
     from maskx.core.word_table import spelled
     from maskx.systems.concept_mask.evaluation import ConceptScores, concept_truths
 

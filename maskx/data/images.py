@@ -28,7 +28,8 @@ MAX_PIXELS = 2**28
 """Pixels of an image at most, 268 million: a small file may hold billions, all alike."""
 
 _TAIL = 4096  # bytes in which the end of an image must be
-_ORIENTATION = 0x0112  # EXIF; above 4 the sides are the other way round
+_ORIENTATION = 0x0112  # EXIF
+_TURNED = (5, 6, 7, 8)  # the sides are the other way round; more is not allowed and turns nothing
 _MAX_RATIO = 200  # of the sides; a thinner image has no pixel left at the size of a network
 
 
@@ -128,7 +129,7 @@ def image_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int] | Non
         with Image.open(file) as image:
             width, height = image.size
             # Of a PNG file this would read all of it, to look for the tag behind the pixels.
-            if image.format == "JPEG" and image.getexif().get(_ORIENTATION, 1) > 4:
+            if image.format == "JPEG" and image.getexif().get(_ORIENTATION) in _TURNED:
                 return width, height
             return height, width
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
