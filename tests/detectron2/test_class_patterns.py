@@ -216,13 +216,10 @@ HERE, PIPELINE = (
         (MASKS, f"{PIPELINE}.write_projections", 3, True),
         (MASKS, "maskx.systems.class_patterns.proxy_masks.write_label_map", 3, True),
         (MASKS, f"{PIPELINE}.write_proxy_json", 1, True),
-        (FIRST, "Trainer.before_step", 1, False),
         (FIRST, "Trainer.before_step", 2, True),
-        (FIRST, "Trainer.test", 1, True),
         (PREDICTIONS, f"{PIPELINE}.write_label_map", 3, True),
         (PREDICTIONS, f"{HERE}.write_proxy_json", 1, True),
         (SECOND, "Trainer.before_step", 2, True),
-        (SECOND, "Trainer.test", 1, True),
         ((*SECOND, "retrained"), f"{HERE}.write_json", 1, False),
     ],
 )

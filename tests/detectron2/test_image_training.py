@@ -154,7 +154,7 @@ def test_a_segmentation_network_learns_proxy_masks_and_is_scored_on_true_ones(
     )
     trainer = Trainer(cfg)
     trainer.train()
-    assert trainer.storage.latest()["sem_seg/mIoU"][0] > 30  # background alone: 18
+    assert trainer.storage.latest()["sem_seg/mIoU"][0] > 25  # background alone: 18
 
 
 def test_the_architecture_chooses_the_evaluator(
