@@ -89,7 +89,7 @@ with ended_in_one_line():
 """
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is full")
 def test_a_full_disk_is_one_line_though_logs_and_temporary_files_are_on_it(tmp_path):
     environment = os.environ | {"TMPDIR": "/dev/full", "PYTHONPATH": str(ROOT)}
     finished = subprocess.run(

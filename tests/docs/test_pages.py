@@ -86,7 +86,7 @@ def documented():
 @pytest.mark.parametrize(("name", "names"), documented())
 def test_every_public_name_of_the_reference_has_a_docstring(name, names):
     if name.startswith("maskx.detectron2"):
-        pytest.importorskip("detectron2")
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     module = importlib.import_module(name)
     assert module.__doc__
     if names is None:
@@ -102,7 +102,7 @@ def test_every_public_name_of_the_reference_has_a_docstring(name, names):
 
 def test_the_reference_is_built_without_warnings(tmp_path):
     for package in ("sphinx", "myst_parser", "furo"):
-        pytest.importorskip(package)
+        pytest.importorskip(package, reason="the extra `docs` is not installed")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", str(DOCS), str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

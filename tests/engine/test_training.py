@@ -239,7 +239,10 @@ def test_the_losses_are_a_table_that_goes_on_with_the_run(tmp_path):
 
 
 def test_tensorboard_shows_the_same(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="the extra `tensorboard` is not installed",
+    )
     with pytest.raises(FloatingPointError):
         run_of(tmp_path, wrong={30: ("loss",)})
     _, history = run_of(tmp_path)

@@ -1,7 +1,6 @@
 """A disk on which no file can grow beyond a size, of POSIX."""
 
 import contextlib
-import resource
 import signal
 
 import pytest
@@ -10,8 +9,7 @@ import pytest
 @contextlib.contextmanager
 def full_disk(size):
     """Let no file grow beyond so many bytes."""
-    if not hasattr(signal, "SIGXFSZ"):
-        pytest.skip("limits of file sizes are of POSIX")
+    resource = pytest.importorskip("resource", reason="limits of file sizes are of POSIX")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))

@@ -221,7 +221,7 @@ def test_without_detectron2_the_tool_leaves_the_whole_model_out(run_tool, monkey
 
 
 def test_whole_models_train_and_infer_beside_those_of_detectron2():
-    pytest.importorskip("detectron2")
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from benchmarks.whole_model import benchmark_cfg, model_cases
 
     config = TOOL.parents[1] / "configs/MaskX/quick_schedules/maskx_scenes_cpu.yaml"
@@ -234,7 +234,7 @@ def test_whole_models_train_and_infer_beside_those_of_detectron2():
 
 
 def test_the_gpu_table_says_that_there_is_no_gpu(capsys):
-    pytest.importorskip("detectron2")
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     arguments = argparse.Namespace(rois=1, classes=[3], image_size=64)
     titles = [title for title, _ in runpy.run_path(str(TOOL))["gpu_tables"](arguments, CPU)]
     assert "There is no GPU" in capsys.readouterr().out
