@@ -41,6 +41,7 @@ TEST = [
     *SERVE,
     *EXPORT,
     *TENSORBOARD,
+    *DOCS,
     "onnxruntime>=1.20",
     "pytest>=8",
     "pytest-xdist>=3.5",

@@ -52,7 +52,7 @@ class Predicted:
 
 
 def find_inputs(words: Iterable[str]) -> list[Path | int]:
-    """Find images and videos: files, all images and videos in folders, and patterns such as *.jpg.
+    """Find images and videos: files, all of those in folders, and patterns such as ``*.jpg``.
 
     A number is that of a camera, unless a file or folder is called so.
 
