@@ -22,7 +22,7 @@ Examples:
 import argparse
 from pathlib import Path
 
-from maskx.core.command_line import ended_in_one_line
+from maskx.core.command_line import add_chain_arguments, ended_in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,23 +33,12 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     for name in ("classifier", "segmenter"):
         add(f"--{name}", type=Path, metavar="CONFIG", required=True, help=f"config of the {name}")
-        add(
-            f"--{name}-opts",
-            nargs=2,
-            action="extend",
-            default=[],
-            metavar=("KEY", "VALUE"),
-            help=f"a pair for the {name} alone; may be repeated",
-        )
-    add("--output", type=Path, default=Path("output/class_patterns"), help="folder of all steps")
     add("--layer", default="C41", help="whose patterns are used (default: %(default)s)")
     add("--threshold", default="zero", help="of proxy masks: zero (default) or otsu")
     add("--resolve", default="ignore", help="pixels of several classes: ignore or standardised")
     add("--crf", action="store_true", help="refine proxy masks of images with one label")
     add("--max-images-per-class", type=int, default=800, help="for patterns; 2000 on COCO")
-    add("--num-gpus", type=int, default=1, help="processes of a training; 1 on a CPU")
-    add("--resume", action="store_true", help="go on with an interrupted step")
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="pairs for both networks")
+    add_chain_arguments(parser, ("classifier", "segmenter"), output="output/class_patterns")
     return parser.parse_args()
 
 

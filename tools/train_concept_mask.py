@@ -25,7 +25,7 @@ Examples:
 import argparse
 from pathlib import Path
 
-from maskx.core.command_line import ended_in_one_line
+from maskx.core.command_line import add_chain_arguments, ended_in_one_line
 
 _STAGES = ("stage1", "stage2", "stage3")
 
@@ -43,19 +43,7 @@ def parse_arguments() -> argparse.Namespace:
             f"--{stage}-weights", type=Path, metavar="FILE", help=f"trained {what}, instead"
         )
     add("--stage3", type=Path, metavar="CONFIG", required=True, help="config of the segmentation")
-    add("--output", type=Path, default=Path("output/concept_mask"), help="folder of the stages")
-    add("--num-gpus", type=int, default=1, help="processes, one per GPU; 1 on a CPU")
-    add("--resume", action="store_true", help="go on with an interrupted stage")
-    for stage in _STAGES:
-        add(
-            f"--{stage}-opts",
-            nargs=2,
-            action="extend",
-            default=[],
-            metavar=("KEY", "VALUE"),
-            help=f"a pair for {stage} alone; may be repeated",
-        )
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="pairs for all stages")
+    add_chain_arguments(parser, _STAGES, output="output/concept_mask")
     arguments = parser.parse_args()
     if not arguments.stage2 and not arguments.stage2_weights:
         parser.error("give --stage2 or --stage2-weights")

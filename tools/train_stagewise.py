@@ -20,7 +20,7 @@ Examples:
 import argparse
 from pathlib import Path
 
-from maskx.core.command_line import ended_in_one_line
+from maskx.core.command_line import add_chain_arguments, ended_in_one_line
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,19 +35,7 @@ def parse_arguments() -> argparse.Namespace:
         "--stage1-weights", type=Path, metavar="FILE", help="trained detector, instead of stage 1"
     )
     add("--stage2", type=Path, metavar="CONFIG", required=True, help="config of the mask branch")
-    add("--output", type=Path, default=Path("output/stagewise"), help="folder of both stages")
-    add("--num-gpus", type=int, default=1, help="processes, one per GPU; 1 on a CPU")
-    add("--resume", action="store_true", help="go on with an interrupted stage")
-    for stage in ("stage1", "stage2"):
-        add(
-            f"--{stage}-opts",
-            nargs=2,
-            action="extend",
-            default=[],
-            metavar=("KEY", "VALUE"),
-            help=f"a pair for {stage} alone; may be repeated",
-        )
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="pairs for both stages")
+    add_chain_arguments(parser, ("stage1", "stage2"), output="output/stagewise")
     return parser.parse_args()
 
 

@@ -23,7 +23,7 @@ Examples:
 import argparse
 from pathlib import Path
 
-from maskx.core.command_line import ended_in_one_line
+from maskx.core.command_line import add_chain_arguments, ended_in_one_line
 
 _STAGES = ("stage0", "stage1", "stage2")
 
@@ -45,19 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         "--stage1-weights", type=Path, metavar="FILE", help="trained attention, instead"
     )
     add("--stage2", type=Path, metavar="CONFIG", required=True, help="config of the masks")
-    add("--output", type=Path, default=Path("output/transfernet"), help="folder of the stages")
-    add("--num-gpus", type=int, default=1, help="processes, one per GPU; 1 on a CPU")
-    add("--resume", action="store_true", help="go on with an interrupted stage")
-    for stage in _STAGES:
-        add(
-            f"--{stage}-opts",
-            nargs=2,
-            action="extend",
-            default=[],
-            metavar=("KEY", "VALUE"),
-            help=f"a pair for {stage} alone; may be repeated",
-        )
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="pairs for all stages")
+    add_chain_arguments(parser, _STAGES, output="output/transfernet")
     return parser.parse_args()
 
 

@@ -1,5 +1,6 @@
 """How a command ends: with one line where something is wrong, and the details in a file."""
 
+import argparse
 import contextlib
 import errno
 import logging
@@ -8,13 +9,40 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-__all__ = ["ended_in_one_line"]
+__all__ = ["add_chain_arguments", "ended_in_one_line"]
 
 _WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.")
 # Errors that the package raises itself, with a message that says all.
 _OWN = (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError)
+
+
+def add_chain_arguments(
+    parser: argparse.ArgumentParser, stages: Sequence[str], *, output: str
+) -> None:
+    """Add what the tools that train a chain of stages on Detectron2 have in common.
+
+    Args:
+        parser: has all other positional arguments already.
+        stages: names, each of which gets KEY VALUE pairs of its own.
+        output: folder if none is given.
+    """
+    add = parser.add_argument
+    add("--output", type=Path, default=Path(output), help=f"folder (default: {output})")
+    add("--num-gpus", type=int, default=1, help="processes, one per GPU; 1 on a CPU")
+    add("--resume", action="store_true", help="go on with an interrupted stage")
+    for stage in stages:
+        add(
+            f"--{stage}-opts",
+            nargs=2,
+            action="extend",
+            default=[],
+            metavar=("KEY", "VALUE"),
+            help=f"a pair for {stage} alone; may be repeated",
+        )
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="pairs for all stages")
 
 
 @contextlib.contextmanager
