@@ -86,26 +86,20 @@ def find_images(
     found = [record for record in records if id(record) not in gone]
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         problems = list(pool.map(_problem_of, found))
-    broken = [(record, text) for record, text in zip(found, problems, strict=True) if text]
+    broken = [(record, why) for record, why in zip(found, problems, strict=True) if why]
     if len(broken) == len(found) > 0 and not report.collect:
         raise ValueError(
             f"{report.source}: none of its {len(found)} images is whole; the first, "
-            f"{found[0]['file_name']}, {problems[0]}. Restore them, or correct the annotation file."
+            f"{found[0]['file_name']}, {problems[0][1]}. Restore them, or correct the annotation "
+            "file."
         )
-    for record, text in broken:
-        is_other = "annotations" in text
-        report.entry(
-            "image_of_other_size" if is_other else "image_broken",
-            f"image {record['file_name']} {text}",
-            "Correct width and height in the annotation file, or restore the original image"
-            if is_other
-            else "Restore it",
-        )
+    for record, (kind, text, remedy) in broken:
+        report.entry(kind, f"image {record['file_name']} {text}", remedy)
         gone.add(id(record))
     return [record for record in records if report.collect or id(record) not in gone]
 
 
-def _problem_of(record: Mapping[str, Any]) -> str:
+def _problem_of(record: Mapping[str, Any]) -> tuple[str, str, str] | None:
     return problem_of_file(record["file_name"], record["height"], record["width"])
 
 

@@ -102,25 +102,36 @@ def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
     return np.ascontiguousarray(read_image(path, None, None, None)[:, :, ::-1])
 
 
-def problem_of_file(path: str | os.PathLike[str], height: int, width: int) -> str:
-    """Say why an image file is not what its annotations say, by its header and its end, or "".
+def problem_of_file(
+    path: str | os.PathLike[str], height: int, width: int
+) -> tuple[str, str, str] | None:
+    """Say why an image file is not what its annotations say, by its header and its end.
 
     That takes 0.2 ms, most of it for the size.
+
+    Returns:
+        The kind of problem, what it is, and the remedy; None if there is none.
     """
     with open(path, "rb") as file:
         head = file.read(16)
         file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
         problem = _problem_of(head, file.read())
-        if problem:
-            return problem
-        found = image_size(file)
-    if found is None:  # what Pillow does not know, OpenCV may
-        is_known = cv2.haveImageReader(os.fspath(path))
-        return "" if is_known else "is of no kind of image that can be read"
+        if not problem:
+            found = image_size(file)
+            # What Pillow does not know, OpenCV may.
+            if found is None and not cv2.haveImageReader(os.fspath(path)):
+                problem = "is of no kind of image that can be read"
+    if problem:
+        return "image_broken", problem, "Restore it"
     # Whether an image is turned is known of JPEG files alone.
-    if found == (height, width) or (head[:1] != b"\xff" and found == (width, height)):
-        return ""
-    return f"is {found[1]} x {found[0]} pixels, but its annotations say {width} x {height}"
+    right = [(height, width)] if head[:1] == b"\xff" else [(height, width), (width, height)]
+    if found is None or found in right:
+        return None
+    return (
+        "image_of_other_size",
+        f"is {found[1]} x {found[0]} pixels, but its annotations say {width} x {height}",
+        "Correct width and height in the annotation file, or restore the original image",
+    )
 
 
 def image_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int] | None:
