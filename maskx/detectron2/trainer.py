@@ -91,6 +91,9 @@ class Trainer(DefaultTrainer):
                 if diverged and not own:
                     raise error.__context__ from None
                 raise
+            finally:
+                if hasattr(self.data_loader, "close"):
+                    self.data_loader.close()
 
     def run_step(self) -> None:
         """Make a step; what is random in it follows from ``SEED`` and the iteration."""

@@ -1,7 +1,7 @@
 """Batches of samples that follow from a seed and the number of the iteration, on either host."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,8 +132,22 @@ class SeededLoader:
         self.dataset, self.batches, self.num_workers = dataset, batches, num_workers
         self.start = 0
         self.images: list[str] = []
+        self._running: Generator[list[dict[str, Any]], None, None] | None = None
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        self.close()
+        self._running = self._batches()
+        return self._running
+
+    def close(self) -> None:
+        """End the processes that read ahead for the last iterator, which ends too.
+
+        Else they live until the garbage collector finds them, and then it waits 5 s for each.
+        """
+        if self._running is not None:
+            self._running.close()
+
+    def _batches(self) -> Generator[list[dict[str, Any]], None, None]:
         batches = DataLoader(
             self.dataset,
             batch_sampler=self.batches(self.start, sys.maxsize),

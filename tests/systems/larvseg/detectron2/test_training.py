@@ -1,6 +1,7 @@
 """Training, resuming, evaluation and prediction of LarvSeg."""
 
 import logging
+import multiprocessing
 import runpy
 import shutil
 import sys
@@ -66,6 +67,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(make_joint_cfg, tmp_
     resumed.train()
     assert resumed.iter == 8
     assert_equal(state_of(resumed), state_of(whole))
+    assert not multiprocessing.active_children()  # that read images
 
 
 def test_it_trains_and_evaluates_base_and_novel_classes(make_joint_cfg, caplog):
