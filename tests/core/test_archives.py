@@ -4,19 +4,9 @@ import tarfile
 
 import pytest
 import torch
+from checkpoint_content import CONTENT, same
 
 from maskx.core.archives import find_damage, read_archive
-
-CONTENT = {
-    "model": {"weight": torch.linspace(0, 1, 5000), "count": torch.tensor([3])},
-    "iteration": 7,
-    "run": {"name": "toy"},
-}
-
-
-def same(found):
-    weights = (torch.equal(found["model"][k], v) for k, v in CONTENT["model"].items())
-    return found["iteration"] == 7 and found["run"] == CONTENT["run"] and all(weights)
 
 
 def test_no_flipped_bit_and_no_lost_end_goes_unnoticed(tmp_path):

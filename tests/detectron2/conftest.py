@@ -10,7 +10,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
-from settings import pairs
+from settings import TINY_DETECTOR, pairs
 from two_ranks import run_as_two
 
 from maskx.core.word_table import save_word_table
@@ -26,92 +26,81 @@ from maskx.systems.concept_mask.tag_vectors import fold_in_words, learn_word_vec
 
 ROOT = Path(__file__).parents[2]
 
-# Every config builds and trains on these: 0.1 s to build, 0.1 s for a step of two images.
-TINY = {
+# What all have: a network with random weights, two steps of two images, without processes.
+SHORT = {
     "MODEL.DEVICE": "cpu",
     "MODEL.WEIGHTS": "",
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-    # Random weights with frozen statistics would give activations in the thousands.
-    "MODEL.RESNETS.NORM": "GN",
-    "MODEL.PIXEL_STD": [58.0, 58.0, 58.0],
-    "MODEL.FPN.OUT_CHANNELS": 16,
-    "MODEL.ROI_BOX_HEAD.FC_DIM": 24,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
-    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
-    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 4,
-    "MODEL.ROI_HEADS.NUM_CLASSES": 4,
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20,
-    "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
-    "TEST.DETECTIONS_PER_IMAGE": 5,
-    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
-    "INPUT.MIN_SIZE_TRAIN": (64,),
-    "INPUT.MIN_SIZE_TEST": 64,
-    "DATASETS.TRAIN": ("tiny_train",),
-    "DATASETS.TEST": ("tiny_train",),
-    "DATASETS.MASKX.SPLIT": "scenes_half",
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.BASE_LR": 1e-3,
     "SOLVER.MAX_ITER": 2,
     "SEED": 1,
 }
+RESNET = {
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.MASKX.BACKBONE.NAME": "resnet18",
+    "MODEL.MASKX.BACKBONE.PRETRAINED": False,
+    "MODEL.MASKX.BACKBONE.FROZEN_NORM": False,
+}
+
+# Every config builds and trains on these: 0.1 s to build, 0.1 s for a step of two images.
+TINY = (
+    TINY_DETECTOR
+    | SHORT
+    | {
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+        "TEST.DETECTIONS_PER_IMAGE": 5,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+        "INPUT.MIN_SIZE_TRAIN": (64,),
+        "INPUT.MIN_SIZE_TEST": 64,
+        "DATASETS.TRAIN": ("tiny_train",),
+        "DATASETS.TEST": ("tiny_train",),
+        "DATASETS.MASKX.SPLIT": "scenes_half",
+        "SOLVER.BASE_LR": 1e-3,
+    }
+)
 
 # The same for image classifiers and semantic segmentation, from the files of ClassPatterns.
-TINY_IMAGES = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.MASKX.BACKBONE.NAME": "resnet18",
-    "MODEL.MASKX.BACKBONE.PRETRAINED": False,
-    "MODEL.MASKX.BACKBONE.FROZEN_NORM": False,
-    "MODEL.MASKX.NUM_CLASSES": 4,
-    "MODEL.MASKX.LARGE_FOV.HIDDEN_CHANNELS": 8,
-    "MODEL.MASKX.LARGE_FOV.DILATION": 2,
-    "INPUT.MASKX.SIZE": 48,
-    "TEST.MASKX.SIZES": (32, 48),
-    "TEST.MASKX.CRF": False,
-    "DATASETS.TRAIN": ("tiny_train",),
-    "DATASETS.TEST": ("tiny_train",),
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.MAX_ITER": 2,
-    "SEED": 1,
-}
+TINY_IMAGES = (
+    SHORT
+    | RESNET
+    | {
+        "MODEL.MASKX.NUM_CLASSES": 4,
+        "MODEL.MASKX.LARGE_FOV.HIDDEN_CHANNELS": 8,
+        "MODEL.MASKX.LARGE_FOV.DILATION": 2,
+        "INPUT.MASKX.SIZE": 48,
+        "TEST.MASKX.SIZES": (32, 48),
+        "TEST.MASKX.CRF": False,
+        "DATASETS.TRAIN": ("tiny_train",),
+        "DATASETS.TEST": ("tiny_train",),
+    }
+)
 
 # And for TransferNet, from the files of TransferNet. The feature map is the last of any backbone.
-TINY_TRANSFER = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.MASKX.BACKBONE.NAME": "resnet18",
-    "MODEL.MASKX.BACKBONE.PRETRAINED": False,
-    "MODEL.MASKX.BACKBONE.FROZEN_NORM": False,
-    "MODEL.MASKX.NUM_CLASSES": 4,
-    "MODEL.MASKX.IN_FEATURE": "",
-    "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS": "",
-    "INPUT.MASKX.SIZE": 32,
-    "MODEL.MASKX.TRANSFERNET.NUM_FACTORS": 8,
-    "MODEL.MASKX.TRANSFERNET.HIDDEN_CHANNELS": 8,
-    "DATASETS.TRAIN": ("tiny_sparse",),
-    "DATASETS.TEST": ("tiny_sparse",),
-    "DATASETS.MASKX.SPLIT": "scenes_half",
-    "TEST.MASKX.CRF": False,
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 4,
-    "SOLVER.MAX_ITER": 2,
-    "SEED": 1,
-}
+TINY_TRANSFER = (
+    SHORT
+    | RESNET
+    | {
+        "MODEL.MASKX.NUM_CLASSES": 4,
+        "MODEL.MASKX.IN_FEATURE": "",
+        "MODEL.MASKX.TRANSFERNET.CLASSIFIER_WEIGHTS": "",
+        "INPUT.MASKX.SIZE": 32,
+        "MODEL.MASKX.TRANSFERNET.NUM_FACTORS": 8,
+        "MODEL.MASKX.TRANSFERNET.HIDDEN_CHANNELS": 8,
+        "DATASETS.TRAIN": ("tiny_sparse",),
+        "DATASETS.TEST": ("tiny_sparse",),
+        "DATASETS.MASKX.SPLIT": "scenes_half",
+        "TEST.MASKX.CRF": False,
+        "SOLVER.IMS_PER_BATCH": 4,
+    }
+)
 
 
 # And for LarvSeg: masks of 2 of 4 things and of the ground, tags of all things.
-TINY_JOINT = {
+TINY_JOINT = SHORT | {
     "MODEL.META_ARCHITECTURE": "MaskXLarvSeg",
     "MODEL.BACKBONE.NAME": "MaskXSmallResNet",
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
     "INPUT.MASKX.SIZE": 48,
     "INPUT.FORMAT": "RGB",
     "DATASETS.TRAIN": ("maskx_scenes_sparse_stuff_train", "maskx_scenes_sparse_train"),
@@ -120,16 +109,10 @@ TINY_JOINT = {
     "DATASETS.MASKX.JOINT.SUPERVISION": ("mask", "image"),
     "MODEL.MASKX.LARVSEG.BANK_SIZE": 2,
     "MODEL.MASKX.LARVSEG.TOP_TOKENS": 4,
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.MAX_ITER": 2,
-    "SEED": 1,
 }
 
 # And for LarvSeg, from the files of LarvSeg, with as many data sets as the file has.
-TINY_LARVSEG = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
+TINY_LARVSEG = SHORT | {
     "MODEL.RESNETS.DEPTH": 18,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
     "MODEL.RESNETS.NORM": "GN",
@@ -141,34 +124,24 @@ TINY_LARVSEG = {
     "INPUT.MASKX.SIZE": 32,
     "DATASETS.TEST": ("tiny_sparse",),
     "DATASETS.MASKX.SPLIT": "scenes_half",
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.MAX_ITER": 2,
-    "SEED": 1,
 }
 
 # And for ConceptMask, from the files of ConceptMask.
-TINY_CONCEPTS = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.WEIGHTS": "",
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.MASKX.BACKBONE.NAME": "resnet18",
-    "MODEL.MASKX.BACKBONE.PRETRAINED": False,
-    "MODEL.MASKX.BACKBONE.FROZEN_NORM": False,
-    "MODEL.MASKX.CONCEPT_MASK.EMBEDDING_CHANNELS": (16, 16),
-    "MODEL.MASKX.CONCEPT_MASK.HIDDEN_CHANNELS": 16,
-    "MODEL.MASKX.CONCEPT_MASK.NUM_MATCHED": 8,
-    "MODEL.MASKX.CONCEPT_MASK.ENCODER_PRETRAINED": False,
-    "MODEL.MASKX.CONCEPT_MASK.DECODER_CHANNELS": (8, 8, 8, 8, 8),
-    "MODEL.MASKX.CONCEPT_MASK.SPLIT": "scenes_concepts",
-    "INPUT.MASKX.SIZE": 32,
-    "DATASETS.TRAIN": ("tiny_concepts",),
-    "DATASETS.TEST": ("tiny_concepts",),
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.MAX_ITER": 2,
-    "SEED": 1,
-}
+TINY_CONCEPTS = (
+    SHORT
+    | RESNET
+    | {
+        "MODEL.MASKX.CONCEPT_MASK.EMBEDDING_CHANNELS": (16, 16),
+        "MODEL.MASKX.CONCEPT_MASK.HIDDEN_CHANNELS": 16,
+        "MODEL.MASKX.CONCEPT_MASK.NUM_MATCHED": 8,
+        "MODEL.MASKX.CONCEPT_MASK.ENCODER_PRETRAINED": False,
+        "MODEL.MASKX.CONCEPT_MASK.DECODER_CHANNELS": (8, 8, 8, 8, 8),
+        "MODEL.MASKX.CONCEPT_MASK.SPLIT": "scenes_concepts",
+        "INPUT.MASKX.SIZE": 32,
+        "DATASETS.TRAIN": ("tiny_concepts",),
+        "DATASETS.TEST": ("tiny_concepts",),
+    }
+)
 LARVSEG_SETS = ("tiny_sparse", "tiny_train", "tiny_tags")
 
 

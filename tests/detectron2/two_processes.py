@@ -6,30 +6,13 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from settings import pairs
+from settings import TINY_DETECTOR, pairs
 from two_ranks import be_one_of_two, mean_gradient, train_together
 
 from maskx.core.global_mean import means_per_process
 from maskx.detectron2 import get_cfg
 
 CONFIG = os.path.join(os.path.dirname(__file__), "..", "..", "configs", "MaskX")
-TINY = pairs(
-    {
-        "MODEL.DEVICE": "cpu",
-        "MODEL.WEIGHTS": "",
-        "MODEL.BACKBONE.FREEZE_AT": 0,
-        "MODEL.RESNETS.DEPTH": 18,
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-        "MODEL.RESNETS.NORM": "GN",
-        "MODEL.PIXEL_STD": [58.0, 58.0, 58.0],
-        "MODEL.FPN.OUT_CHANNELS": 16,
-        "MODEL.ROI_BOX_HEAD.FC_DIM": 24,
-        "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
-        "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
-        "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 4,
-        "MODEL.ROI_HEADS.NUM_CLASSES": 4,
-    }
-)
 
 
 def make_batch(rank, has_objects):
@@ -47,7 +30,7 @@ def make_model(*opts):
     cfg.merge_from_file(
         os.path.join(CONFIG, "voc2nonvoc", "e2e", "clsbox_2_layer_mlp_R_50_FPN_1x.yaml")
     )
-    cfg.merge_from_list([*TINY, *opts])
+    cfg.merge_from_list([*pairs(TINY_DETECTOR), *opts])
     torch.manual_seed(0)
     return build_model(cfg).train()
 

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from checkpoint_content import CONTENT, same
 from full_disk import full_disk
 
 from maskx.core.archives import find_damage, read_archive
@@ -13,17 +14,6 @@ from maskx.engine.checkpoints import (
     newest_whole,
     write_checkpoint,
 )
-
-CONTENT = {
-    "model": {"weight": torch.linspace(0, 1, 5000), "count": torch.tensor([3])},
-    "iteration": 7,
-    "run": {"name": "toy"},
-}
-
-
-def same(found):
-    weights = (torch.equal(found["model"][k], v) for k, v in CONTENT["model"].items())
-    return found["iteration"] == 7 and found["run"] == CONTENT["run"] and all(weights)
 
 
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
