@@ -83,9 +83,13 @@ class MaskXMaskHead(MaskXHead):
         head, maskx = cfg.MODEL.ROI_MASK_HEAD, cfg.MODEL.MASKX
         _check_config(cfg)
         transfer = transfer_arguments(cfg, input_shape.channels)
-        names = {"inputs": "transfer_inputs", "num_layers": "transfer_layers"}
-        names |= {"activation": "transfer_activation"}
-        names |= {"mix": "transfer_mix", "dropout": "transfer_dropout"}
+        names = {
+            "inputs": "transfer_inputs",
+            "num_layers": "transfer_layers",
+            "activation": "transfer_activation",
+            "mix": "transfer_mix",
+            "dropout": "transfer_dropout",
+        }
         return {
             "input_shape": input_shape,
             "loss_weight": maskx.LOSS_WEIGHT,
