@@ -16,7 +16,7 @@ from maskx.supervision import CategorySplit
 
 TRAIN_SCENES, VAL_SCENES = 3000, 200
 SCENE_SIZE = 128
-# Few classes on quiet ground, for learning from image labels.
+# Few classes on quiet ground, for learning from image labels; of whatever style but "crowded".
 SPARSE_SCENES, SPARSE_STYLE = 1500, {"style": "sparse", "num_categories": 12}
 _COCO_SIZE = 256
 _SMALLEST_SIZE, _LARGEST_SIZE = 8, 2**14
@@ -34,16 +34,19 @@ def choose_image_size(options: QuickstartOptions) -> int:
     return options.image_size
 
 
-def load_data(options: QuickstartOptions, *, sparse: bool = False) -> tuple[CocoData, CocoData]:
+def load_data(options: QuickstartOptions, *, style: str = "crowded") -> tuple[CocoData, CocoData]:
     """Read the training and the validation data, or generate the scenes of the seed.
 
     Args:
-        sparse: generate fewer scenes, of few classes on quiet ground.
+        style: of generated scenes, see :data:`maskx.data.scenes.generator.STYLES`; those of
+            another style than "crowded" are fewer, with few classes.
     """
     if (options.coco_train is None) != (options.coco_val is None):
         raise ValueError("COCO files are needed for training and for validation, got only one.")
     if options.coco_train is None:
-        num_train, style = (SPARSE_SCENES, SPARSE_STYLE) if sparse else (TRAIN_SCENES, {})
+        num_train, kind = TRAIN_SCENES, {}
+        if style != "crowded":
+            num_train, kind = SPARSE_SCENES, SPARSE_STYLE | {"style": style}
         sources = []
         for name, count, seed in (
             ("train", num_train, 2 * options.seed),
@@ -51,7 +54,7 @@ def load_data(options: QuickstartOptions, *, sparse: bool = False) -> tuple[Coco
         ):
             folder = options.output / "scenes" / name
             json_file = generate_scenes(
-                folder, count=count, size=SCENE_SIZE, seed=seed, progress=True, **style
+                folder, count=count, size=SCENE_SIZE, seed=seed, progress=True, **kind
             )
             sources.append((json_file, folder))
     else:
@@ -66,16 +69,16 @@ def load_split_data(
     options: QuickstartOptions,
     default_split: str = "scenes_half",
     *,
-    sparse: bool = False,
+    style: str = "crowded",
     label_maps: bool = True,
 ) -> tuple[CocoData, CocoData, CategorySplit]:
     """Read the data and the split ``masks_for``, whose categories A must have masks in them.
 
     Args:
-        sparse: see :func:`load_data`.
+        style: see :func:`load_data`.
         label_maps: see :func:`maskx.data.splits.check_masks`.
     """
-    train_data, val_data = load_data(options, sparse=sparse)
+    train_data, val_data = load_data(options, style=style)
     try:
         split = resolve_split(options.masks_for or default_split, train_data.class_names)
         check_masks(train_data.records, split, label_maps=label_maps)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from studies.larvseg import METHODS
 from studies.options import StudyOptions
@@ -45,13 +47,43 @@ def test_all_methods_start_from_one_backbone_and_only_supervised_sees_novel_mask
     shared = [f"shared/{name}" for name in METHODS if name != "supervised"]
     assert trained == ["shared/start", *shared, "supervised/baseline"]
     # The ground is five classes of its own; half of the twelve others have masks.
-    assert [classes[name] for name in (*shared, "supervised/baseline")] == [11, 11, 11, 11, 17]
+    assert [classes[name] for name in (*shared, "supervised/baseline")] == [11, 11, 11, 11, 11, 17]
     assert len(starts - {None}) == 1
     assert "| cross-image above single-image attention |" in lines[-1]
     assert run_study(StudyOptions(**tiny), lines.append) == rows
-    assert len(trained) == 6
+    assert len(trained) == 7
+
+
+def test_a_setting_names_its_weight_and_scenes_in_which_classes_occur_together(tiny, monkeypatch):
+    weights = {}
+    original = training_chain.train
+
+    def train(model, batches, *args, **kwargs):
+        settings = kwargs["run"].settings
+        weights[kwargs["output_dir"]] = settings["image weight"], settings["attentive weight"]
+        return original(model, batches, *args, **kwargs)
+
+    monkeypatch.setattr(training_chain, "train", train)
+    settings = ("larvseg_w0.5", "together/larvseg", "together/baseline_w3")
+    run_study(StudyOptions(**tiny | {"settings": settings}), print)
+    seed = tiny["output"] / "seed_0"
+    assert weights == {
+        seed / "shared/start": (0.1, 10.0),
+        seed / "shared_attentive_weight_0.5/larvseg": (0.1, 0.5),
+        seed / "together/shared/start": (0.1, 10.0),
+        seed / "together/shared/larvseg": (0.1, 10.0),
+        seed / "together/shared_image_weight_3/baseline": (3.0, 10.0),
+    }
+    scenes = (seed / "together/scenes/train/annotations.json").read_text()
+    assert json.loads(scenes)["info"]["style"] == "together"
 
 
 def test_an_unknown_setting_is_refused(tiny):
     with pytest.raises(ValueError, match=r"Setting 'deeplab' is not known.*larvseg_single_image"):
         run_study(StudyOptions(**tiny | {"settings": ("deeplab",)}), print)
+
+
+def test_scenes_in_pairs_are_refused_with_own_data(tiny):
+    own = {"coco_train": ("a.json", "a"), "coco_val": ("a.json", "a")}
+    with pytest.raises(ValueError, match=r"'together/larvseg' is of generated scenes"):
+        run_study(StudyOptions(**tiny | own | {"settings": ("together/larvseg",)}), print)

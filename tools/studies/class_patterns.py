@@ -92,7 +92,7 @@ class _SeedRuns:
         self.device = select_device(options.device)
         with process_lock(self.folder):
             self.train_data, self.val_data = load_data(
-                QuickstartOptions(output=self.folder, seed=seed), sparse=True
+                QuickstartOptions(output=self.folder, seed=seed), style="sparse"
             )
         self.image_root = self.train_data.json_file.parent
 

@@ -1,11 +1,15 @@
 """Ablations of LarvSeg on generated scenes or own data; the settings are the names of its methods.
 
 ``supervised`` is the baseline with masks of the novel classes too, the upper bound of the paper.
-All settings of a seed share the data and the backbone that they start from.
+A name may end with ``_w`` and the weight of the loss of image labels with attention (of the
+baseline without), and begin with ``together/``: scenes whose categories mostly occur in pairs. All
+settings of a seed share the data and the backbone that they start from.
 """
 
+import functools
+import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from maskx.data.splits import resolve_split
@@ -22,9 +26,10 @@ from studies.study import Measure, Ordering, Report, Study, process_lock
 
 _BASELINE, _CROSS = LarvSegMethod("baseline"), LarvSegMethod()
 _SINGLE, _NORMALISED = LarvSegMethod(bank="single"), LarvSegMethod(pooling="normalised")
+_SCORES = LarvSegMethod(bank="scores")
 _SUPERVISED = "supervised"
 METHODS: Mapping[str, LarvSegMethod] = {
-    **{method.name: method for method in (_BASELINE, _CROSS, _SINGLE, _NORMALISED)},
+    **{method.name: method for method in (_BASELINE, _CROSS, _SINGLE, _SCORES, _NORMALISED)},
     _SUPERVISED: _BASELINE,
 }
 """What can be compared, by name."""
@@ -44,10 +49,30 @@ def _larvseg_settings(options: StudyOptions, seed: int = 0) -> LarvSegSettings:
     )
 
 
+def _parts(setting: str) -> tuple[str, str, dict[str, float]]:
+    """Style of the scenes, name of the method, and the weight where the setting names one.
+
+    Raises:
+        ValueError: it is not of the form that the module describes.
+    """
+    names = "|".join(sorted(METHODS, key=len, reverse=True))
+    found = re.fullmatch(rf"(together/)?({names})(?:_w(\d+(?:\.\d+)?))?", setting)
+    if not found:
+        raise ValueError(
+            f"Setting '{setting}' is not known. Allowed: {', '.join(METHODS)}, each perhaps with "
+            "'together/' before it (scenes whose categories occur in pairs) and '_w' and a weight "
+            "after it, as in larvseg_w0.1."
+        )
+    pairs, name, weight = found.groups()
+    key = "image_weight" if METHODS[name] == _BASELINE else "attentive_weight"
+    return "together" if pairs else "sparse", name, {key: float(weight)} if weight else {}
+
+
 def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
-    if setting not in METHODS:
-        raise ValueError(f"Setting '{setting}' is not known. Allowed: {', '.join(METHODS)}.")
-    settings = asdict(_larvseg_settings(options))
+    style, _, weights = _parts(setting)
+    if style != "sparse" and options.coco_train is not None:
+        raise ValueError(f"Setting '{setting}' is of generated scenes. Leave out 'together/'.")
+    settings = asdict(_larvseg_settings(options)) | weights
     run = {name: value for name, value in settings.items() if name not in ("seed", "workers")}
     return run | options.own()
 
@@ -56,32 +81,50 @@ class _SeedRuns:
     """All runs of one seed."""
 
     def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
-        self.folder = options.seed_folder(seed)
-        self.settings = _larvseg_settings(options, seed)
-        self.device = select_device(options.device)
-        with process_lock(self.folder):
-            data = load_split_data(options.quickstart(seed), sparse=True)
-        self.train_data, val_data, split = data
-        self.test = labelled_images(val_data)
-        self.chain = self._open_chain(split, "shared")
-        self.novel = split.without_masks
+        self.runs_on = functools.cache(functools.partial(_DataRuns, options, seed))
 
     def run(self, setting: str) -> dict[str, float]:
+        style, name, weights = _parts(setting)
+        return self.runs_on(style).run(name, weights)
+
+
+class _DataRuns:
+    """All runs of one seed on the same images."""
+
+    def __init__(self, options: StudyOptions, seed: int, style: str) -> None:
+        self.folder = options.seed_folder(seed)
+        if style != "sparse":
+            self.folder /= style
+        self.settings = _larvseg_settings(options, seed)
+        self.device = select_device(options.device)
+        quickstart = replace(options.quickstart(seed), output=self.folder)
+        with process_lock(self.folder):
+            self.train_data, val_data, self.split = load_split_data(quickstart, style=style)
+        self.test = labelled_images(val_data)
+        self.chain = self._open_chain(self.settings, self.split, "shared")
+
+    def run(self, name: str, weights: Mapping[str, float]) -> dict[str, float]:
         with process_lock(self.folder):
             backbone = self.chain.backbone  # trained once
         chain = self.chain
-        if setting == _SUPERVISED:
+        if name == _SUPERVISED or weights:
             everything = resolve_split("all", self.train_data.class_names)
-            chain = self._open_chain(everything, _SUPERVISED)
+            split = everything if name == _SUPERVISED else self.split
+            words = [name if name == _SUPERVISED else "shared"]
+            words += [f"{key}_{value:g}" for key, value in weights.items()]
+            chain = self._open_chain(replace(self.settings, **weights), split, "_".join(words))
             chain.backbone = backbone
-        model = chain.train_method(METHODS[setting])
-        found = evaluate_larvseg(model, self.test, self.novel, description=f"{setting}: evaluation")
+        model = chain.train_method(METHODS[name])
+        novel = self.split.without_masks
+        found = evaluate_larvseg(model, self.test, novel, description=f"{name}: evaluation")
         return {group: found["mIoU"][group] for group in _GROUPS}
 
-    def _open_chain(self, split: CategorySplit, name: str) -> LarvSegChain:
+    def _open_chain(
+        self, settings: LarvSegSettings, split: CategorySplit, name: str
+    ) -> LarvSegChain:
         return LarvSegChain(
-            sets_of_one_file(self.train_data, split, image_size=self.settings.image_size),
-            self.settings,
+            sets_of_one_file(self.train_data, split, image_size=settings.image_size),
+            settings,
             output=self.folder / name,
             resume=True,
             split=split,

@@ -62,7 +62,7 @@ class _SeedRuns:
     def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
         self.folder = options.seed_folder(seed)
         with process_lock(self.folder):
-            train_data, val_data, split = load_split_data(options.quickstart(seed), sparse=True)
+            train_data, val_data, split = load_split_data(options.quickstart(seed), style="sparse")
         records, self.val_records = (
             labelled_records(data.records, len(split.class_names))
             for data in (train_data, val_data)

@@ -232,6 +232,8 @@ class SceneStyle:
         compounds: objects of two parts, whose categories always occur together, are among them.
         min_scale: smallest side of an object over the shorter side of the image.
         crowding: share of the objects that are placed on purpose where another one is.
+        company: share of the objects after the first that are its companion on purpose: of the
+            category that makes a pair with its own.
     """
 
     compounds: bool
@@ -240,16 +242,19 @@ class SceneStyle:
     min_scale: float
     max_scale: float
     crowding: float
+    company: float = 0.0
 
 
 STYLES = {
     "crowded": SceneStyle(True, 2, 5, 0.2, 0.6, 0.35),
     "sparse": SceneStyle(False, 1, 2, 0.35, 0.8, 0.1),
+    "together": SceneStyle(False, 2, 2, 0.35, 0.7, 0.1, company=0.8),
     "large": SceneStyle(True, 1, 4, 0.35, 0.7, 0.15),
 }
 """What scenes are for: "crowded" for instances; "sparse" for image labels, from which no network
 could tell apart categories that always occur together, and in which half of the scenes have one
-category only; "large" for maps of low resolution, with parts and wholes."""
+category only; "together" for image labels of categories that mostly occur in pairs, one of each
+with masks in the standard split; "large" for maps of low resolution, with parts and wholes."""
 
 
 @dataclass(frozen=True)
@@ -486,6 +491,8 @@ def _draw_things(
     wanted = _integer(random, style.min_instances, style.max_instances - int(style.compounds))
     while len(instances) < wanted:
         classes = _choice(random, objects)
+        if style.company and instances and random.random_sample() < style.company:
+            classes = (instances[0][0] ^ 1,)
         categories = [table[c] for c in classes]
         for _ in range(_POSES_PER_OBJECT):
             pose = _random_thing_pose(shape, categories[0].max_tilt, poses, style, random)

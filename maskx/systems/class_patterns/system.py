@@ -48,7 +48,7 @@ def quickstart_class_patterns(
         **{key: value for key, value in chosen.items() if value is not None},
     )
     options.output.mkdir(parents=True, exist_ok=True)
-    train_data, val_data = load_data(options, sparse=True)
+    train_data, val_data = load_data(options, style="sparse")
     report(
         f"{len(train_data.records)} training images with nothing but image labels, "
         f"{len(val_data.records)} validation images, {len(train_data.class_names)} classes, on "

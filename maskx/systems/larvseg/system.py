@@ -41,7 +41,7 @@ def quickstart_larvseg(options: QuickstartOptions, report: Callable[[str], None]
         **{name: value for name, value in chosen.items() if value is not None},
     )
     options.output.mkdir(parents=True, exist_ok=True)
-    train_data, val_data, split = load_split_data(options, sparse=True)
+    train_data, val_data, split = load_split_data(options, style="sparse")
     report(
         f"{len(train_data.records)} training and {len(val_data.records)} validation images, on "
         f"{device}"

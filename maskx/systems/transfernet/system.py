@@ -71,7 +71,7 @@ def _pipeline(options: QuickstartOptions, report: Callable[[str], None]) -> dict
 def _load(options: QuickstartOptions) -> tuple[CocoData, CocoData, CategorySplit, list[int]]:
     """Return training and validation data, the split, and the classes of the validation data."""
     if options.target_train is None:
-        train, val, split = load_split_data(options, sparse=True)
+        train, val, split = load_split_data(options, style="sparse")
         train, val = (replace(d, records=_labelled(d)) for d in (train, val))
         return train, val, split, list(range(len(split.class_names)))
     if options.coco_train is None or options.coco_val is None or options.masks_for:
