@@ -47,8 +47,9 @@ SETTINGS: Mapping[str, _Setting] = {
     "original": _Setting(1),
     "original_final_relu": _Setting(1, ConceptMaskMethod(final_relu=True)),
     "finetuned": _Setting(2, kind="initial"),
-    "refined_no_negatives": _Setting(2, ConceptMaskMethod(negatives=False)),
+    "refined_no_negatives": _Setting(2, ConceptMaskMethod(discrimination_weight=0)),
     "refined": _Setting(2),
+    "refined_weight_1": _Setting(2, ConceptMaskMethod(discrimination_weight=1)),
     "segmentation": _Setting(3, **_MASKS),
     "one_size": _Setting(3, ConceptMaskMethod(two_sizes=False), **_MASKS),
     "no_blending": _Setting(3, kind="own", segment=True),
@@ -80,6 +81,7 @@ def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
         name: list(value) if isinstance(value, tuple) else value
         for name, value in settings["network"].items()
     }
+    settings |= asdict(SETTINGS[setting].method)
     return {name: value for name, value in settings.items() if name not in ("seed", "workers")}
 
 

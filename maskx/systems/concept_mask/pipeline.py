@@ -84,7 +84,6 @@ class ConceptMaskSettings:
         embedding_iterations: steps of stage 1; the others are of stages 2 and 3.
         max_concepts: most concepts of an image in a step of stage 3.
         matching_weight: c of Eq. 2.
-        discrimination_weight: of the spatial discrimination loss.
         seed: of weights and data order.
         workers: processes that read training images; 0 reads them in the process that trains.
     """
@@ -96,7 +95,6 @@ class ConceptMaskSettings:
     batch_size: int = 16
     max_concepts: int = default_of(ConceptMapper, "max_concepts")
     matching_weight: float = default_of(RefinementModel, "matching_weight")
-    discrimination_weight: float = default_of(RefinementModel, "discrimination_weight")
     seed: int = 0
     workers: int = 0
 
@@ -120,19 +118,23 @@ QUICK = ConceptMaskSettings(
 """Settings of the quick start, for images of 128 pixels and a CPU."""
 
 
+_DISCRIMINATION_WEIGHT = default_of(RefinementModel, "discrimination_weight")
+
+
 @dataclass(frozen=True)
 class ConceptMaskMethod:
     """What may be different between the chains of a study.
 
     Attributes:
         final_relu: the embedding ends with a ReLU, as the paper has it.
-        negatives: stage 2 has the spatial discrimination loss.
+        discrimination_weight: of the spatial discrimination loss in stage 2; 0 leaves it out, and
+            with it the negatives.
         two_sizes: the segmentation network sees attention maps of two image sizes, or the map of
             the first twice.
     """
 
     final_relu: bool = False
-    negatives: bool = True
+    discrimination_weight: float = _DISCRIMINATION_WEIGHT
     two_sizes: bool = True
 
     def folder(self, stage: int) -> str:
@@ -140,8 +142,8 @@ class ConceptMaskMethod:
         words = [STAGE_FOLDERS[stage - 1]]
         if self.final_relu:
             words.append("final_relu")
-        if stage >= 2 and not self.negatives:
-            words.append("no_negatives")
+        if stage >= 2 and self.discrimination_weight != _DISCRIMINATION_WEIGHT:
+            words.append(f"discrimination_{self.discrimination_weight:g}")
         if stage >= 3 and not self.two_sizes:
             words.append("one_size")
         return "_".join(words)
@@ -249,8 +251,8 @@ class ConceptMaskChain(TrainingChain):
         gamma = {}
         if stage == 2:
             made_with["matching_weight"] = settings.matching_weight
-            if method.negatives:
-                made_with["discrimination_weight"] = settings.discrimination_weight
+            if method.discrimination_weight:
+                made_with["discrimination_weight"] = method.discrimination_weight
                 gamma = {"gamma": self._gamma}
         torch.manual_seed(settings.seed)
         model = build_model(

@@ -115,13 +115,15 @@ def test_each_stage_reads_only_what_it_may(data):
 
 
 def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(data, tmp_path):
-    tiny = dataclasses.replace(TINY, seed=7, discrimination_weight=0.5)
+    tiny = dataclasses.replace(TINY, seed=7)
     chain = chain_of(data, tmp_path, tiny)
     chain.model(3)
     chain.model(3, ConceptMaskMethod(two_sizes=False))
-    chain.model(2, ConceptMaskMethod(negatives=False))
+    chain.model(2, ConceptMaskMethod(discrimination_weight=0))
+    chain.model(2, ConceptMaskMethod(discrimination_weight=0.5))
     chain.model(1, ConceptMaskMethod(final_relu=True))
-    names = [*FOLDERS, "segmentation_one_size", "refinement_no_negatives", "embedding_final_relu"]
+    names = [*FOLDERS, "segmentation_one_size", "refinement_discrimination_0"]
+    names += ["refinement_discrimination_0.5", "embedding_final_relu"]
     assert list(chain.seconds) == names
     assert chain.model(3, ConceptMaskMethod(two_sizes=False)).attention_sizes == (32, 32)
     assert list(chain.seconds) == names
@@ -144,10 +146,12 @@ def test_every_stage_is_made_once_and_methods_share_what_does_not_differ(data, t
     assert weights_equal(third.refinement, second.refinement)
 
     # And each method what makes it another.
-    without = chain.model(2, ConceptMaskMethod(negatives=False))
+    without = chain.model(2, ConceptMaskMethod(discrimination_weight=0))
     assert [network.gamma_indptr is None for network in (second, without)] == [False, True]
     assert second.matching_weight == without.matching_weight == TINY.matching_weight
-    assert second.discrimination_weight == 0.5
+    assert second.discrimination_weight == 0.1
+    other = chain.model(2, ConceptMaskMethod(discrimination_weight=0.5))
+    assert other.discrimination_weight == 0.5
     assert third.size == TINY.network.image_size
     images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     lowest = [

@@ -71,7 +71,8 @@ def test_settings_share_the_stages_that_do_not_differ(tiny, monkeypatch):
         "embedding",
         "embedding_final_relu",
         "refinement",
-        "refinement_no_negatives",
+        "refinement_discrimination_0",
+        "refinement_discrimination_1",
         "segmentation",
         "segmentation_one_size",
     ]
@@ -91,6 +92,7 @@ def test_settings_share_the_stages_that_do_not_differ(tiny, monkeypatch):
         "finetuned": (2, "initial", False, 3, None),
         "refined_no_negatives": (2, "own", False, 3, None),
         "refined": (2, "own", False, 3, None),
+        "refined_weight_1": (2, "own", False, 3, None),
         "segmentation": (3, "blended", True, 3, theta),
         "one_size": (3, "blended", True, 3, evaluated["one_size"][-1]),
         "no_blending": (3, "own", True, 3, theta),
@@ -107,7 +109,7 @@ def test_settings_share_the_stages_that_do_not_differ(tiny, monkeypatch):
         assert by_setting[setting][measure] == [pytest.approx(sum(values) / len(values), abs=1e-4)]
     assert "| finetuned above original: pointing, boxed |" in lines[-1]
     assert run_study(StudyOptions(**tiny), lines.append) == rows
-    assert len(trained) == 6
+    assert len(trained) == 7
 
 
 def test_an_unknown_setting_is_refused(tiny):
