@@ -185,8 +185,11 @@ class AttentionRefinement(nn.Module):
 
     def hidden(self, embedding_map: Tensor, vectors: Tensor) -> Tensor:
         """Map (N, k, h, w) embeddings to the layer (N, hidden channels, h, w) of all concepts."""
+        return self.hidden_of_product(embedding_map, self.product(vectors))
+
+    def hidden_of_product(self, embedding_map: Tensor, product: Tensor) -> Tensor:
+        """Compute :meth:`hidden` by a :meth:`product` made before."""
         # Not F.conv2d, which rounds float32 to TF32 on a GPU.
-        product = self._product(vectors)
         columns = product @ embedding_map.flatten(2) + self.conv1.bias[:, None]
         return F.relu(columns).unflatten(2, embedding_map.shape[-2:])
 
@@ -219,7 +222,8 @@ class AttentionRefinement(nn.Module):
         """Leave the product out of copies and pickles."""
         return {**self.__dict__, "_kept": None}
 
-    def _product(self, vectors: Tensor) -> Tensor:
+    def product(self, vectors: Tensor) -> Tensor:
+        """Multiply the first convolution and (V, k) word vectors to (hidden channels, k)."""
         factors = (self.conv1.weight, vectors)
         has_graph = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
         # A graph means that an optimiser step follows, and fused optimisers do not count theirs.
@@ -270,7 +274,8 @@ def resize_maps(maps: Tensor, size: Sequence[int], *, antialias: bool = False) -
     """
     if maps.numel() == 0:
         return maps.new_zeros(*maps.shape[:2], *size)
-    if maps.shape[-2:] == tuple(size):
+    # A program traced past this would refuse images of just this size.
+    if not torch.compiler.is_compiling() and maps.shape[-2:] == tuple(size):
         return maps
     return F.interpolate(
         maps, size=tuple(size), mode="bilinear", align_corners=False, antialias=antialias
@@ -366,7 +371,7 @@ class ConceptSegmenter(nn.Module):
             attention: (P, A, H, W) in [0, 1], see :func:`normalise_maps`.
             image_rows: (P,) the image of each pair.
         """
-        if len(attention) == 0:
+        if attention.shape[0] == 0:  # len() would fix the number in a trace
             # Batch norm refuses to train on nothing.
             zero = sum(parameter.sum() for parameter in self.parameters()) * 0
             return images.new_zeros(0, *images.shape[-2:]) + zero

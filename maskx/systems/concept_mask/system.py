@@ -17,6 +17,7 @@ from maskx.engine.results import Prediction
 from maskx.engine.system import System
 from maskx.engine.training import CHECKPOINT_NAME, load_state, read_checkpoint
 from maskx.systems.concept_mask.concept_sets import ConceptSplit
+from maskx.systems.concept_mask.export import exportable
 from maskx.systems.concept_mask.model import (
     SYSTEM_NAME,
     EmbeddingModel,
@@ -183,5 +184,6 @@ SYSTEM = System(
     prediction=_prediction,
     learns_from=("tags_boxes_and_masks",),
     takes_concepts=True,
+    exportable=exportable,
     options=frozenset(["masks_for", "concept_split", "tags"]),
 )

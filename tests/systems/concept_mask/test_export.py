@@ -1,0 +1,87 @@
+"""A trained ConceptMask as a program that needs no maskx."""
+
+import dataclasses
+
+import pytest
+import torch
+from exported import export_or_skip, some_images
+
+import maskx
+from maskx.engine.model_export import export_model
+from maskx.systems.concept_mask.pipeline import QUICK, ConceptMaskChain, scene_concept_data
+from maskx.systems.concept_mask.query import ConceptQuery
+
+TINY = dataclasses.replace(
+    QUICK,
+    network=dataclasses.replace(
+        QUICK.network,
+        image_size=64,
+        embedding_size=32,
+        attention_sizes=(32, 48),
+        hidden_channels=(16, 16),
+        refinement_channels=16,
+        encoder_widths=(4, 6, 8, 8),
+        decoder_channels=(8, 8, 8, 8, 4),
+    ),
+    embedding_iterations=2,
+    refinement_iterations=2,
+    segmentation_iterations=2,
+    batch_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    scenes, output = (tmp_path_factory.mktemp(name) for name in ("scenes", "run"))
+    data = scene_concept_data(scenes, num_train=20, num_val=5, num_tags=400, size=64, seed=0)
+    ConceptMaskChain(data, TINY, output=output).model(3)
+    return output
+
+
+@pytest.fixture
+def predictor(run):
+    predictor = maskx.open_run(run / "segmentation", device="cpu")
+    model = predictor.model
+    # As two steps leave it, the last layer hardly heeds its input, and theta is 1.
+    torch.nn.init.normal_(
+        model.segmenter.classify.weight, generator=torch.Generator().manual_seed(0)
+    )
+    model.set_fitted(theta_image=0.3)
+    return predictor
+
+
+@pytest.mark.parametrize("ending", [".pt2", ".onnx"])
+def test_the_program_finds_what_the_run_does(run, tmp_path, ending):
+    program, said = export_or_skip(run / "segmentation", tmp_path / f"model{ending}")
+    predictor = maskx.open_run(run / "segmentation", device="cpu")
+    assert said["system"] == "concept_mask"
+    assert said["class_names"] == list(predictor.model.table.names)
+    compare(program, predictor)
+
+
+def test_blended_maps_and_any_number_of_concepts(predictor, tmp_path):
+    export_model(predictor, tmp_path / "model.pt2")
+    compare(torch.export.load(tmp_path / "model.pt2").module(), predictor)
+
+
+def compare(program, predictor):
+    model = predictor.model
+    boxed = model.is_boxed.nonzero()[:, 0].tolist()
+    others = (~model.is_boxed).nonzero()[:, 0].tolist()
+    asked = [[boxed[0], others[0], others[1]], [], [others[2]], [*others, *boxed, *others][:100]]
+    for (image, pixels), concepts in zip(some_images(), asked, strict=True):
+        indices = torch.tensor(concepts, dtype=torch.int64)
+        masks, existence = program(image, indices)
+        query = ConceptQuery(indices, model.vectors[indices])
+        with torch.inference_mode():
+            expected = model.predict(predictor.prepare(pixels), query)
+        assert masks.shape == (len(concepts), *image.shape[-2:])
+        torch.testing.assert_close(masks, expected["masks_prob"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(existence, expected["existence"], atol=1e-4, rtol=0)
+        assert not concepts or masks.std() > 1e-4
+
+
+def test_a_model_without_masks_is_refused(run, tmp_path):
+    predictor = maskx.open_run(run / "refinement", device="cpu")
+    with pytest.raises(ValueError, match="cannot be exported: it is of stage 2 of ConceptMask"):
+        export_model(predictor, tmp_path / "model.pt2")
