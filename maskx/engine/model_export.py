@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,10 +94,9 @@ def check_export(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
 def check_exportable(run: Run) -> None:
     """Refuse a run that cannot be exported, before its model is opened."""
     system = find_system(run.system)
-    if run.host != "pip" or system.exportable is None:
-        host = "" if run.host == "pip" else f" trained with {run.host}"
+    if system.exportable is None:
         raise ValueError(
-            f"'{run.folder}' holds a run of {system.title}{host}, which cannot be exported. Use "
+            f"'{run.folder}' holds a run of {system.title}, which cannot be exported. Use "
             "maskx.open_run."
         )
 
@@ -126,6 +126,7 @@ def export_model(
     path, run, system = Path(path), predictor.run, predictor.system
     check_exportable(run)
     found = system.exportable(predictor.model, run.class_names)
+    network = _OfRGB(found.network, _channel_order(predictor)).eval()
     # Not named: a name would refuse what follows from a padding to multiples.
     dynamic = {
         name: torch.export.Dim.DYNAMIC(min=_SMALLEST_SIDE if name in ("height", "width") else 0)
@@ -138,7 +139,10 @@ def export_model(
     )
     with torch.no_grad():
         program = torch.export.export(
-            found.network, tuple(found.inputs.values()), dynamic_shapes=shapes
+            network,
+            tuple(found.inputs.values()),
+            # All but the image in one, as the network takes them.
+            dynamic_shapes=(shapes[0], shapes[1:])[: len(shapes)],
         )
     metadata = {
         "system": run.system,
@@ -161,6 +165,25 @@ def export_model(
         else:
             _write_onnx(program, found, metadata, scratch)
     return found
+
+
+class _OfRGB(nn.Module):
+    """A network of RGB images, whatever order of channels its own has."""
+
+    def __init__(self, network: nn.Module, order: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.order = network, list(order)
+
+    def forward(self, image: Tensor, *others: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.order != sorted(self.order):
+            image = image[:, self.order]
+        return self.network(image, *others)
+
+
+def _channel_order(predictor: Predictor) -> list[int]:
+    """Read off a sample which channel of RGB each channel of the model is."""
+    probe = np.broadcast_to(np.arange(3, dtype=np.uint8), (_SMALLEST_SIDE, _SMALLEST_SIDE, 3))
+    return predictor.prepare(probe)["image"][:, 0, 0].tolist()
 
 
 def _write_onnx(

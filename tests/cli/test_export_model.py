@@ -13,7 +13,7 @@ from maskx.cli.main import main
 from maskx.core.sample_models import SampleModel
 from maskx.engine.model_export import export_label_maps
 from maskx.engine.results import label_map_prediction
-from maskx.engine.runs import Run, read_run, write_run
+from maskx.engine.runs import Run
 from maskx.engine.system import System, register_system
 from maskx.engine.training import TrainingSettings, load_weights, train
 
@@ -110,18 +110,11 @@ def test_another_ending_is_refused(make_run, tmp_path, name):
     assert re.search(rf"ending of '\S+{name}' must be one of '\.pt2', '\.onnx'", said)
 
 
-def test_a_system_or_host_that_cannot_be_exported_is_named(make_run, tmp_path):
+def test_a_system_that_cannot_be_exported_is_named(make_run, tmp_path):
     output = tmp_path / "model.pt2"
     said = refusal(make_run("opaque"), "--output", output)
     assert re.search(r"opaque' holds a run of Opaque, which cannot be exported", said)
     assert not output.exists()
-
-
-def test_a_run_of_another_host_is_refused_before_it_is_opened(make_run, tmp_path):
-    folder = make_run()
-    write_run(folder, replace(read_run(folder), host="detectron2"))
-    said = refusal(folder, "--output", tmp_path / "model.pt2")
-    assert "a run of Brightness trained with detectron2, which cannot be exported" in said
 
 
 def test_a_missing_package_is_named(make_run, tmp_path, monkeypatch):

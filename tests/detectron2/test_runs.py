@@ -23,6 +23,7 @@ from maskx.detectron2.checkpointer import FINAL_NAME
 from maskx.detectron2.runs import to_instances
 from maskx.engine.checkpoints import locked
 from maskx.engine.completion import CompletionOptions, complete
+from maskx.engine.model_export import export_model
 from maskx.engine.runs import read_run
 
 
@@ -83,6 +84,9 @@ def test_a_run_says_what_it_is_and_becomes_a_predictor_anywhere(write_config, sc
     assert torch.allclose(instances.pred_boxes.tensor, expected.pred_boxes.tensor, atol=1e-3)
     assert instances.pred_masks.shape == found.masks.shape
     assert found.to_coco(1)[0].keys() >= {"image_id", "category_id", "bbox", "segmentation"}
+
+    with pytest.raises(ValueError, match="cannot be exported: it is a detector of Detectron2"):
+        export_model(predictor, tmp_path / "model.pt2")
 
     masks = predictor.masks_of_boxes(pixels, found.boxes, found.names, order="BGR").numpy()
     assert (masks ^ found.masks).mean() < 1e-3  # boxes go to the image of the network and back

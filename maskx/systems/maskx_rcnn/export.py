@@ -73,8 +73,13 @@ def exportable(model: nn.Module, class_names: Sequence[str]) -> Exportable:
         class_names: by class index.
 
     Raises:
-        ValueError: the model makes no masks.
+        ValueError: the model makes no masks, or is Detectron2's.
     """
+    if not hasattr(model, "detector"):
+        raise ValueError(
+            "The model cannot be exported: it is a detector of Detectron2, whose own "
+            "tools/deploy/export_model.py exports such."
+        )
     if not hasattr(model.detector.roi_heads, "mask_head"):
         raise ValueError(
             "The model cannot be exported: it finds boxes and makes no masks. Give a run whose "

@@ -14,10 +14,12 @@ import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.utils.visualizer import Visualizer
+from exported import run_program, some_images
 
 import maskx
 from maskx.detectron2 import Trainer, evaluate
 from maskx.detectron2.datasets import class_names_of
+from maskx.engine.model_export import export_model
 from maskx.systems.larvseg.detectron2 import model_class_names
 
 TOOL = str(Path(__file__).parents[4] / "tools" / "train_net.py")
@@ -216,6 +218,23 @@ def test_a_copied_run_folder_opens_without_its_data_sets(make_joint_cfg, tmp_pat
     (expected,) = model([sample | {"class_indices": range(len(names))}])
     assert np.array_equal(prediction.label_map, expected["sem_seg"].numpy())
     assert prediction.class_names == model.class_names == tuple(names)
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_a_run_becomes_a_program_of_rgb_images(make_joint_cfg, tmp_path, order):
+    cfg = make_joint_cfg("INPUT.FORMAT", order)
+    cfg.DATASETS.TEST = ()
+    train(cfg)
+    predictor = maskx.open_run(cfg.OUTPUT_DIR, device="cpu")
+    export_model(predictor, tmp_path / "model.pt2")
+    program, said = run_program(tmp_path / "model.pt2")
+    assert said["about"]["image"] == "RGB from 0 to 255"
+    for image, pixels in some_images():
+        label_map, scores = program(image)
+        with torch.inference_mode():
+            (expected,) = predictor.model([predictor.prepare(pixels)])
+        torch.testing.assert_close(scores, expected["top_scores"][0], atol=1e-4, rtol=1e-4)
+        assert label_map.shape == scores.shape
 
 
 def test_the_tool_trains_resumes_and_evaluates(make_joint_cfg, monkeypatch, tmp_path):
