@@ -75,7 +75,6 @@ def _advice(
     args: argparse.Namespace, overview: "Overview", report: "Report"
 ) -> list[tuple[str, str]]:
     """Say what kind of data it is and what comes next, as (tag, text)."""
-    import maskx.systems  # noqa: F401 - registers them
     from maskx.data.overview import KINDS
     from maskx.engine.system import find_system, system_names
 

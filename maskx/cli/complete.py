@@ -67,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Complete a file; the status is 1 where an image failed."""
-    import maskx.systems  # noqa: F401 - registers them
     from maskx.data.formats.table import as_coco
     from maskx.engine.completion import CompletionOptions, complete
     from maskx.engine.completion_report import summary, write_report

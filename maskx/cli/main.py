@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import maskx.systems  # noqa: F401 - registers them, for every verb
 from maskx import __version__
 from maskx.core.command_line import ended_in_one_line
 
@@ -19,7 +20,7 @@ VERBS = {
     "report": "write a page of what a training gave: curves, measures, best and worst images",
     "serve": "try a trained run on a local page: drop a photograph, see its masks",
     "export": "bring annotations into the format of another tool, such as CVAT or YOLO",
-    "export-model": "write a trained run as a program of torch.export or as ONNX",
+    "export-model": "write a trained run as one file: a program of torch.export, ONNX, or to pass on",
 }
 
 _DESCRIPTION = """\

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskx.core.checks import check_choice
 from maskx.core.files import written_whole
 from maskx.engine.predictor import Predictor
-from maskx.engine.runs import Run
+from maskx.engine.runs import MODEL_FILE_SUFFIX, Run
 from maskx.engine.system import find_system
 
 METADATA_NAME = "maskx.json"
@@ -75,10 +75,10 @@ def check_export(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
     Raises:
         FileExistsError: the file exists.
         ImportError: a package that ONNX needs is missing.
-        ValueError: the file has another ending than ``.pt2`` and ``.onnx``.
+        ValueError: the file has another ending than ``.pt2``, ``.onnx`` and ``.safetensors``.
     """
     path = Path(path)
-    check_choice(f"ending of '{path}'", path.suffix, (".pt2", ".onnx"))
+    check_choice(f"ending of '{path}'", path.suffix, (".pt2", ".onnx", MODEL_FILE_SUFFIX))
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if path.suffix == ".onnx" and missing:
         raise ImportError(

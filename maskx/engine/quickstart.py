@@ -11,7 +11,7 @@ from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import check_masks, resolve_split
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.predictor import open_run
-from maskx.engine.training_report import REPORT_NAME, write_training_report
+from maskx.engine.training_report import METRICS_NAME, REPORT_NAME, write_training_report
 from maskx.supervision import CategorySplit
 
 TRAIN_SCENES, VAL_SCENES = 3000, 200
@@ -114,8 +114,8 @@ def write_metrics(
     if split is not None:
         metrics["split"] = {"name": split.name, "A": split.with_masks, "B": split.without_masks}
     metrics["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(options.output / "metrics.json", nan_to_null(metrics))
-    names = ["metrics.json", *pictures]
+    write_json(options.output / METRICS_NAME, nan_to_null(metrics))
+    names = [METRICS_NAME, *pictures]
     if data is not None:
         predictor = open_run(options.output, options.device)
         write_training_report(options.output / REPORT_NAME, options.output, predictor, data)

@@ -15,11 +15,14 @@ from typing import Any
 
 from maskx.core.digests import sha256_of
 from maskx.core.files import read_json, write_json
+from maskx.core.tensor_files import read_content
 from maskx.core.text import listed
 from maskx.data.coco import CocoData
 from maskx.supervision import CategorySplit, split_one_side
 
 RUN_NAME = "run.json"
+MODEL_FILE_SUFFIX, MODEL_FILE_KIND = ".safetensors", "a trained model of maskx"
+"""Of what :func:`maskx.engine.model_files.write_model_file` writes."""
 _FORMAT = 1
 _LINK = "run"
 
@@ -174,9 +177,13 @@ def link_run(folder: str | os.PathLike[str], run_folder: str) -> None:
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
-    """Read what a run folder, or the folder of a chain of runs, says of itself."""
+    """Read what a run folder, the folder of a chain of runs, or a model file says of itself."""
     folder = Path(folder)
     path = folder / RUN_NAME
+    if folder.is_file():
+        content = read_content(folder, MODEL_FILE_KIND, {"run": dict})["run"]
+        run = Run.from_json(content, folder)
+        return dataclasses.replace(run, folder=folder.parent, weights=folder.name)
     if not folder.is_dir():
         raise FileNotFoundError(f"'{folder}': there is no such run folder.")
     if not path.is_file():

@@ -24,10 +24,11 @@ from tqdm import tqdm
 from maskx.core.archives import read_archive
 from maskx.core.files import written_text
 from maskx.core.seeds import step_seed
+from maskx.core.tensor_files import read_tensors
 from maskx.core.text import listed
 from maskx.engine.batches import image_names
 from maskx.engine.checkpoints import check_finite, locked, write_checkpoint
-from maskx.engine.runs import Run, check_same_run, write_run
+from maskx.engine.runs import MODEL_FILE_SUFFIX, Run, check_same_run, write_run
 
 CHECKPOINT_NAME, CURVES_NAME = "checkpoint.pth", "losses.csv"
 OPTIMIZERS = ("sgd", "adam")
@@ -401,7 +402,12 @@ class _MeanLosses:
 
 
 def read_checkpoint(path: Path, device: torch.device | str) -> dict:
-    """Read a checkpoint of :func:`train`: ``model``, ``run``, ``iteration`` and more."""
+    """Read a checkpoint of :func:`train`: ``model``, ``run``, ``iteration`` and more.
+
+    Of a file of :func:`maskx.engine.model_files.write_model_file` the ``model`` alone.
+    """
+    if Path(path).suffix == MODEL_FILE_SUFFIX:
+        return {"model": {k: v.to(device) for k, v in read_tensors(path).items()}}
     content = read_archive(path, device)
     if not isinstance(content, dict) or not {"model", "run", "iteration"} <= content.keys():
         raise ValueError(

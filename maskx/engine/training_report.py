@@ -25,8 +25,14 @@ __all__ = ["REPORT_NAME", "write_training_report"]
 REPORT_NAME = "report.html"
 _EXAMPLES, _SIDE = 6, 320
 _MOST_ROWS = 100
-_LOG_NAME = "metrics.json"  # of Detectron2 lines of JSON, of the quick start its measures
-_LEFT_OUT = ("system", "losses", "split", "step_seconds", "num_images")  # said elsewhere, or small
+METRICS_NAME = "metrics.json"  # of Detectron2 lines of JSON, of the quick start its measures
+NOT_MEASURED = (
+    "system",
+    "losses",
+    "split",
+    "step_seconds",
+    "num_images",
+)  # said elsewhere, or small
 
 Points = list[tuple[float, float]]
 
@@ -84,7 +90,7 @@ def _curves(folder: Path) -> dict[str, dict[str, Points]]:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
         found[os.path.relpath(path.parent, folder)] = _by_loss(rows)
-    log = _lines(folder / _LOG_NAME)
+    log = _lines(folder / METRICS_NAME)
     if log:
         found["."] = _by_loss(log)
     return {name: points for name, points in found.items() if points}
@@ -122,11 +128,11 @@ def _charts(name: str, losses: Mapping[str, Points]) -> str:
 def _measures(folder: Path, results: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the measures of a quick start, or those of an evaluation of Detectron2, by task."""
     try:
-        content = json.loads((folder / _LOG_NAME).read_text(encoding="utf-8"))
+        content = json.loads((folder / METRICS_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # which are lines, or none
         content = None
     if isinstance(content, dict) and "iteration" not in content:
-        return {key: value for key, value in content.items() if key not in _LEFT_OUT}
+        return {key: value for key, value in content.items() if key not in NOT_MEASURED}
     found: dict[str, Any] = {}
     for name, value in (results or {}).items():
         task, _, metric = name.partition("/")
@@ -178,7 +184,7 @@ def _matrix(values: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _cut(head: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:
     more = len(rows) - _MOST_ROWS
-    rest = paragraph(f"And {more} more in {_LOG_NAME}.") if more > 0 else ""
+    rest = paragraph(f"And {more} more in {METRICS_NAME}.") if more > 0 else ""
     return table(head, rows[:_MOST_ROWS]) + rest
 
 

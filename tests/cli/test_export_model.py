@@ -107,7 +107,9 @@ def test_a_file_is_replaced_only_when_that_is_asked_for(make_run, tmp_path):
 @pytest.mark.parametrize("name", ["model.pth", "model"])
 def test_another_ending_is_refused(make_run, tmp_path, name):
     said = refusal(make_run(), "--output", tmp_path / name)
-    assert re.search(rf"ending of '\S+{name}' must be one of '\.pt2', '\.onnx'", said)
+    assert re.search(
+        rf"ending of '\S+{name}' must be one of '\.pt2', '\.onnx', '\.safetensors'", said
+    )
 
 
 def test_a_system_that_cannot_be_exported_is_named(make_run, tmp_path):

@@ -313,11 +313,15 @@ def build_larvseg(
 def open_larvseg(folder: str | Path, device: torch.device | str = "cpu") -> LarvSegModel:
     """Open a model that :class:`LarvSegChain` trained, from the checkpoint of its folder alone.
 
+    Args:
+        folder: of the run, or a file of its weights.
+
     Raises:
         FileNotFoundError: there is no checkpoint.
         ValueError: the checkpoint is damaged or of another kind.
     """
-    path = Path(folder) / CHECKPOINT_NAME
+    path = Path(folder)
+    path = path if path.is_file() else path / CHECKPOINT_NAME
     weights = read_checkpoint(path, "cpu")["model"]
     try:
         content = read_extra_state(weights)
