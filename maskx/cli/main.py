@@ -20,7 +20,7 @@ VERBS = {
     "report": "write a page of what a training gave: curves, measures, best and worst images",
     "serve": "try a trained run on a local page: drop a photograph, see its masks",
     "export": "bring annotations into the format of another tool, such as CVAT or YOLO",
-    "export-model": "write a trained run as one file: a program of torch.export, ONNX, or to pass on",
+    "export-model": "write a trained run as one file: as a program, or with a model card",
 }
 
 _DESCRIPTION = """\
