@@ -8,6 +8,8 @@ Examples:
     maskx train --system larvseg --output output/larvseg
     maskx train --masks-for with_masks.txt --output output/animals \
         --coco-train train.json train --coco-val val.json val
+    maskx train --start output/animals --output output/corrected \
+        --coco-train corrected.json train --coco-val val.json val
 """
 
 import argparse
@@ -82,6 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="pretrained",
         metavar="FILE",
         help="start from this file, safetensors or a state dict with timm's names",
+    )
+    add(
+        "--start",
+        metavar="RUN",
+        help="maskx: start from a trained run, of the same backbone and options; its categories "
+        "are known by name",
     )
     add(
         "--image-size",

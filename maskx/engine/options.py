@@ -38,6 +38,8 @@ class QuickstartOptions:
         skip_bad: leave bad annotations out, counted, instead of stopping at them.
         backbone: see :func:`maskx.core.backbone_choice.build_backbone`.
         pretrained: start from ImageNet weights, or from a file; likewise.
+        start: of ``maskx``, folder of a trained run, or a model file, to start from; see
+            :mod:`maskx.engine.start`.
         image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else. All but
             ``maskx`` warp images to squares of this side.
         workers: processes that read images; 0 reads them in the process that trains.
@@ -77,6 +79,7 @@ class QuickstartOptions:
     skip_bad: bool = False
     backbone: str = "small"
     pretrained: bool | str = False
+    start: str | None = None
     image_size: int | None = None
     workers: int = 0
     threshold: str | None = None

@@ -107,7 +107,7 @@ def train_one(
     description: str = "training",
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train the model of a run on data; return it and the history of its losses."""
-    run = replace(run, started_from=origins_of_data(data, folder))
+    run = replace(run, started_from={**run.started_from, **origins_of_data(data, folder)})
     torch.manual_seed(options.seed)
     model = build(run.settings, run.class_names)
     batches = functools.partial(

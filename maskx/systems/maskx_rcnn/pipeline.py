@@ -16,6 +16,7 @@ from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.pipeline import train_one
 from maskx.engine.quickstart import choose_image_size, load_split_data, write_metrics
 from maskx.engine.runs import Run, link_run
+from maskx.engine.start import Start, read_start
 from maskx.engine.training import TrainingSettings, load_weights, select_device
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.instance_figures import save_pictures
@@ -52,6 +53,11 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
     """
     started = time.perf_counter()
     check_options("maskx", options)
+    if options.start is not None and options.compare:
+        raise ValueError(
+            "start (--start) gives weights to Mask^X alone, and its baseline (--compare) would have "
+            "none. Leave one of them out."
+        )
     device = select_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
     default_split = "all" if options.coco_train else "scenes_half"
@@ -68,7 +74,7 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
     metrics: dict[str, Any] = {"system": "maskx"}
     detections: dict[str, list[dict[str, Any]]] = {}
     for name in ("maskx", "class_agnostic") if options.compare else ("maskx",):
-        model, trained = train_detector(name, options, train_data, split, device)
+        model, trained = train_detector(name, options, train_data, split, device, report)
         detections[name] = detect(
             model, val_data.records, val_data.category_ids, description=f"{name}: evaluation"
         )
@@ -97,6 +103,7 @@ def train_detector(
     data: CocoData,
     split: CategorySplit,
     device: torch.device,
+    report: Callable[[str], None],
 ) -> tuple[SampleDetector, dict[str, Any]]:
     """Train one of ``MASK_BRANCHES`` in a folder of its name, and say what it cost."""
     iterations = _ITERATIONS if options.iterations is None else options.iterations
@@ -112,6 +119,12 @@ def train_detector(
         "mask_branch": branch,
         "pseudo_weight": options.pseudo_weight,
     }
+    build = functools.partial(build_detector, pretrained=options.pretrained)
+    origins = {}
+    if options.start is not None:
+        start = read_start(options.start, "maskx")
+        report(start.describe(data.class_names))
+        build, origins = functools.partial(_build_from, start, build), {"start": start.origin}
     started = time.perf_counter()
     model, history = train_one(
         Run(
@@ -120,6 +133,7 @@ def train_detector(
             class_names=data.class_names,
             split=split,
             settings=settings,
+            started_from=origins,
         ),
         data,
         options,
@@ -131,7 +145,7 @@ def train_detector(
             checkpoint_every=max(100, iterations // 50),
         ),
         folder=options.output / name,
-        build=functools.partial(build_detector, pretrained=options.pretrained),
+        build=build,
         mapper=lambda model: InstanceMapper(
             split.indices_with_masks, pseudo_weight=options.pseudo_weight, sizes=model.sizes
         ),
@@ -143,6 +157,15 @@ def train_detector(
         "iterations": iterations,
         "losses": {"start": history[0], "end": history[-1]},
     }
+
+
+def _build_from(
+    start: Start,
+    build: Callable[..., SampleDetector],
+    settings: Mapping[str, Any],
+    class_names: Sequence[str],
+) -> SampleDetector:
+    return start.give_to(functools.partial(build, settings), class_names)
 
 
 def build_detector(

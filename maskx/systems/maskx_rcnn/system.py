@@ -14,6 +14,8 @@ SYSTEM = System(
     prediction=instances_prediction,
     box_masks=masks_of_boxes,
     exportable=exportable,
-    options=frozenset(["annotated_boxes", "box_loss", "compare", "masks_for", "pseudo_weight"]),
+    options=frozenset(
+        ["annotated_boxes", "box_loss", "compare", "masks_for", "pseudo_weight", "start"]
+    ),
     learns_from=("boxes_and_masks", "masks"),
 )

@@ -68,6 +68,22 @@ def test_grabcut_replaces_the_masks_of_detections(tmp_path):
         )
 
 
+def test_a_training_starts_from_another_one(tiny, tmp_path):
+    first = tiny["output"]
+    quickstart_maskx(QuickstartOptions(**tiny), lambda line: None)
+    lines, losses = [], []
+    again = tiny | {"start": str(first), "seed": 1}
+    for output, options in ((tmp_path / "again", again), (tmp_path / "anew", tiny | {"seed": 1})):
+        options = QuickstartOptions(**options | {"output": output})
+        losses.append(quickstart_maskx(options, lines.append)["losses"]["start"]["total"])
+    assert f"Starts from '{first}', which knows 40 of 40 categories." in lines
+    assert losses[0] != losses[1]
+    run = open_run(tmp_path / "again", device="cpu").run
+    assert run.started_from["start"].path.endswith("out/maskx/checkpoint.pth")
+    with pytest.raises(ValueError, match=r"start \(--start\) gives weights to Mask\^X alone"):
+        quickstart_maskx(QuickstartOptions(**again | {"compare": True}), print)
+
+
 def test_resume_needs_no_second_training(tiny):
     first = quickstart_maskx(QuickstartOptions(**tiny), lambda line: None)
     predictor = open_run(tiny["output"], device="cpu")
