@@ -55,8 +55,8 @@ def quickstart_maskx(options: QuickstartOptions, report: Callable[[str], None]) 
     check_options("maskx", options)
     if options.start is not None and options.compare:
         raise ValueError(
-            "start (--start) gives weights to Mask^X alone, and its baseline (--compare) would have "
-            "none. Leave one of them out."
+            "start (--start) gives weights to Mask^X alone, and its baseline (--compare) has none. "
+            "Leave one of them out."
         )
     device = select_device(options.device)
     options.output.mkdir(parents=True, exist_ok=True)
