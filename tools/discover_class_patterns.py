@@ -1,7 +1,8 @@
 r"""Find the class patterns of a trained image classifier, from tagged images.
 
 An interrupted run goes on with the same command. Several machines share the images out with
---shard; the same command with --merge instead then makes one file of their results.
+--shard; the same command with --merge instead then makes one file of their results. --draw shows
+images on the first principal components of a class, whose shares the paper's figure 3 has.
 
 Examples:
     python tools/discover_class_patterns.py --output patterns \
@@ -9,11 +10,14 @@ Examples:
         --coco annotations/instances_train2017.json train2017
     python tools/discover_class_patterns.py --output patterns --max-images-per-class 2000 \
         --config-file configs/ClassPatterns/classifier_R_101_coco.yaml --weights model_final.pth
+    python tools/discover_class_patterns.py --output patterns --draw dog cat --layers C41 \
+        --model output/tags/classifier --coco annotations.json images
     python tools/discover_class_patterns.py ... --shard 0/4
     python tools/discover_class_patterns.py ... --merge
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 from maskx.core.command_line import ended_in_one_line
@@ -38,6 +42,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
     add("--save-every", type=int, default=500, help="images between checkpoints")
     add("--workers", type=int, default=1, help="processes, on a CPU (default: %(default)s)")
+    add(
+        "--draw",
+        nargs="+",
+        default=[],
+        metavar="CLASS",
+        help="draw images of these classes on their principal components, a picture per layer",
+    )
     add("--shard", type=_read_shard, metavar="I/N", help="do share I, from 0, of N only")
     add("--merge", action="store_true", help="merge finished shards")
     add("--device", default="auto", help="auto, cpu or cuda, for --model")
@@ -49,6 +60,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--config-file and --weights belong together")
     if arguments.merge and (arguments.shard or arguments.workers != 1):
         parser.error("--merge makes no pass: leave --shard and --workers out")
+    if arguments.shard and arguments.draw:
+        parser.error("a shard has not seen all images: give --draw with --merge")
     if arguments.shard and arguments.workers != 1:
         parser.error("a shard is done by one process: leave --workers out")
     return arguments
@@ -65,7 +78,9 @@ def main() -> None:
     """Write the patterns; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
     with ended_in_one_line("the same command goes on from the last checkpoint"):
+        from maskx.core.text import file_name_of, listed
         from maskx.engine.training import select_device
+        from maskx.systems.class_patterns.components import draw_components
         from maskx.systems.class_patterns.pipeline import open_tagged_images
         from maskx.systems.class_patterns.steps import discover
 
@@ -83,7 +98,25 @@ def main() -> None:
         names = ("output", "max_images_per_class", "seed", "batch_size", "save_every")
         names += ("workers", "shard", "merge")
         chosen = {name: getattr(arguments, name) for name in names}
+        unknown = sorted(set(arguments.draw) - set(class_names))
+        if unknown:
+            raise ValueError(
+                f"--draw names {listed(unknown)}. The classifier knows {listed(class_names)}."
+            )
         discover(source, records, class_names, arguments.layers, **chosen)
+        for name, layer in itertools.product(arguments.draw, arguments.layers):
+            path = arguments.output / f"components_{file_name_of(name)}_{file_name_of(layer)}.png"
+            shares = draw_components(
+                path,
+                source,
+                records,
+                class_names.index(name),
+                layer,
+                max_images=arguments.max_images_per_class,
+                batch_size=arguments.batch_size,
+            )
+            shown = ", ".join(f"{share:.1%}" for share in shares[:5])
+            print(f"Wrote {path}. Components explain {shown} of the variance.")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ Examples:
     python tools/pixel_grouping.py --model output/quickstart-larvseg/larvseg \
         --masks-for scenes_half --coco output/quickstart-larvseg/scenes/val/annotations.json \
         output/quickstart-larvseg/scenes/val
+    python tools/pixel_grouping.py --model output/LarvSeg/larvseg_ViT_B_16_C171_WA150 \
+        --masks-for ade150_raw \
+        --coco datasets/ade20k_150/ade20k_150_val.json datasets/ADEChallengeData2016/images
 """
 
 import argparse
@@ -22,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", metavar="FOLDER", required=True, help="folder 'larvseg' or 'baseline' of a run")
+    add("--model", metavar="FOLDER", required=True, help="run folder of LarvSeg, of either host")
     pair = {"nargs": 2, "metavar": ("JSON", "IMAGES")}
     add("--coco", **pair, required=True, help="images with true masks")
     add("--masks-for", metavar="SPLIT", help="measure its base and novel classes apart")
@@ -38,23 +41,32 @@ def main() -> None:
     """Print the measures; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
     with ended_in_one_line():
+        import maskx
         from maskx.core.files import write_json
         from maskx.data.coco import load_coco
+        from maskx.data.images import read_rgb
         from maskx.data.splits import resolve_split
         from maskx.engine.quickstart import nan_to_null
-        from maskx.engine.training import select_device
         from maskx.evaluation.mean_iou import format_table
         from maskx.systems.larvseg.evaluation import evaluate_grouping
-        from maskx.systems.larvseg.pipeline import open_larvseg
         from maskx.systems.larvseg.samples import labelled_images
 
-        model = open_larvseg(arguments.model, select_device(arguments.device))
+        predictor = maskx.open_run(arguments.model, device=arguments.device)
+        if predictor.system.name != "larvseg":
+            raise ValueError(
+                f"'{arguments.model}' is a run of {predictor.system.title}. Give one of LarvSeg."
+            )
         data = load_coco(*arguments.coco, strict=not arguments.skip_bad)
         images, novel = labelled_images(data), None
         if arguments.masks_for:
             novel = resolve_split(arguments.masks_for, data.class_names).without_masks
         found = evaluate_grouping(
-            model, images, novel, seed=arguments.seed, features=arguments.features
+            predictor.model,
+            images,
+            novel,
+            seed=arguments.seed,
+            features=arguments.features,
+            read=lambda record: predictor.prepare(read_rgb(record["file_name"])),
         )
         if arguments.output:
             per_class = dict(zip(images.class_names, found["per_class"], strict=True))

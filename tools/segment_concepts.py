@@ -65,7 +65,7 @@ def main() -> None:
     """Find concepts and list them; user errors end with their message instead of a traceback."""
     arguments = parse_arguments()
     with ended_in_one_line():
-        from maskx.systems.concept_mask.predictor import segment_files
+        from maskx.systems.concept_mask.predictor import said_of_map, segment_files
 
         predictor = make_predictor(arguments)
         results = segment_files(predictor, arguments.images, arguments.output, arguments.concepts)
@@ -74,7 +74,7 @@ def main() -> None:
     for image, found in results.items():
         for name, each in found.items():
             cells = f"{each.existence:.3f} | {'yes' if each.exists else 'no'}"
-            rest = f"{1 - each.own_share:.0%} {each.borrowed}" if each.borrowed else "-"
+            rest = said_of_map(each.borrowed, each.own_share) or "-"
             print(f"| {image} | {name} | {cells} | {each.mask.mean():.3f} | {rest} |")
     empty = [image for image, found in results.items() if not found]
     if empty:

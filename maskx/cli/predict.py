@@ -9,6 +9,7 @@ Examples:
     maskx predict output/animals photos/ clip.mp4 --output output/found --threshold 0.7
     maskx predict output/animals aerial.tif --tile 1024
     maskx predict output/animals 0
+    maskx predict output/transfernet/stage2 VOC2012/JPEGImages --voc-results --no-pictures
     maskx predict output/quickstart-concept_mask photos/*.jpg --concepts dog "red lamp"
 """
 
@@ -42,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--batch-size", type=int, default=1, help="images of one shape at a time (default: 1)")
     add("--no-pictures", action="store_true", help="write results alone")
+    add(
+        "--voc-results",
+        action="store_true",
+        help="also write label maps as the test server of PASCAL VOC takes them (comp6)",
+    )
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--overwrite", action="store_true", help="write into a folder that holds files already")
 
@@ -69,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         tile=args.tile,
         pictures=not args.no_pictures,
+        voc_results=args.voc_results,
         asked={"concepts": args.concepts} if args.concepts else {},
         overwrite=args.overwrite,
     )

@@ -50,6 +50,31 @@ def warp_label_map(label_map: Tensor, size: int) -> Tensor:
     return F.interpolate(as_image, (size, size), mode="nearest-exact")[0, 0].long()
 
 
+def positions_of_pixels(
+    points: Tensor, image_size: tuple[int, int], map_size: tuple[int, int]
+) -> Tensor:
+    """Return which position of a map, flattened, each pixel lies in.
+
+    Args:
+        points: (P, 2) int64 (x, y) in an image.
+        image_size: its height and width.
+        map_size: those of the map of the whole image.
+
+    Raises:
+        ValueError: a point is outside the image.
+    """
+    height, width = image_size
+    x, y = points.unbind(dim=1)
+    outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
+    if outside.any():
+        raise ValueError(
+            f"The point {tuple(points[outside][0].tolist())} is outside the image. Allowed: x from "
+            f"0 to {width - 1}, y from 0 to {height - 1}."
+        )
+    rows, columns = map_size
+    return (y * rows // height) * columns + x * columns // width
+
+
 def resized_image(image: Tensor, height: int, width: int) -> np.ndarray:
     """Make an image (height, width, 3) uint8 of a sample's (3, H, W) in [0, 255]."""
     pixels = image.cpu().clamp(0, 255).round().to(torch.uint8).permute(1, 2, 0).numpy()

@@ -293,6 +293,10 @@ def _defaults() -> CN:
     keys.TEST.MASKX.BLEND_UNSEEN = False
     # Those of ATTENTION_SIZES whose maps are shown and measured; (): all.
     keys.TEST.MASKX.SCORED_SIZES = default_of(EmbeddingModel, "scored_sizes")
+    # Which attention maps of ConceptMask are shown, measured and segmented: "blended" (refined, and
+    # blended where a concept has no boxes), "own" (not blended), "nearest" (those of the nearest
+    # concept with boxes) or "initial" (of Eq. 1: after stage 2 the paper's "finetuned").
+    keys.TEST.MASKX.ATTENTION_KIND = default_of(EmbeddingModel, "attention_kind")
     return keys
 
 

@@ -1,6 +1,7 @@
 """Predictions of a trained run of any system beside the truth: by image and by category."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -282,5 +283,7 @@ class _Table:
             category_ids=[id_ for _, id_ in classes],
             groups={"all": range(len(classes))},
             iou_types=(kind,),
+            # All that the run gives, which is as many per image as its configuration says.
+            max_detections=max(Counter(d["image_id"] for d in self.detections).values(), default=1),
         )
         return dict(zip([name for name, _ in classes], results[kind]["per_class"], strict=True))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from maskx.core.files import write_json
 from maskx.data.images import read_rgb
 from maskx.data.label_maps import write_label_map
+from maskx.data.voc_results import VocResults
 from maskx.engine.predictor import Predictor
 from maskx.engine.results import Prediction
 from maskx.engine.tiles import predict_tiles
@@ -90,6 +91,7 @@ def predict_files(
     batch_size: int = 1,
     tile: int | None = None,
     pictures: bool = True,
+    voc_results: bool = False,
     asked: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Predicted:
@@ -109,6 +111,9 @@ def predict_files(
         tile: side of the tiles that larger images are predicted in, see
             :func:`maskx.engine.tiles.predict_tiles`; None for whole images.
         pictures: write pictures and videos too.
+        voc_results: write label maps as the test server of PASCAL VOC takes them too, see
+            :class:`maskx.data.voc_results.VocResults`. Other classes are not predicted where the
+            system can choose.
         asked: what else the system is told, see :class:`maskx.engine.predictor.Predictor`.
         overwrite: write into a folder that holds files already.
 
@@ -131,11 +136,13 @@ def predict_files(
         raise FileExistsError(
             f"{output} exists already. Add --overwrite to write into it, or name another output."
         )
+    voc = VocResults(predictor.class_names) if voc_results else None
+    asked = ({} if voc is None else {"candidate_labels": voc.class_indices}) | dict(asked or {})
 
     def predict(images: Sequence[np.ndarray]) -> list[Prediction]:
-        return predictor.many(images, threshold=threshold, **(asked or {}))
+        return predictor.many(images, threshold=threshold, **asked)
 
-    work = _Work(predict, predictor.class_names, output, batch_size, tile, pictures)
+    work = _Work(predict, predictor.class_names, output, batch_size, tile, pictures, voc)
     done = work.run(list(zip(inputs, _names(inputs), strict=True)))
     categories = [{"id": id_, "name": name} for name, id_ in work.ids.items()]
     content = {
@@ -157,9 +164,11 @@ class _Work:
         batch_size: int,
         tile: int | None,
         pictures: bool,
+        voc: VocResults | None,
     ) -> None:
         self.predict, self.output = predict, output
         self.batch_size, self.tile, self.pictures = batch_size, tile, pictures
+        self.voc = voc
         self.ids = {name: index for index, name in enumerate(class_names, start=1)}
         self.done = Predicted()
 
@@ -249,6 +258,13 @@ class _Work:
                 folder / f"{name}.png", found.label_map, num_classes=len(found.class_names)
             )
             entry["label_map_file_name"] = f"{_LABEL_MAPS}/{name}.png"
+            if self.voc is not None:
+                self.voc.write(self.output, name, found.label_map)
+        elif self.voc is not None:
+            raise ValueError(
+                "Results for the test server of PASCAL VOC are label maps, but this run finds "
+                "instances. Give a run of TransferNet, LarvSeg or class patterns."
+            )
 
 
 class _UnreadableError(ValueError):

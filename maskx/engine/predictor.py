@@ -114,6 +114,36 @@ class Predictor:
         with torch.inference_mode():
             return self.system.box_masks(self.model, sample, corners, classes)
 
+    def similarities(
+        self,
+        image: str | os.PathLike[str] | np.ndarray,
+        points: Sequence[tuple[int, int]],
+        order: Literal["RGB", "BGR"] = "RGB",
+    ) -> np.ndarray:
+        """Say how alike every position of an image is to some of its pixels, for the model.
+
+        These are the maps that the papers show: rows of the Gram matrix of TransferNet, response
+        maps of LarvSeg. :func:`maskx.evaluation.figures.draw_similarities` draws them.
+
+        Args:
+            image: as of a call.
+            points: P pixels (x, y).
+            order: as of a call.
+
+        Returns:
+            (P, h, w) float32, at the resolution of the features.
+
+        Raises:
+            ValueError: a point is outside the image, or the system has no such maps.
+        """
+        if self.system.similarity is None:
+            raise ValueError(
+                f"{self.system.title} has no maps of what is alike. Give a run of TransferNet or "
+                "LarvSeg."
+            )
+        maps = self.system.similarity(self.model, self.prepare(_pixels(image, order)), points)
+        return maps.float().cpu().numpy()
+
 
 def open_run(folder: str | os.PathLike[str], device: str = "auto") -> Predictor:
     """Open the trained model of a run folder, of any system and either host.

@@ -25,6 +25,8 @@ class Prediction:
         segmentations: mask of each instance, as a compressed run-length encoding of COCO.
         scores: (N,), from 0 to 1.
         class_indices: (N,) integers.
+        remarks: what else is to be known of each instance, such as of which other concept a part of
+            its map is; None where there is nothing.
         label_map: (H, W) integers: 0 is the background, c + 1 the class of index c, and
             ``ignore_label(K)`` of :mod:`maskx.data.label_maps` what is not known; or None.
         image: (H, W, 3) uint8 RGB, to draw on.
@@ -36,12 +38,13 @@ class Prediction:
     segmentations: Sequence[dict[str, Any]] | None = None
     scores: np.ndarray | None = None
     class_indices: np.ndarray | None = None
+    remarks: Sequence[str | None] | None = None
     label_map: np.ndarray | None = None
     image: np.ndarray | None = field(default=None, repr=False)
     split: CategorySplit | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        parts = ("boxes", "segmentations", "scores", "class_indices")
+        parts = ("boxes", "segmentations", "scores", "class_indices", "remarks")
         lengths = {p: len(getattr(self, p)) for p in parts if getattr(self, p) is not None}
         if len(set(lengths.values())) > 1 or (lengths and "class_indices" not in lengths):
             raise ValueError(f"Instances need a class index each, and one of each part: {lengths}.")
@@ -92,12 +95,14 @@ class Prediction:
             scores = [""] * count if self.scores is None else [f" {s:.2f}" for s in self.scores]
             boxes = self._mask_boxes() if self.boxes is None else self.boxes
             masks = (decode_segmentation(s, *self.image_size) for s in self.segmentations or ())
+            remarks = [f", {each}" if each else "" for each in self.remarks or [None] * count]
+            labels = map("".join, zip(self.names, scores, remarks, strict=True))
             none = (np.zeros((1, 1), bool) for _ in range(count))
             tile = draw_instances(
                 image,
                 boxes=boxes,
                 masks=none if self.segmentations is None else masks,
-                labels=[f"{name}{score}" for name, score in zip(self.names, scores, strict=True)],
+                labels=list(labels),
                 with_masks=[self.split is None or n in self.split.with_masks for n in self.names],
                 side=side,
             )
@@ -121,11 +126,15 @@ class Prediction:
         if self.scores is None:
             return self
         kept = np.flatnonzero(np.asarray(self.scores) >= threshold)
-        segmentations = self.segmentations
+        segmentations, remarks = (
+            None if each is None else [each[i] for i in kept]
+            for each in (self.segmentations, self.remarks)
+        )
         return replace(
             self,
             boxes=None if self.boxes is None else self.boxes[kept],
-            segmentations=None if segmentations is None else [segmentations[i] for i in kept],
+            segmentations=segmentations,
+            remarks=remarks,
             scores=self.scores[kept],
             class_indices=self.class_indices[kept],
         )
@@ -157,6 +166,8 @@ class Prediction:
                 entry["segmentation"] = self.segmentations[row]
             if self.scores is not None:
                 entry["score"] = float(self.scores[row])
+            if self.remarks is not None and self.remarks[row]:
+                entry["remark"] = self.remarks[row]
             entries.append(entry)
         return entries
 

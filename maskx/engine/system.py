@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a help text waits for none of these
     from maskx.engine.runs import Run
     from maskx.supervision import CategorySplit
 
+    Similarity = Callable[[nn.Module, Mapping[str, Any], Sequence[tuple[int, int]]], Tensor]
     MakeSamples = Callable[[Mapping[str, Any], Sequence[str], CategorySplit], RecordMapper]
 
 
@@ -52,6 +53,9 @@ class System:
             pixels of the file and (R,) class indices; None for a system that makes label maps.
         exportable: makes, of a trained model and its class names, a network of tensors; None where
             there is none.
+        similarity: makes the figure of the paper that shows how alike features are: called with the
+            model, a sample and P pixels (x, y) of its image, gives (P, h, w) numbers, how alike
+            every position is to each of them; None where the paper has no such figure.
         has_background: whether its label maps have one; else pixels that nobody labelled are
             unknown.
         takes_concepts: whether a predictor can be asked for ``concepts`` by name.
@@ -70,6 +74,7 @@ class System:
     prediction: "Callable[[Mapping[str, Any], Sequence[str]], Prediction] | None" = None
     box_masks: "Callable[[nn.Module, Mapping[str, Any], Tensor, Tensor], PastedMasks] | None" = None
     exportable: "Callable[[nn.Module, Sequence[str]], Exportable] | None" = None
+    similarity: "Similarity | None" = None
     has_background: bool = True
     takes_concepts: bool = False
     learns_from: tuple[str, ...] = ()

@@ -153,8 +153,9 @@ def train(
     as they come.
 
     Returns:
-        The losses every 20 steps and at the last: ``iteration``, each loss and their ``total``, as
-        means over the steps since the row before.
+        The losses every 20 steps and at the last: ``iteration``, the ``total`` as the mean over the
+        steps since the row before, and each loss as that over those of them that have it: it is
+        zero in a step that has nothing to learn it from.
 
     Raises:
         ValueError: the checkpoint is not of this run, or another process is at work in the folder.
@@ -357,7 +358,9 @@ class _MeanLosses:
     """Means of the losses since the last row of the history, and the images they are of.
 
     The losses of one step say little: with data sets that take turns, those of one of them are zero
-    in every other step. The sums stay on the device, since reading them waits for it.
+    in every other step. Such steps are left out of the mean of a loss, which would say how often it
+    is there, as they are in Detectron2's log. The sums stay on the device, since reading them waits
+    for it.
     """
 
     def __init__(self) -> None:
@@ -365,6 +368,7 @@ class _MeanLosses:
 
     def clear(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, torch.Tensor] = {}
         self._steps = 0
         self.images: list[str] = []
 
@@ -373,13 +377,17 @@ class _MeanLosses:
     ) -> None:
         self._steps += 1
         for name, loss in {**losses, "total": total}.items():
-            self._sums[name] = self._sums.get(name, 0) + loss.detach().float()
+            loss = loss.detach().float()
+            self._sums[name] = self._sums.get(name, 0) + loss
+            self._counts[name] = self._counts.get(name, 0) + (loss != 0)
+        self._counts["total"] = torch.full_like(self._sums["total"], self._steps)
         if total.device.type == "cpu":  # each step is looked at
             self.images.clear()
         self.images += image_names(batch)
 
     def read(self, iteration: int) -> dict[str, float]:
-        values = (torch.stack(list(self._sums.values())) / self._steps).cpu().tolist()
+        sums, counts = (torch.stack([*each.values()]) for each in (self._sums, self._counts))
+        values = (sums / counts.clamp(min=1)).cpu().tolist()
         row = dict(zip(self._sums, values, strict=True))
         if not all(math.isfinite(value) for value in values):
             is_exact = self._steps == 1 or self._sums["total"].device.type == "cpu"
@@ -395,10 +403,11 @@ class _MeanLosses:
         return f"Lower the learning rate, or look at the images of that step{images}."
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._sums, "steps": self._steps}
+        return {"sums": self._sums, "counts": self._counts, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._sums, self._steps = dict(state["sums"]), state["steps"]
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._steps = state["steps"]
 
 
 def read_checkpoint(path: Path, device: torch.device | str) -> dict:

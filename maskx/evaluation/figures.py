@@ -161,6 +161,38 @@ def draw_heat_map(
     return _squared(tile, side)
 
 
+def draw_similarities(
+    image: np.ndarray,
+    points: Sequence[tuple[int, int]],
+    maps: np.ndarray,
+    *,
+    symmetric: bool,
+    side: int = 400,
+) -> np.ndarray:
+    """Draw an image with points in it, and how alike every position is to each of them.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        points: P pixels (x, y) of the image, which are marked.
+        maps: (P, h, w) of any resolution.
+        symmetric: see :func:`draw_heat_map`.
+        side: of each of the 1 + P tiles, which stand in a row.
+
+    Returns:
+        (height, (1 + P) * side, 3) uint8 RGB.
+    """
+    scale, _ = _fitted(image, side)
+    tiles = [plain_tile(image, side)]
+    tiles += [draw_heat_map(image, values, symmetric=symmetric, side=side) for values in maps]
+    for number, (x, y) in enumerate(points, start=1):
+        place = round(scale * (x + 0.5)), round(scale * (y + 0.5))
+        for tile in (tiles[0], tiles[number]):
+            cv2.circle(tile, place, 6, (0, 0, 0), -1, cv2.LINE_AA)
+            cv2.circle(tile, place, 4, tuple(_class_color(number).tolist()), -1, cv2.LINE_AA)
+    titles = ["image", *(f"({x}, {y})" for x, y in points)]
+    return contact_sheet(tiles, columns=len(tiles), column_titles=titles, legend=())
+
+
 def contact_sheet(
     tiles: Sequence[np.ndarray],
     *,

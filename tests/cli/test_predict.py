@@ -7,6 +7,7 @@ import types
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from toy_model import OneWeight
 
 from maskx.cli.main import main
@@ -72,10 +73,10 @@ def system(request):
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(system):
+    def make(system, names=NAMES):
         folder = tmp_path / system
-        split = split_one_side("split", NAMES, with_masks=("left",))
-        run = Run(system=system, host="pip", class_names=NAMES, settings={}, split=split)
+        split = split_one_side("split", names, with_masks=names[:1])
+        run = Run(system=system, host="pip", class_names=names, settings={}, split=split)
         settings = TrainingSettings(iterations=1, batch_size=1, learning_rate=1e-3)
         train(Halves(), lambda start, stop: [[{}]], settings, output_dir=folder, run=run)
         return str(folder)
@@ -120,6 +121,33 @@ def test_a_folder_gives_pictures_and_one_coco_file(make_run, photos, tmp_path, s
         found = read_label_map(path, 40, 60, num_classes=2, image_id=1)
         assert np.unique(found[:, :30]).tolist() == [1]
         assert np.unique(found[:, 30:]).tolist() == [2]
+
+
+def test_results_for_the_test_server_of_voc(make_run, photos, tmp_path):
+    """Labels in VOC's order by the names of either list; all that VOC does not have is 0."""
+    run = make_run("half_maps", names=("tv", "ladder"))
+    output = tmp_path / "out"
+    words = ["predict", run, str(photos), "--output", str(output), "--voc-results"]
+    assert main(words) == 0
+    folder = output / "results" / "VOC2012" / "Segmentation" / "comp6_test_cls"
+    assert sorted(path.name for path in folder.iterdir()) == ["0.png", "1.png"]
+    with Image.open(folder / "0.png") as found:
+        assert (found.mode, found.size) == ("P", (60, 40))
+        assert found.getpalette()[3 * 20 : 3 * 21] == [0, 64, 128]
+        labels = np.array(found)
+    assert (labels[:, :30] == 20).all()  # tvmonitor
+    assert not labels[:, 30:].any()
+    for system, names, said in (
+        (
+            "half_maps",
+            NAMES,
+            "None of the 2 classes of the model is one of PASCAL VOC: 'left', 'ri",
+        ),
+        ("halves", ("person", "dog"), "but this run finds instances"),
+    ):
+        words[1] = make_run(system, names)
+        with pytest.raises(SystemExit, match=said):
+            main([*words, "--overwrite"])
 
 
 def test_masks_of_a_are_green_and_those_of_b_red(make_run, photos, tmp_path):

@@ -556,7 +556,10 @@ def test_the_two_tools_work_with_it(weights, opts, data, tmp_path, monkeypatch, 
         runpy.run_path(str(TOOLS / f"{name}.py"), run_name="__main__")
         return capsys.readouterr().out
 
-    run_tool("discover_class_patterns")
+    name = load_coco(*data).class_names[0]
+    printed = run_tool("discover_class_patterns", "--draw", name)
+    assert "Components explain" in printed
+    assert len(list(tmp_path.glob("components_*_C4[13].png"))) == 2
     printed = run_tool("make_proxy_masks", "--patterns", str(tmp_path / PATTERNS_NAME))
     assert [line[:7] for line in printed.splitlines() if line[:3] == "| C"] == [
         "| C41 |",

@@ -3,6 +3,7 @@ import io
 import json
 import logging
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +113,34 @@ def test_perfect_predictions_score_100(predictions, tiny_train):
         assert results[task]["AP"] == pytest.approx(100)
     per_class = {f"AP-{name}" for name in MetadataCatalog.get(tiny_train).thing_classes}
     assert set(results["segm"]) == {*METRICS, *per_class}
+
+
+def test_a_file_of_lvis_is_scored_by_its_rule(predictions, tiny_train, tmp_path):
+    """A detection where nobody looked for its category is not wrong; frequencies stand beside."""
+    metadata = MetadataCatalog.get(tiny_train)
+    content = json.loads(Path(metadata.json_file).read_text())
+    for image in content["images"]:
+        image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    for category, letter in zip(content["categories"], "rcff", strict=True):
+        category["frequency"] = letter
+    (tmp_path / "lvis.json").write_text(json.dumps(content))
+    register_coco("lvis", tmp_path / "lvis.json", metadata.image_root)
+    inputs, outputs = predictions(noise=0)
+    for output in outputs:  # what is there is found as what is not there too, and surer so
+        found = output["instances"]
+        others = set(range(4)) - set(found.pred_classes.tolist())
+        wrong = [found[:] for _ in others]
+        for each, index in zip(wrong, others, strict=True):
+            each.pred_classes = torch.full_like(found.pred_classes, index)
+            each.scores = torch.ones(len(found))
+        output["instances"] = Instances.cat([found, *wrong])
+    plain, federated = (
+        run(MaskXCOCOEvaluator(name), inputs, outputs) for name in (tiny_train, "lvis")
+    )
+    for task in ("bbox", "segm"):
+        assert plain[task]["AP"] < 99
+        for name in ("", "_rare", "_common", "_frequent"):
+            assert federated[f"{task}{name}"]["AP"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize("processed", [True, False])

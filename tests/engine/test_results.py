@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 import types
 
@@ -51,6 +52,15 @@ def test_instances_above_a_threshold():
     assert (found.names, found.scores.tolist(), len(found.boxes)) == (["horse"], [0.9], 1)
     assert np.array_equal(found.masks, MASKS[:1])
     assert PIXELS.above(0.5) is PIXELS
+
+
+def test_remarks_stay_with_their_instances():
+    remarked = dataclasses.replace(INSTANCES, remarks=[None, "30% 'dog'"], image=EMPTY.image)
+    (entry,) = remarked.above(0.5).to_coco(7)
+    assert "remark" not in entry
+    assert remarked.to_coco(7)[1]["remark"] == "30% 'dog'"
+    plain = dataclasses.replace(remarked, remarks=None)
+    assert not np.array_equal(remarked.plot(side=300), plain.plot(side=300))
 
 
 def test_results_of_coco_are_of_the_ids_of_the_file():

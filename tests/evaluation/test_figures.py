@@ -10,6 +10,7 @@ from maskx.evaluation.figures import (
     draw_heat_map,
     draw_instances,
     draw_label_map,
+    draw_similarities,
     plain_tile,
     save_png,
 )
@@ -191,6 +192,19 @@ def test_sequential_heat_maps_rise_from_zero_to_the_largest_value():
     assert brightness[0] == brightness[12] < brightness[25] < brightness[39]
     doubled = draw_heat_map(image, 2 * values, symmetric=False, side=40)
     assert np.array_equal(doubled, tile)
+
+
+def test_points_are_marked_in_the_image_and_in_their_own_map():
+    image, points = grey_image(20, 40, 120), [(10, 10), (30, 5)]
+    maps = np.stack([np.full((2, 4), 0.5), np.eye(2, 4)])
+    sheet = draw_similarities(image, points, maps, symmetric=False, side=80)[-80:]
+    assert sheet.shape == (80, 240, 3)
+    plain = [draw_heat_map(image, each, symmetric=False, side=80) for each in maps]
+    for tile, (x, y) in ((0, points[0]), (0, points[1]), (1, points[0]), (2, points[1])):
+        marked = sheet[:, 80 * tile : 80 * (tile + 1)][2 * y + 1, 2 * x + 1]
+        assert np.ptp(marked.astype(int)) > 100
+    assert np.array_equal(sheet[:, 80:160][:, 50:], plain[0][:, 50:])
+    assert np.array_equal(sheet[:, 160:][:, :50], plain[1][:, :50])
 
 
 @pytest.mark.filterwarnings("error")

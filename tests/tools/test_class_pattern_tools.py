@@ -105,6 +105,7 @@ def test_shards_then_merge(run_folder, run_tool, tmp_path):
         (("--shard", "2/2"), "error: Shard 2 of 2 does not exist"),
         (("--max-images-per-class", "0"), "error: max_images_per_class must be at least 1"),
         (("--merge",), "holds shards of no runs"),
+        (("--draw", "dodo"), "error: --draw names 'dodo'. The classifier knows "),
         (("--batch-size", "0"), "error: batch_size must be at least 1 image, got 0"),
     ],
 )

@@ -124,7 +124,7 @@ class TakesTurns(nn.Module):
 
 
 @pytest.mark.parametrize("stop_before", [None, 5, 21, 33])
-def test_losses_are_means_since_the_row_before_also_when_resumed(tmp_path, stop_before):
+def test_losses_are_means_over_the_steps_that_have_them_also_when_resumed(tmp_path, stop_before):
     settings = TrainingSettings(iterations=44, batch_size=1, learning_rate=0.1, checkpoint_every=3)
 
     def batches(start, stop, last=None):
@@ -139,12 +139,14 @@ def test_losses_are_means_since_the_row_before_also_when_resumed(tmp_path, stop_
             train(TakesTurns(), broken_off, settings, output_dir=tmp_path)
     history = train(TakesTurns(), batches, settings, output_dir=tmp_path, resume=True)
     assert [row["iteration"] for row in history] == [0, 20, 40, 43]
-    # Steps 1 to 20 have the even numbers 2 to 20 and the odd ones 1 to 19.
-    assert history[1]["loss_even"] == pytest.approx(110 / 20)
-    assert history[1]["loss_odd"] == pytest.approx(100 / 20)
+    # Steps 1 to 20 have the even numbers 2 to 20 and the odd ones 1 to 19. A step that lacks a loss
+    # has no part in its mean.
+    assert history[0]["loss_odd"] == 0
+    assert history[1]["loss_even"] == pytest.approx(110 / 10)
+    assert history[1]["loss_odd"] == pytest.approx(100 / 10)
     assert history[1]["total"] == pytest.approx(210 / 20)
-    assert history[3]["loss_even"] == pytest.approx(42 / 3)
-    assert history[3]["loss_odd"] == pytest.approx((41 + 43) / 3)
+    assert history[3]["loss_even"] == pytest.approx(42)
+    assert history[3]["loss_odd"] == pytest.approx((41 + 43) / 2)
 
 
 def test_the_schedule_rises_then_falls():

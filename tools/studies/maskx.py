@@ -242,7 +242,11 @@ class _SeedRuns:
             model, data.records, data.category_ids, description=f"seed {self.seed} {description}"
         )
         results = evaluate_detections(
-            data.json_file, detections, category_ids=data.category_ids, groups=self.split.groups()
+            data.json_file,
+            detections,
+            category_ids=data.category_ids,
+            groups=self.split.groups(),
+            max_detections=model.detector.roi_heads.detections_per_img,
         )
         return {
             f"{name}_AP_{group}": results[task][group]["AP"]

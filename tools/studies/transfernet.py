@@ -68,10 +68,7 @@ class _SeedRuns:
             for data in (train_data, val_data)
         )
         sets = transfer_sets(records, split)
-        report(
-            f"seed {seed}: {len(sets.source)} source images with masks, {len(sets.target)} target "
-            "images with tags"
-        )
+        report(f"seed {seed}: {sets.counted()}")
         self.groups = {
             "target": split.indices_without_masks,
             "source": split.indices_with_masks,

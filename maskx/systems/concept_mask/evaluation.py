@@ -417,7 +417,7 @@ def evaluate_concepts(
     model: EmbeddingModel,
     test: ConceptTest,
     *,
-    kind: str = "blended",
+    kind: str | None = None,
     segment: bool = True,
     description: str = "evaluation",
 ) -> dict[str, Any]:
@@ -425,7 +425,7 @@ def evaluate_concepts(
 
     Args:
         model: of any stage, of RGB images.
-        kind: of attention, see :meth:`EmbeddingModel.attention`.
+        kind: of attention, see :meth:`EmbeddingModel.attention`; None for that of the model.
         segment: make masks with the segmentation network, not of the attention.
 
     Returns:

@@ -78,6 +78,7 @@ class EmbeddingModel(SampleModel):
             attention maps of stage 3 and of inference.
         scored_sizes: those of the attention sizes whose maps are shown and measured; () for all.
             The segmentation network sees all of them.
+        attention_kind: which maps are shown, measured and segmented, see :meth:`attention`.
         unseen: words that are not in the table, found by their vectors alone.
         query: what to look for in a sample that does not say; None for all that exists.
         architecture: what else the network is built from, as JSON can hold it, for its checkpoints.
@@ -96,6 +97,7 @@ class EmbeddingModel(SampleModel):
         split: ConceptSplit,
         attention_sizes: Sequence[int] = (300, 700),
         scored_sizes: Sequence[int] = (),
+        attention_kind: str = "blended",
         unseen: WordTable | None = None,
         query: ConceptQuery | None = None,
         architecture: Mapping[str, Any] | None = None,
@@ -114,6 +116,7 @@ class EmbeddingModel(SampleModel):
                 f"scored_sizes of ConceptMask has {others}. Allowed: some of the attention_sizes "
                 f"{tuple(attention_sizes)}, or () for all."
             )
+        check_choice("attention_kind of ConceptMask", attention_kind, ATTENTION_KINDS)
         difference = vocabulary_difference(split.vocabulary, table.names)
         if difference is not None:
             raise ValueError(
@@ -126,6 +129,7 @@ class EmbeddingModel(SampleModel):
         self.attention_sizes = tuple(attention_sizes)
         wanted = frozenset(scored_sizes or attention_sizes)
         self._scored = [n for n, size in enumerate(attention_sizes) if size in wanted]
+        self.attention_kind = attention_kind
         self.architecture = None if architecture is None else dict(architecture)
         self.is_new = True
         self._has_warned = False
@@ -192,7 +196,7 @@ class EmbeddingModel(SampleModel):
         sample: Sample,
         query: ConceptQuery | None = None,
         *,
-        kind: str = "blended",
+        kind: str | None = None,
         segment: bool = True,
     ) -> dict[str, Any]:
         """Find concepts in one image; call it in evaluation mode.
@@ -202,7 +206,7 @@ class EmbeddingModel(SampleModel):
         Args:
             sample: see :meth:`forward`.
             query: concepts; None for those of the sample, or else of the model.
-            kind: of attention, see :meth:`attention`.
+            kind: of attention, see :meth:`attention`; None for that of the model.
             segment: make masks with the segmentation network, if there is one, not of the
                 attention.
 
@@ -221,6 +225,7 @@ class EmbeddingModel(SampleModel):
               boxed concepts that the rest was taken from, None where there is no rest;
             - ``existence``: (C,) see :meth:`existence`, and ``exists``, bool, above the threshold.
         """
+        kind = self.attention_kind if kind is None else kind
         check_choice("kind of attention", kind, ATTENTION_KINDS)
         self._check_size(sample)
         image = self.normalise(sample)[None]

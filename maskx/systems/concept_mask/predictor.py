@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from maskx.core.checks import check_choice
+from maskx.core.text import file_name_of
 from maskx.data.images import read_rgb
 from maskx.evaluation.figures import (
     contact_sheet,
@@ -47,6 +48,11 @@ class FoundConcept:
     exists: bool
     borrowed: str | None
     own_share: float
+
+
+def said_of_map(borrowed: str | None, own_share: float) -> str | None:
+    """Say how much of a map is that of which other concept; None where all of it is its own."""
+    return None if borrowed is None else f"{1 - own_share:.0%} '{borrowed}'"
 
 
 class ConceptPredictor:
@@ -179,11 +185,11 @@ def segment_files(
         rows, written = [], {"concepts"}
         for name, each in found.items():
             title = f"{name} ({'exists' if each.exists else 'seems not to be there'})"
-            if each.borrowed is not None:
-                title += f", {1 - each.own_share:.0%} '{each.borrowed}'"
+            if remark := said_of_map(each.borrowed, each.own_share):
+                title += f", {remark}"
             maps = {"initial map": each.initial, "refined map": each.attention}
             rows.append(ConceptRow(title, image, maps, {"mask": each.mask}))
-            file_name = "".join(c if c.isalnum() else "_" for c in name)
+            file_name = file_name_of(name)
             while file_name in written:
                 file_name += "_"
             written.add(file_name)

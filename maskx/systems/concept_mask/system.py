@@ -26,7 +26,7 @@ from maskx.systems.concept_mask.model import (
     read_description,
 )
 from maskx.systems.concept_mask.network import ConceptEmbedding, ConceptSegmenter, build_encoder
-from maskx.systems.concept_mask.predictor import ConceptPredictor
+from maskx.systems.concept_mask.predictor import ConceptPredictor, said_of_map
 
 STAGES = (EmbeddingModel, RefinementModel, SegmentationModel)
 """The networks of stage 1, 2 and 3."""
@@ -168,11 +168,13 @@ def _pipeline(options: QuickstartOptions, report: Callable[[str], None]) -> dict
 
 def _prediction(result: Mapping[str, Any], class_names: Sequence[str]) -> Prediction:
     """Make an instance of the mask of each concept, which may be one that is not in the list."""
+    shares = zip(result["borrowed"], result["own_share"].tolist(), strict=True)
     return Prediction(
         class_names=tuple(result["concepts"]),
         segmentations=encode_masks(result["masks"].cpu().numpy()),
         scores=result["existence"].clamp(0, 1).cpu().numpy(),
         class_indices=np.arange(len(result["concepts"])),
+        remarks=[said_of_map(name, own_share) for name, own_share in shares],
     )
 
 

@@ -1,6 +1,6 @@
 """How good the label maps and the features of LarvSeg are."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from maskx.core.backbones import named_feature
 from maskx.core.checks import check_choice
+from maskx.core.images import positions_of_pixels
+from maskx.core.sample_models import Sample
 from maskx.core.seeds import step_seed
 from maskx.data.images import read_image_sample
 from maskx.data.label_maps import ignore_label
@@ -97,6 +99,7 @@ def evaluate_grouping(
     *,
     seed: int = 0,
     features: str = "tokens",
+    read: Callable[[Record], Sample] = read_image_sample,
 ) -> dict[str, Any]:
     """Measure how well features group the pixels of a class (Eq. 2): the exploratory experiment.
 
@@ -109,6 +112,7 @@ def evaluate_grouping(
         novel: see :class:`LarvSegScores`, which also says what is returned.
         seed: of the random pixels.
         features: ``tokens``, those of the classifier, or ``backbone``, the feature map before.
+        read: makes the sample of an image in the order of channels of the model.
     """
     check_choice("features", features, ("tokens", "backbone"))
     model.eval()
@@ -116,7 +120,7 @@ def evaluate_grouping(
     scores = LarvSegScores(test.class_names, novel)
     ignore = ignore_label(len(test.class_names))
     for number, record in enumerate(tqdm(test.records, desc="pixel grouping", unit="img")):
-        images = model.preprocess([read_image_sample(record)])
+        images = model.preprocess([read(record)])
         if features == "tokens":
             (maps,) = network(images)
         else:
@@ -154,13 +158,33 @@ def group_pixels(
     labels = label_map[label_map != ignore].unique()
     if len(labels) == 0:
         return torch.full_like(label_map, ignore)
-    (height, width), (rows, columns) = label_map.shape, features.shape[-2:]
-    seeds = []
+    size, points = tuple(label_map.shape), []
     for label in labels:
         places = (label_map == label).nonzero()
-        y, x = places[torch.randint(len(places), (), generator=generator)].unbind()
-        seeds.append((y * rows // height) * columns + x * columns // width)
-    tokens = F.normalize(features, dim=0).flatten(1)
-    responses = (tokens[:, torch.stack(seeds)].T @ tokens).unflatten(1, (rows, columns))
-    responses = F.interpolate(responses[None], (height, width), mode="bilinear")[0]
+        points.append(places[torch.randint(len(places), (), generator=generator)].flip(0))
+    responses = _responses(features, torch.stack(points), size)
+    responses = F.interpolate(responses[None], size, mode="bilinear")[0]
     return labels[responses.argmax(dim=0)]
+
+
+@torch.inference_mode()
+def response_maps(model: LarvSegModel, sample: Sample, points: Sequence[tuple[int, int]]) -> Tensor:
+    """Make the response maps of pixels, as in the paper's figure of pixel grouping (Eq. 2).
+
+    Args:
+        model: of either host, in evaluation mode.
+        sample: with ``image``, of which `points` are pixels (x, y).
+
+    Returns:
+        (P, h, w) cosines of every token with that of a pixel.
+    """
+    (tokens,) = model.network(model.preprocess([sample])).float()
+    size = tuple(sample["image"].shape[-2:])
+    return _responses(tokens, torch.tensor(points, device=tokens.device).reshape(-1, 2), size)
+
+
+def _responses(features: Tensor, points: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Return the (P, h, w) cosines of (C, h, w) features with those at P pixels."""
+    tokens, size = F.normalize(features, dim=0).flatten(1), tuple(features.shape[-2:])
+    seeds = tokens[:, positions_of_pixels(points, image_size, size).to(tokens.device)]
+    return (seeds.T @ tokens).unflatten(1, size)

@@ -9,6 +9,7 @@ from maskx.engine.quickstart import choose_image_size, load_split_data, write_me
 from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
 from maskx.engine.training import select_device
+from maskx.systems.larvseg.evaluation import response_maps
 from maskx.systems.larvseg.model import exportable
 from maskx.systems.larvseg.pipeline import LarvSegSettings, learn_larvseg, open_larvseg
 
@@ -68,6 +69,7 @@ SYSTEM = System(
     open=lambda run, device: open_larvseg(run.weights_file, device),
     prediction=label_map_prediction,
     exportable=exportable,
+    similarity=response_maps,
     has_background=False,
     learns_from=("tags_and_masks", "many_tags_and_masks"),
     options=frozenset(["masks_for"]),

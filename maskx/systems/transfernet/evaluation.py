@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from maskx.core.image_classifier import multi_hot
+from maskx.core.images import positions_of_pixels
 from maskx.core.sample_models import Sample
 from maskx.data.images import ImageMapper
 from maskx.evaluation.figures import (
@@ -107,6 +109,27 @@ def evaluate_transfer(
             if len(indices)
         }
     return results
+
+
+@torch.inference_mode()
+def gram_rows(model: TransferNetModel, sample: Sample, points: Sequence[tuple[int, int]]) -> Tensor:
+    """Make the rows of the Gram matrix at pixels, as in the paper's figure 6 (Eq. 10).
+
+    A row is the densified attention of a single position, by which the decoder sees more than that.
+
+    Args:
+        model: of either host, in evaluation mode.
+        sample: with ``image``, of which `points` are pixels (x, y).
+
+    Returns:
+        (P, h, w) inner products of every feature with that of a pixel.
+    """
+    (features,) = model.network.encode(model.preprocess([sample]))[0].float()
+    size = tuple(features.shape[-2:])
+    places = torch.tensor(points).reshape(-1, 2)
+    places = positions_of_pixels(places, tuple(sample["image"].shape[-2:]), size)
+    features = features.flatten(1)
+    return (features[:, places.to(features.device)].T @ features).unflatten(1, size)
 
 
 def format_transfer(metrics: Mapping[str, Any]) -> str:

@@ -424,11 +424,7 @@ def learn_to_transfer(
             "a mask, so there is nothing to evaluate. Give a file with masks of all categories."
         )
     sets = transfer_sets(train_data.records, split, use_target_masks=settings.use_target_masks)
-    with_masks = sum(record["supervision"] == is_mask for record in sets.source)
-    report(
-        f"{len(sets.source)} source images, {with_masks} with masks, {len(sets.target)} target "
-        f"images with tags, {sets.num_unlabelled} without a label left out"
-    )
+    report(sets.counted())
     link_run(output, TransferMethod().name)
     chain = TransferChain(
         sets,

@@ -61,6 +61,14 @@ class TransferSets:
     target: list[Record]
     num_unlabelled: int
 
+    def counted(self) -> str:
+        """Say how many images there are of each side, and how many of the source have masks."""
+        with_masks = sum(r["supervision"] == Supervision.MASK.value for r in self.source)
+        return (
+            f"{len(self.source)} source images, {with_masks} with masks, {len(self.target)} target "
+            f"images with tags, {self.num_unlabelled} without a label left out"
+        )
+
 
 def transfer_sets(
     records: Sequence[Mapping[str, Any]],

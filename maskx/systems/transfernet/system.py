@@ -13,6 +13,7 @@ from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
 from maskx.engine.training import select_device
 from maskx.supervision import CategorySplit
+from maskx.systems.transfernet.evaluation import gram_rows
 from maskx.systems.transfernet.model import exportable
 from maskx.systems.transfernet.pipeline import (
     TransferSettings,
@@ -112,6 +113,7 @@ SYSTEM = System(
     open=open_transfer_model,
     prediction=label_map_prediction,
     exportable=exportable,
+    similarity=gram_rows,
     learns_from=("tags_and_masks",),
     options=frozenset(["compare", "masks_for", "crf", "target_train"]),
 )

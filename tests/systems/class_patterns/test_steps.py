@@ -1,6 +1,7 @@
 import json
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from maskx.data.coco import load_coco
 from maskx.data.images import ImageMapper
 from maskx.data.label_maps import read_label_map
 from maskx.data.scenes.generator import generate_scenes
+from maskx.systems.class_patterns.components import draw_components
 from maskx.systems.class_patterns.patterns import accumulate_moments, find_patterns
 from maskx.systems.class_patterns.projections import projections_path, read_projections
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings, mask_path, proxy_label_map
@@ -423,3 +425,25 @@ def test_true_masks_change_nothing_but_the_comparison(data, found, tmp_path):
                 for made, entry in ((first, one), (second, two))
             ]
             assert pixels[0] == pixels[1]
+
+
+def test_components_are_drawn_and_the_first_is_the_pattern(data, tmp_path):
+    """Shares of the variance are those of a plain principal component analysis."""
+    source, label = make_source(), data.records[0]["image_labels"][0]
+    path = tmp_path / "folder" / "components.png"
+    shares = draw_components(path, source, data.records, label, "C41", num_images=2, batch_size=3)
+    shown = [record for record in data.records if label in record["image_labels"]]
+    vectors = []
+    with torch.no_grad(), LayerTaps(source.classifier.backbone, ["C41"]) as taps:
+        for record in shown:
+            source.classifier.backbone(source.model.preprocess([source.read_image(record)]))
+            vectors.append(taps.features["C41"][0].flatten(1).T.double())
+    expected = np.linalg.eigvalsh(np.cov(torch.cat(vectors).T.numpy()))[::-1]
+    assert shares == pytest.approx(expected / expected.sum(), abs=1e-5)
+    rows = min(2, len(shown))
+    picture = cv2.imread(str(path))
+    assert picture.shape[1] == 4 * 256
+    assert picture.shape[0] > rows * 256
+    other = ({"image_labels": []}, {"image_labels": [label + 1]})
+    with pytest.raises(ValueError, match=f"None of the 2 images has the class of index {label}"):
+        draw_components(path, source, other, label, "C41")

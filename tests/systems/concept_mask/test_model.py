@@ -779,6 +779,22 @@ def test_before_stage_3_the_attention_takes_the_place_of_the_masks(stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("kind", ["own", "nearest", "initial"])
+def test_the_kind_of_attention_is_that_of_the_model_unless_it_is_asked_for(stage, kind):
+    """ "initial" of stage 2 is the row "finetuned" of the paper's Table 1."""
+    net, other = make_net(stage).eval(), make_net(stage, attention_kind=kind).eval()
+    other.load_state_dict(net.state_dict())
+    sample, query = {"image": make_images()[0]}, query_of([3, 0])
+    asked, own = net.predict(sample, query, kind=kind), other.predict(sample, query)
+    blended = other.predict(sample, query, kind="blended")
+    for key in ("attention", "masks_prob"):
+        assert torch.equal(own[key], asked[key])
+        assert torch.equal(blended[key], net.predict(sample, query)[key])
+    if kind == "initial":
+        assert torch.equal(own["attention"], own["initial"])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
 def test_constant_attention_maps_give_finite_masks(stage):
     net = make_net(stage).eval()
     set_refined(net, [0.3] * V)
@@ -827,6 +843,7 @@ def test_autocast_computes_nearly_the_same(stage):
         (1, {"attention_sizes": (8, 48)}, r"are \(8, 48\). Allowed: .* of at least 16 pixels"),
         (1, {"attention_sizes": ()}, r"attention_sizes of ConceptMask are \(\)"),
         (1, {"scored_sizes": (32, 40)}, r"scored_sizes of ConceptMask has \[40\]. Allowed: some"),
+        (2, {"attention_kind": "raw"}, r"attention_kind of ConceptMask must be one of 'blended'"),
         (1, {"split": make_split(names="abcdefghj")}, "another vocabulary .*: concept 8 is 'j'"),
         (2, {"split": make_split((), ())}, "no boxed concept. Stages 2 and 3 need at least one"),
         (3, {"split": make_split((), ())}, "no boxed concept. Stages 2 and 3 need at least one"),

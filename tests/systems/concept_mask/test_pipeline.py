@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import maskx
 from maskx.core.word_table import WordTable, load_word_table
 from maskx.data.images import read_rgb
 from maskx.engine import training_chain
@@ -363,6 +364,21 @@ def test_blending_unseen_words_is_asked_for(trained, image):
     assert blended.borrowed in predictor.model.split.boxed
     assert blended.own_share == 0.5
     assert not np.allclose(blended.attention, alone.attention)
+
+
+def test_a_prediction_of_the_run_says_of_what_a_map_was_borrowed(trained, image):
+    opened = maskx.open_run(trained[0], device="cpu")
+    opened.model.set_fitted(theta_image=0.25)
+    split = opened.model.split
+    names = [split.masked[0], next(n for n in split.vocabulary if n not in split.boxed)]
+    prediction = opened(image, concepts=[*names, "crescent"])
+    nearest = open_predictor(trained[0])
+    nearest.model.set_fitted(theta_image=0.25)
+    borrowed = nearest(image, names)[names[1]].borrowed
+    assert borrowed in split.boxed
+    assert prediction.remarks == [None, f"75% '{borrowed}'", None]
+    remarks = [entry.get("remark") for entry in prediction.to_coco(1)]
+    assert remarks == prediction.remarks
 
 
 def test_images_and_models_may_have_either_order_of_channels(trained, image):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import maskx
 from maskx.data.coco import load_coco
 from maskx.data.images import read_image_sample
 from maskx.data.scenes.generator import generate_scenes
@@ -17,6 +18,7 @@ from maskx.systems.larvseg.evaluation import (
     evaluate_grouping,
     evaluate_larvseg,
     predict_larvseg,
+    response_maps,
 )
 from maskx.systems.larvseg.model import read_extra_state
 from maskx.systems.larvseg.network import LarvSeg
@@ -314,6 +316,22 @@ def test_grouping_is_seeded_and_takes_features_of_both_kinds(trained, data, spli
     assert 0 < measure(features="backbone")["mIoU"]["all"] < 100
     with pytest.raises(ValueError, match="features must be one of 'tokens'"):
         measure(features="pixels")
+
+
+def test_response_maps_are_the_cosines_of_tokens_with_that_of_a_pixel(trained, data):
+    chain, models = trained
+    record = data.records[0]
+    size, points = (record["height"], record["width"]), [(3, 60), (40, 0)]
+    model, sample = models["larvseg"].eval(), read_image_sample(record)
+    maps = response_maps(model, sample, points)
+    with torch.no_grad():
+        tokens = F.normalize(model.network(model.preprocess([sample]))[0], dim=0)
+    for found, (x, y) in zip(maps, points, strict=True):
+        own = tokens[:, y * tokens.shape[1] // size[0], x * tokens.shape[2] // size[1]]
+        torch.testing.assert_close(found, torch.einsum("chw,c->hw", tokens, own))
+        assert found.max() == pytest.approx(1)
+    opened = maskx.open_run(chain.output / "larvseg", device="cpu")
+    assert np.allclose(opened.similarities(record["file_name"], points), maps, atol=1e-5)
 
 
 def test_attention_needs_images_in_the_bank(trained, data):

@@ -9,7 +9,16 @@ from maskx.data.coco import load_coco
 from maskx.data.label_maps import semantic_label_map
 from maskx.data.scenes.generator import generate_scenes
 from maskx.data.splits import resolve_split
-from maskx.systems.transfernet.evaluation import evaluate_transfer, predict_transfer
+from maskx.systems.transfernet.evaluation import (
+    evaluate_transfer,
+    gram_rows,
+    predict_transfer,
+)
+from maskx.systems.transfernet.pipeline import (
+    TransferMethod,
+    TransferSettings,
+    build_transfer_model,
+)
 
 K = 12
 
@@ -85,3 +94,23 @@ def test_samples_and_results_come_in_the_order_of_the_records(data, split):
         assert sample["image_id"] == record["image_id"]
         assert sample["image"].shape[1:] == result["sem_seg"].shape
         assert np.isin(result["sem_seg"].numpy() - 1, [-1, *split.indices_with_masks]).all()
+
+
+@pytest.mark.parametrize(("method", "stage"), [("transfernet", "joint"), ("baseline", "source")])
+def test_rows_of_the_gram_matrix_are_the_densified_attention_of_one_position(method, stage, split):
+    """Figure 6: Eq. 10 with an attention that is 1 at a position and 0 elsewhere."""
+    torch.manual_seed(0)
+    settings = TransferSettings(image_size=64, num_factors=4, hidden_channels=4)
+    model = build_transfer_model(settings, split, TransferMethod(method), stage).eval()
+    sample = {"image": torch.randint(0, 256, (3, 32, 128), dtype=torch.uint8)}
+    rows = gram_rows(model, sample, [(0, 0), (127, 31), (70, 9)])
+    with torch.no_grad():
+        features = model.network.encode(model.preprocess([sample]))[0][0]
+    height, width = features.shape[1:]
+    assert rows.shape == (3, height, width)
+    for row, (x, y) in zip(rows, [(0, 0), (127, 31), (70, 9)], strict=True):
+        own = features[:, y * height // 32, x * width // 128]
+        torch.testing.assert_close(row, torch.einsum("dhw,d->hw", features, own))
+    for point in ((128, 0), (0, -1)):
+        with pytest.raises(ValueError, match=rf"point \({point[0]}, {point[1]}\) is outside the"):
+            gram_rows(model, sample, [(0, 0), point])

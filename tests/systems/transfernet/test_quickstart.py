@@ -131,10 +131,10 @@ def part_of(folder, name, keep, *, tags=False, label_maps=False):
 
 
 def test_source_and_target_of_two_files(tmp_path, tiny):
-    """The labels of the validation images, which have none, are those of their label maps."""
+    """The labels of images that have none, but a label map, are those of the label map."""
     names = [category.name for category in scene_categories(4, "sparse")]
     files = {
-        "coco_train": part_of(tmp_path / "scenes", "source.json", names[:2]),
+        "coco_train": part_of(tmp_path / "scenes", "source.json", names[:2], label_maps=True),
         "target_train": part_of(tmp_path / "scenes", "target.json", names[2:], tags=True),
         "coco_val": part_of(tmp_path / "scenes", "val.json", names[2:], label_maps=True),
     }

@@ -180,6 +180,7 @@ class _FromConfig:
             "split": concept_split(cfg),
             "attention_sizes": keys.ATTENTION_SIZES,
             "scored_sizes": test.SCORED_SIZES,
+            "attention_kind": test.ATTENTION_KIND,
             "unseen": unseen,
             "query": query,
             **pixel_arguments(cfg),

@@ -155,6 +155,26 @@ def test_unseen_words_are_measured_by_their_vectors(
     assert "| green plus |" in capsys.readouterr().out
 
 
+def test_maps_of_eq_1_are_measured_after_stage_2_where_asked(
+    make_concept_cfg, tiny_concepts, tmp_path
+):
+    """The row "finetuned" of the paper's Table 1."""
+    cfg = make_concept_cfg(file=FILES[2])
+    model = build_model(cfg).eval()
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST = str(tmp_path / "model.pth"), (tiny_concepts,)
+    cfg.TEST.MASKX.ATTENTION_KIND = "initial"
+    found = evaluate(cfg)["concepts"]
+    expected = evaluate_concepts(model, concept_test_data(cfg, tiny_concepts), kind="initial")
+    refined = evaluate_concepts(model, concept_test_data(cfg, tiny_concepts))
+    for level in ("mask", "box", "image"):
+        for measure in ("pointing", "soft_iou", "iou"):
+            value = expected["levels"][level][measure]
+            assert found[f"{measure}_{level}"] == pytest.approx(value, abs=1e-5)
+    soft_iou = (each["levels"]["box"]["soft_iou"] for each in (expected, refined))
+    assert len(set(soft_iou)) == 2
+
+
 def test_the_evaluator_refuses_what_it_cannot_measure(trained, tiny_concepts):
     test = concept_test_data(trained, tiny_concepts)
     evaluator = MaskXConceptEvaluator(tiny_concepts, test=test)

@@ -1,5 +1,6 @@
 """Training, resuming, evaluation and prediction of LarvSeg."""
 
+import json
 import logging
 import multiprocessing
 import runpy
@@ -17,10 +18,16 @@ from detectron2.utils.visualizer import Visualizer
 from exported import run_program, some_images
 
 import maskx
+from maskx.data.coco import load_coco
+from maskx.data.images import read_image_sample
+from maskx.data.scenes.generator import generate_scenes
 from maskx.detectron2 import Trainer, evaluate
+from maskx.detectron2.adapters import in_format
 from maskx.detectron2.datasets import class_names_of
 from maskx.engine.model_export import export_model
 from maskx.systems.larvseg.detectron2 import model_class_names
+from maskx.systems.larvseg.evaluation import evaluate_grouping
+from maskx.systems.larvseg.samples import labelled_images
 
 TOOL = str(Path(__file__).parents[4] / "tools" / "train_net.py")
 KEYS = "MODEL.MASKX.LARVSEG."
@@ -235,6 +242,38 @@ def test_a_run_becomes_a_program_of_rgb_images(make_joint_cfg, tmp_path, order):
             (expected,) = predictor.model([predictor.prepare(pixels)])
         torch.testing.assert_close(scores, expected["top_scores"][0], atol=1e-4, rtol=1e-4)
         assert label_map.shape == scores.shape
+
+
+def test_the_tools_of_its_figures_take_a_run_of_detectron2(
+    make_joint_cfg, monkeypatch, tmp_path, capsys
+):
+    """Table 1 and figure 2, of a model that takes BGR."""
+    cfg = make_joint_cfg("INPUT.FORMAT", "BGR")
+    cfg.DATASETS.TEST = ()
+    model = train(cfg).model.eval()
+    json_file = generate_scenes(tmp_path, count=4, size=64, num_categories=4, seed=1)
+    data = load_coco(json_file, tmp_path)
+
+    def run_tool(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words), "--device", "cpu"])
+        runpy.run_path(str(Path(TOOL).with_name(f"{name}.py")), run_name="__main__")
+
+    found = tmp_path / "found.json"
+    words = ("--model", cfg.OUTPUT_DIR, "--coco", json_file, tmp_path, "--output", found)
+    run_tool("pixel_grouping", *words)
+    measured = json.loads(found.read_text())["mIoU"]["all"]
+    expected = evaluate_grouping(
+        model, labelled_images(data), read=in_format(read_image_sample, "BGR")
+    )
+    assert measured == pytest.approx(expected["mIoU"]["all"], abs=1e-3)
+    picture = tmp_path / "similar.png"
+    photo = data.records[0]["file_name"]
+    run_tool(
+        "draw_similarity", cfg.OUTPUT_DIR, photo, "--at", 3, 60, "--at", 40, 0, "--output", picture
+    )
+    assert cv2.imread(str(picture)).shape[1] == 3 * 400
+    with pytest.raises(SystemExit, match=r"The point \(64, 0\) is outside the image"):
+        run_tool("draw_similarity", cfg.OUTPUT_DIR, photo, "--at", 64, 0, "--output", picture)
 
 
 def test_the_tool_trains_resumes_and_evaluates(make_joint_cfg, monkeypatch, tmp_path):

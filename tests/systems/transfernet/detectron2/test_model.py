@@ -4,6 +4,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from settings import pairs
 
+from maskx.systems.transfernet.evaluation import gram_rows
+
 KEYS = "MODEL.MASKX.TRANSFERNET."
 
 
@@ -42,6 +44,16 @@ def test_an_encoder_that_is_not_frozen_learns_as_a_whole(make_transfer_cfg):
     assert not any(name.startswith("layer4") for name in encoder)
     assert all(parameter.grad is not None for parameter in encoder.values())
     assert any(name.startswith("layer4") for name, _ in model.classifier.backbone.named_modules())
+
+
+def test_rows_of_the_gram_matrix(make_transfer_cfg):
+    """Figure 6, by the function of the other host."""
+    model = build_model(make_transfer_cfg()).eval()
+    sample = {"image": make_sample([2])["image"]}
+    rows = gram_rows(model, sample, [(0, 0)])
+    features = model.network.encode(model.preprocess([sample]))[0][0].detach()
+    expected = torch.einsum("dhw,d->hw", features, features[:, 0, 0])
+    torch.testing.assert_close(rows[0], expected)
 
 
 def test_the_stage_attention_has_no_masks(make_transfer_cfg):
