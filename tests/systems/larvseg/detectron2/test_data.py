@@ -259,6 +259,14 @@ def test_one_worker_alternates_by_the_ratios(make_joint_cfg):
     assert ids[:6] != ids[6:12]
 
 
+def test_attention_is_for_the_data_sets_that_the_configuration_says(make_joint_cfg):
+    """As in the paper's Table 4, on one of the data sets alone."""
+    for attended in ((True, False), (False, True), ()):
+        loader = Trainer.build_train_loader(make_joint_cfg(JOINT + "ATTENTION", attended))
+        found = {s["data_set"]: s.get("attention", True) for b in take(loader, 2) for s in b}
+        assert found == dict(zip((MASKS, TAGS), attended or (True, True), strict=True))
+
+
 @pytest.mark.parametrize("ratios", [(4, 4), (3, 3, 2)])
 def test_eight_workers_keep_their_data_sets(make_joint_cfg, monkeypatch, ratios):
     cfg = make_joint_cfg(JOINT + "RATIOS", ratios[:2], "SOLVER.IMS_PER_BATCH", 16)
