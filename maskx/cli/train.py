@@ -118,6 +118,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maskx: learn masks also from the boxes of objects without a mask (default: 0, off)",
     )
     add(
+        "--ema-teacher",
+        type=float,
+        default=default.ema_teacher,
+        metavar="WEIGHT",
+        help="maskx: learn masks of these objects also from a moving average of the model "
+        "(default: 0, off)",
+    )
+    add(
         "--pseudo-weight",
         default=default.pseudo_weight,
         help="maskx: of masks that `maskx complete` made: quality (default), or one, as drawn ones",

@@ -23,8 +23,9 @@ from maskx.systems.concept_mask.network import (
 )
 from maskx.systems.concept_mask.samples import ConceptMapper
 from maskx.systems.larvseg.network import LarvSeg
-from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
+from maskx.systems.maskx_rcnn.box_loss import MAX_BOX_ROIS, BoxMaskLoss
 from maskx.systems.maskx_rcnn.detectron2.heads import MaskXMaskHead, TextClassifier
+from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
 from maskx.systems.maskx_rcnn.weight_transfer import WeightTransfer
@@ -77,12 +78,23 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.BOX_LOSS.WEIGHT = 0.0
     # Iterations over which the weight of its pairwise term rises; 11 % of a training in BoxInst.
     keys.MODEL.MASKX.BOX_LOSS.WARM_UP = default_of(BoxMaskLoss, "warm_up")
-    # RoIs without a mask that enter the mask branch, per image.
-    keys.MODEL.MASKX.BOX_LOSS.MAX_ROIS = default_of(BoxMaskLoss, "max_rois")
     # Distance of neighbours that are compared, in cells of the mask.
     keys.MODEL.MASKX.BOX_LOSS.DILATION = default_of(BoxMaskLoss, "dilation")
     # They are alike where exp(-distance of their Lab colours / 2) is at least this.
     keys.MODEL.MASKX.BOX_LOSS.MIN_SIMILARITY = default_of(BoxMaskLoss, "min_similarity")
+    # The mask loss of objects without a mask, by masks that a moving average of the model makes in
+    # their boxes (after BoxTeacher, Cheng et al., CVPR 2023); beyond the paper, like the box loss.
+    # Needs META_ARCHITECTURE "MaskXRCNN".
+    keys.MODEL.MASKX.EMA_TEACHER = CN()
+    keys.MODEL.MASKX.EMA_TEACHER.WEIGHT = 0.0
+    # Share of the average that an iteration keeps.
+    keys.MODEL.MASKX.EMA_TEACHER.DECAY = default_of(EMATeacher, "decay")
+    # Masks of a lower quality, from 0 to 1, teach nothing; the others weigh by it.
+    keys.MODEL.MASKX.EMA_TEACHER.MIN_QUALITY = default_of(EMATeacher, "min_quality")
+    # Iterations over which the weight rises.
+    keys.MODEL.MASKX.EMA_TEACHER.WARM_UP = default_of(EMATeacher, "warm_up")
+    # RoIs without a mask that box loss and EMA teacher train on, per image.
+    keys.MODEL.MASKX.MAX_BOX_ROIS = MAX_BOX_ROIS
     # What masks that nobody drew (`maskx complete`) weigh in the mask loss: "quality", which they
     # have in the file, or "one", as drawn ones.
     keys.MODEL.MASKX.PSEUDO_WEIGHT = default_of(InstanceMapper, "pseudo_weight")

@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import cv2
 import numpy as np
+import torch
 
 from maskx.core.digests import sha256_of
+from maskx.core.mask_quality import box_agreement, expected_iou
 from maskx.data.grabcut import GRABCUT_ITERATIONS, box_pixels, grabcut_mask
 from maskx.data.masks import encode_masks
 from maskx.engine.predictor import Predictor
@@ -84,7 +86,7 @@ class RunSource:
     """The trained model of a run.
 
     The score of a mask is the IoU that its probabilities themselves expect, times the IoU of its
-    extent with the box: a mask that does not reach the edges of the box has missed a part.
+    extent with the box; see :mod:`maskx.core.mask_quality`.
 
     Args:
         predictor: the opened run.
@@ -107,10 +109,9 @@ class RunSource:
         if not asked:
             return found
         masks = self.predictor.masks_of_boxes(image, boxes[asked], [names[i] for i in asked])
-        probs = masks.mask_prob.float().cpu().numpy()
+        sureness = expected_iou(masks.mask_prob.float()).tolist()
         for row, index in enumerate(asked):
-            mask = masks[row].cpu().numpy()
-            found[index] = _found(mask, boxes[index], _expected_iou(probs[row]))
+            found[index] = _found(masks[row].cpu().numpy(), boxes[index], sureness[row])
         return found
 
 
@@ -262,7 +263,8 @@ def _taught(mask: Any, box: np.ndarray, size: tuple[int, int]) -> FoundMask | No
     if mask.dtype.kind in "iu":
         return _found(mask > 0, box)
     x1, y1, x2, y2 = box_pixels(box, *size)
-    return _found(mask >= 0.5, box, _expected_iou(mask[y1:y2, x1:x2]))
+    prob = torch.from_numpy(mask[y1:y2, x1:x2].astype(np.float64))
+    return _found(mask >= 0.5, box, expected_iou(prob[None]).item())
 
 
 def _found(mask: np.ndarray, box: np.ndarray, sureness: float | None = None) -> FoundMask | NoMask:
@@ -278,7 +280,11 @@ def _found(mask: np.ndarray, box: np.ndarray, sureness: float | None = None) -> 
         if area >= _WHOLE_BOX * (x2 - x1) * (y2 - y1):
             sureness /= 2
     (segmentation,) = encode_masks(inside[None])
-    return FoundMask(segmentation, area, float(sureness * _box_agreement(inside, box)))
+    height, width = mask.shape
+    image = torch.tensor([[0, 0, width, height]], dtype=torch.float64)
+    own_box = torch.as_tensor(box, dtype=torch.float64)[None]
+    agreement = box_agreement(torch.from_numpy(inside)[None], image, own_box).item()
+    return FoundMask(segmentation, area, float(sureness * agreement))
 
 
 def _covering(box: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
@@ -292,25 +298,6 @@ def _covering(box: np.ndarray, height: int, width: int) -> tuple[int, int, int, 
     )
 
 
-def _expected_iou(prob: np.ndarray) -> float:
-    """IoU of a mask with the object, if each pixel is of the object with its probability."""
-    on = prob >= 0.5
-    union = np.count_nonzero(on) + prob[~on].sum()
-    return float(prob[on].sum() / union) if union else 0.0
-
-
 def _largest_piece(mask: np.ndarray) -> int:
     _, _, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     return int(stats[1:, cv2.CC_STAT_AREA].max())
-
-
-def _box_agreement(mask: np.ndarray, box: np.ndarray) -> float:
-    """IoU of the extent of a mask with a box, whose edges may lie within pixels."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    extent = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=float)
-    # A pixel that the box cuts is no disagreement.
-    extent = np.where(np.abs(extent - box) < 1, box, extent)
-    overlap = np.minimum(extent[2:], box[2:]) - np.maximum(extent[:2], box[:2])
-    shared = max(0.0, overlap[0]) * max(0.0, overlap[1])
-    areas = (np.prod(each[2:] - each[:2]) for each in (extent, box))
-    return float(shared / (sum(areas) - shared))

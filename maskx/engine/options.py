@@ -51,6 +51,9 @@ class QuickstartOptions:
             detector proposes: ``gt_boxes_only`` of :func:`maskx.torchvision.add_mask_branch`.
         box_loss: of ``maskx``, weight of the mask loss of objects that have a box only: ``weight``
             of :class:`maskx.systems.maskx_rcnn.box_loss.BoxMaskLoss`; 0 trains on masks alone.
+        ema_teacher: of ``maskx``, weight of the loss of masks that a moving average of the model
+            makes of these objects: ``weight`` of
+            :class:`maskx.systems.maskx_rcnn.ema_teacher.EMATeacher`; 0 goes without it.
         pseudo_weight: of ``maskx``, what masks that nobody drew weigh, see
             :func:`maskx.systems.maskx_rcnn.samples.mask_weight`.
         crf: refine masks by a dense CRF: of ``class_patterns`` proxy masks of images with one
@@ -86,6 +89,7 @@ class QuickstartOptions:
     resolve: str | None = None
     annotated_boxes: bool = False
     box_loss: float = 0.0
+    ema_teacher: float = 0.0
     pseudo_weight: str = "quality"
     crf: bool = False
     multi_scale: bool = False

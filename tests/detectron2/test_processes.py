@@ -64,6 +64,17 @@ SYSTEMS = {
         ),
     ),
     "Mask^X, masks from boxes": ("make_cfg", "", (*FROZEN, "MODEL.MASKX.BOX_LOSS.WEIGHT", 1.0)),
+    "Mask^X, EMA teacher": (
+        "make_cfg",
+        "",
+        (
+            *FROZEN,
+            "MODEL.MASKX.EMA_TEACHER.WEIGHT",
+            1.0,
+            "MODEL.MASKX.EMA_TEACHER.MIN_QUALITY",
+            0.4,
+        ),
+    ),
     "Mask^X, PointRend": (
         "make_cfg",
         "other_heads/pointrend_clsbox_2_layer_R_50_FPN.yaml",

@@ -16,20 +16,24 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 
 from maskx.data.masks import decode_segmentation
 from maskx.detectron2 import MaskXMaskHead, MaskXROIHeads
+from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
+from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead, crop_mask_targets
 from maskx.systems.maskx_rcnn.torchvision import MaskXRoIHeads
 
 K, D, C, P, SIDE = 4, 12, 6, 4, 64
 STRIDES = {"p2": 4, "p3": 8}
 LOSSES = {"loss_cls": "loss_classifier", "loss_box_reg": "loss_box_reg", "loss_mask": "loss_mask"}
+BOX_LOSSES = {name: name for name in ("loss_mask_box", "loss_mask_ema")}
 BATCHES = {
     "mixed": ([True, False, True], [False, True], []),
     "masked": ([True, True, True], [True, True], []),
@@ -207,20 +211,26 @@ def losses_of_both(ours, theirs, flags):
     targets, _, proposals = make_batch(flags)
     maps, other_maps = feature_maps(), feature_maps()
     doubles = [{**target, "boxes": target["boxes"].double()} for target in targets]
+    images = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)).double()
+    ours.images = images
     _, losses = ours.train()(
         maps, [p.double() for p in proposals], [(SIDE, SIDE)] * len(targets), doubles
     )
     with EventStorage():
         _, others = theirs.train()(
-            None, other_maps, detectron2_proposals(proposals), detectron2_targets(targets)
+            ImageList(images, [(SIDE, SIDE)] * 3),
+            other_maps,
+            detectron2_proposals(proposals),
+            detectron2_targets(targets),
         )
-    assert losses.keys() == set(LOSSES.values())
-    return maps, {name: losses[LOSSES[name]] for name in others}, other_maps, others
+    names = LOSSES | (BOX_LOSSES if ours.learns_from_boxes else {})
+    assert losses.keys() == set(names.values())
+    return maps, {name: losses[names[name]] for name in others}, other_maps, others
 
 
 def gradients(loss, heads, maps):
     """Gradients by name; zero where a parameter has none."""
-    named = dict(heads.named_parameters()) | maps
+    named = {n: p for n, p in heads.named_parameters() if p.requires_grad} | maps
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, retain_graph=True)
     return {
         name: torch.zeros_like(value) if gradient is None else gradient
@@ -274,6 +284,42 @@ def test_losses_and_gradients_are_the_same(kind, gt_boxes_only):
 def test_every_form_of_the_branch_trains_the_same(arguments):
     ours, theirs = both_heads(**arguments)
     assert_same_training(ours, theirs, BATCHES["mixed"])
+
+
+class Maps(nn.Module):
+    """A backbone of feature maps like those of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.layers = nn.ModuleDict({n: nn.Conv2d(3, C, s, stride=s) for n, s in STRIDES.items()})
+
+    def forward(self, images):
+        return {name: 5 * layer(images) for name, layer in self.layers.items()}
+
+
+@pytest.mark.parametrize("gt_boxes_only", [False, True])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_objects_without_a_mask_teach_the_same(kind, gt_boxes_only):
+    ours, theirs = both_heads(gt_boxes_only=gt_boxes_only)
+    ours.box_loss, theirs.box_loss = BoxMaskLoss(warm_up=3), BoxMaskLoss(warm_up=3)
+    ours.max_box_rois = theirs.max_box_rois = 99  # as the hosts draw them in another order
+    ours.ema_teacher, teacher = (EMATeacher(min_quality=0.3, warm_up=2) for _ in range(2))
+    backbone = Maps().double()
+    ours.ema_teacher.follow(
+        backbone=backbone, mask_head=ours.mask_head, box_predictor=ours.box_predictor
+    )
+    theirs.learn_from(teacher, backbone)
+    for _ in range(2):
+        losses, _ = assert_same_training(ours, theirs, BATCHES[kind])
+        taught = [losses[name].item() for name in BOX_LOSSES]
+        assert all(taught) if kind in ("mixed", "box-only") else not any(taught)
+        with torch.no_grad():  # as a step does; both have weights of their own
+            for heads in (ours, theirs):
+                for parameter in heads.mask_head.parameters():
+                    parameter *= 1.1
+            for parameter in backbone.parameters():
+                parameter *= 0.9
 
 
 @pytest.mark.parametrize("stop_gradient", [False, True])

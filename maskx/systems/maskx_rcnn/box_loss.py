@@ -20,6 +20,8 @@ from maskx.core.global_mean import global_mean
 # The right, lower left, lower and lower right neighbour: with their mirror images, all eight.
 _NEIGHBOURS = ((0, 1), (1, -1), (1, 0), (1, 1))
 
+MAX_BOX_ROIS = 16  # RoIs of an image that teach by their boxes, unless the user says otherwise
+
 
 class BoxMaskLoss(nn.Module):
     """The losses of a training step.
@@ -29,7 +31,6 @@ class BoxMaskLoss(nn.Module):
     Args:
         weight: of both terms.
         warm_up: steps over which the weight of the pairwise term rises linearly.
-        max_rois: RoIs without a mask that enter the mask branch, per image.
         dilation: see :func:`box_mask_losses`, like the next.
         min_similarity: likewise.
         pixel_mean: subtracted of the images, of each channel in their order, white being 1.
@@ -45,7 +46,6 @@ class BoxMaskLoss(nn.Module):
         *,
         weight: float = 1.0,
         warm_up: int = 0,
-        max_rois: int = 16,
         dilation: int = 1,
         min_similarity: float = 0.3,
         pixel_mean: Sequence[float] = (0, 0, 0),
@@ -56,13 +56,12 @@ class BoxMaskLoss(nn.Module):
         for name, value, lowest in (
             ("weight", weight, 0),
             ("warm_up", warm_up, 0),
-            ("max_rois", max_rois, 1),
             ("dilation", dilation, 1),
             ("min_similarity", min_similarity, 0),
         ):
             if not value >= lowest:
                 raise ValueError(f"{name} of the box loss must be at least {lowest}, got {value}.")
-        self.weight, self.warm_up, self.max_rois = weight, warm_up, max_rois
+        self.weight, self.warm_up = weight, warm_up
         self.dilation, self.min_similarity = dilation, min_similarity
         self.pixel_mean, self.pixel_std, self.is_bgr = pixel_mean, pixel_std, is_bgr
         # In checkpoints, so that a resumed run goes on where it was.
@@ -95,6 +94,15 @@ class BoxMaskLoss(nn.Module):
         self.steps += 1
         risen = (self.steps / max(self.warm_up, 1)).clamp(max=1)
         return self.weight * (losses["projection"] + risen * losses["pairwise"])
+
+
+def check_max_box_rois(max_box_rois: int) -> None:
+    """Refuse that no RoI without a mask may enter the mask branch, where such ones are to teach."""
+    if max_box_rois < 1:
+        raise ValueError(
+            f"max_box_rois (MODEL.MASKX.MAX_BOX_ROIS) is {max_box_rois}. Allowed: 1 or more; to "
+            "train on masks alone, switch box loss and EMA teacher off."
+        )
 
 
 def box_mask_losses(
@@ -235,6 +243,7 @@ def roi_colours(images: Tensor, boxes: list[Tensor], size: int) -> Tensor:
     Returns:
         (R, 3, M, M) CIE Lab: lightness in [0, 100], a and b about in [-128, 127].
     """
+    boxes = [boxes_of_image.to(images.dtype) for boxes_of_image in boxes]
     return rgb_to_lab(roi_align(images, boxes, (size, size), 1.0, 1, aligned=True).clamp(0, 1))
 
 

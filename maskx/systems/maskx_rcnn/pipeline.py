@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from maskx.core.checks import default_of
 from maskx.data.coco import CocoData
 from maskx.data.grabcut import grabcut_masks
 from maskx.data.images import read_image_sample
@@ -21,6 +22,7 @@ from maskx.engine.training import TrainingSettings, load_weights, select_device
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.instance_figures import save_pictures
 from maskx.supervision import CategorySplit
+from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.samples import InstanceMapper, pseudo_masks_line
 from maskx.systems.maskx_rcnn.torchvision import (
     SampleDetector,
@@ -112,6 +114,14 @@ def train_detector(
     if options.box_loss:
         # BoxInst's 11 % of a training, in round numbers.
         branch |= {"box_loss": {"weight": options.box_loss, "warm_up": iterations // 10}}
+    if options.ema_teacher:
+        teacher = {
+            "weight": options.ema_teacher,
+            "warm_up": iterations // 10,
+            # The average reaches back over a twentieth of a short training.
+            "decay": min(default_of(EMATeacher, "decay"), max(0.0, 1 - 20 / iterations)),
+        }
+        branch |= {"ema_teacher": teacher}
     settings = {
         "backbone": options.backbone,
         "frozen_norm": options.pretrained is not False,
@@ -196,6 +206,7 @@ def open_detector(run: Run, device: torch.device) -> SampleDetector:
     """Open the trained detector of a run, in evaluation mode."""
     model = build_detector(run.settings, run.class_names).to(device)
     load_weights(model, run.weights_file)
+    model.detector.roi_heads.ema_teacher = None  # it teaches in training alone
     return model.eval()
 
 

@@ -15,7 +15,10 @@ SYSTEM = System(
     box_masks=masks_of_boxes,
     exportable=exportable,
     options=frozenset(
-        ["annotated_boxes", "box_loss", "compare", "masks_for", "pseudo_weight", "start"]
+        [
+            *("annotated_boxes", "box_loss", "compare", "ema_teacher", "masks_for"),
+            *("pseudo_weight", "start"),
+        ]
     ),
     learns_from=("boxes_and_masks", "masks"),
 )

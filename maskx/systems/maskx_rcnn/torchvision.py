@@ -22,7 +22,8 @@ from maskx.core.images import scale_boxes, shrink_image
 from maskx.data.images import read_image_sample
 from maskx.data.masks import PastedMasks
 from maskx.engine.results import instances_prediction
-from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
+from maskx.systems.maskx_rcnn.box_loss import MAX_BOX_ROIS, BoxMaskLoss, check_max_box_rois
+from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead, crop_mask_targets, mask_loss
 from maskx.systems.maskx_rcnn.samples import given_boxes
 from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, detector_weights
@@ -77,9 +78,7 @@ class SampleDetector(nn.Module):
     ) -> list[dict[str, Any]]:
         # As the detector's own forward, but for the end, which pastes all masks.
         batch, _ = self.detector.transform(images)
-        features = self.detector.backbone(batch.tensors)
-        if isinstance(features, Tensor):
-            features = {"0": features}
+        features = _by_name(self.detector.backbone(batch.tensors))
         heads, given = self.detector.roi_heads, given_boxes(samples)
         if given is None:
             proposals, _ = self.detector.rpn(batch, features)
@@ -267,6 +266,9 @@ class MaskXRoIHeads(BoxRoIHeads):
             proposals (found to help unseen categories by Deep-MAC, Birodkar et al., ICCV 2021).
         box_loss: trains the mask branch on objects without a mask, by their boxes and the colours
             of the image; it needs :attr:`images`.
+        ema_teacher: trains it on masks of these objects that an average of the model makes; it
+            needs :attr:`images` too, and must have been told what to follow.
+        max_box_rois: RoIs without a mask that the two train on, per image.
 
     Attributes:
         images: in training, the normalised batch (N, 3, H, W) that the features are of.
@@ -281,15 +283,25 @@ class MaskXRoIHeads(BoxRoIHeads):
         gt_boxes_only: bool = False,
         freeze_detector: bool = False,
         box_loss: BoxMaskLoss | None = None,
+        ema_teacher: EMATeacher | None = None,
+        max_box_rois: int = MAX_BOX_ROIS,
     ) -> None:
         super().__init__(roi_heads)
+        check_max_box_rois(max_box_rois)
         # Without a mask_predictor has_mask() is false, so the base class runs no mask branch.
         self.mask_roi_pool = mask_roi_pool
         self.mask_head = mask_head
         self.gt_boxes_only = gt_boxes_only
         self.freeze_detector = freeze_detector
         self.box_loss = box_loss
+        self.ema_teacher = ema_teacher
+        self.max_box_rois = max_box_rois
         self.images: Tensor | None = None
+
+    @property
+    def learns_from_boxes(self) -> bool:
+        """Whether objects without a mask train the mask branch."""
+        return self.box_loss is not None or self.ema_teacher is not None
 
     def forward(
         self,
@@ -323,7 +335,7 @@ class MaskXRoIHeads(BoxRoIHeads):
         for image, target in enumerate(targets or []):  # the base class refuses None
             _check_target(image, target, num_classes)
         if self.freeze_detector:
-            if self.box_loss is None:
+            if not self.learns_from_boxes:
                 # Objects without a mask would only take places in the sample.
                 targets = [_only_masked(target) for target in targets]
             self.select_training_samples(proposals, targets)
@@ -338,8 +350,8 @@ class MaskXRoIHeads(BoxRoIHeads):
                 for t in targets
             ]
         losses["loss_mask"] = self._mask_loss(features, image_shapes, targets, samples)
-        if self.box_loss is not None:
-            losses["loss_mask_box"] = self._box_mask_loss(features, image_shapes, targets, samples)
+        if self.learns_from_boxes:
+            losses |= self._box_mask_losses(features, image_shapes, targets, samples)
         return detections, losses
 
     def _mask_loss(
@@ -365,28 +377,41 @@ class MaskXRoIHeads(BoxRoIHeads):
             return mask_loss(mask_logits, mask_logits)
         return mask_loss(mask_logits, torch.cat(mask_targets), torch.cat(weights))
 
-    def _box_mask_loss(
+    def _box_mask_losses(
         self,
         features: dict[str, Tensor],
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]],
         samples: list[tuple[Tensor, Tensor, Tensor]],
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         if self.images is None:
             raise ValueError(
-                "The box loss reads the colours of the images, which the RoI heads were not given. "
+                "Objects without a mask teach by the images, which the RoI heads were not given. "
                 "Make the detector by add_mask_branch, or set roi_heads.images before each step."
             )
-        rois, class_indices, own_boxes = [], [], []
+        images, self.images = self.images, None
+        rois, class_indices, boxes = [], [], []
         for target, (proposals, matched, labels) in zip(targets, samples, strict=True):
             others = (labels > 0) & ~_masked(target, matched, labels)
-            rows = others.nonzero()[: self.box_loss.max_rois, 0]
+            rows = others.nonzero()[: self.max_box_rois, 0]
             rois.append(proposals[rows])
             class_indices.append(labels[rows] - 1)
-            own_boxes.append(target["boxes"][matched[rows]])
-        mask_logits = self._mask_logits(features, rois, class_indices, image_shapes)
-        images, self.images = self.images, None
-        return self.box_loss(mask_logits, rois, torch.cat(own_boxes), images)
+            boxes.append(target["boxes"][matched[rows]])
+        mask_logits, losses = self._mask_logits(features, rois, class_indices, image_shapes), {}
+        if self.box_loss is not None:
+            losses["loss_mask_box"] = self.box_loss(mask_logits, rois, torch.cat(boxes), images)
+        if self.ema_teacher is not None:
+            with torch.no_grad():
+                teacher = self.ema_teacher.updated()
+                if "backbone" in teacher:
+                    features = _by_name(teacher["backbone"](images))
+                teacher_logits = self._mask_logits(
+                    features, boxes, class_indices, image_shapes, teacher
+                )
+            losses["loss_mask_ema"] = self.ema_teacher(
+                mask_logits, teacher_logits, torch.cat(rois), torch.cat(boxes)
+            )
+        return losses
 
     def with_masks(
         self,
@@ -410,22 +435,34 @@ class MaskXRoIHeads(BoxRoIHeads):
         boxes: list[Tensor],
         class_indices: list[Tensor],
         image_shapes: list[tuple[int, int]],
+        others: Mapping[str, nn.Module] | None = None,
     ) -> Tensor:
+        """Predict (R, M, M), by ``others`` in the place of parts of this model."""
+        parts = {"mask_head": self.mask_head, "box_predictor": self.box_predictor, **(others or {})}
         roi_features = self.mask_roi_pool(features, boxes, image_shapes)
-        return self.mask_head(roi_features, torch.cat(class_indices), self.detector_weights())
+        rows = _detector_weights(parts["box_predictor"])
+        return parts["mask_head"](roi_features, torch.cat(class_indices), rows)
 
     def detector_weights(self) -> DetectorWeights:
         """Foreground rows of the live box predictor; background is row 0 in torchvision."""
-        predictor = self.box_predictor
-        return detector_weights(
-            predictor.cls_score.weight, predictor.bbox_pred.weight, background_row=0
-        )
+        return _detector_weights(self.box_predictor)
 
 
 def _keep_images(heads: MaskXRoIHeads, transform: nn.Module, _: object, outputs: tuple) -> None:
     """After a detector's transform, give its batch of images to the RoI heads."""
     if heads.training:
         heads.images = outputs[0].tensors
+
+
+def _by_name(features: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name feature maps as torchvision does where a backbone gives one alone."""
+    return {"0": features} if isinstance(features, Tensor) else features
+
+
+def _detector_weights(predictor: nn.Module) -> DetectorWeights:
+    return detector_weights(
+        predictor.cls_score.weight, predictor.bbox_pred.weight, background_row=0
+    )
 
 
 def _masked(target: dict[str, Tensor], matched: Tensor, labels: Tensor) -> Tensor:
@@ -486,6 +523,8 @@ def add_mask_branch(
     freeze_detector: bool = False,
     pool_size: int = 14,
     box_loss: Mapping[str, Any] | None = None,
+    ema_teacher: Mapping[str, Any] | None = None,
+    max_box_rois: int = MAX_BOX_ROIS,
     **mask_head: Any,
 ) -> FasterRCNN:
     """Give a torchvision Faster R-CNN the mask branch of Mask^X R-CNN, in place.
@@ -502,6 +541,10 @@ def add_mask_branch(
         pool_size: P, resolution of the pooled features; masks have twice this resolution.
         box_loss: arguments of :class:`maskx.systems.maskx_rcnn.box_loss.BoxMaskLoss`, to train
             the mask branch on objects without a mask too; None trains on masks alone.
+        ema_teacher: arguments of :class:`maskx.systems.maskx_rcnn.ema_teacher.EMATeacher`, to train
+            it on masks of these objects that a moving average of the detector makes. Parts that are
+            replaced afterwards are not averaged.
+        max_box_rois: see :class:`MaskXRoIHeads`.
         **mask_head: arguments of :class:`maskx.systems.maskx_rcnn.mask_head.MaskXHead`.
 
     Returns:
@@ -547,9 +590,14 @@ def add_mask_branch(
         gt_boxes_only=gt_boxes_only,
         freeze_detector=freeze_detector,
         box_loss=box_mask_loss,
+        ema_teacher=None if ema_teacher is None else EMATeacher(**ema_teacher),
+        max_box_rois=max_box_rois,
     )
-    if box_mask_loss is not None:
-        heads = detector.roi_heads
+    heads = detector.roi_heads
+    if heads.ema_teacher is not None:
+        learned = {"backbone": detector.backbone, "box_predictor": heads.box_predictor}
+        heads.ema_teacher.follow(mask_head=heads.mask_head, **({} if freeze_detector else learned))
+    if heads.learns_from_boxes:
         detector.transform.register_forward_hook(functools.partial(_keep_images, heads))
     if freeze_detector:
         for part in (detector.backbone, detector.rpn, box.box_head, box.box_predictor):

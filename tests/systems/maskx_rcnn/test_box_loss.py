@@ -179,7 +179,7 @@ def test_the_pairwise_term_rises_and_a_resumed_run_goes_on_where_it_was():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("weight", -1), ("warm_up", -1), ("max_rois", 0), ("dilation", 0), ("min_similarity", -0.1)],
+    [("weight", -1), ("warm_up", -1), ("dilation", 0), ("min_similarity", -0.1)],
 )
 def test_options_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name}.*{value}"):

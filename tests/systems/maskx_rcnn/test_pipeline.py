@@ -98,6 +98,15 @@ def test_resume_needs_no_second_training(tiny):
     assert first["losses"] == again["losses"]
 
 
+def test_an_opened_run_has_no_teacher(tiny):
+    options = QuickstartOptions(**tiny, box_loss=1.0, ema_teacher=0.5)
+    metrics = quickstart_maskx(options, lambda line: None)
+    assert {"loss_mask_box", "loss_mask_ema"} <= metrics["losses"]["end"].keys()
+    predictor = open_run(tiny["output"], device="cpu")
+    assert predictor.run.settings["mask_branch"]["ema_teacher"]["weight"] == 0.5
+    assert not any("ema_teacher" in name for name in predictor.model.state_dict())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -111,6 +120,7 @@ def test_resume_needs_no_second_training(tiny):
         ({"iterations": 0}, "iterations must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"image_size": 0}, "image_size is 0. Allowed: 8 to 16384 pixels"),
+        ({"ema_teacher": -1.0}, r"EMA_TEACHER\.WEIGHT\) is -1"),
         ({"pretrained": True}, "no pretrained weights of the backbone 'small'"),
         ({"masks_for": "coco_voc"}, "names 'person', which is not among the 40"),
     ],

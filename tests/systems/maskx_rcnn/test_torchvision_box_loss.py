@@ -24,7 +24,7 @@ def losses_of(model, samples):
 def test_the_loss_is_that_of_the_rois_without_a_mask(
     make_detector, scenes, split, monkeypatch, gt_boxes_only
 ):
-    model = make_detector(gt_boxes_only=gt_boxes_only, box_loss={"weight": 2.0, "max_rois": 3})
+    model = make_detector(gt_boxes_only=gt_boxes_only, box_loss={"weight": 2.0}, max_box_rois=3)
     seen = {}
     forward = BoxMaskLoss.forward
 

@@ -45,7 +45,7 @@ from maskx.detectron2.hooks import Detectron2Hooks, check_classes, set_default_h
 from maskx.systems.maskx_rcnn.detectron2.model import (
     MaskXROIHeadsMixin,
     MaskXRPN,
-    check_can_freeze,
+    check_architecture,
     predicts_masks,
 )
 from maskx.systems.maskx_rcnn.samples import (
@@ -328,7 +328,7 @@ def _evaluator(cfg: CfgNode, dataset_name: str) -> MaskXCOCOEvaluator:
 
 
 def _check(cfg: CfgNode) -> None:
-    check_can_freeze(cfg)
+    check_architecture(cfg)
     _check_text_classifier(cfg)
     text = cfg.MODEL.MASKX.TEXT_CLASSIFIER
     check_classes(cfg, "MODEL.ROI_HEADS.NUM_CLASSES", text.CLASSES if text.VECTORS else ())
@@ -373,7 +373,8 @@ def _started(cfg: CfgNode, model: nn.Module, missing: Sequence[str]) -> None:
     if not cfg.MODEL.MASKX.FREEZE_DETECTOR:
         return
     weights = cfg.MODEL.WEIGHTS
-    missing = [name for name in missing if not name.startswith("roi_heads.mask_head.")]
+    own = ("roi_heads.mask_head.", "roi_heads.box_loss.", "roi_heads.ema_teacher.")
+    missing = [name for name in missing if not name.startswith(own)]
     if weights and not missing:
         return
     lacks = f"lacks {len(missing)} of its weights: {listed(missing, 5)}" if weights else "is empty"

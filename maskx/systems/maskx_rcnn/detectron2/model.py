@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from maskx.core.global_mean import global_mean
 from maskx.core.images import resized_image, scale_boxes
 from maskx.data.grabcut import grabcut_masks
 from maskx.data.masks import PastedMasks
-from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
+from maskx.systems.maskx_rcnn.box_loss import MAX_BOX_ROIS, BoxMaskLoss, check_max_box_rois
 from maskx.systems.maskx_rcnn.detectron2.heads import MaskXTextOutputLayers
+from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead
 from maskx.systems.maskx_rcnn.samples import given_boxes
 from maskx.systems.maskx_rcnn.weight_transfer import (
@@ -50,12 +52,20 @@ class MaskXRCNN(GeneralizedRCNN):
         freeze_detector: train nothing but ``roi_heads.mask_head``: the second stage of stage-wise
             training (section 2.2 of the paper). The rest stays in evaluation mode, its losses are
             not computed, and proposals are made as at inference.
+        ema_teacher: trains the mask branch on masks of objects without one that a moving average of
+            this model makes; for RoI heads with a :class:`MaskXMaskHead`.
         **kwargs: arguments of ``GeneralizedRCNN``; ``roi_heads`` must have the same
             ``freeze_detector``.
     """
 
     @configurable
-    def __init__(self, *, freeze_detector: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        freeze_detector: bool = False,
+        ema_teacher: EMATeacher | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.freeze_detector = freeze_detector
         heads_freeze = getattr(self.roi_heads, "freeze_detector", False)
@@ -74,11 +84,21 @@ class MaskXRCNN(GeneralizedRCNN):
             self.requires_grad_(False)
             self.roi_heads.mask_head.requires_grad_(True)
             self.train()  # a new module is in training mode, with all that is in it
+        if ema_teacher is not None:
+            if not isinstance(self.roi_heads, MaskXROIHeadsMixin):
+                raise ValueError(
+                    f"{type(self.roi_heads).__name__} have no mask branch for an EMA teacher. Set "
+                    "MODEL.ROI_HEADS.NAME MaskXROIHeads, or MODEL.MASKX.EMA_TEACHER.WEIGHT 0."
+                )
+            self.roi_heads.learn_from(ema_teacher, self.backbone)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Read the arguments from a configuration."""
-        return super().from_config(cfg) | {"freeze_detector": cfg.MODEL.MASKX.FREEZE_DETECTOR}
+        return super().from_config(cfg) | {
+            "freeze_detector": cfg.MODEL.MASKX.FREEZE_DETECTOR,
+            "ema_teacher": _ema_teacher_from_config(cfg),
+        }
 
     def inference(
         self,
@@ -137,14 +157,20 @@ def _in_pixels_of_the_file(
     return found
 
 
-def check_can_freeze(cfg: CfgNode) -> None:
-    """Refuse to freeze the detector of a meta-architecture that would train it all the same."""
-    name = cfg.MODEL.META_ARCHITECTURE
-    if cfg.MODEL.MASKX.FREEZE_DETECTOR and not issubclass(META_ARCH_REGISTRY.get(name), MaskXRCNN):
-        raise ValueError(
-            f"MODEL.MASKX.FREEZE_DETECTOR is True, but MODEL.META_ARCHITECTURE {name} would train "
-            "the detector all the same. Set MODEL.META_ARCHITECTURE MaskXRCNN."
-        )
+def check_architecture(cfg: CfgNode) -> None:
+    """Refuse a meta-architecture that would not do what is asked of the whole model."""
+    name, maskx = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASKX
+    if issubclass(META_ARCH_REGISTRY.get(name), MaskXRCNN):
+        return
+    for key, is_on, does in (
+        ("FREEZE_DETECTOR", maskx.FREEZE_DETECTOR, "would train the detector all the same"),
+        ("EMA_TEACHER.WEIGHT", maskx.EMA_TEACHER.WEIGHT, "makes no average of the model"),
+    ):
+        if is_on:
+            raise ValueError(
+                f"MODEL.MASKX.{key} is {is_on}, but MODEL.META_ARCHITECTURE {name} {does}. Set "
+                "MODEL.META_ARCHITECTURE MaskXRCNN."
+            )
 
 
 @META_ARCH_REGISTRY.register()
@@ -266,6 +292,7 @@ class MaskXROIHeadsMixin:
             trains on proposals, also with ``train_on_pred_boxes``.
         box_loss: trains the mask branch on objects without a mask too, by their boxes and the
             colours of the image; for a :class:`MaskXMaskHead`.
+        max_box_rois: RoIs without a mask that it, or an EMA teacher, trains on, per image.
         **kwargs: arguments of the other class.
     """
 
@@ -279,9 +306,11 @@ class MaskXROIHeadsMixin:
         gt_boxes_only: bool = False,
         freeze_detector: bool = False,
         box_loss: BoxMaskLoss | None = None,
+        max_box_rois: int = MAX_BOX_ROIS,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_max_box_rois(max_box_rois)
         if "detector" not in inspect.signature(mask_head.forward).parameters:
             raise ValueError(
                 f"The mask head {type(mask_head).__name__} takes no weights of the box predictor. "
@@ -293,12 +322,10 @@ class MaskXROIHeadsMixin:
         self.mask_head = mask_head
         self.gt_boxes_only = gt_boxes_only
         self.freeze_detector = freeze_detector
-        self.box_loss = box_loss
-        if box_loss is not None and not isinstance(mask_head, MaskXHead):
-            raise ValueError(
-                f"The mask head {type(mask_head).__name__} has no box loss. Set "
-                "MODEL.MASKX.BOX_LOSS.WEIGHT 0, or MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead."
-            )
+        self.box_loss, self.max_box_rois = box_loss, max_box_rois
+        self.ema_teacher: EMATeacher | None = None
+        if box_loss is not None:
+            self._check_can_learn_from_boxes("BOX_LOSS")
         self._sampled: list[Instances] = []
         self._check_transfer()
 
@@ -312,7 +339,25 @@ class MaskXROIHeadsMixin:
         ret["gt_boxes_only"] = cfg.MODEL.MASKX.GT_BOXES_ONLY
         ret["freeze_detector"] = cfg.MODEL.MASKX.FREEZE_DETECTOR
         ret["box_loss"] = _box_loss_from_config(cfg)
+        ret["max_box_rois"] = cfg.MODEL.MASKX.MAX_BOX_ROIS
         return ret
+
+    def learn_from(self, teacher: EMATeacher, backbone: nn.Module) -> None:
+        """Train on masks that an average of this model makes of objects without one.
+
+        Args:
+            teacher: gets told what to follow.
+            backbone: of the model.
+        """
+        self._check_can_learn_from_boxes("EMA_TEACHER")
+        learned = {"backbone": backbone, "box_predictor": self._last_box_predictor()}
+        teacher.follow(mask_head=self.mask_head, **({} if self.freeze_detector else learned))
+        self.ema_teacher = teacher
+
+    @property
+    def learns_from_boxes(self) -> bool:
+        """Whether objects without a mask train the mask branch."""
+        return self.box_loss is not None or self.ema_teacher is not None
 
     def label_and_sample_proposals(
         self, proposals: list[Instances], targets: list[Instances]
@@ -345,7 +390,7 @@ class MaskXROIHeadsMixin:
             return super().forward(images, features, proposals, targets, **kwargs)
         _check_targets(targets)
         if self.freeze_detector:
-            if self.box_loss is None:
+            if not self.learns_from_boxes:
                 # Objects without a mask would only take places in the sample.
                 targets = [
                     x[x.gt_has_mask.bool()] if x.has("gt_has_mask") else x[:0] for x in targets
@@ -377,17 +422,7 @@ class MaskXROIHeadsMixin:
         else by the foreground rows of its ``cls_score`` and ``bbox_pred``, None without them. Of a
         cascade, by the last stage.
         """
-        predictor = self._last_box_predictor()
-        if hasattr(predictor, "detector_weights"):
-            return predictor.detector_weights()
-        cls_weight, box_weight = (
-            getattr(getattr(predictor, layer, None), "weight", None)
-            for layer in ("cls_score", "bbox_pred")
-        )
-        if cls_weight is None:
-            return DetectorWeights(None, None)
-        # Background is the last row in Detectron2.
-        return detector_weights(cls_weight, box_weight, background_row=-1)
+        return _detector_weights(self._last_box_predictor())
 
     def _last_box_predictor(self) -> nn.Module:
         predictor = self.box_predictor
@@ -407,18 +442,56 @@ class MaskXROIHeadsMixin:
         # RoIs without a mask are left out before pooling, so that they cost nothing.
         rois = [self._select(x, with_masks=True) for x in proposals]
         losses = self._run_mask_head(features, rois, [x.proposal_boxes for x in rois])
-        if self.box_loss is None:
-            return losses
-        rois = [self._select(x, with_masks=False)[: self.box_loss.max_rois] for x in proposals]
-        boxes = [x.proposal_boxes for x in rois]
-        pooled = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
+        if self.learns_from_boxes:
+            rois = [self._select(x, with_masks=False)[: self.max_box_rois] for x in proposals]
+            losses = losses | self._box_mask_losses(images.tensor, features, rois)
+        return losses
+
+    def _box_mask_losses(
+        self, images: Tensor, features: dict[str, Tensor], rois: list[Instances]
+    ) -> dict[str, Tensor]:
+        boxes = [x.gt_boxes if len(x) else x.proposal_boxes for x in rois]
         class_indices = torch.cat([x.gt_classes for x in rois])
-        mask_logits = MaskXHead.forward(
-            self.mask_head, pooled, class_indices, self.detector_weights()
+        own_boxes = torch.cat([x.tensor for x in boxes])
+        roi_boxes, losses = [x.proposal_boxes for x in rois], {}
+        mask_logits = self._mask_logits(features, roi_boxes, class_indices)
+        if self.box_loss is not None:
+            losses["loss_mask_box"] = self.box_loss(
+                mask_logits, [x.tensor for x in roi_boxes], own_boxes, images
+            )
+        if self.ema_teacher is not None:
+            with torch.no_grad():
+                teacher = self.ema_teacher.updated()
+                if "backbone" in teacher:
+                    features = teacher["backbone"](images)
+                teacher_logits = self._mask_logits(features, boxes, class_indices, teacher)
+            losses["loss_mask_ema"] = self.ema_teacher(
+                mask_logits, teacher_logits, torch.cat([x.tensor for x in roi_boxes]), own_boxes
+            )
+        return losses
+
+    def _mask_logits(
+        self,
+        features: dict[str, Tensor],
+        boxes: list[Boxes],
+        class_indices: Tensor,
+        others: Mapping[str, nn.Module] | None = None,
+    ) -> Tensor:
+        """Predict (R, M, M), by ``others`` in the place of parts of this model."""
+        own = {"mask_head": self.mask_head, "box_predictor": self._last_box_predictor()}
+        parts = {**own, **(others or {})}
+        pooled = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
+        # Not the forward of the host's head, which computes losses of masks.
+        return MaskXHead.forward(
+            parts["mask_head"], pooled, class_indices, _detector_weights(parts["box_predictor"])
         )
-        own_boxes = torch.cat([(x.gt_boxes if len(x) else x.proposal_boxes).tensor for x in rois])
-        loss = self.box_loss(mask_logits, [x.tensor for x in boxes], own_boxes, images.tensor)
-        return losses | {"loss_mask_box": loss}
+
+    def _check_can_learn_from_boxes(self, key: str) -> None:
+        if not isinstance(self.mask_head, MaskXHead):
+            raise ValueError(
+                f"The mask head {type(self.mask_head).__name__} learns from masks alone. Set "
+                f"MODEL.MASKX.{key}.WEIGHT 0, or MODEL.ROI_MASK_HEAD.NAME MaskXMaskHead."
+            )
 
     def _run_mask_head(
         self, features: dict[str, Tensor], instances: list[Instances], boxes: list[Boxes]
@@ -453,6 +526,19 @@ class MaskXCascadeROIHeads(MaskXROIHeadsMixin, CascadeROIHeads):
 
     Its box regression is class-agnostic, so weights transfer from ``cls`` (or fixed vectors).
     """
+
+
+def _detector_weights(predictor: nn.Module) -> DetectorWeights:
+    if hasattr(predictor, "detector_weights"):
+        return predictor.detector_weights()
+    cls_weight, box_weight = (
+        getattr(getattr(predictor, layer, None), "weight", None)
+        for layer in ("cls_score", "bbox_pred")
+    )
+    if cls_weight is None:
+        return DetectorWeights(None, None)
+    # Background is the last row in Detectron2.
+    return detector_weights(cls_weight, box_weight, background_row=-1)
 
 
 def _check_targets(targets: list[Instances] | None) -> None:
@@ -504,12 +590,23 @@ def _box_loss_from_config(cfg: CfgNode) -> BoxMaskLoss | None:
     return BoxMaskLoss(
         weight=options.WEIGHT,
         warm_up=options.WARM_UP,
-        max_rois=options.MAX_ROIS,
         dilation=options.DILATION,
         min_similarity=options.MIN_SIMILARITY,
         pixel_mean=[value / 255 for value in cfg.MODEL.PIXEL_MEAN],
         pixel_std=[value / 255 for value in cfg.MODEL.PIXEL_STD],
         is_bgr=cfg.INPUT.FORMAT == "BGR",
+    )
+
+
+def _ema_teacher_from_config(cfg: CfgNode) -> EMATeacher | None:
+    options = cfg.MODEL.MASKX.EMA_TEACHER
+    if not options.WEIGHT:
+        return None
+    return EMATeacher(
+        weight=options.WEIGHT,
+        decay=options.DECAY,
+        min_quality=options.MIN_QUALITY,
+        warm_up=options.WARM_UP,
     )
 
 
@@ -545,7 +642,7 @@ def _check_config(cfg: CfgNode, *, cascade: bool) -> None:
             "MODEL.MASK_ON True, or MODEL.ROI_HEADS.NAME StandardROIHeads for a detector without "
             "masks."
         )
-    check_can_freeze(cfg)
+    check_architecture(cfg)
     maskx, agnostic = cfg.MODEL.MASKX, cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG
     inputs = maskx.TRANSFER.INPUTS
     needs_box = maskx.PREDICTOR == "transfer" and inputs in DETECTOR_INPUTS and inputs != "cls"

@@ -35,7 +35,7 @@ def test_the_loss_is_that_of_the_rois_without_a_mask(
     make_model, make_sample, monkeypatch, gt_boxes_only
 ):
     model = make_model(
-        *ON, "MODEL.MASKX.BOX_LOSS.MAX_ROIS", 2, "MODEL.MASKX.GT_BOXES_ONLY", gt_boxes_only
+        *ON, "MODEL.MASKX.MAX_BOX_ROIS", 2, "MODEL.MASKX.GT_BOXES_ONLY", gt_boxes_only
     )
     seen = {}
     forward = BoxMaskLoss.forward

@@ -62,6 +62,16 @@ def test_the_second_stage_changes_the_mask_head_and_nothing_else(make_cfg, stage
     assert all(p.grad is None for p in trainer.model.parameters() if id(p) not in own)
 
 
+def test_a_second_stage_that_learns_from_boxes_starts_from_a_plain_detector(make_cfg, stage_1):
+    """What it counts and averages is in no checkpoint of the first stage."""
+    on = {"MODEL.MASKX.BOX_LOSS.WEIGHT": 1.0, "MODEL.MASKX.EMA_TEACHER.WEIGHT": 1.0}
+    trainer = Trainer(make_cfg(*STAGE_2, *pairs(on), "MODEL.WEIGHTS", stage_1))
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert trainer.model.roi_heads.ema_teacher.average.n_averaged == 2
+    assert {"loss_mask_box", "loss_mask_ema"} <= trainer.storage.latest().keys()
+
+
 def test_an_unfrozen_second_stage_changes_the_detector(make_cfg, stage_1):
     """Shows that the test above can fail."""
     cfg = make_cfg(*STAGE_2, "MODEL.WEIGHTS", stage_1, "MODEL.MASKX.FREEZE_DETECTOR", False)
