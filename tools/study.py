@@ -53,7 +53,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--image-size", type=int, help="shorter side in pixels")
     add("--backbone", default=default.backbone, help="small, or a model of timm")
     add("--pretrained", action="store_true", help="start from ImageNet weights")
-    add("--vectors", type=Path, help="file of word vectors, for settings with 'glove'")
+    add(
+        "--vectors",
+        type=Path,
+        help="file of word vectors, minilm or glove, for settings with 'glove'",
+    )
     arguments = parser.parse_args()
     if arguments.output is None:
         suffix = "" if arguments.system == default.system else f"_{arguments.system}"

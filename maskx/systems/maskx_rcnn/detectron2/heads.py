@@ -216,7 +216,8 @@ def _class_vectors(cfg: CfgNode) -> Tensor:
     if not path:
         raise ValueError(
             "MODEL.MASKX.TRANSFER.INPUTS is 'vectors', but MODEL.MASKX.TRANSFER.VECTORS is empty. "
-            "Give a file with a vector per class name, or transfer from 'cls+box'."
+            "Give minilm or glove (the extra text) or a file with a vector per class name, or "
+            "transfer from 'cls+box'."
         )
     return torch.from_numpy(load_class_vectors(path, class_names_from_config(cfg)))
 
