@@ -41,6 +41,7 @@ from maskx.systems.concept_mask.detectron2.model import (
     MaskXConceptSegmentation,
 )
 from maskx.systems.larvseg.detectron2 import MaskXLargeVocabularyEvaluator, MaskXLarvSeg
+from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
 from maskx.systems.maskx_rcnn.detectron2.data import MaskXDatasetMapper
 from maskx.systems.maskx_rcnn.detectron2.heads import (
     MaskHeadProtocol,
@@ -56,6 +57,7 @@ from maskx.systems.maskx_rcnn.detectron2.model import (
     MaskXRPN,
 )
 from maskx.systems.maskx_rcnn.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
+from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.transfernet.detectron2 import (
     MaskXTransferClassifier,
     MaskXTransferLabelEvaluator,
@@ -64,8 +66,10 @@ from maskx.systems.transfernet.detectron2 import (
 )
 
 __all__ = [
+    "BoxMaskLoss",
     "ConceptPredictor",
     "Detectron2Hooks",
+    "EMATeacher",
     "MaskHeadProtocol",
     "MaskXCOCOEvaluator",
     "MaskXCascadeROIHeads",

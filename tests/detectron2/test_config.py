@@ -428,6 +428,19 @@ def lazy(tmp_path, monkeypatch):
     return LazyConfig.load(LAZY)
 
 
+def test_the_lazy_config_with_box_loss_and_teacher_is_the_yaml_experiment(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    lazy = LazyConfig.load(str(Path(LAZY).with_name("maskx_box_loss_ema_teacher_R_50_FPN_1x.py")))
+    cfg = load("voc2nonvoc/e2e/clsbox_2_layer_mlp_box_loss_ema_teacher_R_50_FPN_1x.yaml")
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        models = [instantiate(lazy.model), build_model(cfg)]
+    assert str(models[0]) == str(models[1])
+    for name in ("roi_heads.box_loss", "roi_heads.ema_teacher"):
+        plain = [plain_attributes(m.get_submodule(name)) for m in models]
+        assert plain[0] == plain[1], name
+
+
 def test_the_lazy_config_is_the_yaml_experiment(lazy):
     """Same arguments in every module that has any, same optimiser and schedule."""
     cfg = load(FULL)

@@ -80,9 +80,11 @@ class WeightTransfer(nn.Module):
         num_layers: 1, 2 or 3 fully connected layers.
         activation: between layers: ``leaky_relu`` (slope 0.1) or ``relu``.
         stop_gradient: keep the mask loss from changing the detector weights (section 3.1).
-        mix: temperature; 0, the paper, is off. Else T extrapolates to no class: at inference the
-            weight of one that no mask loss has taught is a mean of those of the taught ones, by
-            the softmax of the cosines between what T predicts for it and for them.
+        mix: temperature of the softmax that mixes weights; 0, the paper, mixes none. Else T
+            extrapolates to no class: at inference the weight of one that no mask loss has taught is
+            a mean of those of the taught ones, by the softmax of the cosines, over this
+            temperature, between what T predicts for it and for them. The lower it is, the more the
+            most alike class decides alone; 0.05 on the page.
         dropout: share of the numbers of a row that T does not see in a training step, others for
             each class. T learns from as many examples as there are classes with masks; where these
             are few it learns them by heart. 0 is the paper's.
@@ -104,7 +106,10 @@ class WeightTransfer(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
-            raise ValueError(f"transfer dropout is {dropout}. Allowed: from 0 to below 1.")
+            raise ValueError(
+                f"dropout of weight transfer (MODEL.MASKX.TRANSFER.DROPOUT) is {dropout}. Allowed: "
+                "from 0 to below 1."
+            )
         check_choice("transfer inputs", inputs, TRANSFER_INPUTS)
         check_choice("transfer activation", activation, ACTIVATIONS)
         check_choice("transfer layers", num_layers, (1, 2, 3))

@@ -103,7 +103,7 @@ def test_dropout_hides_numbers_of_a_row_in_training_alone():
     seen = transfer.train()(classes, detector).flatten() / 5  # what is left is 5 times as large
     assert seen[0] == seen[2] != seen[1]  # by class, the same for its RoIs
     assert all(100 < number < 300 for number in seen.tolist())
-    with pytest.raises(ValueError, match=r"transfer dropout is 1\. Allowed: from 0 to below 1"):
+    with pytest.raises(ValueError, match=r"TRANSFER\.DROPOUT\) is 1\. Allowed: from 0 to below 1"):
         make_transfer(dropout=1)
 
 
