@@ -119,7 +119,7 @@ def train_detector(
             "weight": options.ema_teacher,
             "warm_up": iterations // 10,
             # The average reaches back over a twentieth of a short training.
-            "decay": min(default_of(EMATeacher, "decay"), max(0.0, 1 - 20 / iterations)),
+            "decay": min(default_of(EMATeacher, "decay"), max(0.0, 1 - 20 / max(iterations, 1))),
         }
         branch |= {"ema_teacher": teacher}
     settings = {
