@@ -68,10 +68,11 @@ class Start:
             elif shapes[key][1:] == value.shape[1:] == found.shape[1:]:
                 rows = shapes[key][0] - value.shape[0]
                 own[key] = self._rows(found, value, rows, class_names)
-        lacking = [key for key in own if key not in self.weights]
-        if misfits or len(lacking) > len(own) / 2:
+        unused = [key for key in self.weights if key not in own]
+        # An average of the weights, which some trainings keep, is half of a checkpoint.
+        if misfits or len(unused) > 0.6 * len(self.weights):
             raise ValueError(
-                f"'{self.source}' is of another network: {listed(misfits or lacking)}. Give the "
+                f"'{self.source}' is of another network: {listed(misfits or unused)}. Give the "
                 "same backbone and options, or a run of such a network."
             )
         model.load_state_dict(own)

@@ -77,12 +77,28 @@ def test_the_same_categories_are_the_same_model(trained):
     )
 
 
+def test_a_training_with_a_teacher_starts_from_one_without(trained):
+    """The teacher's average is no part of the run, and begins with the weights of the model."""
+    model, folder = trained
+    with_teacher = SETTINGS | {"mask_branch": BRANCH | {"ema_teacher": {}}}
+    found = read_start(folder, "maskx").give_to(
+        functools.partial(build_detector, with_teacher), OLD
+    )
+    heads = found.detector.roi_heads
+    own = heads.ema_teacher.updated()["mask_head"].state_dict()
+    expected = model.detector.roi_heads.mask_head.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in own.items())
+
+
 def test_another_network_system_or_host_is_refused(trained, tmp_path):
     _, folder = trained
     start = read_start(folder, "maskx")
     settings = SETTINGS | {"mask_branch": {**BRANCH, "channels": 16}}
     with pytest.raises(ValueError, match=r"first' is of another network: .*Give the same backbone"):
         start.give_to(functools.partial(build_detector, settings), OLD)
+    other = {"backbone": "resnet18", "frozen_norm": True}
+    with pytest.raises(ValueError, match=r"is of another network: .*Give the same backbone"):
+        start.give_to(functools.partial(build_detector, SETTINGS | other), OLD)
     with pytest.raises(ValueError, match=r"holds a run of maskx on pip\. A training of larvseg"):
         read_start(folder, "larvseg")
     with pytest.raises(FileNotFoundError, match="there is no such run folder"):
