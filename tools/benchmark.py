@@ -12,6 +12,7 @@ Examples:
     OMP_NUM_THREADS=1 python tools/benchmark.py large_vocabulary --section inference
     python tools/benchmark.py concept_mask --section attention
     python tools/benchmark.py word_vectors --images 100000 --words 5000
+    python tools/benchmark.py features --backbone efficientnet_lite0
     python tools/benchmark.py gpu --json gpu.json
     python tools/benchmark.py photograph --megapixels 16 41
     python tools/benchmark.py data --images 5000 --json data.json
@@ -179,6 +180,22 @@ def data_tables(
             yield title, lambda k=num_classes: data_benchmark.mean_iou_cases(k)
 
 
+def features_tables(
+    arguments: argparse.Namespace, device: "torch.device"
+) -> "Iterator[tuple[str, Callable[[], Iterator[Case]]]]":
+    """Yield the title of each table and what makes its cases."""
+    from benchmarks import frozen_features
+
+    names = ("backbone", "image_size")
+    options = {name: getattr(arguments, name) for name in names} | {"num_images": arguments.images}
+    words = f"{arguments.backbone}, training step of {arguments.images} images of "
+    words += f"{arguments.image_size} pixels"
+    with tempfile.TemporaryDirectory() as folder:
+        options |= {"folder": Path(folder), "device": device}
+        yield f"light detector, {words}", lambda: frozen_features.detector_cases(**options)
+        yield f"classifier, {words}", lambda: frozen_features.classifier_cases(**options)
+
+
 def positive(text: str) -> int:
     """Read a number of something."""
     if not text.isdecimal() or int(text) < 1:
@@ -204,6 +221,8 @@ def parse_arguments() -> argparse.Namespace:
     concept_mask.set_defaults(tables=concept_mask_tables)
     data = systems.add_parser("data", help="annotations read, COCO AP, mean IoU")
     data.set_defaults(tables=data_tables)
+    features = systems.add_parser("features", help="steps with features of a frozen backbone kept")
+    features.set_defaults(tables=features_tables)
     word_vectors = systems.add_parser("word_vectors", help="word vectors from generated tags, once")
     photograph = systems.add_parser("photograph", help="memory of Mask^X R-CNN, by megapixels")
     long_run = systems.add_parser("long_run", help="whether memory and files of a tool stay flat")
@@ -219,7 +238,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--folder", type=Path, help="of the trials (default: one that is removed)")
     add("command", nargs=argparse.REMAINDER, help="a Python tool, and all of its arguments")
     number = {"type": positive}
-    in_process = (mask_head, gpu, class_patterns, large_vocabulary, concept_mask, data)
+    in_process = (mask_head, gpu, class_patterns, large_vocabulary, concept_mask, data, features)
     for system in (*in_process, word_vectors, photograph, long_run):
         add = system.add_argument
         add("--json", type=Path, metavar="FILE", help="write all rows; compare with those there")
@@ -246,6 +265,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--depth", type=int, choices=(18, 34, 50, 101), default=50, help="of both ResNets")
     add("--images", **number, default=2, help="per training step")
     add("--image-size", **number, default=320, help="pixels")
+    add = features.add_argument
+    add("--backbone", default="efficientnet_lite0", help="model of timm")
+    add("--images", **number, default=4, help="per training step")
+    add("--image-size", **number, default=256, help="pixels")
     add = mask_head.add_argument
     add("--section", nargs="+", choices=MASK_HEAD_SECTIONS, help="default: all")
     add("--rois", **number, default=100, help="RoIs, but for the whole model")

@@ -7,6 +7,7 @@ Examples:
     python tools/quickstart.py --system transfernet --compare
     python tools/quickstart.py --system larvseg
     python tools/quickstart.py --system concept_mask
+    python tools/quickstart.py --photos train.json train --val val.json val
     python tools/quickstart.py --masks-for coco_voc \
         --coco-train annotations/instances_train2017.json train2017 \
         --coco-val annotations/instances_val2017.json val2017

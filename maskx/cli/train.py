@@ -6,6 +6,7 @@ predict` and `maskx complete` open it, and so does `maskx.open_run`.
 Examples:
     maskx train
     maskx train --system larvseg --output output/larvseg
+    maskx train --photos train.json train --val val.json val
     maskx train --masks-for with_masks.txt --output output/animals \
         --coco-train train.json train --coco-val val.json val
     maskx train --start output/animals --output output/corrected \
@@ -46,6 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--coco-val", **pair, help="evaluate on such annotations")
     add(
+        "--photos",
+        **pair,
+        help="train on such annotations of photographs, with settings for these and weights of the "
+        "extra photos; each option that is given counts before those",
+    )
+    add(
+        "--val",
+        nargs="+",
+        metavar=("DATA", "IMAGES"),
+        help="--photos: evaluate on this (default: on a part of the photographs)",
+    )
+    add(
         "--target-train",
         **pair,
         help="transfernet: file of the target, with tags; --coco-train is then the source",
@@ -53,8 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--masks-for",
         metavar="SPLIT",
-        help="categories with masks, a named split or a file (default: scenes_half; for COCO maskx "
-        "all, concept_mask coco_voc); not for class_patterns, nor for scenes of concept_mask",
+        help="categories with masks: a named split, a file, or drawn, for those that have some "
+        "(default: scenes_half; for COCO maskx all, concept_mask coco_voc; for photographs drawn); "
+        "not for class_patterns, nor for scenes of concept_mask",
     )
     add(
         "--concept-split",
@@ -71,12 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
     add(
         "--backbone",
-        default=default.backbone,
         help="small (default), vgg16, or a model of timm: resnet50, efficientnet_lite0",
     )
     add(
         "--pretrained",
         action="store_true",
+        default=None,
         help="start from ImageNet weights, of an installed package or by download; not for small",
     )
     add(
@@ -90,6 +104,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="maskx: start from a trained run, of the same backbone and options; its categories "
         "are known by name",
+    )
+    add(
+        "--frozen",
+        action="store_true",
+        default=None,
+        help="keep the backbone as it is, and compute its features of an image once",
+    )
+    add(
+        "--feature-cache",
+        type=float,
+        metavar="GB",
+        help=f"most of these features that are kept (default: {default.feature_cache:g}), 0: none",
     )
     add(
         "--image-size",
@@ -107,27 +133,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--annotated-boxes",
         action="store_true",
+        default=None,
         help="maskx: train masks in annotated boxes alone, for `maskx complete`: several times as "
         "fast, but detections get worse masks",
     )
     add(
         "--box-loss",
         type=float,
-        default=default.box_loss,
         metavar="WEIGHT",
         help="maskx: learn masks also from the boxes of objects without a mask (default: 0, off)",
     )
     add(
         "--ema-teacher",
         type=float,
-        default=default.ema_teacher,
         metavar="WEIGHT",
         help="maskx: learn masks of these objects also from a moving average of the model "
         "(default: 0, off)",
     )
     add(
+        "--light",
+        action="store_true",
+        default=None,
+        help="maskx: few channels and samples in the detector, for a CPU",
+    )
+    add(
         "--pseudo-weight",
-        default=default.pseudo_weight,
         help="maskx: of masks that `maskx complete` made: quality (default), or one, as drawn ones",
     )
     add(
@@ -142,6 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the quick start of the chosen system."""
+    from maskx.engine.photos import photo_options, plan_of_photos
     from maskx.engine.runs import RUN_NAME
 
     options = dict(vars(args))
@@ -154,10 +185,37 @@ def run(args: argparse.Namespace) -> None:
                 f"{options['output']} holds a run already. Name another --output, add --resume to "
                 "go on with it, or --overwrite to replace it."
             )
+        photos = _take_photos(options)
         for key in ("coco_train", "coco_val", "target_train"):
             if options[key]:
                 options[key] = _as_coco(key, options)
-        find_system(system).pipeline(QuickstartOptions(**options), print)
+        given = {name: value for name, value in options.items() if value is not None}
+        if photos:
+            quickstart = photo_options(system, given)
+            for line in plan_of_photos(system, quickstart):
+                print(line)
+        else:
+            quickstart = QuickstartOptions(**given)
+        find_system(system).pipeline(quickstart, print)
+
+
+def _take_photos(options: dict[str, Any]) -> bool:
+    """Turn the options of photographs into those of annotations, and say if there are any."""
+    photos, val = options.pop("photos"), options.pop("val")
+    if photos is None:
+        if val is not None:
+            raise ValueError("--val is of --photos. Give --coco-val with --coco-train.")
+        return False
+    if options["coco_train"] or options["coco_val"]:
+        raise ValueError(
+            "--photos has the place of --coco-train, and --val that of --coco-val. Give either."
+        )
+    if val is not None and len(val) > 2:
+        raise ValueError(f"--val takes DATA, or DATA and IMAGES, got {len(val)} words.")
+    options["coco_train"] = photos
+    # Without a folder of its own, in that of the others.
+    options["coco_val"] = val and (val if len(val) == 2 else [val[0], photos[1]])
+    return True
 
 
 def _as_coco(key: str, options: dict[str, Any]) -> tuple[str, str]:

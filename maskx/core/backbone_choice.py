@@ -6,6 +6,7 @@ from maskx.core.backbones import (
     VGG16,
     Backbone,
     FeatureShape,
+    FrozenStages,
     PyramidBackbone,
     SmallFPN,
     SmallResNet,
@@ -22,7 +23,7 @@ def build_backbone(
     *,
     output_stride: int | None = None,
     frozen_norm: bool = False,
-    frozen_stages: int = 0,
+    frozen_stages: FrozenStages = 0,
     pretrained: Pretrained = False,
 ) -> Backbone:
     """Make a backbone whose last feature map is fine enough to segment with.
@@ -56,7 +57,7 @@ def build_pyramid(
     *,
     out_channels: int | None = None,
     frozen_norm: bool = False,
-    frozen_stages: int = 0,
+    frozen_stages: FrozenStages = 0,
     pretrained: Pretrained = False,
 ) -> SmallFPN | PyramidBackbone:
     """Make a backbone with a feature pyramid, for detectors.

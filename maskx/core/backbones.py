@@ -5,10 +5,11 @@ Networks of timm are in :mod:`maskx.core.timm_backbones`. Here is what timm does
 says where its pools found their maxima; and :class:`PyramidBackbone`, a feature pyramid on any.
 """
 
+import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from maskx.core.checks import check_choice
+from maskx.core.feature_cache import FeatureCache, cached_features
 from maskx.core.layers import msra_fill
 from maskx.core.pretrained import Pretrained, load_part
 
@@ -26,10 +28,12 @@ __all__ = [
     "VGG16",
     "Backbone",
     "FeatureShape",
+    "FrozenStages",
     "PyramidBackbone",
     "SmallFPN",
     "SmallResNet",
     "check_feature",
+    "listen",
     "named_feature",
 ]
 
@@ -48,10 +52,16 @@ class FeatureShape(NamedTuple):
     stride: int
 
 
+FrozenStages = int | Literal["all"]
+"""How much of a backbone stays as it is: a number of stages, of which the first is what comes
+before the first map, or all."""
+
+
 class Backbone(nn.Module):
     """What the backbones of maskx have in common.
 
     Attributes:
+        cache: where the maps of a frozen backbone are kept; None: they are not.
         feature_shapes: channels and stride of each feature map, by name, from the finest on.
         layer_aliases: modules that are known by a name of the papers (``C41``: first block of the
             last stage; ``conv5_3``), for :class:`maskx.core.image_classifier.LayerTaps`.
@@ -65,10 +75,60 @@ class Backbone(nn.Module):
         super().__init__()
         self.feature_shapes: dict[str, FeatureShape] = {}
         self.layer_aliases: dict[str, str] = {}
+        self.cache: FeatureCache | None = None
         self._frozen: list[str] = []
+        self._listeners: dict[str, Callable[[Tensor], None]] = {}
 
     def __str__(self) -> str:
         return type(self).__name__
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Map (N, 3, H, W) normalised images to feature maps, (N, C, H / stride, W / stride).
+
+        With a :attr:`cache` each image is computed once, by itself, and what was kept of it counts;
+        see :func:`maskx.core.feature_cache.cached_features`.
+        """
+        if self.cache is None:
+            return self.maps(images)
+        paths = list(self._listeners)
+        names = [*self.feature_shapes, *(path for path in paths if path not in self.feature_shapes)]
+        stride = max(shape.stride for shape in self.feature_shapes.values())
+        found = cached_features(self.cache, images, names, stride, self._maps_and_layers)
+        for path in paths:
+            self._listeners[path](found[path])
+        return {name: found[name] for name in self.feature_shapes}
+
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the feature maps of :meth:`forward`."""
+        raise NotImplementedError
+
+    def keep_features(self, **cache: Any) -> None:
+        """Compute the feature maps of an image once, from now on, and keep them.
+
+        Args:
+            **cache: arguments of :class:`maskx.core.feature_cache.FeatureCache`.
+
+        Raises:
+            ValueError: not all of the backbone is frozen.
+        """
+        if "" not in self._frozen:
+            raise ValueError(
+                f"Features of {self} cannot be kept, as its weights change in training. Freeze all "
+                "of it (--frozen, frozen_stages 'all'), or keep no features."
+            )
+        self.cache = FeatureCache(self, **cache)
+
+    def _maps_and_layers(self, images: Tensor) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = {}
+        ends = [
+            _hook(self, path, functools.partial(outputs.__setitem__, path))
+            for path in self._listeners
+        ]
+        try:
+            return outputs | self.maps(images)
+        finally:
+            for end in ends:
+                end()
 
     def train(self, mode: bool = True) -> "Backbone":
         """Set the mode; what is frozen stays as in evaluation: its norms, its dropout."""
@@ -115,9 +175,11 @@ class Backbone(nn.Module):
         """Take away the layers of the last feature maps."""
         raise NotImplementedError
 
-    def _freeze(self, stages: int, paths: Sequence[str]) -> None:
+    def _freeze(self, stages: FrozenStages, paths: Sequence[str]) -> None:
         """Freeze the first stages."""
         num_maps = len(self.feature_shapes)
+        if stages == "all":
+            stages = num_maps + 1
         allowed = tuple(range(num_maps + 2)) if all(paths) else (0, num_maps + 1)
         check_choice(f"frozen_stages of {self}", stages, allowed)
         if stages == 0:
@@ -135,6 +197,33 @@ class Backbone(nn.Module):
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(False)
         self.train(self.training)
+
+
+def listen(
+    backbone: nn.Module, path: str, listener: Callable[[Tensor], None]
+) -> Callable[[], object]:
+    """Call a function with what an inner layer puts out, in each forward pass.
+
+    With a :attr:`Backbone.cache` the layer does not run for images that were seen before; what it
+    put out is kept beside the maps then.
+
+    Args:
+        path: of the layer in the backbone.
+
+    Returns:
+        What ends it.
+    """
+    if getattr(backbone, "cache", None) is None:
+        return _hook(backbone, path, listener)
+    backbone._listeners[path] = listener
+    return functools.partial(backbone._listeners.pop, path)
+
+
+def _hook(
+    network: nn.Module, path: str, listener: Callable[[Tensor], None]
+) -> Callable[[], object]:
+    layer = network.get_submodule(path)
+    return layer.register_forward_hook(lambda layer, inputs, output: listener(output)).remove
 
 
 class SmallFPN(nn.Module):
@@ -181,7 +270,8 @@ class SmallResNet(Backbone):
     Args:
         widths: channels of ``layer1`` to ``layer4``.
         output_stride: stride of ``layer4`` in image pixels: 4, 8 or 16.
-        frozen_stages: 0: none; 1: what comes before ``layer1``; 2: ``layer1``, too; 5: all.
+        frozen_stages: 0: none; 1: what comes before ``layer1``; 2: ``layer1``, too; 5, or ``all``:
+            all.
     """
 
     def __init__(
@@ -189,7 +279,7 @@ class SmallResNet(Backbone):
         *,
         widths: tuple[int, int, int, int] = (32, 64, 96, 128),
         output_stride: int = 8,
-        frozen_stages: int = 0,
+        frozen_stages: FrozenStages = 0,
     ) -> None:
         super().__init__()
         check_choice("output_stride of SmallResNet", output_stride, (4, 8, 16))
@@ -207,7 +297,7 @@ class SmallResNet(Backbone):
         self.layer_aliases = {f"C4{i + 1}": f"layer4.{i}" for i in range(len(self.layer4))}
         self._freeze(frozen_stages, tuple(self.feature_shapes))
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
         """Map (N, 3, H, W) normalised images to ``{"layer1": (N, C, H / 4, W / 4), ...}``."""
         x = self.relu(self.bn1(self.conv1(images)))
         features = {}
@@ -232,7 +322,7 @@ class VGG16(Backbone):
     Args:
         output_stride: stride of ``conv5_3`` in image pixels. 16: four 2x2 pools. 8: the form of
             DeepLab-LargeFOV, the fourth pool is 3x3 with stride 1 and conv5 has dilation 2.
-        frozen_stages: 0: none; 1: what comes before ``conv1_2``; 2: that, too; 6: all.
+        frozen_stages: 0: none; 1: what comes before ``conv1_2``; 2: that, too; 6, or ``all``: all.
         pretrained: True: start from ImageNet weights of timm's hub, those of torchvision. Or a
             file to start from, safetensors or a state dict.
     """
@@ -241,7 +331,7 @@ class VGG16(Backbone):
         self,
         *,
         output_stride: int = 16,
-        frozen_stages: int = 0,
+        frozen_stages: FrozenStages = 0,
         pretrained: Pretrained = False,
     ) -> None:
         super().__init__()
@@ -270,7 +360,7 @@ class VGG16(Backbone):
             self.load_state_dict(state)
         self._freeze(frozen_stages, [self.layer_aliases[name] for name in self.feature_shapes])
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
         """Map (N, 3, H, W) normalised images to ``{"conv1_2": (N, 64, H, W), ...}``.
 
         Features are those after the ReLU: the one before each pool, and ``conv5_3``. A size that

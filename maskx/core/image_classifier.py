@@ -8,6 +8,7 @@ Shape legend:
     h x w: size of the features.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import chain
 from types import TracebackType
@@ -15,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from maskx.core.backbones import check_feature
+from maskx.core.backbones import check_feature, listen
 
 
 class ImageClassifier(nn.Module):
@@ -131,13 +132,17 @@ class LayerTaps:
                 f"{', '.join([*aliases, *modules])}."
             )
         self.features: dict[str, Tensor] = {}
-        self._layers = {name: modules[aliases.get(name, name)] for name in names}
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._backbone = backbone
+        self._names: dict[str, list[str]] = {}
+        for name in names:
+            self._names.setdefault(aliases.get(name, name), []).append(name)
+        self._ends: list[Callable[[], object]] = []
 
     def __enter__(self) -> "LayerTaps":
         self.features.clear()
-        for name, layer in self._layers.items():
-            self._hooks.append(layer.register_forward_hook(self._keep(name)))
+        for path in self._names:
+            keep = functools.partial(self._keep, path)
+            self._ends.append(listen(self._backbone, path, keep))
         return self
 
     def __exit__(
@@ -146,16 +151,14 @@ class LayerTaps:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
+        while self._ends:
+            self._ends.pop()()
 
-    def _keep(self, name: str) -> Callable[[nn.Module, tuple, object], None]:
-        def hook(layer: nn.Module, inputs: tuple, output: object) -> None:
+    def _keep(self, path: str, output: object) -> None:
+        for name in self._names[path]:
             if not isinstance(output, Tensor):
                 raise ValueError(
                     f"layer {name!r} puts out a {type(output).__name__}, not a tensor: tap a "
                     "layer inside it."
                 )
             self.features[name] = output
-
-        return hook

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maskx.core.backbones import Backbone, FeatureShape
+from maskx.core.backbones import Backbone, FeatureShape, FrozenStages
 from maskx.core.checks import check_choice
 from maskx.core.pretrained import Pretrained, find_weights, no_download, timm_name
 
@@ -41,7 +41,7 @@ class TimmBackbone(Backbone):
         frozen_norm: batch norm as a fixed affine map, for batches too small for statistics. Other
             norms stay as they are.
         frozen_stages: how much of the network stays as it is: 0 nothing; 1 what comes before the
-            first map; 2 the first map, too; one more than there are maps: all.
+            first map; 2 the first map, too; one more than there are maps, or ``all``: all.
         pretrained: True: start from weights of an installed package (see the extra ``photos``),
             else of timm's hub. Or a file to start from, safetensors or a state dict, with timm's
             names.
@@ -61,7 +61,7 @@ class TimmBackbone(Backbone):
         *,
         output_stride: int | None = None,
         frozen_norm: bool = False,
-        frozen_stages: int = 0,
+        frozen_stages: FrozenStages = 0,
         pretrained: Pretrained = False,
         drop_path: float = 0.0,
     ) -> None:
@@ -84,8 +84,8 @@ class TimmBackbone(Backbone):
     def __str__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Map (N, 3, H, W) normalised images to feature maps, (N, C, H / stride, W / stride)."""
+    def maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Compute the feature maps of :meth:`forward`; see there."""
         if self.input_size is not None and tuple(images.shape[-2:]) != self.input_size:
             raise ValueError(
                 f"The backbone {self.name!r} takes images of {self.input_size[0]} x "

@@ -20,7 +20,10 @@ from maskx.data.scenes.generator import scene_half_of
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES_IN_COCO
 from maskx.supervision import CategorySplit, check_category_names, split_one_side
 
-__all__ = ["check_masks", "resolve_split", "split_names"]
+__all__ = ["DRAWN", "check_masks", "drawn_split", "resolve_split", "split_names"]
+
+DRAWN = "drawn"
+"""Name of the split of :func:`drawn_split`."""
 
 logger = logging.getLogger(__name__)
 
@@ -109,15 +112,7 @@ def check_masks(
     Raises:
         ValueError: none of these categories has a mask, so that none could be learned.
     """
-    boxes, masks = Counter(), Counter()
-    for record in records:
-        for annotation in record.get("annotations", ()):
-            if not annotation["iscrowd"]:
-                boxes[annotation["class_index"]] += 1
-                masks[annotation["class_index"]] += bool(annotation.get("segmentation"))
-        if label_maps and "label_map_file_name" in record:
-            labels = record.get("image_labels", ())
-            masks.update(labels or range(len(split.class_names)))
+    boxes, masks = _count(records, split.class_names, label_maps=label_maps)
     indices = split.indices_with_masks
     without = [index for index in indices if not masks[index]]
     if not without:
@@ -135,6 +130,45 @@ def check_masks(
         len(without),
         counts,
     )
+
+
+def drawn_split(
+    records: Iterable[Mapping[str, Any]], class_names: Sequence[str], *, label_maps: bool = True
+) -> CategorySplit:
+    """Make the split whose A are the categories that training data has a mask of.
+
+    Args:
+        records: as of :func:`check_masks`, like ``label_maps``.
+
+    Raises:
+        ValueError: there is no mask.
+    """
+    names = tuple(class_names)
+    boxes, masks = _count(records, names, label_maps=label_maps)
+    if not any(masks.values()):
+        raise ValueError(
+            f"None of the {boxes.total()} annotations of the training data has a mask, so none "
+            "could be learned. Draw masks of some categories, or let a teacher draw them: "
+            "maskx complete DATA IMAGES --teacher grabcut --output completed.json."
+        )
+    drawn = tuple(name for index, name in enumerate(names) if masks[index])
+    return split_one_side(DRAWN, names, with_masks=drawn)
+
+
+def _count(
+    records: Iterable[Mapping[str, Any]], class_names: Sequence[str], *, label_maps: bool
+) -> tuple[Counter[int], Counter[int]]:
+    """Count boxes and masks by class index."""
+    boxes, masks = Counter(), Counter()
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            if not annotation["iscrowd"]:
+                boxes[annotation["class_index"]] += 1
+                masks[annotation["class_index"]] += bool(annotation.get("segmentation"))
+        if label_maps and "label_map_file_name" in record:
+            labels = record.get("image_labels", ())
+            masks.update(labels or range(len(class_names)))
+    return boxes, masks
 
 
 @functools.cache

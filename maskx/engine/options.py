@@ -3,6 +3,7 @@
 A system says which of them have a meaning for it alone, see :class:`maskx.engine.system.System`.
 """
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -22,14 +23,16 @@ class QuickstartOptions:
         compare: train one more baseline in the same way: of ``maskx`` the class-agnostic one, with
             GrabCut in the boxes that Mask^X finds evaluated too; of ``transfernet`` DecoupledNet.
         coco_train: annotation file and image folder to train on instead of generated scenes.
+        held_out: share of its images, chosen by the seed, that are not trained on but evaluated on;
+            0 where ``coco_val`` is given.
         target_train: of ``transfernet``, annotation file and image folder of the target, with tags;
             ``coco_train`` is then the source. Their classes are joined by name.
         masks_for: category split, see :func:`maskx.data.splits.resolve_split`: the categories
             with masks of ``maskx``, the source of ``transfernet``, the base classes of
             ``larvseg``, on COCO files the concepts with masks of ``concept_mask``, whose scenes
-            have a split of their own; ``class_patterns`` learns from no masks. None is
-            ``scenes_half``; on COCO files for ``maskx`` ``all``, for ``concept_mask``
-            ``coco_voc``.
+            have a split of their own; ``class_patterns`` learns from no masks. ``drawn`` are those
+            of which the training data has a mask. None is ``scenes_half``; on COCO files for
+            ``maskx`` ``all``, for ``concept_mask`` ``coco_voc``.
         concept_split: of ``concept_mask`` on COCO files, JSON file of the concepts with boxes and
             with masks, see
             :func:`maskx.systems.concept_mask.concept_sets.read_concept_split`.
@@ -40,6 +43,10 @@ class QuickstartOptions:
         pretrained: start from ImageNet weights, or from a file; likewise.
         start: of ``maskx``, folder of a trained run, or a model file, to start from; see
             :mod:`maskx.engine.start`.
+        frozen: keep the backbone as it is. Then its features of an image are computed once and
+            kept, see :class:`maskx.core.feature_cache.FeatureCache`.
+        feature_cache: gigabytes of features that are kept at most, in the folder ``features`` of
+            the output; 0 keeps none.
         image_size: shorter side of the images in pixels; None is 128 for scenes, 256 else. All but
             ``maskx`` warp images to squares of this side.
         workers: processes that read images; 0 reads them in the process that trains.
@@ -54,6 +61,8 @@ class QuickstartOptions:
         ema_teacher: of ``maskx``, weight of the loss of masks that a moving average of the model
             makes of these objects: ``weight`` of
             :class:`maskx.systems.maskx_rcnn.ema_teacher.EMATeacher`; 0 goes without it.
+        light: of ``maskx``, few channels and few samples in the heads of the detector; those of
+            the backbone ``small`` are light in any case.
         pseudo_weight: of ``maskx``, what masks that nobody drew weigh, see
             :func:`maskx.systems.maskx_rcnn.samples.mask_weight`.
         crf: refine masks by a dense CRF: of ``class_patterns`` proxy masks of images with one
@@ -75,6 +84,7 @@ class QuickstartOptions:
     device: str = "auto"
     coco_train: tuple[str, str] | None = None
     coco_val: tuple[str, str] | None = None
+    held_out: float = 0.0
     target_train: tuple[str, str] | None = None
     masks_for: str | None = None
     concept_split: str | None = None
@@ -83,6 +93,8 @@ class QuickstartOptions:
     backbone: str = "small"
     pretrained: bool | str = False
     start: str | None = None
+    frozen: bool = False
+    feature_cache: float = 2.0
     image_size: int | None = None
     workers: int = 0
     threshold: str | None = None
@@ -90,6 +102,7 @@ class QuickstartOptions:
     annotated_boxes: bool = False
     box_loss: float = 0.0
     ema_teacher: float = 0.0
+    light: bool = False
     pseudo_weight: str = "quality"
     crf: bool = False
     multi_scale: bool = False
@@ -108,6 +121,16 @@ def check_options(system: str, options: QuickstartOptions) -> None:
         raise ValueError(
             f"workers is {options.workers}. Allowed: 0, to read images in the process that trains, "
             "or more."
+        )
+    if options.frozen and options.pretrained is False:
+        raise ValueError(
+            "frozen keeps the backbone as it is, but it starts from random weights. Let it start "
+            "from others: --pretrained, or --weights FILE."
+        )
+    if not 0 <= options.feature_cache < math.inf:
+        raise ValueError(
+            f"feature_cache is {options.feature_cache}. Allowed: 0, to keep no features, or more "
+            "gigabytes."
         )
     owners: dict[str, list[str]] = {}
     for name in system_names():

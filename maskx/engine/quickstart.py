@@ -3,12 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from maskx.core.files import write_json
 from maskx.data.coco import CocoData, in_class_list, load_coco
 from maskx.data.scenes.generator import generate_scenes
-from maskx.data.splits import check_masks, resolve_split
+from maskx.data.splits import DRAWN, check_masks, drawn_split, resolve_split
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.predictor import open_run
 from maskx.engine.training_report import METRICS_NAME, REPORT_NAME, write_training_report
@@ -41,6 +44,10 @@ def load_data(options: QuickstartOptions, *, style: str = "crowded") -> tuple[Co
         style: of generated scenes, see :data:`maskx.data.scenes.generator.STYLES`; those of
             another style than "crowded" are fewer, with few classes.
     """
+    check_held_out(options)
+    if options.held_out:
+        data = load_coco(*options.coco_train, strict=not options.skip_bad)
+        return hold_out(data, options.held_out, options.seed)
     if (options.coco_train is None) != (options.coco_val is None):
         raise ValueError("COCO files are needed for training and for validation, got only one.")
     if options.coco_train is None:
@@ -65,6 +72,40 @@ def load_data(options: QuickstartOptions, *, style: str = "crowded") -> tuple[Co
     return train_data, in_class_list(val_data, train_data)
 
 
+def check_held_out(options: QuickstartOptions) -> None:
+    """Refuse a share of images to evaluate on that cannot be."""
+    if not 0 <= options.held_out < 1:
+        raise ValueError(
+            f"held_out is {options.held_out}. Allowed: a share of the training images, from 0 to "
+            "below 1."
+        )
+    if options.held_out and (options.coco_train is None or options.coco_val is not None):
+        raise ValueError(
+            "held_out takes images to evaluate on from coco_train, where there is no coco_val. "
+            "Correct the options."
+        )
+
+
+def hold_out(data: CocoData, share: float, seed: int) -> tuple[CocoData, CocoData]:
+    """Divide images into those to train on and a share to evaluate on, chosen by a seed.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    count = len(data.records)
+    if count < 2:
+        raise ValueError(
+            f"'{data.json_file}' has {count} image, of which none can be held out. Give a file to "
+            "evaluate on."
+        )
+    order = np.random.RandomState(seed).permutation(count)
+    held = set(order[: min(count - 1, max(1, round(share * count)))].tolist())
+    return tuple(
+        replace(data, records=[r for i, r in enumerate(data.records) if (i in held) == is_held])
+        for is_held in (False, True)
+    )
+
+
 def load_split_data(
     options: QuickstartOptions,
     default_split: str = "scenes_half",
@@ -80,7 +121,11 @@ def load_split_data(
     """
     train_data, val_data = load_data(options, style=style)
     try:
-        split = resolve_split(options.masks_for or default_split, train_data.class_names)
+        spec, names = options.masks_for or default_split, train_data.class_names
+        if spec == DRAWN:
+            split = drawn_split(train_data.records, names, label_maps=label_maps)
+        else:
+            split = resolve_split(spec, names)
         check_masks(train_data.records, split, label_maps=label_maps)
     except ValueError as error:
         if options.masks_for or "--masks-for" in str(error):

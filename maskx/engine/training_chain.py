@@ -11,8 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from maskx.core.backbones import Backbone
+from maskx.engine.features import keep_features
 from maskx.engine.runs import Origin, Run
 from maskx.engine.training import TrainingSettings, train
+
+
+def start_of(pretrained: bool | str, frozen: bool) -> str:
+    """Say what a backbone that is trained starts from, for the choice of a learning rate.
+
+    Returns:
+        "imagenet" for pretrained weights, which a high rate would wipe out; "random" for others,
+        and where the backbone is frozen, so that nothing can be lost.
+    """
+    return "imagenet" if pretrained and not frozen else "random"
 
 
 class TrainingChain:
@@ -42,6 +54,12 @@ class TrainingChain:
         started = time.perf_counter()
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - started
+
+    def _keep_features(self, *backbones: Backbone) -> None:
+        """Let frozen backbones compute their features once, from now on."""
+        if self.settings.frozen:
+            for backbone in backbones:
+                keep_features(backbone, self.output, self.settings.feature_cache)
 
     def _train(
         self,

@@ -20,16 +20,18 @@ from maskx.core.backbone_choice import build_backbone, choose_feature
 from maskx.core.checks import check_choice
 from maskx.core.digests import network_hash
 from maskx.core.image_classifier import ImageClassifier, multi_hot
+from maskx.core.pretrained import Pretrained
 from maskx.core.sample_models import SampleClassifier
 from maskx.core.text import listed
 from maskx.data.coco import CocoData, load_coco
 from maskx.data.dense_crf import check_crf
 from maskx.data.images import ImageMapper
 from maskx.engine.batches import training_batches
+from maskx.engine.options import QuickstartOptions
 from maskx.engine.prediction import evaluate_label_maps, predict_image_labels
 from maskx.engine.runs import Run, link_run, origins_of_data, read_run
 from maskx.engine.training import load_weights
-from maskx.engine.training_chain import TrainingChain
+from maskx.engine.training_chain import TrainingChain, start_of
 from maskx.evaluation.figures import varied_records
 from maskx.evaluation.image_labels import evaluate_image_labels
 from maskx.systems.class_patterns.evaluation import draw_steps
@@ -67,6 +69,8 @@ class TagSettings:
     Attributes:
         backbone: see :func:`maskx.core.backbone_choice.build_backbone`.
         pretrained: start from ImageNet weights; norms are then fixed.
+        frozen: keep the backbone as it is; like ``feature_cache`` as
+            :class:`maskx.engine.options.QuickstartOptions` has it.
         image_size: side of the squares that images are warped to.
         iterations: steps of the classifier.
         segmenter_iterations: steps of the segmentation network, in each of its two trainings.
@@ -81,7 +85,9 @@ class TagSettings:
     """
 
     backbone: str = "small"
-    pretrained: bool = False
+    pretrained: Pretrained = False
+    frozen: bool = False
+    feature_cache: float = QuickstartOptions.feature_cache
     image_size: int = 128
     iterations: int = 500
     segmenter_iterations: int = 300
@@ -239,6 +245,7 @@ class TagRun(TrainingChain):
         settings = self.settings
         check_choice(f"layer of {settings.backbone}", self.layer, self.layers)
         model, content = self._build("classifier", pretrained=settings.pretrained)
+        self._keep_features(model.classifier.backbone)
         self._learn(model, "classifier", content, self.train_data, settings.iterations)
         return model
 
@@ -308,6 +315,7 @@ class TagRun(TrainingChain):
         form = {"test_sizes": settings.test_sizes, "crf": settings.masks.crf}
         model, content = self._build("network", form)
         model.network.backbone.load_state_dict(start.classifier.backbone.state_dict())
+        self._keep_features(model.network.backbone)
         self._learn(model, name, content, data, settings.segmenter_iterations, identity)
         return model
 
@@ -351,7 +359,8 @@ class TagRun(TrainingChain):
         """Build a model, and say what :func:`build_model` needs to build it again."""
         settings = self.settings
         content = {"part": part, "backbone": settings.backbone, **form}
-        content |= {"frozen_norm": settings.pretrained, "image_size": settings.image_size}
+        content |= {"frozen_norm": bool(settings.pretrained), "frozen": settings.frozen}
+        content["image_size"] = settings.image_size
         torch.manual_seed(settings.seed)
         return build_model(content, self.train_data.class_names, **options), content
 
@@ -365,7 +374,7 @@ class TagRun(TrainingChain):
         identity: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         settings, part = self.settings, content["part"]
-        rate, factor = _RATES[part]["imagenet" if settings.pretrained else "random"]
+        rate, factor = _RATES[part][start_of(settings.pretrained, settings.frozen)]
         has_label_maps = part == "network"
         mapper = ImageMapper(self.num_classes, size=settings.image_size, label_maps=has_label_maps)
         self._train(
@@ -390,13 +399,16 @@ def build_model(
 
     Args:
         content: ``part``, "classifier" or "network"; ``backbone``, ``frozen_norm``,
-            ``image_size``; of a network ``test_sizes`` and ``crf`` as well.
+            ``frozen``, ``image_size``; of a network ``test_sizes`` and ``crf`` as well.
         class_names: by class index; checkpoints hold them.
         pretrained: start from ImageNet weights.
     """
     try:
         backbone = build_backbone(
-            content["backbone"], frozen_norm=content["frozen_norm"], pretrained=pretrained
+            content["backbone"],
+            frozen_norm=content["frozen_norm"],
+            frozen_stages="all" if content.get("frozen") else 0,
+            pretrained=pretrained,
         )
         in_feature, shape = choose_feature(backbone)
         form = {"in_feature": in_feature, "in_channels": shape.channels}

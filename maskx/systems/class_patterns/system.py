@@ -35,6 +35,8 @@ def quickstart_class_patterns(
     settings = TagSettings(
         backbone=options.backbone,
         pretrained=options.pretrained,
+        frozen=options.frozen,
+        feature_cache=options.feature_cache,
         image_size=choose_image_size(options),
         seed=options.seed,
         layer=options.layer,

@@ -31,7 +31,7 @@ from maskx.engine.quickstart import (
 )
 from maskx.engine.runs import Origin, Run, link_run, origin_of, origins_of_data
 from maskx.engine.training import CHECKPOINT_NAME, read_checkpoint, select_device
-from maskx.engine.training_chain import TrainingChain
+from maskx.engine.training_chain import TrainingChain, start_of
 from maskx.supervision import CategorySplit
 from maskx.systems.concept_mask.concept_sets import (
     ConceptSplit,
@@ -85,6 +85,7 @@ class ConceptMaskSettings:
         max_concepts: most concepts of an image in a step of stage 3.
         matching_weight: c of Eq. 2.
         seed: of weights and data order.
+        feature_cache: see :class:`maskx.engine.options.QuickstartOptions`.
         workers: processes that read training images; 0 reads them in the process that trains.
     """
 
@@ -95,8 +96,14 @@ class ConceptMaskSettings:
     batch_size: int = 16
     max_concepts: int = default_of(ConceptMapper, "max_concepts")
     matching_weight: float = default_of(RefinementModel, "matching_weight")
+    feature_cache: float = QuickstartOptions.feature_cache
     seed: int = 0
     workers: int = 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the backbone of the embedding stays as it is."""
+        return self.network.frozen
 
 
 QUICK = ConceptMaskSettings(
@@ -262,6 +269,7 @@ class ConceptMaskChain(TrainingChain):
         if before is not None:
             model.train().load_state_dict(before.state_dict())
             start = {"start": self._hashes[method.folder(stage - 1)]}
+        self._keep_features(model.embedding.backbone)
         if stage == 3:
             made_with["max_concepts"] = settings.max_concepts
         mapper = ConceptMapper(
@@ -271,7 +279,7 @@ class ConceptMaskChain(TrainingChain):
             masked=split.masked_indices,
             max_concepts=settings.max_concepts,
         )
-        weights = "imagenet" if settings.network.pretrained else "random"
+        weights = start_of(network.pretrained, network.frozen)
         rates = (_EMBEDDING_RATES[weights], _REFINEMENT_RATE, _SEGMENTATION_RATE)
         slower = {"embedding.": _FINE_TUNING_RATES[weights] / _REFINEMENT_RATE}
         self._train(
@@ -575,6 +583,7 @@ def quickstart_concept_mask(
         QUICK.network,
         backbone=options.backbone,
         pretrained=options.pretrained,
+        frozen=options.frozen,
         image_size=size,
         embedding_size=half,
         attention_sizes=(half, size),
@@ -582,7 +591,8 @@ def quickstart_concept_mask(
     chosen = {f"{stage}_iterations": options.iterations for stage in STAGE_FOLDERS}
     chosen["batch_size"] = options.batch_size
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    settings = replace(QUICK, network=network, seed=options.seed, workers=options.workers, **chosen)
+    own = {name: getattr(options, name) for name in ("seed", "workers", "feature_cache")}
+    settings = replace(QUICK, network=network, **own, **chosen)
     options.output.mkdir(parents=True, exist_ok=True)
     data = _load(options)
     report(

@@ -10,6 +10,7 @@ import torch
 
 from maskx.core.backbone_choice import build_backbone, choose_feature
 from maskx.core.checks import check_choice, default_of
+from maskx.core.pretrained import Pretrained
 from maskx.core.word_table import WordTable, load_word_table
 from maskx.data.masks import encode_masks
 from maskx.engine.options import QuickstartOptions
@@ -42,7 +43,8 @@ class ConceptNetwork:
 
     Attributes:
         backbone: of the embedding, see :func:`maskx.core.backbone_choice.build_backbone`.
-        pretrained: start from ImageNet weights, which are downloaded; their norms stay.
+        pretrained: start from ImageNet weights, or from a file; their norms stay.
+        frozen: keep the backbone of the embedding as it is.
         final_relu: the embedding ends with a ReLU, as the paper has it.
         image_size: side of the squares that images are warped to for the segmentation network.
         embedding_size: side of the squares that the embedding is trained on, in stages 1 and 2.
@@ -51,7 +53,8 @@ class ConceptNetwork:
     """
 
     backbone: str = "resnet50"
-    pretrained: bool = False
+    pretrained: Pretrained = False
+    frozen: bool = False
     final_relu: bool = default_of(ConceptEmbedding, "final_relu")
     hidden_channels: tuple[int, ...] = default_of(ConceptEmbedding, "hidden_channels")
     refinement_channels: int = default_of(RefinementModel.__base__, "hidden_channels")
@@ -88,7 +91,10 @@ def build_model(
     check_choice("stage of ConceptMask", stage, (1, 2, 3))
     pretrained = settings.pretrained
     backbone = build_backbone(
-        settings.backbone, frozen_norm=pretrained, pretrained=pretrained and initial
+        settings.backbone,
+        frozen_norm=bool(pretrained),
+        frozen_stages="all" if settings.frozen else 0,
+        pretrained=pretrained if initial else False,
     )
     in_feature, shape = choose_feature(backbone)
     embedding = ConceptEmbedding(
@@ -99,7 +105,8 @@ def build_model(
         hidden_channels=settings.hidden_channels,
         final_relu=settings.final_relu,
     )
-    parts: dict[str, Any] = dict(losses)
+    pixels = {"pixel_mean": backbone.pixel_mean, "pixel_std": backbone.pixel_std}
+    parts: dict[str, Any] = losses | pixels
     if stage > 1:
         parts["hidden_channels"] = settings.refinement_channels
     if stage == 3:

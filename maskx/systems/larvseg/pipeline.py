@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,17 +13,20 @@ import torch
 from torch import nn
 
 from maskx.core.backbone_choice import build_backbone, choose_feature
+from maskx.core.backbones import Backbone
 from maskx.core.checks import check_choice
 from maskx.core.digests import network_hash
 from maskx.core.image_classifier import ImageClassifier
 from maskx.core.losses import label_pairs
+from maskx.core.pretrained import Pretrained
 from maskx.core.sample_models import Sample
 from maskx.data.coco import CocoData
 from maskx.data.images import read_image_sample
 from maskx.data.label_maps import has_pixels
+from maskx.engine.options import QuickstartOptions
 from maskx.engine.runs import Origin, Run, link_run, origins_of_data
 from maskx.engine.training import CHECKPOINT_NAME, load_weights, read_checkpoint
-from maskx.engine.training_chain import TrainingChain
+from maskx.engine.training_chain import TrainingChain, start_of
 from maskx.evaluation.figures import (
     contact_sheet,
     draw_heat_map,
@@ -46,12 +50,14 @@ from maskx.systems.larvseg.samples import (
     true_label_map,
 )
 
+logger = logging.getLogger(__name__)
+
 METHODS = ("baseline", "larvseg")
 BANKS = {"cross": "cross_image", "single": "single_image", "scores": "score_map"}
 
 # What a checkpoint belongs to, beside what the training loop keeps itself.
 _IDENTITY = ("backbone", "pretrained", "image_size", "logit_form", "bank_size", "top_tokens")
-_IDENTITY += ("image_weight", "attentive_weight", "min_crop")
+_IDENTITY += ("image_weight", "attentive_weight", "min_crop", "frozen")
 
 # Peaks of Adam: the classifier from random weights and from ImageNet's, the segmentation.
 _CLASSIFIER_RATES = {"random": 2e-3, "imagenet": 1e-4}
@@ -69,6 +75,8 @@ class LarvSegSettings:
     Attributes:
         backbone: see :func:`maskx.core.backbone_choice.build_backbone`.
         pretrained: start from ImageNet weights.
+        frozen: keep the backbone as it is; like ``feature_cache`` as
+            :class:`maskx.engine.options.QuickstartOptions` has it.
         image_size: of the squares that images are warped to in evaluation; in training each data
             set has its own.
         start_iterations: steps of the image classifier whose backbone both methods start from; 0
@@ -86,7 +94,9 @@ class LarvSegSettings:
     """
 
     backbone: str = "small"
-    pretrained: bool = False
+    pretrained: Pretrained = False
+    frozen: bool = False
+    feature_cache: float = QuickstartOptions.feature_cache
     image_size: int = 128
     start_iterations: int = 400
     iterations: int = 350
@@ -193,8 +203,12 @@ class LarvSegChain(TrainingChain):
         settings = self.settings
         torch.manual_seed(settings.seed)
         backbone = build_backbone(
-            settings.backbone, frozen_norm=settings.pretrained, pretrained=settings.pretrained
+            settings.backbone,
+            frozen_norm=bool(settings.pretrained),
+            frozen_stages="all" if settings.frozen else 0,
+            pretrained=settings.pretrained,
         )
+        self._keep_features(backbone)
         if settings.start_iterations == 0:
             return backbone
         tagged = tuple(
@@ -220,7 +234,7 @@ class LarvSegChain(TrainingChain):
             pixel_std=backbone.pixel_std,
         )
         sets = replace(self.sets, data_sets=tagged)
-        rate = _CLASSIFIER_RATES["imagenet" if settings.pretrained else "random"]
+        rate = _CLASSIFIER_RATES[start_of(settings.pretrained, settings.frozen)]
         batches = self._batches(sets)
         self._train(model, "start", batches, {}, iterations=settings.start_iterations, rate=rate)
         return backbone.to("cpu")
@@ -233,6 +247,7 @@ class LarvSegChain(TrainingChain):
             self._architecture(method), self.sets.class_names, scored=self.sets.scored
         )
         model.network.backbone.load_state_dict(backbone.state_dict())
+        self._keep_features(model.network.backbone)
         model.network.classifier.set_trained(self.sets.trained)
         return model
 
@@ -251,6 +266,16 @@ class LarvSegChain(TrainingChain):
         )
         return model
 
+    def _keep_features(self, *backbones: Backbone) -> None:
+        if self.settings.frozen and self.settings.min_crop < 1:
+            logger.warning(
+                "min_crop is %g: a crop drawn at random has features of its own, so none are kept "
+                "and each step computes them. Set min_crop to 1 to keep them.",
+                self.settings.min_crop,
+            )
+        else:
+            super()._keep_features(*backbones)
+
     def _batches(self, sets: JointSets) -> functools.partial:
         mapper = JointMapper(sets, min_crop=self.settings.min_crop)
         return functools.partial(joint_batches, sets, mapper)
@@ -261,7 +286,8 @@ class LarvSegChain(TrainingChain):
         is_baseline = method.method == "baseline"
         return {
             "backbone": settings.backbone,
-            "frozen_norm": settings.pretrained,
+            "frozen_norm": bool(settings.pretrained),
+            "frozen": settings.frozen,
             "image_size": settings.image_size,
             "network": {
                 "logit_form": settings.logit_form,
@@ -284,13 +310,17 @@ def build_larvseg(
     """Build a model with initial weights.
 
     Args:
-        architecture: ``backbone``, ``frozen_norm``, ``image_size`` and ``network``, arguments of
-            :class:`maskx.systems.larvseg.network.LarvSeg`; kept in the checkpoints of the model.
+        architecture: ``backbone``, ``frozen_norm``, ``frozen``, ``image_size`` and
+            ``network``, arguments of :class:`maskx.systems.larvseg.network.LarvSeg`; kept in the
+            checkpoints of the model.
         class_names: of the class table.
         scored: see :class:`maskx.systems.larvseg.model.LarvSegModel`.
     """
     backbone = build_backbone(
-        architecture["backbone"], frozen_norm=architecture["frozen_norm"], pretrained=False
+        architecture["backbone"],
+        frozen_norm=architecture["frozen_norm"],
+        frozen_stages="all" if architecture.get("frozen") else 0,
+        pretrained=False,
     )
     in_feature, shape = choose_feature(backbone)
     return LarvSegModel(

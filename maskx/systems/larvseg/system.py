@@ -37,6 +37,8 @@ def quickstart_larvseg(options: QuickstartOptions, report: Callable[[str], None]
     settings = LarvSegSettings(
         backbone=options.backbone,
         pretrained=options.pretrained,
+        frozen=options.frozen,
+        feature_cache=options.feature_cache,
         seed=options.seed,
         workers=options.workers,
         **{name: value for name, value in chosen.items() if value is not None},

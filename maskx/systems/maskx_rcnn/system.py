@@ -1,10 +1,29 @@
 """What Mask^X R-CNN is to the tools."""
 
 from maskx.engine.results import instances_prediction
-from maskx.engine.system import System
+from maskx.engine.system import PhotoRecipe, System
 from maskx.systems.maskx_rcnn.export import exportable
 from maskx.systems.maskx_rcnn.pipeline import open_detector, quickstart_maskx
 from maskx.systems.maskx_rcnn.samples import masks_of_boxes
+
+PHOTOS = PhotoRecipe(
+    title="a detector learns the boxes of all categories, and from the masks that there are how to "
+    "make masks of categories without any.",
+    options={
+        "iterations": 1000,
+        "batch_size": 4,
+        "image_size": 256,
+        "light": True,
+        "box_loss": 1.0,
+    },
+    step_seconds=0.1,
+    image_seconds=0.05,
+    measured="on 700 photographs of 7 animals, with 656 masks of 4 of them, one run ended with "
+    "mask AP 45 on categories with masks and 38 on the others; in annotated boxes the masks had a "
+    "mean IoU of 0.80 and 0.76.",
+    masks=656,
+    categories=4,
+)
 
 SYSTEM = System(
     name="maskx",
@@ -16,9 +35,10 @@ SYSTEM = System(
     exportable=exportable,
     options=frozenset(
         [
-            *("annotated_boxes", "box_loss", "compare", "ema_teacher", "masks_for"),
+            *("annotated_boxes", "box_loss", "compare", "ema_teacher", "light", "masks_for"),
             *("pseudo_weight", "start"),
         ]
     ),
+    photos=PHOTOS,
     learns_from=("boxes_and_masks", "masks"),
 )

@@ -30,6 +30,8 @@ from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, detector_w
 
 logger = logging.getLogger(__name__)
 
+_LIGHT_CHANNELS = 64  # of the pyramid of a light detector, and of its mask head
+
 
 class SampleDetector(nn.Module):
     """Drives a torchvision detector with samples, as Detectron2 drives its models.
@@ -613,6 +615,8 @@ def faster_rcnn(
     backbone: str = "small",
     pretrained: bool = False,
     frozen_norm: bool | None = None,
+    frozen: bool = False,
+    light: bool | None = None,
     min_size: int | tuple[int, ...] | None = None,
     max_size: int | None = None,
     **detector: Any,
@@ -625,17 +629,22 @@ def faster_rcnn(
         pretrained: start from ImageNet weights; then the layers up to the first feature map stay
             as they are.
         frozen_norm: fix the batch norms of the backbone; None fixes those of pretrained weights.
+        frozen: keep all of the backbone as it is.
+        light: few channels and few samples in pyramid and heads, for a CPU; None: for ``small``
+            alone.
         min_size: shorter side of the resized image in pixels; several are drawn from. None: 128
             for ``small``, else 800.
         max_size: longest side of the resized image in pixels. None: 1333 for 800 pixels, else
             twice the shorter side.
     """
     small = backbone == "small"
+    light = small if light is None else light
     features = build_pyramid(
         backbone,
+        out_channels=_LIGHT_CHANNELS if light else None,
         pretrained=pretrained,
-        frozen_norm=pretrained if frozen_norm is None else frozen_norm,
-        frozen_stages=2 if pretrained else 0,
+        frozen_norm=bool(pretrained) if frozen_norm is None else frozen_norm,
+        frozen_stages="all" if frozen else 2 if pretrained else 0,
     )
     min_size = min_size or (128 if small else 800)
     largest = min_size if isinstance(min_size, int) else max(min_size)
@@ -647,7 +656,8 @@ def faster_rcnn(
         "max_size": max_size or (1333 if largest == 800 else 2 * largest),
         "image_mean": pixels[0],
         "image_std": pixels[1],
-        **(_small_detector(features, num_classes) if small else _usual_detector(features)),
+        **_anchors_and_pooling(features, light=light),
+        **(_light_heads(features, num_classes) if light else {}),
         **detector,
     }
     has_predictor = arguments.get("box_predictor") is not None
@@ -668,43 +678,43 @@ def maskx_rcnn(
 
     Args:
         num_classes: *with* background.
-        backbone: with ``small`` the mask head is small too, unless ``mask_branch`` says otherwise.
+        backbone: see :func:`faster_rcnn`.
+        detector: further arguments of it. Where the detector is light, so is the mask head, unless
+            ``mask_branch`` says otherwise.
     """
     model = faster_rcnn(num_classes, backbone=backbone, **(detector or {}))
-    if backbone == "small":
+    if model.backbone.out_channels == _LIGHT_CHANNELS:
         # The other trunks take their convolutions in pairs.
         num_convs = 3 if mask_branch.get("trunk", "conv") == "conv" else 2
-        mask_branch = {"channels": 64, "num_convs": num_convs} | mask_branch
+        mask_branch = {"channels": _LIGHT_CHANNELS, "num_convs": num_convs} | mask_branch
     return add_mask_branch(model, **mask_branch)
 
 
-def _usual_detector(features: PyramidBackbone) -> dict[str, Any]:
-    """Anchors of 8 strides on each level, as in Faster R-CNN on a feature pyramid."""
-    sizes = tuple((8 * shape.stride,) for shape in features.feature_shapes.values())
-    pooled = [name for name in features.feature_shapes if name != "pool"]
-    return {
-        "rpn_anchor_generator": AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
-        "box_roi_pool": MultiScaleRoIAlign(pooled, output_size=7, sampling_ratio=2),
-    }
+def _anchors_and_pooling(features: PyramidBackbone | SmallFPN, *, light: bool) -> dict[str, Any]:
+    # One sample per bin: the backward pass of RoIAlign, which runs on one core, takes 36 % of a
+    # step of a light detector with the usual four.
+    sampling = {"output_size": 7, "sampling_ratio": 1 if light else 2}
+    if isinstance(features, PyramidBackbone):
+        # Anchors of 8 strides on each level, as in Faster R-CNN on a feature pyramid.
+        anchors = tuple((8 * shape.stride,) for shape in features.feature_shapes.values())
+        pooled = [name for name in features.feature_shapes if name != "pool"]
+        pool = MultiScaleRoIAlign(pooled, **sampling)
+    else:
+        anchors = tuple((4 * stride, 6 * stride) for stride in features.strides.values())
+        # Objects of under 56 pixels are pooled from stride 4, as those of under 112 pixels are at
+        # the image size of the paper.
+        pool = MultiScaleRoIAlign(list(features.strides), canonical_scale=112, **sampling)
+    ratios = ((0.5, 1.0, 2.0),) * len(anchors)
+    return {"rpn_anchor_generator": AnchorGenerator(anchors, ratios), "box_roi_pool": pool}
 
 
-def _small_detector(features: SmallFPN, num_classes: int) -> dict[str, Any]:
-    levels = list(features.strides)
-    anchors = tuple((4 * stride, 6 * stride) for stride in features.strides.values())
-    # Objects of under 56 pixels are pooled from stride 4, as those of under 112 pixels are at the
-    # image size of the paper. One sample per bin: the backward pass of RoIAlign, which runs on one
-    # core, takes 36 % of a step with the usual four.
-    box_pool = MultiScaleRoIAlign(
-        featmap_names=levels, output_size=7, sampling_ratio=1, canonical_scale=112
-    )
+def _light_heads(features: PyramidBackbone | SmallFPN, num_classes: int) -> dict[str, Any]:
     return {
-        "rpn_anchor_generator": AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(levels)),
         "rpn_pre_nms_top_n_train": 300,
         "rpn_pre_nms_top_n_test": 300,
         "rpn_post_nms_top_n_train": 200,
         "rpn_post_nms_top_n_test": 100,
         "rpn_batch_size_per_image": 64,
-        "box_roi_pool": box_pool,
         "box_head": TwoMLPHead(features.out_channels * 7**2, 256),
         "box_predictor": FastRCNNPredictor(256, num_classes),
         "box_batch_size_per_image": 64,

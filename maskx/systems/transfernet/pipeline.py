@@ -19,13 +19,15 @@ from maskx.core.backbones import VGG16
 from maskx.core.checks import check_choice
 from maskx.core.digests import network_hash
 from maskx.core.image_classifier import ImageClassifier
+from maskx.core.pretrained import Pretrained
 from maskx.core.sample_models import SampleClassifier
 from maskx.data.coco import CocoData
 from maskx.data.dense_crf import check_crf
 from maskx.engine.batches import RecordMapper, training_batches
+from maskx.engine.options import QuickstartOptions
 from maskx.engine.runs import Origin, Run, link_run, origins_of_data
 from maskx.engine.training import load_weights
-from maskx.engine.training_chain import TrainingChain
+from maskx.engine.training_chain import TrainingChain, start_of
 from maskx.supervision import CategorySplit, Supervision
 from maskx.systems.transfernet.evaluation import draw_transfer, evaluate_transfer, format_transfer
 from maskx.systems.transfernet.model import ATTENTIONS, METHODS, TransferNetModel, build_network
@@ -43,7 +45,7 @@ from maskx.systems.transfernet.samples import (
 
 # What a checkpoint belongs to, beside what the training loop keeps itself.
 _MODEL_SETTINGS = ("backbone", "pretrained", "image_size", "in_feature", "attention", "num_factors")
-_MODEL_SETTINGS += ("hidden_channels", "use_target_masks")
+_MODEL_SETTINGS += ("hidden_channels", "use_target_masks", "frozen")
 
 # Feature map that masks are learned from; of others the last.
 _MASK_FEATURES = {"small": "layer3"}
@@ -62,6 +64,8 @@ class TransferSettings:
     Attributes:
         backbone: ``small``, ``vgg16`` (with the unpooling decoder of the paper) or another of
             :func:`maskx.core.backbone_choice.build_backbone`.
+        frozen: keep the backbone as it is; like ``feature_cache`` as
+            :class:`maskx.engine.options.QuickstartOptions` has it.
         in_feature: feature map of the encoder that masks are learned from; None is ``layer3`` of
             ``small``, else the last. The separate classifier uses the last.
         attention: ``factored``, or ``fc`` as published, for this image size only.
@@ -77,7 +81,9 @@ class TransferSettings:
     """
 
     backbone: str = "small"
-    pretrained: bool = False
+    pretrained: Pretrained = False
+    frozen: bool = False
+    feature_cache: float = QuickstartOptions.feature_cache
     image_size: int = 128
     in_feature: str | None = None
     attention: str = "factored"
@@ -192,19 +198,26 @@ class TransferChain(TrainingChain):
         0.44 instead of 0.84, and the mIoU of TransferNet on target categories 19 instead of 34.
         """
         torch.manual_seed(self.settings.seed)
+        settings = self.settings
         classifier = _build_classifier(
-            self.settings, len(self.split.class_names), pretrained=self.settings.pretrained
+            settings, len(self.split.class_names), pretrained=settings.pretrained
         )
-        names = self.split.class_names
-        model = SampleClassifier(classifier, size=self.settings.image_size, class_names=names)
+        self._keep_features(classifier.backbone)
+        model = SampleClassifier(
+            classifier,
+            size=settings.image_size,
+            class_names=self.split.class_names,
+            pixel_mean=classifier.backbone.pixel_mean,
+            pixel_std=classifier.backbone.pixel_std,
+        )
         records = [*self.sets.source, *self.sets.target]
         self._train(
             model,
             "classifier",
             functools.partial(training_batches, records, mapper=self._mapper(masks=False)),
             {},
-            iterations=self.settings.iterations,
-            rate=_CLASSIFIER_RATES["imagenet" if self.settings.pretrained else "random"],
+            iterations=settings.iterations,
+            rate=_CLASSIFIER_RATES[start_of(settings.pretrained, settings.frozen)],
         )
         return model
 
@@ -295,6 +308,7 @@ class TransferChain(TrainingChain):
         torch.manual_seed(self.settings.seed)
         model = build_transfer_model(self.settings, self.split, method, stage)
         model.start_from(self.classifier.state_dict(), "The classifier")
+        self._keep_features(model.network.encoder, model.classifier.backbone)
         return model
 
 
@@ -317,7 +331,9 @@ def build_transfer_model(
         initial: with ImageNet weights, where it is to have them; not where others are loaded.
     """
     is_baseline = method.method != "transfernet"
-    encoder = _backbone(settings, pretrained=settings.pretrained and is_baseline and initial)
+    encoder = _backbone(
+        settings, pretrained=settings.pretrained if is_baseline and initial else False
+    )
     wanted = settings.in_feature or _MASK_FEATURES.get(settings.backbone)
     in_feature, shape = choose_feature(encoder, wanted)
     # What comes after it is not computed.
@@ -347,6 +363,8 @@ def build_transfer_model(
         _build_classifier(settings, len(split.class_names)),
         size=settings.image_size,
         class_names=split.class_names,
+        pixel_mean=encoder.pixel_mean,
+        pixel_std=encoder.pixel_std,
     )
 
 
@@ -366,7 +384,7 @@ def open_transfer_model(run: Run, device: torch.device | str) -> TransferNetMode
 
 
 def _build_classifier(
-    settings: TransferSettings, num_classes: int, *, pretrained: bool = False
+    settings: TransferSettings, num_classes: int, *, pretrained: Pretrained = False
 ) -> ImageClassifier:
     backbone = _backbone(settings, pretrained=pretrained)
     in_feature, shape = choose_feature(backbone)
@@ -375,9 +393,13 @@ def _build_classifier(
     )
 
 
-def _backbone(settings: TransferSettings, *, pretrained: bool) -> nn.Module:
-    frozen_norm = settings.pretrained
-    return build_backbone(settings.backbone, frozen_norm=frozen_norm, pretrained=pretrained)
+def _backbone(settings: TransferSettings, *, pretrained: Pretrained) -> nn.Module:
+    return build_backbone(
+        settings.backbone,
+        frozen_norm=bool(settings.pretrained),
+        frozen_stages="all" if settings.frozen else 0,
+        pretrained=pretrained,
+    )
 
 
 def learn_to_transfer(

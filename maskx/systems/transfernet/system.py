@@ -39,6 +39,8 @@ def _pipeline(options: QuickstartOptions, report: Callable[[str], None]) -> dict
     settings = TransferSettings(
         backbone=options.backbone,
         pretrained=options.pretrained,
+        frozen=options.frozen,
+        feature_cache=options.feature_cache,
         seed=options.seed,
         workers=options.workers,
         **{name: value for name, value in chosen.items() if value is not None},

@@ -1,0 +1,32 @@
+"""Generated images in place of photographs, and weights in place of pretrained ones."""
+
+import json
+
+import timm
+import torch
+
+from maskx.data.scenes.generator import generate_scenes
+
+
+def make_photos(folder, count=8):
+    """Write images of four categories, of which the first two have masks.
+
+    Returns:
+        Their annotations and their folder.
+    """
+    path = generate_scenes(folder, count=count, size=64, num_categories=4, seed=0)
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        if annotation["category_id"] > 2:
+            del annotation["segmentation"]
+    for image in content["images"]:
+        del image["stuff_file_name"]
+    path.write_text(json.dumps(content))
+    return str(path), str(path.parent)
+
+
+def make_weights(path, name="resnet10t"):
+    """Write weights of a model of timm; returns their path."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model(name).state_dict(), path)
+    return str(path)
