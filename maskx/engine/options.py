@@ -122,10 +122,10 @@ def check_options(system: str, options: QuickstartOptions) -> None:
             f"workers is {options.workers}. Allowed: 0, to read images in the process that trains, "
             "or more."
         )
-    if options.frozen and options.pretrained is False:
+    if options.frozen and options.pretrained is False and options.start is None:
         raise ValueError(
             "frozen keeps the backbone as it is, but it starts from random weights. Let it start "
-            "from others: --pretrained, or --weights FILE."
+            "from others: --pretrained, --weights FILE, or --start RUN."
         )
     if not 0 <= options.feature_cache < math.inf:
         raise ValueError(

@@ -23,6 +23,7 @@ from detectron2.utils.events import EventStorage
 from omegaconf import ListConfig
 
 import maskx
+import maskx.systems
 from maskx.cli.main import VERBS
 from maskx.core.word_table import WordTable, save_word_table
 from maskx.data.large_vocabularies import ade20k_150_classes
@@ -40,6 +41,7 @@ from maskx.detectron2 import (
     register_all,
 )
 from maskx.detectron2.datasets import class_names_of, split_from_config
+from maskx.engine.photos import photo_options
 from maskx.systems.concept_mask.concept_sets import ConceptSplit, write_concept_split
 from maskx.systems.maskx_rcnn.detectron2.model import MaskXROIHeadsMixin
 from maskx.systems.maskx_rcnn.mask_head import PREDICTORS
@@ -164,6 +166,8 @@ def tiny_opts(tmp_path, scenes):
             lines = [f"{name.replace(' ', '_')} {i} 1.5 -2" for i, name in enumerate(names)]
             vectors.write_text("\n".join(lines))
             opts += [f"MODEL.MASKX.{key}.VECTORS", str(vectors)]
+        if "photos" in name:  # the tiny images are normalised otherwise
+            opts += ["MODEL.MASKX.BACKBONE.PRETRAINED", False]
         if "maskx_plus" in name or "deepmac" in name:
             # Their convolutions come in pairs, their RoIs are halved twice.
             opts += ["MODEL.ROI_MASK_HEAD.NUM_CONV", 2, "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 8]
@@ -247,6 +251,25 @@ def test_names_say_all_that_differs():
     assert tried["MODEL.MASKX.TRANSFER.LAYERS"] == {"1", "2", "3"}
     assert tried["MODEL.MASKX.TRANSFER.ACTIVATION"] == set(ACTIVATIONS)
     assert tried["MODEL.MASKX.TRANSFER.STOP_GRADIENT"] == {"True", "False"}
+
+
+def test_the_settings_for_photographs_are_those_of_pip():
+    cfg, options = (
+        load("quick_schedules/maskx_photos_cpu.yaml"),
+        photo_options("maskx", {"output": Path("out")}),
+    )
+    backbone = cfg.MODEL.MASKX.BACKBONE
+    assert (options.backbone, options.pretrained) == (backbone.NAME, backbone.PRETRAINED)
+    backbone.PRETRAINED = False
+    network = build_backbone(cfg).bottom_up
+    assert options.frozen
+    assert not any(weight.requires_grad for weight in network.parameters())
+    assert options.iterations == cfg.SOLVER.MAX_ITER
+    assert options.batch_size == cfg.SOLVER.IMS_PER_BATCH
+    assert (options.image_size,) == cfg.INPUT.MIN_SIZE_TRAIN
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (256, 512)
+    assert options.box_loss == cfg.MODEL.MASKX.BOX_LOSS.WEIGHT
+    assert tuple(cfg.MODEL.PIXEL_MEAN) == network.pixel_mean
 
 
 def test_both_directions_have_the_same_experiments():

@@ -6,7 +6,6 @@ import pytest
 from photos import make_photos, make_weights
 
 import maskx.systems  # noqa: F401 - registers them
-from maskx.data.scenes.generator import generate_scenes
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.system import find_system
 
@@ -15,7 +14,7 @@ from maskx.engine.system import find_system
 def run(tmp_path):
     """Runs a quick start of few steps in a folder; returns the losses of its trainings."""
     photos = make_photos(tmp_path / "photos", count=6)
-    val = generate_scenes(tmp_path / "val", count=2, size=64, num_categories=4, seed=1)
+    val = make_photos(tmp_path / "val", count=2, with_masks=4, seed=1)
     weights = make_weights(tmp_path / "weights.pth")
 
     def start(system, folder, **options):
@@ -24,7 +23,7 @@ def run(tmp_path):
             iterations=1,
             batch_size=2,
             coco_train=photos,
-            coco_val=(str(val), str(val.parent)),
+            coco_val=val,
             masks_for=None if system == "class_patterns" else "drawn",
             backbone="resnet10t",
             pretrained=weights,

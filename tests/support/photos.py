@@ -8,16 +8,16 @@ import torch
 from maskx.data.scenes.generator import generate_scenes
 
 
-def make_photos(folder, count=8):
-    """Write images of four categories, of which the first two have masks.
+def make_photos(folder, count=8, *, with_masks=2, seed=0):
+    """Write images of four categories, of which the first have masks.
 
     Returns:
         Their annotations and their folder.
     """
-    path = generate_scenes(folder, count=count, size=64, num_categories=4, seed=0)
+    path = generate_scenes(folder, count=count, size=64, num_categories=4, seed=seed)
     content = json.loads(path.read_text())
     for annotation in content["annotations"]:
-        if annotation["category_id"] > 2:
+        if annotation["category_id"] > with_masks:
             del annotation["segmentation"]
     for image in content["images"]:
         del image["stuff_file_name"]

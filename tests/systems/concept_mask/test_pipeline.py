@@ -326,6 +326,13 @@ def test_imagenet_weights_are_loaded_where_training_starts_alone(data):
     build_model(network, 1, data.table, data.split)
 
 
+def test_images_are_normalised_as_the_backbone_expects(data):
+    network = dataclasses.replace(TINY.network, backbone="efficientnet_lite0")
+    model = build_model(network, 1, data.table, data.split)
+    assert model.pixel_mean.flatten().tolist() == [127.5] * 3
+    assert model.pixel_std.flatten().tolist() == [127.5] * 3
+
+
 def test_images_of_other_concepts_are_refused(data):
     names = tuple(f"other {i}" for i in range(len(data.val.class_names)))
     other = dataclasses.replace(data.val, class_names=names)

@@ -1,8 +1,10 @@
 import functools
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -85,6 +87,17 @@ def test_methods_share_the_backbone_that_they_start_from(trained):
     assert models["larvseg"].network.bank.counts.sum() > 0
     starts = [read_run(chain.output / name).started_from["start"] for name in METHODS]
     assert starts[0] == starts[1]
+
+
+def test_random_crops_keep_no_features(sets, tmp_path, caplog):
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
+    settings = replace(TINY, backbone="resnet10t", pretrained=tmp_path / "weights.pth", frozen=True)
+    settings = replace(settings, start_iterations=0, min_crop=0.5)
+    chain = make_chain(sets, tmp_path / "chain", settings)
+    assert chain.new_model(LarvSegMethod()).network.backbone.cache is None
+    assert "min_crop is 0.5: a crop drawn at random has features of its own" in caplog.text
+    chain = make_chain(sets, tmp_path / "chain", replace(settings, min_crop=1.0))
+    assert chain.new_model(LarvSegMethod()).network.backbone.cache is not None
 
 
 def test_methods_begin_with_the_same_weights(trained, sets, tmp_path):

@@ -14,7 +14,12 @@ from maskx.systems.transfernet.baselines import BaselineNet, DecoupledNet
 from maskx.systems.transfernet.decoder import UnpoolingDecoder
 from maskx.systems.transfernet.model import METHODS, TransferNetModel
 from maskx.systems.transfernet.network import TransferNet
-from maskx.systems.transfernet.pipeline import TransferChain, TransferMethod, TransferSettings
+from maskx.systems.transfernet.pipeline import (
+    TransferChain,
+    TransferMethod,
+    TransferSettings,
+    build_transfer_model,
+)
 from maskx.systems.transfernet.samples import source_subset, transfer_sets
 
 K, SIZE = 12, 32
@@ -246,6 +251,13 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(make_chain):
         make_chain(in_feature="layer9")
     with pytest.raises(ValueError, match="no pretrained weights of the backbone 'small'"):
         make_chain(pretrained=True).classifier
+
+
+def test_images_are_normalised_as_the_backbone_expects(split):
+    settings = TransferSettings(**TINY, backbone="efficientnet_lite0")
+    model = build_transfer_model(settings, split, TransferMethod())
+    assert model.pixel_mean.flatten().tolist() == [127.5] * 3
+    assert model.pixel_std.flatten().tolist() == [127.5] * 3
 
 
 def test_methods_have_names_for_folders():
