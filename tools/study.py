@@ -53,6 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--image-size", type=int, help="shorter side in pixels")
     add("--backbone", default=default.backbone, help="small, or a model of timm")
     add("--pretrained", action="store_true", help="start from ImageNet weights")
+    add("--frozen", action="store_true", help="maskx: keep the backbone as it is")
+    add("--light", action="store_true", help="maskx: few channels and samples in the detector")
     add(
         "--vectors",
         type=Path,

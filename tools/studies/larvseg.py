@@ -149,6 +149,6 @@ STUDY = Study(
     ),
     describe=_describe,
     open_seed=_SeedRuns,
-    takes=OWN_OPTIONS - {"vectors"},
+    takes=OWN_OPTIONS - {"frozen", "light", "vectors"},
 )
 """LarvSeg; the orderings are of novel classes."""

@@ -2,8 +2,9 @@
 
 The settings carry the names of ``configs/MaskX``: ``TRAINING/METHOD``, where the training is ``sw``
 (stage-wise: every second stage of a seed on the same detector) or ``e2e`` (end to end), and the
-method a list of words joined by ``_``. Before it may stand ``oracle/`` (all categories have masks
-in training) or ``grabcut/`` (GrabCut draws those of B).
+method a list of words joined by ``_``. Before it may stand where masks are from: ``oracle/`` (all
+categories have masks in training), ``grabcut/`` or ``u2netp/`` (that teacher draws those of B), or
+``share_N/`` (N percent of the objects have masks, of whatever category, chosen by the seed).
 """
 
 import functools
@@ -12,17 +13,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torchvision.models.detection import FasterRCNN
 
 from maskx.core.word_vectors import load_class_vectors
 from maskx.data.coco import load_coco
 from maskx.data.splits import resolve_split
 from maskx.engine.batches import training_batches
 from maskx.engine.completion import CompletionOptions, complete
+from maskx.engine.features import keep_features
+from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import choose_image_size, load_data
 from maskx.engine.training import TrainingSettings, select_device, train
 from maskx.evaluation.average_precision import evaluate_detections
 from maskx.supervision import CategorySplit
+from maskx.systems.maskx_rcnn.evaluation import by_model, mean_iou_of_boxes
+from maskx.systems.maskx_rcnn.pipeline import LEARNING_RATES
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
 from maskx.systems.maskx_rcnn.torchvision import (
     SampleDetector,
@@ -48,6 +55,7 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
     "relu": {"transfer_activation": "relu"},
     "nostopgrad": {"stop_gradient": False},
     "dropout": {"transfer_dropout": 0.8},
+    "box_loss": {"box_loss": {"weight": 1.0}},
     "mlp": {"mlp": "single_fc"},
     "bottleneck": {"mlp": "bottleneck"},
     "gtboxes": {"gt_boxes_only": True},
@@ -78,10 +86,13 @@ PAPER_SETTINGS = (
     "e2e/clsbox_2_layer",
 )
 
-_MASKS = ("oracle", "grabcut")
+_TEACHERS = ("grabcut", "u2netp")
+_MASKS = ("oracle", *_TEACHERS, r"share_\d+")
+
+# What the RoI heads have beside a detector's.
+_MASK_PARTS = ("mask_head", "box_loss", "ema_teacher")
 
 _DEFAULTS = {"iterations": 1200, "stage2_iterations": 600, "batch_size": 8}
-_LEARNING_RATE_PER_IMAGE = 0.00375  # as in the quick start
 
 
 def mask_branch(setting: str) -> dict[str, Any]:
@@ -96,7 +107,8 @@ def mask_branch(setting: str) -> dict[str, Any]:
     if training not in ("sw", "e2e") or not re.fullmatch(rf"({known})(_({known}))*", method):
         raise ValueError(
             f"Setting '{setting}' is not known. Allowed: sw/METHOD or e2e/METHOD, perhaps with "
-            f"{' or '.join(f'{name}/' for name in _MASKS)} before it, and METHOD of the words "
+            "oracle/, grabcut/, u2netp/ or share_N/ (N percent, 1 to 99) before it, and METHOD of "
+            "the words "
             f"{', '.join(WORDS)}, joined by '_'."
         )
     branch: dict[str, Any] = {"freeze_detector": training == "sw"}
@@ -118,7 +130,7 @@ def mask_branch(setting: str) -> dict[str, Any]:
 def _parts(setting: str) -> tuple[str, str, str]:
     """Where the masks of B are from ("" for nowhere), the training, the method."""
     first, _, rest = setting.partition("/")
-    masks = first if first in _MASKS else ""
+    masks = first if re.fullmatch("|".join(_MASKS), first) else ""
     training, _, method = (rest if masks else setting).partition("/")
     return masks, training, method
 
@@ -140,6 +152,8 @@ class _SeedRuns:
         size = choose_image_size(self.quickstart)
         self.detector = {
             "pretrained": options.pretrained,
+            "frozen": options.frozen,
+            "light": options.light or options.backbone == "small",
             "min_size": size,
             "max_size": 2 * size,
         }
@@ -151,14 +165,16 @@ class _SeedRuns:
             branch["class_vectors"] = torch.from_numpy(vectors)
         torch.manual_seed(self.seed)
         num_classes = len(self.train_data.class_names) + 1
-        model = SampleDetector(
+        iterations = _describe(self.options, setting)["iterations"]
+        if "box_loss" in branch:
+            branch["box_loss"] = {**branch["box_loss"], "warm_up": iterations // 10}
+        model = self._with_features(
             maskx_rcnn(
                 num_classes, detector=self.detector, **branch, backbone=self.options.backbone
             )
         )
         if branch["freeze_detector"]:
             self._load_detector(model)
-        iterations = _describe(self.options, setting)["iterations"]
         records, split = self._with_masks(_parts(setting)[0])
         self._train(model, self.folder / setting, iterations, setting, records, split)
         return self._evaluate(model, setting)
@@ -168,29 +184,38 @@ class _SeedRuns:
         everything = resolve_split("all", self.train_data.class_names)
         if source == "oracle":
             return self.train_data.records, everything
-        if source != "grabcut":
+        if source.startswith("share_"):
+            share = int(source.removeprefix("share_")) / 100
+            return with_share_of_masks(self.train_data.records, share, self.seed), everything
+        if source not in _TEACHERS:
             return self.train_data.records, self.split
-        path = self.folder / "grabcut.json"
+        path = self.folder / f"{source}.json"
         images = self.options.coco_train[1] if self.options.coco_train else None
         images = images or self.train_data.json_file.parent
-        with process_lock(self.folder / "grabcut"):
+        with process_lock(self.folder / source):
             if not path.exists():
                 complete(
                     CompletionOptions(
                         data=(self.train_data.json_file, images),
                         output=path,
-                        teacher="grabcut",
+                        teacher=source,
                         withhold=self.split.name,
                         skip_bad=self.options.skip_bad,
                     )
                 )
         return load_coco(path, images).records, everything
 
+    def _with_features(self, detector: FasterRCNN) -> SampleDetector:
+        """Let a frozen backbone compute its features once for all runs of the seed."""
+        if self.options.frozen:
+            keep_features(detector.backbone.backbone, self.folder, QuickstartOptions.feature_cache)
+        return SampleDetector(detector)
+
     def _load_detector(self, model: SampleDetector) -> None:
         """Give a model the detector of the first stage, which is trained when first needed."""
         torch.manual_seed(self.seed)
         num_classes = len(self.train_data.class_names) + 1
-        detector = SampleDetector(
+        detector = self._with_features(
             faster_rcnn(num_classes, backbone=self.options.backbone, **self.detector)
         )
         folder = self.folder / "stage1"
@@ -199,7 +224,8 @@ class _SeedRuns:
             self._train(detector, folder, self.numbers["iterations"], "stage1", records, self.split)
         detector.to("cpu")
         missing, unexpected = model.load_state_dict(detector.state_dict(), strict=False)
-        outside = [name for name in missing if not name.startswith("detector.roi_heads.mask_head.")]
+        own = tuple(f"detector.roi_heads.{part}." for part in _MASK_PARTS)
+        outside = [name for name in missing if not name.startswith(own)]
         assert not outside, outside
         assert not unexpected, unexpected
 
@@ -212,10 +238,11 @@ class _SeedRuns:
         records: Sequence[dict[str, Any]],
         split: CategorySplit,
     ) -> None:
+        rate = LEARNING_RATES["light" if self.detector["light"] else "usual"]
         settings = TrainingSettings(
             iterations=iterations,
             batch_size=self.numbers["batch_size"],
-            learning_rate=_LEARNING_RATE_PER_IMAGE * self.numbers["batch_size"],
+            learning_rate=rate * self.numbers["batch_size"],
             seed=self.seed,
             checkpoint_every=max(100, iterations // 10),
         )
@@ -248,11 +275,31 @@ class _SeedRuns:
             groups=self.split.groups(),
             max_detections=model.detector.roi_heads.detections_per_img,
         )
-        return {
+        found = {
             f"{name}_AP_{group}": results[task][group]["AP"]
             for name, task in (("mask", "segm"), ("box", "bbox"))
             for group in ("A", "B")
         }
+        means = mean_iou_of_boxes(by_model(model), data, self.split, description=description)
+        return found | {f"mask_IoU_{group}": 100 * means[group] for group in ("A", "B")}
+
+
+def with_share_of_masks(
+    records: Sequence[dict[str, Any]], share: float, seed: int
+) -> list[dict[str, Any]]:
+    """Keep the masks of a share of the objects, all the same with every larger share of a seed."""
+    count = sum(len(record["annotations"]) for record in records)
+    places = iter(np.random.RandomState(seed).permutation(count) < round(share * count))
+    return [
+        record
+        | {
+            "annotations": [
+                each if next(places) else {k: v for k, v in each.items() if k != "segmentation"}
+                for each in record["annotations"]
+            ]
+        }
+        for record in records
+    ]
 
 
 def _numbers_of(options: StudyOptions) -> dict[str, int]:
@@ -282,6 +329,8 @@ STUDY = Study(
         "mask_AP_A": Measure("mask AP, A"),
         "box_AP_B": Measure("box AP, B"),
         "box_AP_A": Measure("box AP, A"),
+        "mask_IoU_B": Measure("IoU in true boxes, B"),
+        "mask_IoU_A": Measure("IoU in true boxes, A"),
     },
     plotted=("mask_AP_B",),
     plot_label="Mask AP on B (percent)",

@@ -11,7 +11,7 @@ __all__ = ["OWN_OPTIONS", "StudyOptions"]
 
 # Options that only some systems take.
 OWN_OPTIONS = frozenset(("coco_train", "coco_val", "masks_for", "skip_bad")) | frozenset(
-    ("image_size", "backbone", "pretrained", "vectors")
+    ("image_size", "backbone", "pretrained", "frozen", "light", "vectors")
 )
 
 
@@ -42,6 +42,7 @@ class StudyOptions:
         image_size: shorter side of the images in pixels.
         backbone: see :func:`maskx.torchvision.faster_rcnn`.
         pretrained: start from ImageNet weights.
+        frozen: of ``maskx``, see :class:`maskx.engine.options.QuickstartOptions`; so is ``light``.
         vectors: file of vectors of the class names, for settings of ``maskx`` that transfer from
             vectors.
     """
@@ -61,6 +62,8 @@ class StudyOptions:
     image_size: int | None = None
     backbone: str = "small"
     pretrained: bool = False
+    frozen: bool = False
+    light: bool = False
     vectors: Path | None = None
 
     def seed_folder(self, seed: int) -> Path:

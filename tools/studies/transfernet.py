@@ -147,6 +147,6 @@ STUDY = Study(
     orderings=_orderings(),
     describe=_describe,
     open_seed=_SeedRuns,
-    takes=OWN_OPTIONS - {"vectors"},
+    takes=OWN_OPTIONS - {"frozen", "light", "vectors"},
 )
 """TransferNet; the orderings are of target categories."""

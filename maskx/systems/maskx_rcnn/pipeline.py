@@ -41,7 +41,7 @@ from maskx.systems.maskx_rcnn.torchvision import (
 _ITERATIONS, _BATCH_SIZE = 1200, 8
 
 # Per image of a batch. 0.00125 is usual for ResNets, 0.02 for a batch of 16.
-_LEARNING_RATES = {"light": 0.00375, "usual": 0.00125}
+LEARNING_RATES = {"light": 0.00375, "usual": 0.00125}
 
 # The full method of the paper, with the light form of the MLP and mixed weights, and its baseline.
 MASK_BRANCHES = {
@@ -161,7 +161,7 @@ def train_detector(
         TrainingSettings(
             iterations=iterations,
             batch_size=batch_size,
-            learning_rate=_LEARNING_RATES["light" if settings["light"] else "usual"] * batch_size,
+            learning_rate=LEARNING_RATES["light" if settings["light"] else "usual"] * batch_size,
             seed=options.seed,
             checkpoint_every=max(100, iterations // 50),
         ),
