@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
+from photos import make_weights
 
 import maskx
 from maskx.data.coco import load_coco
@@ -90,8 +90,8 @@ def test_methods_share_the_backbone_that_they_start_from(trained):
 
 
 def test_random_crops_keep_no_features(sets, tmp_path, caplog):
-    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "weights.pth")
-    settings = replace(TINY, backbone="resnet10t", pretrained=tmp_path / "weights.pth", frozen=True)
+    weights = make_weights(tmp_path / "weights.pth")
+    settings = replace(TINY, backbone="resnet10t", pretrained=weights, frozen=True)
     settings = replace(settings, start_iterations=0, min_crop=0.5)
     chain = make_chain(sets, tmp_path / "chain", settings)
     assert chain.new_model(LarvSegMethod()).network.backbone.cache is None
