@@ -10,6 +10,7 @@ Examples:
 
 import argparse
 import errno
+import math
 from pathlib import Path
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -41,6 +42,10 @@ def run(args: argparse.Namespace) -> None:
 
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port is {args.port}. Allowed: 0, for a free one, to {2**16 - 1}.")
+    for name in ("max_megabytes", "max_megapixels"):
+        if not 0 < getattr(args, name) < math.inf:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is {getattr(args, name)}. Allowed: a number above 0.")
     predictor = maskx.open_run(args.run_folder, device=args.device)
     app = make_app(
         predictor,

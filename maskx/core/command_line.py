@@ -89,6 +89,8 @@ def _one_line(error: Exception) -> str:
             errno.EROFS: f"The file system of{where or ' the output'} is read-only. Choose another "
             "output folder.",
             errno.ENOENT: f"There is no file or folder{where}. Correct the path.",
+            errno.ENOTDIR: f"A part of the path{where} is a file, not a folder. Correct the path.",
+            errno.EISDIR: f"The path{where} is a folder, where a file is needed. Name a file.",
             errno.EACCES: f"No permission to use{where or ' a file'}. Choose another folder, or "
             "change its permissions.",
         }

@@ -177,6 +177,27 @@ def test_a_folder_without_a_run_ends_in_one_line(tmp_path):
         main(["serve", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--port", "-1"], "--port is -1. Allowed: 0, for a free one, to 65535"),
+        (["--port", "70000"], "--port is 70000. Allowed"),
+        (["--port", "0", "--max-megabytes", "nan"], "--max-megabytes is nan. Allowed: a number"),
+        (["--port", "0", "--max-megabytes", "0"], "--max-megabytes is 0.0. Allowed: a number"),
+        (["--port", "0", "--max-megapixels", "inf"], "--max-megapixels is inf. Allowed: a number"),
+        (["--port", "0", "--max-megapixels", "-3"], "--max-megapixels is -3.0. Allowed: a number"),
+        (["--port", "0", "--host", "no.such.host.invalid"], "--host no.such.host.invalid --port 0"),
+        (["--port", "0", "--host", "http://localhost"], "--host http://localhost --port 0 cannot"),
+    ],
+)
+def test_mistakes_in_the_options_end_in_one_line(answers, monkeypatch, options, words):
+    monkeypatch.setattr(maskx, "open_run", lambda folder, device: answers, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "run", *options])
+    assert ended.value.code.startswith(f"error: {words}")
+    assert "\n" not in ended.value.code
+
+
 def test_a_port_in_use_is_named(answers, monkeypatch):
     monkeypatch.setattr(maskx, "open_run", lambda folder, device: answers, raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -62,6 +62,11 @@ def test_an_interruption_says_how_to_go_on():
         (OSError("'x' could not be written (full). Make room."), "^error: 'x' could not be"),
         (MemoryError(), "not enough memory"),
         (FileNotFoundError(errno.ENOENT, "No such", "/no/x"), "no file or folder '/no/x'. Correct"),
+        (
+            NotADirectoryError(errno.ENOTDIR, "", "a.json/b"),
+            "'a.json/b' is a file, not a",
+        ),
+        (IsADirectoryError(errno.EISDIR, "", "data"), "'data' is a folder, where a file .* Name a"),
         (AssertionError(), "AssertionError, without a message"),
         (KeyError("bbox"), "KeyError: 'bbox'"),
     ],

@@ -36,6 +36,23 @@ def test_every_system_knows_its_settings_and_orders_what_it_measures(system):
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("system", STUDIED)
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"iterations": 0}, "iterations is 0. Allowed: a whole number of at least 1"),
+        ({"stage2_iterations": -1}, "stage2_iterations is -1. Allowed"),
+        ({"batch_size": -2}, "batch_size is -2. Allowed"),
+        ({"seeds": (0, -1)}, "seeds has -1. Allowed: whole numbers from 0"),
+        ({"seeds": (2**32,)}, "seeds has 4294967296. Allowed"),
+    ],
+)
+def test_numbers_are_checked_before_the_first_training(tmp_path, system, option, words):
+    with pytest.raises(ValueError, match=words):
+        run_study(StudyOptions(tmp_path / "study", system=system, **option), print)
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_user_error_ends_with_its_message(tmp_path):
     command = [sys.executable, str(TOOL), "--system", "larvseg", "--settings", "nonsense"]
     finished = subprocess.run(

@@ -116,6 +116,7 @@ def make_study(system: Study, options: StudyOptions, report: Report) -> list[dic
             raise ValueError(
                 f"{name} has no meaning for a study of {options.system}. Leave it out."
             )
+    _check_numbers(options)
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"A seed stands twice in {list(options.seeds)}. Name each once.")
     runs = _describe(system, options, report)
@@ -149,6 +150,16 @@ def make_study(system: Study, options: StudyOptions, report: Report) -> list[dic
         with written_whole(options.output / "study.png") as scratch:
             plot_settings(scratch, named, label=label)
     return rows
+
+
+def _check_numbers(options: StudyOptions) -> None:
+    """Refuse now what would be refused after hours, once its stage begins."""
+    for name in ("iterations", "stage2_iterations", "batch_size", "image_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}. Allowed: a whole number of at least 1.")
+    if bad := [seed for seed in options.seeds if not 0 < seed + 1 < 2**31]:
+        raise ValueError(f"seeds has {bad[0]}. Allowed: whole numbers from 0 to {2**31 - 2}.")
 
 
 def check_orderings(orderings: Sequence[Ordering], rows: Sequence[Row]) -> list[dict[str, Any]]:
