@@ -1,8 +1,9 @@
 """The one reader of image files, on both hosts, and the samples of whole-image models."""
 
-import io
+import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ from maskx.data.label_maps import semantic_label_map
 __all__ = [
     "MAX_PIXELS",
     "ImageMapper",
+    "as_sample_image",
     "read_image",
     "read_image_sample",
     "read_record_image",
@@ -30,6 +32,9 @@ MAX_PIXELS = 2**28
 _TAIL = 4096  # bytes in which the end of an image must be
 _ORIENTATION = 0x0112  # EXIF
 _TURNED = (5, 6, 7, 8)  # the sides are the other way round; more is not allowed and turns nothing
+_STRIP = 256  # rows that are turned from BGR to RGB at a time
+# Since OpenCV 4.11, as is the constant: into an empty array, which then holds the decoded pixels.
+_READS_INTO_ARRAYS = hasattr(cv2, "IMREAD_COLOR_RGB")
 _MAX_RATIO = 200  # of the sides; a thinner image has no pixel left at the size of a network
 
 
@@ -47,47 +52,70 @@ def read_record_image(record: Mapping[str, Any], *, image_format: str = "BGR") -
     Raises:
         ValueError: the file is no readable image, or of another size.
     """
-    image = read_image(
-        record["file_name"], record.get("height"), record.get("width"), record.get("image_id")
-    )
-    return image if image_format == "BGR" else np.ascontiguousarray(image[:, :, ::-1])
+    size = record.get("height"), record.get("width")
+    return read_image(record["file_name"], *size, record.get("image_id"), image_format=image_format)
 
 
 def read_image(
-    path: str | os.PathLike[str], height: int | None, width: int | None, image_id: int | str | None
+    path: str | os.PathLike[str],
+    height: int | None,
+    width: int | None,
+    image_id: int | str | None,
+    *,
+    image_format: str = "BGR",
 ) -> np.ndarray:
-    """Read an image that is to have a certain size.
+    """Read an image that is to have a certain size, in the memory of its pixels alone.
 
     It is turned as its EXIF tag says. Grey images of 16 bits are read by their upper 8.
 
     Args:
         height: in pixels, as its annotations say; None if they do not.
+        image_format: "BGR" or "RGB".
 
     Returns:
-        (H, W, 3) uint8 BGR.
+        (H, W, 3) uint8.
 
     Raises:
         ValueError: it is no whole image, too large or too thin, or of another size.
     """
     where = f"Image '{os.fspath(path)}'" + ("" if image_id is None else f" (id {image_id})")
-    # Not imread, which on Windows finds no path with other than ASCII characters.
     try:
-        content = np.fromfile(path, np.uint8)
+        with open(path, "rb") as file:
+            head, tail = _ends(file)
+            _check_before_decoding(file, head, tail, height, width, where)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{where}: there is no such file. Check the image folder, or remove the image from the "
             "annotation file."
         ) from None
-    _check_before_decoding(content, height, width, where)
     try:
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR)
+        image = _decoded(os.fspath(path), head)
     except cv2.error as error:
         raise ValueError(f"{where} cannot be read: {error}.") from error
     if image is None:
         raise ValueError(f"{where} cannot be read. Is the file an image, and complete?")
     if height is not None and image.shape[:2] != (height, width):
         raise _other_size(where, image.shape[1], image.shape[0], width, height)
+    if image_format == "RGB":
+        for top in range(0, len(image), _STRIP):
+            strip = image[top : top + _STRIP]
+            strip[:] = cv2.cvtColor(strip, cv2.COLOR_BGR2RGB)
     return image
+
+
+def _decoded(path: str, head: bytes) -> np.ndarray | None:
+    """Decode a file to (H, W, 3) uint8 BGR; None if it cannot be.
+
+    Args:
+        head: its first bytes.
+    """
+    # Into an array imread turns no TIFF file, and on Windows it finds ASCII paths alone.
+    can_read = head[:2] not in (b"II", b"MM") and (sys.platform != "win32" or path.isascii())
+    if _READS_INTO_ARRAYS and can_read:
+        image = cv2.imread(path, np.empty(0, np.uint8), cv2.IMREAD_COLOR)
+        if image is not None and image.size:
+            return image
+    return cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)  # which copies it
 
 
 def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
@@ -99,7 +127,7 @@ def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         ValueError: as of :func:`read_image`.
     """
-    return np.ascontiguousarray(read_image(path, None, None, None)[:, :, ::-1])
+    return read_image(path, None, None, None, image_format="RGB")
 
 
 def problem_of_file(
@@ -113,9 +141,8 @@ def problem_of_file(
         The kind of problem, what it is, and the remedy; None if there is none.
     """
     with open(path, "rb") as file:
-        head = file.read(16)
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
-        problem = _problem_of(head, file.read())
+        head, tail = _ends(file)
+        problem = _problem_of(head, tail)
         if not problem:
             found = image_size(file)
             # What Pillow does not know, OpenCV may.
@@ -147,6 +174,13 @@ def image_size(file: str | os.PathLike[str] | BinaryIO) -> tuple[int, int] | Non
         return None
 
 
+def _ends(file: BinaryIO) -> tuple[bytes, bytes]:
+    """Read the first 16 and the last 4096 bytes."""
+    head = file.read(16)
+    file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+    return head, file.read()
+
+
 def _problem_of(head: bytes, tail: bytes) -> str:
     """Say what is wrong by the first 16 and the last 4096 bytes."""
     if not head:
@@ -161,14 +195,14 @@ def _problem_of(head: bytes, tail: bytes) -> str:
 
 
 def _check_before_decoding(
-    content: np.ndarray, height: int | None, width: int | None, where: str
+    file: BinaryIO, head: bytes, tail: bytes, height: int | None, width: int | None, where: str
 ) -> None:
     """Refuse a file by its header and its end, before its pixels take any memory."""
-    problem = _problem_of(content[:16].tobytes(), content[-4096:].tobytes())
+    problem = _problem_of(head, tail)
     if problem:
         raise ValueError(f"{where} {problem}. It cannot be read; restore the file.")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(file) as image:
             found = image.size
     except Image.DecompressionBombError:
         found = (MAX_PIXELS, MAX_PIXELS)
@@ -202,24 +236,37 @@ def _other_size(
 ReadLabelMap = Callable[[Mapping[str, Any]], np.ndarray]
 
 
-def read_image_sample(record: Mapping[str, Any]) -> dict[str, Any]:
+def read_image_sample(
+    record: Mapping[str, Any], resize: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Any]:
     """Read the image of a record for inference.
 
+    Args:
+        resize: see :func:`as_sample_image`.
+
     Returns:
-        ``image``: (3, H, W) uint8 RGB; ``height``, ``width`` in pixels; ``image_id``.
+        ``image``: (3, H, W) uint8 RGB; ``height``, ``width`` in pixels of the file; ``image_id``.
 
     Raises:
         ValueError: the file is no readable image, or its size is not the record's.
     """
-    height, width = record["height"], record["width"]
-    image = read_image(record["file_name"], height, width, record["image_id"])
-    pixels = np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))
+    pixels = read_record_image(record, image_format="RGB")
     return {
-        "image": torch.from_numpy(pixels),
-        "height": height,
-        "width": width,
+        "image": as_sample_image(pixels, resize),
+        "height": record["height"],
+        "width": record["width"],
         "image_id": record["image_id"],
     }
+
+
+def as_sample_image(pixels: np.ndarray, resize: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Turn (H, W, 3) pixels into the (3, H, W) of a sample.
+
+    Args:
+        resize: what makes the image smaller, without a copy of it as large as it is.
+    """
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    return (image if resize is None else resize(image)).contiguous()
 
 
 class ImageMapper:
@@ -267,6 +314,11 @@ class ImageMapper:
             ValueError: the file is no readable image, its size is not the record's, or an image
                 label is no class index.
         """
+        return self._read_image(record)
+
+    def _read_image(
+        self, record: Mapping[str, Any], resize: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Any]:
         image_labels = list(record.get("image_labels", ()))
         unknown = [label for label in image_labels if not 0 <= label < self.num_classes]
         if unknown:
@@ -274,18 +326,17 @@ class ImageMapper:
                 f"Image {record['image_id']!r} has the image labels {unknown}. Allowed: class "
                 f"indices 0 to {self.num_classes - 1}. Is it a record of another class list?"
             )
-        return read_image_sample(record) | {"image_labels": image_labels}
+        return read_image_sample(record, resize) | {"image_labels": image_labels}
 
     def __call__(
         self, record: Mapping[str, Any], random_state: np.random.RandomState
     ) -> dict[str, Any]:
         """Make a training sample."""
-        sample = self.read_image(record)
+        warp = None if self.size is None else functools.partial(warp_image, size=self.size)
+        sample = self._read_image(record, warp)
         if self.label_maps:
             sample["sem_seg"] = self._label_map(record)
-        if self.size is not None:
-            sample["image"] = warp_image(sample["image"], self.size)
-            if self.label_maps:
+            if self.size is not None:
                 sample["sem_seg"] = warp_label_map(sample["sem_seg"], self.size)
         if self.flip and random_state.randint(2):
             for key in sample.keys() & {"image", "sem_seg"}:

@@ -27,7 +27,7 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int) -> n
     """
     if isinstance(segmentation, list):
         segmentation = mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
-    return mask_api.decode(segmentation).astype(bool)
+    return mask_api.decode(segmentation).view(bool)  # 0 and 1
 
 
 def encode_masks(masks: np.ndarray) -> list[dict]:
@@ -72,7 +72,9 @@ def decode_at_size(
             (np.reshape(polygon, (-1, 2)) * scale).ravel().tolist() for polygon in segmentation
         ]
         return decode_segmentation(scaled, *size)
-    mask = decode_segmentation(segmentation, height, width).astype(np.uint8) * np.uint8(255)
+    # In place, and column by column no longer: as large as the image, it is there twice at most.
+    mask = np.ascontiguousarray(decode_segmentation(segmentation, height, width).view(np.uint8))
+    mask *= 255
     return cv2.resize(mask, size[::-1], interpolation=cv2.INTER_AREA) >= 128
 
 

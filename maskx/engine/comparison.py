@@ -114,6 +114,7 @@ def compare(predictor: Predictor, data: CocoData, *, most: int = 200) -> Compari
             continue
         if truth is not None:
             done.images.append((record, table.add(record, found, truth)))
+        del found, truth  # with the image, before the next one is read
     done.images = [(r, value) for r, value in done.images if not math.isnan(value)]
     done.images.sort(key=lambda item: item[1])
     if done.images:
@@ -134,7 +135,7 @@ def compared(
     Raises:
         ValueError: the image cannot be read; or OSError.
     """
-    image = np.ascontiguousarray(read_record_image(record, image_format="RGB"))
+    image = read_record_image(record, image_format="RGB")
     names = data.class_names
     objects = [o for o in record["annotations"] if not o["iscrowd"]]
     if predictor.system.takes_concepts:

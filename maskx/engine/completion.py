@@ -25,7 +25,7 @@ from maskx.core.processes import run_jobs
 from maskx.core.text import listed
 from maskx.data.coco import CocoData, load_coco
 from maskx.data.coco_shapes import QUALITY_KEY, SOURCE_KEY
-from maskx.data.images import read_image
+from maskx.data.images import read_record_image
 from maskx.data.json_edits import edited, rows, with_members
 from maskx.data.json_files import paused_collector, read_json
 from maskx.data.splits import resolve_split
@@ -460,13 +460,11 @@ def _ask_image(source: MaskSource, job: _Job) -> dict[str, dict[str, Any]]:
     """Segment the objects of an image; plain values by key."""
     record = job.record
     try:
-        image = read_image(
-            record["file_name"], record["height"], record["width"], record["image_id"]
-        )
+        image = read_record_image(record, image_format="RGB")
     except (ValueError, OSError) as error:
         found: Sequence[FoundMask | NoMask] = [NoMask(str(error), failed=True)] * len(job.keys)
     else:
-        found = source(np.ascontiguousarray(image[:, :, ::-1]), job.boxes, job.names)
+        found = source(image, job.boxes, job.names)
     return {key: asdict(each) for key, each in zip(job.keys, found, strict=True)}
 
 

@@ -86,25 +86,25 @@ def worst_sheet(masks: Sequence[Completed], *, side: int = _TILE_SIDE) -> np.nda
     Returns:
         (H, W, 3) uint8 RGB.
     """
-    tiles = []
-    for each in masks[:_TILES]:
-        image = read_rgb(each.file_name)
-        mask = decode_segmentation(each.found.segmentation, *image.shape[:2])
-        x1, y1, x2, y2 = each.box
-        margin = _MARGIN * max(x2 - x1, y2 - y1)
-        left, top = (max(0, int(low - margin)) for low in (x1, y1))
-        window = slice(top, int(y2 + margin) + 1), slice(left, int(x2 + margin) + 1)
-        tiles.append(
-            draw_instances(
-                image[window],
-                boxes=np.array([[x1 - left, y1 - top, x2 - left, y2 - top]]),
-                masks=mask[None][(slice(None), *window)],
-                labels=[f"{each.class_name} {each.quality:.2f}"],
-                with_masks=[False],
-                side=side,
-            )
-        )
+    tiles = [_tile(each, side) for each in masks[:_TILES]]
     return contact_sheet(tiles, columns=min(_COLUMNS, len(tiles)), legend=())
+
+
+def _tile(each: Completed, side: int) -> np.ndarray:
+    image = read_rgb(each.file_name)
+    mask = decode_segmentation(each.found.segmentation, *image.shape[:2])
+    x1, y1, x2, y2 = each.box
+    margin = _MARGIN * max(x2 - x1, y2 - y1)
+    left, top = (max(0, int(low - margin)) for low in (x1, y1))
+    window = slice(top, int(y2 + margin) + 1), slice(left, int(x2 + margin) + 1)
+    return draw_instances(
+        image[window],
+        boxes=np.array([[x1 - left, y1 - top, x2 - left, y2 - top]]),
+        masks=mask[None][(slice(None), *window)],
+        labels=[f"{each.class_name} {each.quality:.2f}"],
+        with_masks=[False],
+        side=side,
+    )
 
 
 def _with_truth(entries: Iterable[Completed]) -> list[Completed]:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from maskx.core.text import listed
-from maskx.data.images import read_rgb
+from maskx.data.images import as_sample_image, read_rgb
 from maskx.data.masks import PastedMasks
 from maskx.engine.results import Prediction
 from maskx.engine.runs import Run, read_run
@@ -169,16 +169,21 @@ def open_run(folder: str | os.PathLike[str], device: str = "auto") -> Predictor:
     elif system.open is None:
         raise ValueError(f"'{run.folder}': the system {run.system!r} cannot be opened.")
     else:
-        model, prepare = system.open(run, chosen), rgb_sample
+        model = system.open(run, chosen)
+        prepare = getattr(model, "prepare", rgb_sample)
     if system.prediction is None:
         raise ValueError(f"'{run.folder}': the system {run.system!r} makes no predictions.")
     return Predictor(run, system, model.eval(), prepare)
 
 
-def rgb_sample(image: np.ndarray) -> Sample:
-    """Make the sample of an (H, W, 3) uint8 RGB image, in its own size and order."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+def rgb_sample(image: np.ndarray, resize: Callable[[Tensor], Tensor] | None = None) -> Sample:
+    """Make the sample of an (H, W, 3) uint8 RGB image, in its order.
+
+    Args:
+        resize: see :func:`maskx.data.images.as_sample_image`.
+    """
     height, width = image.shape[:2]
+    pixels = as_sample_image(image, resize)
     return {"image": pixels, "height": height, "width": width, "image_id": 0, "image_labels": []}
 
 

@@ -71,7 +71,8 @@ class System:
     Attributes:
         pipeline: the quick start: from data to ``metrics.json``, called with options and with what
             receives the lines for the reader.
-        open: loads the trained model of a run folder of the embedded host onto a device.
+        open: loads the trained model of a run folder of the embedded host onto a device. Its
+            method ``prepare``, if it has one, makes its sample of an (H, W, 3) uint8 RGB image.
         prediction: turns the result of an image, with the class names, into what people expect.
         box_masks: segments given objects: called with the model, a sample, (R, 4) XYXY boxes in
             pixels of the file and (R,) class indices; None for a system that makes label maps.

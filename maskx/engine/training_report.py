@@ -225,11 +225,14 @@ def _examples(predictor: Predictor, data: CocoData, found: Comparison) -> list[s
         parts.append(paragraph(title, "h2"))
         parts.append(paragraph("Left what people say, right what is predicted."))
         for record, value in images:
-            prediction, truth = compared(predictor, data, record)
-            tiles = [_tile(truth), _tile(prediction.above(SURE))]
             caption = f"{Path(record['file_name']).name}: {found.image_measure} {value:.2f}"
-            parts.append(picture(np.concatenate(tiles, axis=1), caption, wide=True))
+            parts.append(picture(_side_by_side(predictor, data, record), caption, wide=True))
     return parts
+
+
+def _side_by_side(predictor: Predictor, data: CocoData, record: Mapping[str, Any]) -> np.ndarray:
+    prediction, truth = compared(predictor, data, record)
+    return np.concatenate([_tile(truth), _tile(prediction.above(SURE))], axis=1)
 
 
 def _tile(prediction: Prediction) -> np.ndarray:

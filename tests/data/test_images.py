@@ -1,12 +1,17 @@
 import struct
+import subprocess
+import sys
 import zlib
+from functools import partial
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from maskx.data.images import read_image, read_record_image
+from maskx.core.images import shrink_image, warp_image
+from maskx.data.images import read_image, read_image_sample, read_record_image, read_rgb
 
 
 def test_pixels_come_in_bgr(tmp_path):
@@ -62,6 +67,50 @@ def test_a_turned_image_is_read_upright(tmp_path):
     assert image[:, :3].mean() < 60 < 190 < image[:, 5:].mean()
     with pytest.raises(ValueError, match="is 8 x 12 pixels, but its annotations say 12 x 8"):
         read_image(tmp_path / "a.jpg", 8, 12, 1)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "bmp", "gif"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_the_pixels_of_every_kind_of_file_are_those_of_opencv(tmp_path, ending, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 70, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    image, path = Image.fromarray(pixels).convert(mode), tmp_path / f"bild_ä.{ending}"
+    image.convert("RGB" if (mode, ending) in (("P", "jpg"), ("P", "webp")) else mode).save(
+        path, **({"exif": exif} if ending in ("jpg", "tif") else {})
+    )
+    expected = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+    assert np.array_equal(read_image(path, *expected.shape[:2], 1), expected)
+    rgb = read_rgb(path)
+    assert np.array_equal(rgb, expected[:, :, ::-1])
+    assert rgb.flags.c_contiguous
+    height, width = expected.shape[:2]
+    record = {"file_name": path, "height": height, "width": width, "image_id": 1}
+    sample = read_image_sample(record)["image"]
+    assert sample.is_contiguous()
+    assert np.array_equal(sample.permute(1, 2, 0), rgb)
+
+
+def test_an_image_is_resized_as_it_lies_to_the_same_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 70, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.png"), pixels)
+    record = {"file_name": tmp_path / "a.png", "height": 300, "width": 70, "image_id": 1}
+    whole = read_image_sample(record)["image"]
+    for resize in (partial(shrink_image, sizes=(32, 100)), partial(warp_image, size=48)):
+        small = read_image_sample(record, resize)["image"]
+        assert small.is_contiguous()
+        assert torch.equal(small, resize(whole))
+
+
+@pytest.mark.skipif(not hasattr(cv2, "IMREAD_COLOR_RGB"), reason="needs OpenCV 4.11")
+def test_an_image_takes_the_memory_of_its_pixels_once(tmp_path):
+    path = tmp_path / "a.jpg"
+    cv2.imwrite(str(path), np.zeros((4000, 4000, 3), np.uint8))
+    read = "import resource, sys; from maskx.data.images import read_rgb\n"
+    read += "def peak(): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+    read += "before = peak(); read_rgb(sys.argv[1]); print(peak() - before)"
+    done = subprocess.run([sys.executable, "-c", read, str(path)], capture_output=True, text=True)
+    assert int(done.stdout) < 1.5 * 48e6
 
 
 def write_bomb(path, width, height):

@@ -130,9 +130,10 @@ def _run_pip(task: str, json_file: Path, size: int) -> None:
         sum(model.train()([sample]).values()).backward()
         return
     boxes, classes = _objects(record)
+    sample = read_image_sample(record, model.shrink)
     with torch.inference_mode():
-        model.eval()([read_image_sample(record)])
-    masks_of_boxes(model, read_image_sample(record), boxes, classes).encode()
+        model.eval()([sample])
+    masks_of_boxes(model, sample, boxes, classes).encode()
 
 
 def _run_detectron2(task: str, json_file: Path, size: int) -> None:

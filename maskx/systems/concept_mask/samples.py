@@ -4,17 +4,19 @@ Images are warped to squares, as the networks are trained on them; boxes and mas
 flipped here in the same way. Records are those of `maskx.systems.concept_mask.concept_sets`.
 """
 
+import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
 from maskx.core.images import warp_image
 from maskx.core.sample_models import Sample
-from maskx.data.images import read_image
+from maskx.data.images import as_sample_image, read_record_image
 from maskx.data.masks import decode_segmentation
 from maskx.systems.concept_mask.concept_sets import fully_masked
 
@@ -56,8 +58,7 @@ class ConceptMapper:
             ``boxes`` (B, 4) XYXY in pixels of the warped image, ``box_rows`` (B,) int64 positions
             in the concepts; of stage 3 ``concepts`` and ``masks`` (P, ``size``, ``size``) bool.
         """
-        sample = read_sample(record)
-        sample["image"] = warp_image(sample["image"], self.image_size)
+        sample = read_sample(record, functools.partial(warp_image, size=self.image_size))
         flip = bool(self.flip and random_state.randint(2))
         if flip:
             sample["image"] = sample["image"].flip(-1)
@@ -78,19 +79,21 @@ class ConceptMapper:
         return sample | {"concepts": concepts, "masks": torch.from_numpy(masks)}
 
 
-def read_sample(record: Record) -> Sample:
-    """Read an image alone, as it is.
+def read_sample(record: Record, resize: Callable[[Tensor], Tensor] | None = None) -> Sample:
+    """Read an image alone.
+
+    Args:
+        resize: see :func:`maskx.data.images.as_sample_image`; as it is by default.
 
     Returns:
         ``image`` (3, H, W) uint8 RGB, ``height``, ``width``, ``image_id``, ``file_name``. An image
         of a tag list, whose size is not known before, has that of its file.
     """
     file, image_id = os.fspath(record["file_name"]), record["image_id"]
-    image = read_image(file, record.get("height"), record.get("width"), image_id)
+    image = read_record_image(record, image_format="RGB")
     height, width = image.shape[:2]
-    pixels = torch.from_numpy(np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1)))
     about = {"height": height, "width": width, "image_id": image_id, "file_name": file}
-    return {"image": pixels, **about}
+    return {"image": as_sample_image(image, resize), **about}
 
 
 def box_target(

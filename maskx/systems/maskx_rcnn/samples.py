@@ -1,6 +1,7 @@
 """Samples of instances, of which some have masks, and what both hosts ask of them."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,10 +58,9 @@ class InstanceMapper:
             is there only if the record has ``boxes_complete`` False: objects without a box may be
             anywhere, so nothing may be taken for background.
         """
-        sample = read_image_sample(record)
+        shrink = None if self.sizes is None else partial(shrink_image, sizes=self.sizes)
+        sample = read_image_sample(record, shrink)
         of_file = height, width = sample["height"], sample["width"]
-        if self.sizes is not None:
-            sample["image"] = shrink_image(sample["image"], self.sizes)
         size = tuple(sample["image"].shape[-2:])
         annotations = [a for a in record["annotations"] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
@@ -21,6 +22,7 @@ from maskx.core.backbones import PyramidBackbone, SmallFPN
 from maskx.core.images import scale_boxes, shrink_image
 from maskx.data.images import read_image_sample
 from maskx.data.masks import PastedMasks
+from maskx.engine.predictor import rgb_sample
 from maskx.engine.results import instances_prediction
 from maskx.systems.maskx_rcnn.box_loss import MAX_BOX_ROIS, BoxMaskLoss, check_max_box_rois
 from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
@@ -50,6 +52,14 @@ class SampleDetector(nn.Module):
         transform = self.detector.transform
         return max(transform.min_size), transform.max_size
 
+    def shrink(self, image: Tensor) -> Tensor:
+        """Make a (3, H, W) image as small as the detector would, if it is larger."""
+        return shrink_image(image, self.sizes)
+
+    def prepare(self, image: np.ndarray) -> dict[str, Any]:
+        """Make the sample of an (H, W, 3) uint8 RGB image, as small as the detector takes it."""
+        return rgb_sample(image, self.shrink)
+
     def forward(self, samples: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """Compute losses in training, detections in evaluation.
 
@@ -69,7 +79,7 @@ class SampleDetector(nn.Module):
         # An image is shrunk before it becomes float: a photograph would take gigabytes.
         images = [sample["image"] for sample in samples]
         if not self.training:  # a training sample is as small as its mapper made it
-            images = [shrink_image(image, self.sizes) for image in images]
+            images = [self.shrink(image) for image in images]
         images = [image.to(device).float() / 255 for image in images]
         if not self.training:
             return self._detect(samples, images)
@@ -131,9 +141,8 @@ def detect(
         for start in range(0, len(records), batch_size):
             samples = []
             for record in records[start : start + batch_size]:
-                sample = read_image_sample(record)
                 # One photograph at a time is in memory as large as it is.
-                samples.append(sample | {"image": shrink_image(sample["image"], model.sizes)})
+                samples.append(read_image_sample(record, model.shrink))
             for sample, output in zip(samples, model(samples), strict=True):
                 prediction = instances_prediction(output, [str(name) for name in category_ids])
                 results += prediction.to_coco(sample["image_id"], category_ids)

@@ -30,7 +30,7 @@ from torch import nn
 from maskx.core.checks import check_choice, default_of
 from maskx.core.text import listed
 from maskx.data.coco import AnnotationProblem, read_mask
-from maskx.data.images import read_image, read_rgb
+from maskx.data.images import read_record_image
 from maskx.data.masks import decode_segmentation
 from maskx.data.splits import check_masks
 from maskx.detectron2.adapters import (
@@ -139,13 +139,13 @@ class MaskXDatasetMapper(DatasetMapper):
 
     def _read_image(self, record: dict[str, Any]) -> np.ndarray:
         """Read as everywhere in maskx: what is no image, or of another size, is named."""
-        if "height" in record and "width" in record:
-            size = record["height"], record["width"]
-            image = read_image(record["file_name"], *size, record.get("image_id", "without id"))
-        else:  # another code base's data set
-            image = read_rgb(record["file_name"])[:, :, ::-1]
-            record["height"], record["width"] = image.shape[:2]
-        return image if self.image_format == "BGR" else np.ascontiguousarray(image[:, :, ::-1])
+        image = read_record_image(
+            {"image_id": "without id", **record}, image_format=self.image_format
+        )
+        # Another code base's data set may not say the size.
+        record.setdefault("height", image.shape[0])
+        record.setdefault("width", image.shape[1])
+        return image
 
     def _transform_annotations(
         self,
@@ -242,7 +242,7 @@ def _transform_mask(
         inside = any(x.max() > 0 and x.min() < w and y.max() > 0 and y.min() < h for x, y in sides)
     else:
         # Some transforms pad with 255, which stands for "ignore" in semantic segmentation.
-        mask = transforms.apply_segmentation(mask.astype(np.uint8)) == 1
+        mask = transforms.apply_segmentation(mask.view(np.uint8)) == 1
         inside = mask.any()
     if not inside:
         raise AnnotationProblem(
