@@ -9,7 +9,9 @@ Examples:
 """
 
 import argparse
+import contextlib
 import errno
+import io
 import math
 from pathlib import Path
 
@@ -53,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
         max_pixels=int(args.max_megapixels * 1e6),
     )
     try:
-        server = make_server(args.host, args.port, app, threaded=True)
+        with contextlib.redirect_stderr(io.StringIO()):  # where it says a part of the reason
+            server = make_server(args.host, args.port, app, threaded=True)
     except (OSError, SystemExit) as error:
         raise ValueError(_why_not(error, args.host, args.port)) from error
     url = f"http://{args.host}:{server.server_port}/"
@@ -69,6 +72,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _why_not(error: BaseException, host: str, port: int) -> str:
-    if isinstance(error, SystemExit) or getattr(error, "errno", None) == errno.EADDRINUSE:
-        return f"--port {port} is in use. Give another one, or --port 0 for a free one."
-    return f"--host {host} --port {port} cannot be listened on: {error}."
+    # The server turns what it cannot do into an exit.
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(cause, OSError) and cause.errno != errno.EADDRINUSE:
+        return (
+            f"--host {host} --port {port} cannot be listened on: {cause.strerror or cause}. Give "
+            "the name or an address of this machine, and a port that you may use (from 1024 on)."
+        )
+    return f"--port {port} is in use. Give another one, or --port 0 for a free one."
