@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskx.core.images import warp_image, warp_label_map
+from maskx.core.memory import give_back_free_memory
 from maskx.data.label_maps import semantic_label_map
 
 __all__ = [
@@ -32,6 +33,7 @@ MAX_PIXELS = 2**28
 _TAIL = 4096  # bytes in which the end of an image must be
 _ORIENTATION = 0x0112  # EXIF
 _TURNED = (5, 6, 7, 8)  # the sides are the other way round; more is not allowed and turns nothing
+_LARGE = 2**25  # bytes of an image before which memory that was freed is worth giving back
 _STRIP = 256  # rows that are turned from BGR to RGB at a time
 # Since OpenCV 4.11, as is the constant: into an empty array, which then holds the decoded pixels.
 _READS_INTO_ARRAYS = hasattr(cv2, "IMREAD_COLOR_RGB")
@@ -82,12 +84,14 @@ def read_image(
     try:
         with open(path, "rb") as file:
             head, tail = _ends(file)
-            _check_before_decoding(file, head, tail, height, width, where)
+            size = _check_before_decoding(file, head, tail, height, width, where)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{where}: there is no such file. Check the image folder, or remove the image from the "
             "annotation file."
         ) from None
+    if size is not None and 3 * size[0] * size[1] >= _LARGE:
+        give_back_free_memory()
     try:
         image = _decoded(os.fspath(path), head)
     except cv2.error as error:
@@ -196,8 +200,12 @@ def _problem_of(head: bytes, tail: bytes) -> str:
 
 def _check_before_decoding(
     file: BinaryIO, head: bytes, tail: bytes, height: int | None, width: int | None, where: str
-) -> None:
-    """Refuse a file by its header and its end, before its pixels take any memory."""
+) -> tuple[int, int] | None:
+    """Refuse a file by its header and its end, before its pixels take any memory.
+
+    Returns:
+        (W, H) in pixels as the file holds them; None if Pillow does not know its kind.
+    """
     problem = _problem_of(head, tail)
     if problem:
         raise ValueError(f"{where} {problem}. It cannot be read; restore the file.")
@@ -207,7 +215,7 @@ def _check_before_decoding(
     except Image.DecompressionBombError:
         found = (MAX_PIXELS, MAX_PIXELS)
     except (OSError, SyntaxError, ValueError):
-        return  # of a kind that Pillow does not know; OpenCV may
+        return None  # of a kind that Pillow does not know; OpenCV may
     if found[0] * found[1] > MAX_PIXELS:
         raise ValueError(
             f"{where} has more than {MAX_PIXELS // 10**6} million pixels. Cut it into parts, with "
@@ -221,6 +229,7 @@ def _check_before_decoding(
     # A turned image has its sides the other way round; the size of all is checked once it is read.
     if height is not None and sorted(found) != sorted((width, height)):
         raise _other_size(where, *found, width, height)
+    return found
 
 
 def _other_size(

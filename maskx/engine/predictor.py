@@ -169,7 +169,13 @@ def open_run(folder: str | os.PathLike[str], device: str = "auto") -> Predictor:
     elif system.open is None:
         raise ValueError(f"'{run.folder}': the system {run.system!r} cannot be opened.")
     else:
-        model = system.open(run, chosen)
+        try:
+            model = system.open(run, chosen)
+        except KeyError as error:
+            raise ValueError(
+                f"'{run.folder}': the settings in run.json lack {error}. Restore the file; or it "
+                f"was made by another version, {run.version}: use that one, or train anew."
+            ) from error
         prepare = getattr(model, "prepare", rgb_sample)
     if system.prediction is None:
         raise ValueError(f"'{run.folder}': the system {run.system!r} makes no predictions.")

@@ -127,6 +127,13 @@ def test_weights_that_are_gone_or_damaged_are_named(folder, tmp_path):
         maskx.open_run(tmp_path)
 
 
+def test_a_run_that_lacks_a_setting_is_named(tmp_path):
+    run = Run(system="maskx", host="pip", class_names=("red",), settings={"backbone": "small"})
+    write_run(tmp_path, run)
+    with pytest.raises(ValueError, match=r"the settings in run\.json lack 'image_size'\. Restore"):
+        maskx.open_run(tmp_path, device="cpu")
+
+
 def test_what_the_front_door_offers():
     assert {"open_run", "CategorySplit", "resolve_split", "load_coco"} <= set(dir(maskx))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
