@@ -157,6 +157,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="maskx: few channels and samples in the detector, for a CPU",
     )
     add(
+        "--tag-loss",
+        type=float,
+        metavar="WEIGHT",
+        help="maskx: learn classes also from images with image labels alone (default: 0, off; "
+        "0.1 in Detic)",
+    )
+    add(
         "--pseudo-weight",
         help="maskx: of masks that `maskx complete` made: quality (default), or one, as drawn ones",
     )

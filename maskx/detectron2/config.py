@@ -95,6 +95,10 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.EMA_TEACHER.WARM_UP = default_of(EMATeacher, "warm_up")
     # RoIs without a mask that box loss and EMA teacher train on, per image.
     keys.MODEL.MASKX.MAX_BOX_ROIS = MAX_BOX_ROIS
+    # Above 0: images with image labels alone train the classifier of the detector, by their largest
+    # proposal (Detic, Zhou et al., ECCV 2022; 0.1 there). Else they are left out. Needs
+    # META_ARCHITECTURE "MaskXRCNN" and PROPOSAL_GENERATOR.NAME "MaskXRPN".
+    keys.MODEL.MASKX.TAG_LOSS_WEIGHT = 0.0
     # What masks that nobody drew (`maskx complete`) weigh in the mask loss: "quality", which they
     # have in the file, or "one", as drawn ones.
     keys.MODEL.MASKX.PSEUDO_WEIGHT = default_of(InstanceMapper, "pseudo_weight")

@@ -63,6 +63,8 @@ class QuickstartOptions:
             :class:`maskx.systems.maskx_rcnn.ema_teacher.EMATeacher`; 0 goes without it.
         light: of ``maskx``, few channels and few samples in the heads of the detector; those of
             the backbone ``small`` are light in any case.
+        tag_loss: of ``maskx``, weight of the loss of images that have image labels alone, see
+            :mod:`maskx.systems.maskx_rcnn.tag_loss`; at 0 they teach nothing.
         pseudo_weight: of ``maskx``, what masks that nobody drew weigh, see
             :func:`maskx.systems.maskx_rcnn.samples.mask_weight`.
         crf: refine masks by a dense CRF: of ``class_patterns`` proxy masks of images with one
@@ -103,6 +105,7 @@ class QuickstartOptions:
     box_loss: float = 0.0
     ema_teacher: float = 0.0
     light: bool = False
+    tag_loss: float = 0.0
     pseudo_weight: str = "quality"
     crf: bool = False
     multi_scale: bool = False

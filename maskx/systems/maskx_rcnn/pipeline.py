@@ -123,6 +123,8 @@ def train_detector(
     if options.box_loss:
         # BoxInst's 11 % of a training, in round numbers.
         branch |= {"box_loss": {"weight": options.box_loss, "warm_up": iterations // 10}}
+    if options.tag_loss:
+        branch |= {"tag_loss_weight": options.tag_loss}
     if options.ema_teacher:
         teacher = {
             "weight": options.ema_teacher,

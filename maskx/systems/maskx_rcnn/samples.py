@@ -13,6 +13,7 @@ from maskx.core.images import scale_boxes, shrink_image
 from maskx.data.coco_shapes import QUALITY_KEY, SOURCE_KEY, read_quality
 from maskx.data.images import read_image_sample
 from maskx.data.masks import PastedMasks, decode_at_size
+from maskx.supervision import Supervision
 
 PSEUDO_WEIGHTS = ("quality", "one")
 
@@ -55,8 +56,9 @@ class InstanceMapper:
             class indices, ``gt_has_mask`` (N,) bool, ``gt_mask_weight`` (N,), what they weigh in
             the mask loss, and ``gt_masks`` (N, H, W) bool, all zero where
             there is no mask, or none is left at this size. ``gt_boxes_complete`` (N,), all False,
-            is there only if the record has ``boxes_complete`` False: objects without a box may be
-            anywhere, so nothing may be taken for background.
+            is there only if the record has ``boxes_complete`` False, or has image labels alone:
+            objects without a box may be anywhere, so nothing may be taken for background. For the
+            latter there is ``tags``, see :func:`tags_of`.
         """
         shrink = None if self.sizes is None else partial(shrink_image, sizes=self.sizes)
         sample = read_image_sample(record, shrink)
@@ -84,7 +86,10 @@ class InstanceMapper:
             "gt_mask_weight": torch.tensor(weights, dtype=torch.float32),
             "gt_masks": masks,
         }
-        if not record.get("boxes_complete", True):
+        tags = tags_of(record)
+        if tags is not None:
+            sample["tags"] = tags
+        if tags is not None or not record.get("boxes_complete", True):
             instances["gt_boxes_complete"] = torch.zeros(len(boxes), dtype=torch.bool)
         if self.flip and random_state.randint(2):
             sample["image"] = sample["image"].flip(-1)
@@ -92,6 +97,13 @@ class InstanceMapper:
             x0, y0, x1, y1 = instances["gt_boxes"].unbind(dim=1)
             instances["gt_boxes"] = torch.stack([size[1] - x1, y0, size[1] - x0, y1], dim=1)
         return sample | {"instances": instances}
+
+
+def tags_of(record: Mapping[str, Any]) -> Tensor | None:
+    """Return the class indices of an image of which labels alone are known; None of others."""
+    if record.get("supervision") != Supervision.IMAGE.value:
+        return None
+    return torch.tensor(record["image_labels"], dtype=torch.int64)
 
 
 def mask_weight(annotation: Mapping[str, Any], *, withheld: bool, pseudo_weight: str) -> float:

@@ -36,7 +36,7 @@ SYSTEM = System(
     options=frozenset(
         [
             *("annotated_boxes", "box_loss", "compare", "ema_teacher", "light", "masks_for"),
-            *("pseudo_weight", "start"),
+            *("pseudo_weight", "start", "tag_loss"),
         ]
     ),
     photos=PHOTOS,

@@ -28,6 +28,7 @@ from maskx.systems.maskx_rcnn.box_loss import MAX_BOX_ROIS, BoxMaskLoss, check_m
 from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead, crop_mask_targets, mask_loss
 from maskx.systems.maskx_rcnn.samples import given_boxes
+from maskx.systems.maskx_rcnn.tag_loss import check_tag_loss_weight, largest_boxes, tag_loss
 from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, detector_weights
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class SampleDetector(nn.Module):
 
         Args:
             samples: each with ``image`` (3, H, W) uint8 RGB and, in training, ``instances`` as
-                made by :class:`maskx.systems.maskx_rcnn.samples.InstanceMapper`; in evaluation
+                made by :class:`maskx.systems.maskx_rcnn.samples.InstanceMapper`, and perhaps
+                ``tags``; in evaluation
                 with ``height`` and ``width`` of the result, by default those of the image, and
                 perhaps ``given_boxes``, see :func:`maskx.systems.maskx_rcnn.samples.given_boxes`.
 
@@ -83,7 +85,7 @@ class SampleDetector(nn.Module):
         images = [image.to(device).float() / 255 for image in images]
         if not self.training:
             return self._detect(samples, images)
-        return self.detector(images, [_target(sample["instances"], device) for sample in samples])
+        return self.detector(images, [_target(sample, device) for sample in samples])
 
     def _detect(
         self, samples: Sequence[dict[str, Any]], images: list[Tensor]
@@ -150,7 +152,8 @@ def detect(
     return results
 
 
-def _target(instances: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def _target(sample: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    instances = sample["instances"]
     target = {
         "boxes": instances["gt_boxes"].to(device),
         "labels": instances["gt_classes"].to(device) + 1,
@@ -160,6 +163,8 @@ def _target(instances: dict[str, Tensor], device: torch.device) -> dict[str, Ten
     }
     if "gt_boxes_complete" in instances:
         target["boxes_complete"] = instances["gt_boxes_complete"].to(device)
+    if "tags" in sample:
+        target["tags"] = sample["tags"].to(device) + 1
     return target
 
 
@@ -217,11 +222,15 @@ class MaskXRPN(RegionProposalNetwork):
 class BoxRoIHeads(RoIHeads):
     """Torchvision's RoI heads, whose box branch learns nothing from images with incomplete boxes.
 
+    But for their ``tags``, class labels in [1, K] of what is somewhere in the image.
+
     Args:
         roi_heads: of a torchvision detector, whose box branch is taken over.
+        tag_loss_weight: of the loss of tags, see :mod:`maskx.systems.maskx_rcnn.tag_loss`.
     """
 
-    def __init__(self, roi_heads: RoIHeads) -> None:
+    def __init__(self, roi_heads: RoIHeads, *, tag_loss_weight: float = 0.0) -> None:
+        check_tag_loss_weight(tag_loss_weight)
         super().__init__(
             roi_heads.box_roi_pool,
             roi_heads.box_head,
@@ -235,6 +244,7 @@ class BoxRoIHeads(RoIHeads):
             roi_heads.nms_thresh,
             roi_heads.detections_per_img,
         )
+        self.tag_loss_weight = tag_loss_weight
         self._training_samples: tuple[list[Tensor], ...] | None = None
 
     def select_training_samples(
@@ -257,12 +267,32 @@ class BoxRoIHeads(RoIHeads):
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Run the box branch; its losses are zero with graph where no image is complete."""
-        if not self.training or targets is None or any(map(_is_complete, targets)):
+        if not self.training or targets is None:
             return super().forward(features, proposals, image_shapes, targets)
-        self.select_training_samples(proposals, targets)
-        branch = (*self.box_head.parameters(), *self.box_predictor.parameters())
-        zero = sum(parameter.sum() for parameter in branch) * 0
-        return [], {"loss_classifier": zero, "loss_box_reg": zero}
+        if any(map(_is_complete, targets)):
+            _, losses = super().forward(features, proposals, image_shapes, targets)
+        else:
+            self.select_training_samples(proposals, targets)
+            branch = (*self.box_head.parameters(), *self.box_predictor.parameters())
+            zero = sum(parameter.sum() for parameter in branch) * 0
+            losses = {"loss_classifier": zero, "loss_box_reg": zero}
+        if self.tag_loss_weight:
+            losses["loss_tags"] = self._tag_loss(features, proposals, image_shapes, targets)
+        return [], losses
+
+    def _tag_loss(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
+    ) -> Tensor:
+        tags = [target.get("tags", target["labels"][:0]) for target in targets]
+        boxes = largest_boxes(proposals, tags)
+        pooled = self.box_roi_pool(features, boxes, image_shapes)
+        class_logits, _ = self.box_predictor(self.box_head(pooled))
+        columns = [own for own, chosen in zip(tags, boxes, strict=True) if len(chosen)]
+        return self.tag_loss_weight * tag_loss(class_logits, columns)
 
 
 class MaskXRoIHeads(BoxRoIHeads):
@@ -296,8 +326,9 @@ class MaskXRoIHeads(BoxRoIHeads):
         box_loss: BoxMaskLoss | None = None,
         ema_teacher: EMATeacher | None = None,
         max_box_rois: int = MAX_BOX_ROIS,
+        tag_loss_weight: float = 0.0,
     ) -> None:
-        super().__init__(roi_heads)
+        super().__init__(roi_heads, tag_loss_weight=tag_loss_weight)
         check_max_box_rois(max_box_rois)
         # Without a mask_predictor has_mask() is false, so the base class runs no mask branch.
         self.mask_roi_pool = mask_roi_pool
@@ -331,7 +362,8 @@ class MaskXRoIHeads(BoxRoIHeads):
                 there are masks, ``masks`` (N, H, W) and ``has_masks`` (N,) bool. A row of
                 ``masks`` counts where ``has_masks`` is true, by ``mask_weights`` (N,) if they are
                 there. One with ``boxes_complete`` (N,), all
-                False, trains the mask branch alone.
+                False, trains the mask branch alone, and the classifier by ``tags`` (L,) if it has
+                them.
 
         Returns:
             Detections with ``boxes``, ``labels``, ``scores`` and, as probabilities, ``masks``
@@ -536,6 +568,7 @@ def add_mask_branch(
     box_loss: Mapping[str, Any] | None = None,
     ema_teacher: Mapping[str, Any] | None = None,
     max_box_rois: int = MAX_BOX_ROIS,
+    tag_loss_weight: float = 0.0,
     **mask_head: Any,
 ) -> FasterRCNN:
     """Give a torchvision Faster R-CNN the mask branch of Mask^X R-CNN, in place.
@@ -556,6 +589,8 @@ def add_mask_branch(
             it on masks of these objects that a moving average of the detector makes. Parts that are
             replaced afterwards are not averaged.
         max_box_rois: see :class:`MaskXRoIHeads`.
+        tag_loss_weight: above 0: images with ``tags`` alone train the classifier of the detector,
+            see :class:`BoxRoIHeads`.
         **mask_head: arguments of :class:`maskx.systems.maskx_rcnn.mask_head.MaskXHead`.
 
     Returns:
@@ -603,6 +638,7 @@ def add_mask_branch(
         box_loss=box_mask_loss,
         ema_teacher=None if ema_teacher is None else EMATeacher(**ema_teacher),
         max_box_rois=max_box_rois,
+        tag_loss_weight=tag_loss_weight,
     )
     heads = detector.roi_heads
     if heads.ema_teacher is not None:

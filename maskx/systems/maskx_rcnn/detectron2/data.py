@@ -53,6 +53,7 @@ from maskx.systems.maskx_rcnn.samples import (
     InstanceMapper,
     mask_weight,
     pseudo_masks_line,
+    tags_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,12 @@ class MaskXDatasetMapper(DatasetMapper):
     - ``gt_mask_weight``: (N,), what the masks weigh in the loss;
     - ``gt_masks``: ``PolygonMasks`` if ``instance_mask_format`` is "polygon", all masks of the
       image are polygons and it is not cropped, else ``BitMasks``; empty where there is no mask;
-    - ``gt_boxes_complete``: (N,) bool, all False, only if the record has ``boxes_complete`` False:
-      objects of some classes have no box there, so nothing may be taken for background. An image
-      without instances has it as well, of length 0.
+    - ``gt_boxes_complete``: (N,) bool, all False, only if the record has ``boxes_complete`` False,
+      or image labels alone: some objects have no box there, so nothing may be taken for background.
+      An image without instances has it as well, of length 0.
+
+    A sample of image labels alone has ``tags``, see
+    :func:`maskx.systems.maskx_rcnn.samples.tags_of`.
 
     No box is dropped for its mask: an instance whose mask cannot be used, or was cropped away,
     goes on without it and is counted. Boxes that a crop cuts are clipped, and not fitted to their
@@ -133,8 +137,13 @@ class MaskXDatasetMapper(DatasetMapper):
             utils.transform_proposals(sample, size, transforms, proposal_topk=self.proposal_topk)
         if not self.is_train:
             sample.pop("annotations", None)
-        elif "annotations" in sample:
-            self._transform_annotations(sample, transforms, size)
+        else:
+            tags = tags_of(sample)
+            if tags is not None:
+                sample |= {"tags": tags, "boxes_complete": False}
+                sample.setdefault("annotations", [])
+            if "annotations" in sample:
+                self._transform_annotations(sample, transforms, size)
         return sample
 
     def _read_image(self, record: dict[str, Any]) -> np.ndarray:
@@ -289,13 +298,13 @@ def _collect_masks(
 
 def _train_loader(cfg: CfgNode) -> Any:
     mapper = MaskXDatasetMapper(cfg, is_train=True)
-    keys = cfg.DATALOADER
+    keys, with_tags = cfg.DATALOADER, bool(cfg.MODEL.MASKX.TAG_LOSS_WEIGHT)
     if keys.SAMPLER_TRAIN != "TrainingSampler":  # its own order, which does not go on on resume
         return build_detection_train_loader(cfg, mapper=mapper)
     try:
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
-            filter_empty=keys.FILTER_EMPTY_ANNOTATIONS,
+            filter_empty=keys.FILTER_EMPTY_ANNOTATIONS and not with_tags,
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     except AssertionError as error:
@@ -304,6 +313,8 @@ def _train_loader(cfg: CfgNode) -> Any:
             "has a box that is no crowd region; label maps and image labels have none. Add boxes, "
             "or name another data set."
         ) from error
+    if keys.FILTER_EMPTY_ANNOTATIONS and with_tags:
+        records = [record for record in records if _has_boxes(record) or _has_tags(record)]
     batches = None
     if keys.ASPECT_RATIO_GROUPING:
         is_wide = [record["width"] > record["height"] for record in records]
@@ -314,6 +325,15 @@ def _train_loader(cfg: CfgNode) -> Any:
         if line := pseudo_masks_line(records):
             logger.info("Training: %s", line)
     return seeded_train_loader(cfg, records, SeededMapper(mapper), batches)
+
+
+def _has_boxes(record: dict[str, Any]) -> bool:
+    return any(annotation.get("iscrowd", 0) == 0 for annotation in record.get("annotations", ()))
+
+
+def _has_tags(record: dict[str, Any]) -> bool:
+    tags = tags_of(record)
+    return tags is not None and len(tags) > 0
 
 
 def _evaluator(cfg: CfgNode, dataset_name: str) -> MaskXCOCOEvaluator:
@@ -334,6 +354,7 @@ def _check(cfg: CfgNode) -> None:
     check_classes(cfg, "MODEL.ROI_HEADS.NUM_CLASSES", text.CLASSES if text.VECTORS else ())
     if not cfg.MODEL.MASKX.FREEZE_DETECTOR:
         _check_incomplete_boxes(cfg)
+    _check_tags(cfg)
 
 
 def _check_text_classifier(cfg: CfgNode) -> None:
@@ -366,6 +387,20 @@ def _check_incomplete_boxes(cfg: CfgNode) -> None:
                     f"MODEL.{key}.NAME {name} would take every other object for background. Set "
                     f"it to {remedy}."
                 )
+
+
+def _check_tags(cfg: CfgNode) -> None:
+    """Refuse region proposals that would learn that images with tags alone show nothing."""
+    name = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    is_known = name == "PrecomputedProposals" or issubclass(
+        PROPOSAL_GENERATOR_REGISTRY.get(name), MaskXRPN
+    )
+    if cfg.MODEL.MASKX.TAG_LOSS_WEIGHT and not is_known:
+        raise ValueError(
+            f"MODEL.MASKX.TAG_LOSS_WEIGHT is {cfg.MODEL.MASKX.TAG_LOSS_WEIGHT}, but "
+            f"MODEL.PROPOSAL_GENERATOR.NAME {name} would take what images with tags alone show for "
+            "background. Set it to MaskXRPN."
+        )
 
 
 def _started(cfg: CfgNode, model: nn.Module, missing: Sequence[str]) -> None:

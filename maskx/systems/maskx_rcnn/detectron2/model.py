@@ -32,6 +32,7 @@ from maskx.systems.maskx_rcnn.detectron2.heads import MaskXTextOutputLayers
 from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead
 from maskx.systems.maskx_rcnn.samples import given_boxes
+from maskx.systems.maskx_rcnn.tag_loss import check_tag_loss_weight, largest_boxes, tag_loss
 from maskx.systems.maskx_rcnn.weight_transfer import (
     DETECTOR_INPUTS,
     DetectorWeights,
@@ -39,6 +40,8 @@ from maskx.systems.maskx_rcnn.weight_transfer import (
     class_agnostic_box_message,
     detector_weights,
 )
+
+_NO_TAGS = torch.zeros(0, dtype=torch.int64)
 
 
 @META_ARCH_REGISTRY.register()
@@ -99,6 +102,14 @@ class MaskXRCNN(GeneralizedRCNN):
             "freeze_detector": cfg.MODEL.MASKX.FREEZE_DETECTOR,
             "ema_teacher": _ema_teacher_from_config(cfg),
         }
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Compute losses, or detect; see ``GeneralizedRCNN``. Samples may have ``tags``."""
+        if self.training and isinstance(self.roi_heads, MaskXROIHeadsMixin):
+            self.roi_heads.tags = [
+                sample.get("tags", _NO_TAGS).to(self.device) for sample in batched_inputs
+            ]
+        return super().forward(batched_inputs)
 
     def inference(
         self,
@@ -165,6 +176,7 @@ def check_architecture(cfg: CfgNode) -> None:
     for key, is_on, does in (
         ("FREEZE_DETECTOR", maskx.FREEZE_DETECTOR, "would train the detector all the same"),
         ("EMA_TEACHER.WEIGHT", maskx.EMA_TEACHER.WEIGHT, "makes no average of the model"),
+        ("TAG_LOSS_WEIGHT", maskx.TAG_LOSS_WEIGHT, "gives no tags to the RoI heads"),
     ):
         if is_on:
             raise ValueError(
@@ -293,7 +305,12 @@ class MaskXROIHeadsMixin:
         box_loss: trains the mask branch on objects without a mask too, by their boxes and the
             colours of the image; for a :class:`MaskXMaskHead`.
         max_box_rois: RoIs without a mask that it, or an EMA teacher, trains on, per image.
+        tag_loss_weight: of the loss of images with tags alone, see
+            :mod:`maskx.systems.maskx_rcnn.tag_loss`.
         **kwargs: arguments of the other class.
+
+    Attributes:
+        tags: in training, class indices of what is somewhere in each image of the batch.
     """
 
     @configurable
@@ -307,10 +324,14 @@ class MaskXROIHeadsMixin:
         freeze_detector: bool = False,
         box_loss: BoxMaskLoss | None = None,
         max_box_rois: int = MAX_BOX_ROIS,
+        tag_loss_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_max_box_rois(max_box_rois)
+        check_tag_loss_weight(tag_loss_weight)
+        self.tag_loss_weight = tag_loss_weight
+        self.tags: list[Tensor] = []
         if "detector" not in inspect.signature(mask_head.forward).parameters:
             raise ValueError(
                 f"The mask head {type(mask_head).__name__} takes no weights of the box predictor. "
@@ -340,6 +361,7 @@ class MaskXROIHeadsMixin:
         ret["freeze_detector"] = cfg.MODEL.MASKX.FREEZE_DETECTOR
         ret["box_loss"] = _box_loss_from_config(cfg)
         ret["max_box_rois"] = cfg.MODEL.MASKX.MAX_BOX_ROIS
+        ret["tag_loss_weight"] = cfg.MODEL.MASKX.TAG_LOSS_WEIGHT
         return ret
 
     def learn_from(self, teacher: EMATeacher, backbone: nn.Module) -> None:
@@ -398,6 +420,8 @@ class MaskXROIHeadsMixin:
             instances, losses = self.label_and_sample_proposals(proposals, targets), {}
         else:
             instances, losses = super().forward(images, features, proposals, targets, **kwargs)
+            if self.tag_loss_weight:
+                losses["loss_tags"] = self._tag_loss(features, proposals)
         # The other class need not sample: images with tags only, for example, have no boxes.
         sampled, self._sampled = self._sampled or proposals, []
         if self.gt_boxes_only:
@@ -407,6 +431,20 @@ class MaskXROIHeadsMixin:
             ]
         losses.update(self._mask_losses(images, features, sampled))
         return instances, losses
+
+    def _tag_loss(self, features: dict[str, Tensor], proposals: list[Instances]) -> Tensor:
+        tags = self.tags or [_NO_TAGS] * len(proposals)
+        boxes = largest_boxes([x.proposal_boxes.tensor for x in proposals], tags)
+        columns = [own for own, chosen in zip(tags, boxes, strict=True) if len(chosen)]
+        maps = [features[name] for name in self.box_in_features]
+        pooled = self.box_pooler(maps, [Boxes(x) for x in boxes])
+        losses = []
+        for head, predictor in zip(*map(_stages, (self.box_head, self.box_predictor)), strict=True):
+            class_logits = predictor(head(pooled))[0]
+            is_sigmoid = getattr(predictor, "use_sigmoid_ce", False)
+            logits = class_logits[:, :-1] if is_sigmoid else class_logits
+            losses.append(tag_loss(logits, columns, is_sigmoid=is_sigmoid))
+        return self.tag_loss_weight * sum(losses) / len(losses)
 
     def forward_with_given_boxes(
         self, features: dict[str, Tensor], instances: list[Instances]
@@ -526,6 +564,11 @@ class MaskXCascadeROIHeads(MaskXROIHeadsMixin, CascadeROIHeads):
 
     Its box regression is class-agnostic, so weights transfer from ``cls`` (or fixed vectors).
     """
+
+
+def _stages(module: nn.Module) -> list[nn.Module]:
+    """The modules of a cascade's stages; of other heads the module alone."""
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
 def _detector_weights(predictor: nn.Module) -> DetectorWeights:
