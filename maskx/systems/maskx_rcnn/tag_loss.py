@@ -17,12 +17,17 @@ from torch import Tensor
 from maskx.core.global_mean import global_mean
 
 
-def check_tag_loss_weight(weight: float) -> None:
-    """Refuse a weight that is out of range."""
+def check_tag_loss_weight(weight: float, *, freeze_detector: bool = False) -> None:
+    """Refuse a weight that is out of range, or where the classifier does not learn."""
     if not weight >= 0:
         raise ValueError(
             f"The weight of the tag loss (MODEL.MASKX.TAG_LOSS_WEIGHT) is {weight}. Allowed: 0, "
             "which is off, or more; 0.1 in Detic."
+        )
+    if weight and freeze_detector:
+        raise ValueError(
+            f"The weight of the tag loss (MODEL.MASKX.TAG_LOSS_WEIGHT) is {weight}, but tags teach "
+            "the detector, which is frozen. Set it to 0, or FREEZE_DETECTOR False."
         )
 
 

@@ -329,6 +329,7 @@ class MaskXRoIHeads(BoxRoIHeads):
         tag_loss_weight: float = 0.0,
     ) -> None:
         super().__init__(roi_heads, tag_loss_weight=tag_loss_weight)
+        check_tag_loss_weight(tag_loss_weight, freeze_detector=freeze_detector)
         check_max_box_rois(max_box_rois)
         # Without a mask_predictor has_mask() is false, so the base class runs no mask branch.
         self.mask_roi_pool = mask_roi_pool

@@ -60,3 +60,9 @@ def test_the_largest_proposal_of_each_image_with_tags_is_chosen():
 def test_a_weight_out_of_range_is_refused_by_its_key(weight):
     with pytest.raises(ValueError, match=r"MODEL\.MASKX\.TAG_LOSS_WEIGHT.*Allowed: 0"):
         check_tag_loss_weight(weight)
+
+
+def test_a_frozen_detector_is_taught_no_classes():
+    check_tag_loss_weight(0.0, freeze_detector=True)
+    with pytest.raises(ValueError, match=r"TAG_LOSS_WEIGHT\) is 0\.1.*frozen"):
+        check_tag_loss_weight(0.1, freeze_detector=True)

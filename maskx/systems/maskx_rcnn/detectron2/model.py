@@ -329,7 +329,7 @@ class MaskXROIHeadsMixin:
     ) -> None:
         super().__init__(**kwargs)
         check_max_box_rois(max_box_rois)
-        check_tag_loss_weight(tag_loss_weight)
+        check_tag_loss_weight(tag_loss_weight, freeze_detector=freeze_detector)
         self.tag_loss_weight = tag_loss_weight
         self.tags: list[Tensor] = []
         if "detector" not in inspect.signature(mask_head.forward).parameters:
