@@ -182,7 +182,7 @@ class _OfRGB(nn.Module):
 
 def _channel_order(predictor: Predictor) -> list[int]:
     """Read off a sample which channel of RGB each channel of the model is."""
-    probe = np.broadcast_to(np.arange(3, dtype=np.uint8), (_SMALLEST_SIDE, _SMALLEST_SIDE, 3))
+    probe = np.tile(np.arange(3, dtype=np.uint8), (_SMALLEST_SIDE, _SMALLEST_SIDE, 1))
     return predictor.prepare(probe)["image"][:, 0, 0].tolist()
 
 

@@ -1,33 +1,14 @@
 """A trained ConceptMask as a program that needs no maskx."""
 
-import dataclasses
-
 import pytest
 import torch
 from exported import export_or_skip, some_images
+from tiny_concept_mask import TINY
 
 import maskx
 from maskx.engine.model_export import export_model
-from maskx.systems.concept_mask.pipeline import QUICK, ConceptMaskChain, scene_concept_data
+from maskx.systems.concept_mask.pipeline import ConceptMaskChain, scene_concept_data
 from maskx.systems.concept_mask.query import ConceptQuery
-
-TINY = dataclasses.replace(
-    QUICK,
-    network=dataclasses.replace(
-        QUICK.network,
-        image_size=64,
-        embedding_size=32,
-        attention_sizes=(32, 48),
-        hidden_channels=(16, 16),
-        refinement_channels=16,
-        encoder_widths=(4, 6, 8, 8),
-        decoder_channels=(8, 8, 8, 8, 4),
-    ),
-    embedding_iterations=2,
-    refinement_iterations=2,
-    segmentation_iterations=2,
-    batch_size=4,
-)
 
 
 @pytest.fixture(scope="module")

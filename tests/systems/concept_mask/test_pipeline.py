@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from tiny_concept_mask import TINY
 
 import maskx
 from maskx.core.word_table import WordTable, load_word_table
@@ -18,7 +19,6 @@ from maskx.engine.training import read_checkpoint
 from maskx.systems.concept_mask import pipeline
 from maskx.systems.concept_mask.concept_sets import concept_sets
 from maskx.systems.concept_mask.pipeline import (
-    QUICK,
     ConceptMaskChain,
     ConceptMaskMethod,
     coco_concept_data,
@@ -37,23 +37,6 @@ from maskx.systems.concept_mask.system import (
 )
 
 TOOLS = Path(__file__).parents[3] / "tools"
-TINY = dataclasses.replace(
-    QUICK,
-    network=dataclasses.replace(
-        QUICK.network,
-        image_size=64,
-        embedding_size=32,
-        attention_sizes=(32, 64),
-        hidden_channels=(16, 16),
-        refinement_channels=16,
-        encoder_widths=(4, 6, 8, 8),
-        decoder_channels=(8, 8, 8, 8, 4),
-    ),
-    embedding_iterations=3,
-    refinement_iterations=3,
-    segmentation_iterations=3,
-    batch_size=4,
-)
 FOLDERS = ("embedding", "refinement", "segmentation")
 
 
