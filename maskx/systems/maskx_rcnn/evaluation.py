@@ -11,14 +11,14 @@ from tqdm import tqdm
 from maskx.data.coco import CocoData
 from maskx.data.coco_shapes import SOURCE_KEY
 from maskx.data.grabcut import grabcut_masks
-from maskx.data.images import read_image_sample
+from maskx.data.images import read_image_sample, read_record_image
 from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.supervision import CategorySplit
 from maskx.systems.maskx_rcnn.samples import masks_of_boxes
 from maskx.systems.maskx_rcnn.torchvision import SampleDetector
 
 Segment = Callable[[Mapping[str, Any], Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
-"""Makes run lengths of a sample of an image, and of annotations of objects in it."""
+"""Makes run lengths of a record, and of annotations of objects in its image."""
 
 
 def by_model(model: SampleDetector) -> Segment:
@@ -26,8 +26,9 @@ def by_model(model: SampleDetector) -> Segment:
     model.eval()
 
     def segment(
-        sample: Mapping[str, Any], objects: Sequence[Mapping[str, Any]]
+        record: Mapping[str, Any], objects: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
+        sample = read_image_sample(record, model.shrink)
         boxes = torch.tensor([each["bbox"] for each in objects])
         classes = torch.tensor([each["class_index"] for each in objects])
         return masks_of_boxes(model, sample, boxes, classes).encode()
@@ -36,10 +37,10 @@ def by_model(model: SampleDetector) -> Segment:
 
 
 def by_grabcut(
-    sample: Mapping[str, Any], objects: Sequence[Mapping[str, Any]]
+    record: Mapping[str, Any], objects: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Segment by GrabCut."""
-    image = sample["image"].permute(1, 2, 0).numpy()
+    image = read_record_image(record, image_format="RGB")
     return encode_masks(grabcut_masks(image, [each["bbox"] for each in objects]))
 
 
@@ -58,14 +59,10 @@ def mean_iou_of_boxes(
         objects = [each for each in record["annotations"] if _is_drawn(each)]
         if not objects:
             continue
-        sample = read_image_sample(record)
-        size = sample["height"], sample["width"]
-        truths = encode_masks(
-            np.array([decode_segmentation(each["segmentation"], *size) for each in objects])
-        )
-        found = segment(sample, objects)
-        for each, mask, truth in zip(objects, found, truths, strict=True):
-            iou = float(mask_api.iou([mask], [truth], [0])[0, 0])
+        size = record["height"], record["width"]
+        for each, mask in zip(objects, segment(record, objects), strict=True):
+            truth = encode_masks(decode_segmentation(each["segmentation"], *size)[None])
+            iou = float(mask_api.iou([mask], truth, [0])[0, 0])
             ious.setdefault(each["class_index"], []).append(iou)
     means = {}
     for group, indices in split.groups().items():
