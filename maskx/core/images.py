@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-_STRIP = 512  # rows
+_STRIP = 64  # rows
 
 
 def warp_image(image: Tensor, size: int) -> Tensor:
