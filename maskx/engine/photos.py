@@ -84,7 +84,7 @@ def plan_of_photos(system: str, options: QuickstartOptions) -> list[str]:
         f"Backbone {options.backbone} {weights}{frozen}; {options.iterations} steps of "
         f"{options.batch_size} photographs at {options.image_size} pixels. The run is written to "
         f"{options.output}.",
-        f"How long: about {minutes} minutes on two CPU cores.",
+        f"How long: about {minutes} min on two CPU cores.",
         f"What to expect: {recipe.measured}{_compared(recipe, masks, len(with_masks))}",
         "",
     ]

@@ -42,7 +42,7 @@ def test_one_command_trains_on_photographs_and_says_first_what_it_does(
     assert printed.startswith(plan)
     assert "resnet10t with pretrained weights, frozen" in printed
     assert "2 steps of 2 photographs at 64 pixels" in printed
-    assert "about 1 minutes on two CPU cores" in printed
+    assert "about 1 min on two CPU cores" in printed
     assert "There are fewer masks and fewer categories with masks here" in printed
     names = metrics["split"]
     assert (names["name"], len(names["A"]), len(names["B"])) == ("drawn", 2, 2)
