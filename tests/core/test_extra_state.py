@@ -1,5 +1,6 @@
 import pytest
 import torch
+from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
 from maskx.core.extra_state import EXTRA_STATE, pack_state, unpack_state
@@ -37,9 +38,8 @@ def test_it_goes_through_a_file_and_reaches_the_module(tmp_path):
 
 
 def test_it_goes_through_the_checkpointer_of_detectron2(tmp_path):
-    checkpoint = pytest.importorskip("fvcore.common.checkpoint")
-    checkpoint.Checkpointer(Named(["cat"]), str(tmp_path)).save("model")
-    load = checkpoint.Checkpointer(Named(["dog", "owl"])).load
+    Checkpointer(Named(["cat"]), str(tmp_path)).save("model")
+    load = Checkpointer(Named(["dog", "owl"])).load
     with pytest.raises(ValueError, match=r"names are \['cat'\]"):
         load(str(tmp_path / "model.pth"))
 

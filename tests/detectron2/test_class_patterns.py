@@ -460,7 +460,7 @@ def test_true_masks_are_not_needed(data, opts, tmp_path):
 
 
 def test_the_crf_of_masks_and_predictions(opts, tmp_path):
-    pytest.importorskip("pydensecrf")
+    pytest.importorskip("pydensecrf", reason="the extra `crf` is not installed")
     more = ("TEST.MASKX.CRF", True, "SOLVER.MAX_ITER", 1)
     results = make_chain(tmp_path / "out", opts, *more, masks=ProxyMaskSettings()).run(report=str)
     assert (tmp_path / "out" / "proxy" / "C41-zero-ignore-crf.json").is_file()

@@ -14,8 +14,6 @@ from detectron2.utils.events import EventStorage
 
 from maskx.detectron2 import MaskXCascadeROIHeads, MaskXROIHeads
 
-pytest.importorskip("timm")  # Detectron2's ViT needs it
-
 LAZY = Path(__file__).parents[2] / "configs" / "MaskX" / "lazy"
 NAMES = {"maskx_vitdet_b.py": MaskXROIHeads, "maskx_cascade_vitdet_b.py": MaskXCascadeROIHeads}
 

@@ -6,7 +6,7 @@ from pycocotools import mask as mask_utils
 
 from maskx.evaluation.coco_matching import run_cocoeval
 
-pytest.importorskip("hotcoco")
+pytest.importorskip("hotcoco", reason="the extra `fast` is not installed")
 
 SIZE = 200
 

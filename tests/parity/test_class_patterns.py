@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("detectron2")
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from maskx.core.backbones import SmallResNet
 from maskx.core.image_classifier import ImageClassifier, choose_labels

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("detectron2")
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.modeling import build_model
 from settings import pairs

@@ -60,7 +60,7 @@ def test_a_table_is_learned_and_looked_at(tags_file, tmp_path, run_tool, capsys)
     assert {word.split()[0] for word in neighbours["dog"].split(", ")} == {"cat", "sofa"}
     assert {word.split()[0] for word in neighbours["fire truck"].split(", ")} == {"sea", "boat"}
 
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
     run_tool("inspect_word_vectors", table_file, "--plot", plot)
     assert plot.read_bytes()[:4] == b"\x89PNG"
 

@@ -220,7 +220,7 @@ def test_other_labels_can_be_ruled_out(sample):
 @torch.no_grad()
 @pytest.mark.parametrize("labels", [None, [2], []])
 def test_the_crf_sees_the_image_and_the_labels_that_are_left(sample, labels):
-    pytest.importorskip("pydensecrf")
+    pytest.importorskip("pydensecrf", reason="the extra `crf` is not installed")
     model = sharpened(make_segmenter(crf=True))
     refined = model.predict(sample, labels)
     model.crf = False

@@ -222,7 +222,7 @@ def test_the_papers_masks_are_not_made_twice(scenes, tmp_path):
 
 
 def test_the_crf_refines_masks_and_predictions(scenes, tmp_path):
-    pytest.importorskip("pydensecrf")
+    pytest.importorskip("pydensecrf", reason="the extra `crf` is not installed")
     lines = []
     learn(scenes, tmp_path, masks=ProxyMaskSettings(crf=True), lines=lines)
     records = load_coco(scenes[0] / "annotations.json", scenes[0]).records

@@ -137,7 +137,7 @@ def test_without_the_crf_its_settings_are_left_out_or_refused(tiny, monkeypatch)
 
 
 def test_the_crf_refines_the_masks_of_images_with_one_label(tiny):
-    pytest.importorskip("pydensecrf")
+    pytest.importorskip("pydensecrf", reason="the extra `crf` is not installed")
     lines = []
     settings = ("proxy/otsu_ignore", "proxy/otsu_ignore_crf")
     rows = run_study(StudyOptions(**tiny, settings=settings), lines.append)

@@ -9,6 +9,15 @@ import torch
 from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
 
+# Both losses of objects without a mask; what random weights make is of no quality.
+EACH_LOSS = pytest.mark.parametrize(
+    ("name", "branch"),
+    [
+        ("loss_mask_box", {"box_loss": {}}),
+        ("loss_mask_ema", {"ema_teacher": {"min_quality": 0.0}}),
+    ],
+)
+
 
 def make_samples(scenes, classes_with_masks, flip=False):
     mapper = InstanceMapper(classes_with_masks, flip=flip)
@@ -52,15 +61,16 @@ def test_the_loss_is_that_of_the_rois_without_a_mask(
     torch.testing.assert_close(pixels, samples[0]["image"] / 255, atol=1e-5, rtol=0)
 
 
+@EACH_LOSS
 def test_the_loss_changes_no_other_and_reaches_what_the_mask_loss_reaches(
-    make_detector, scenes, split
+    make_detector, scenes, split, name, branch
 ):
     samples = make_samples(scenes, split.indices_with_masks)
-    plain, boxed = make_detector(), make_detector(box_loss={})
+    plain, boxed = make_detector(), make_detector(**branch)
     expected, losses = losses_of(plain, samples), losses_of(boxed, samples)
-    assert set(losses) - set(expected) == {"loss_mask_box"}
-    for name, value in expected.items():
-        torch.testing.assert_close(losses[name], value)
+    assert set(losses) - set(expected) == {name}
+    for other, value in expected.items():
+        torch.testing.assert_close(losses[other], value)
 
     def reached(loss):
         boxed.zero_grad()
@@ -69,20 +79,24 @@ def test_the_loss_changes_no_other_and_reaches_what_the_mask_loss_reaches(
         return {n for n, p in names if p.grad is not None and p.grad.abs().sum() > 0}
 
     # Weight transfer stops the gradient to the detector's weights, for this loss too.
-    assert reached(losses["loss_mask_box"]) == reached(losses["loss_mask"])
+    assert reached(losses[name]) == reached(losses["loss_mask"])
+    assert not any("ema_teacher" in parameter for parameter in reached(losses[name]))
 
 
+@EACH_LOSS
 @pytest.mark.parametrize("kind", ["all masks", "no objects"])
-def test_without_objects_to_learn_from_it_is_zero_with_a_graph(make_detector, scenes, split, kind):
-    model = make_detector(box_loss={})
+def test_without_objects_to_learn_from_it_is_zero_with_a_graph(
+    make_detector, scenes, kind, name, branch
+):
+    model = make_detector(**branch)
     samples = make_samples(scenes, range(len(scenes.class_names)))
     if kind == "no objects":
         for sample in samples:
             sample["instances"] = {k: v[:0] for k, v in sample["instances"].items()}
     losses = losses_of(model, samples)
-    assert losses["loss_mask_box"] == 0
-    losses["loss_mask_box"].backward()
-    head = [p for n, p in model.named_parameters() if ".mask_head." in n]
+    assert losses[name] == 0
+    losses[name].backward()
+    head = [p for n, p in model.named_parameters() if "roi_heads.mask_head." in n]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head)
 
 

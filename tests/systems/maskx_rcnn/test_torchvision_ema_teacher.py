@@ -1,4 +1,7 @@
-"""Torchvision's host: a moving average of the model makes masks of objects without one."""
+"""Torchvision's host: a moving average of the model makes masks of objects without one.
+
+What it has in common with the box loss is in test_torchvision_box_loss.py.
+"""
 
 import copy
 
@@ -68,41 +71,6 @@ def test_of_proposals_the_teacher_sees_the_boxes_of_their_objects(
     only_boxes = torch.cat([s["instances"]["gt_boxes"] for s in samples])
     assert all((only_boxes == box).all(dim=1).any() for box in boxes)
     assert not torch.equal(rois, boxes)
-
-
-def test_the_loss_changes_no_other_and_reaches_what_the_mask_loss_reaches(
-    make_detector, scenes, split
-):
-    samples = make_samples(scenes, split.indices_with_masks)
-    plain, taught = make_detector(), make_detector(ema_teacher=TAUGHT)
-    expected, losses = losses_of(plain, samples), losses_of(taught, samples)
-    assert set(losses) - set(expected) == {"loss_mask_ema"}
-    for name, value in expected.items():
-        torch.testing.assert_close(losses[name], value)
-
-    def reached(loss):
-        taught.zero_grad()
-        loss.backward(retain_graph=True)
-        names = taught.named_parameters()
-        return {n for n, p in names if p.grad is not None and p.grad.abs().sum() > 0}
-
-    # Weight transfer stops the gradient to the detector's weights, for this loss too.
-    assert reached(losses["loss_mask_ema"]) == reached(losses["loss_mask"])
-    assert not any("ema_teacher" in name for name in reached(losses["loss_mask_ema"]))
-
-
-@pytest.mark.parametrize("kind", ["all masks", "no objects"])
-def test_without_objects_to_learn_from_it_is_zero_with_a_graph(make_detector, scenes, split, kind):
-    model = make_detector(ema_teacher=TAUGHT)
-    samples = make_samples(scenes, range(len(scenes.class_names)))
-    if kind == "no objects":
-        for sample in samples:
-            sample["instances"] = {k: v[:0] for k, v in sample["instances"].items()}
-    losses = losses_of(model, samples)
-    assert losses["loss_mask_ema"] == 0
-    losses["loss_mask_ema"].backward()
-    head = [p for n, p in model.named_parameters() if "roi_heads.mask_head." in n]
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in head)
 
 
 def test_of_a_frozen_detector_the_mask_head_alone_is_averaged(make_detector, scenes, split):

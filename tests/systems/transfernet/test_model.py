@@ -244,7 +244,7 @@ def test_the_classifier_is_never_trained():
 
 @torch.no_grad()
 def test_the_crf_says_where_and_the_network_which_label():
-    pytest.importorskip("pydensecrf")
+    pytest.importorskip("pydensecrf", reason="the extra `crf` is not installed")
     model = make_model(gt_labels=True).eval()
     sample = make_sample([3, 1], size=(24, 32))
     shift_masks(model, sample)

@@ -21,6 +21,17 @@ class HeadOfAnotherKind(nn.Module):
 
 
 ON = ("MODEL.MASKX.BOX_LOSS.WEIGHT", 1.0)
+# Both losses of objects without a mask; what random weights make is of no quality.
+EACH_LOSS = pytest.mark.parametrize(
+    ("name", "opts"),
+    [
+        ("loss_mask_box", ON),
+        (
+            "loss_mask_ema",
+            ("MODEL.MASKX.EMA_TEACHER.WEIGHT", 1.0, "MODEL.MASKX.EMA_TEACHER.MIN_QUALITY", 0.0),
+        ),
+    ],
+)
 MIXED = ([True, False, False], [False, False])
 
 
@@ -78,24 +89,28 @@ def test_colours_are_those_of_the_image(make_model, make_sample, monkeypatch):
     torch.testing.assert_close(seen[0][0, :, :height, :width], rgb, atol=1e-5, rtol=0)
 
 
+@EACH_LOSS
 @pytest.mark.parametrize("kind", ["masked", "no objects"])
-def test_without_objects_to_learn_from_it_is_zero_with_a_graph(make_model, make_sample, kind):
-    model = make_model(*ON)
+def test_without_objects_to_learn_from_it_is_zero_with_a_graph(
+    make_model, make_sample, kind, name, opts
+):
+    model = make_model(*opts)
     losses = losses_of(model, [make_sample([True, True] if kind == "masked" else [])])
-    assert losses["loss_mask_box"] == 0
-    losses["loss_mask_box"].backward()
+    assert losses[name] == 0
+    losses[name].backward()
     head = dict(model.roi_heads.mask_head.named_parameters())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.values())
 
 
-def test_it_changes_no_other_loss_and_is_off_by_default(make_model, make_sample):
+@EACH_LOSS
+def test_it_changes_no_other_loss_and_is_off_by_default(make_model, make_sample, name, opts):
     batch = [make_sample(has_mask) for has_mask in MIXED]
-    plain, boxed = make_model(), make_model(*ON)
+    plain, boxed = make_model(), make_model(*opts)
     boxed.load_state_dict(plain.state_dict(), strict=False)
     expected, losses = losses_of(plain, batch), losses_of(boxed, batch)
-    assert set(losses) - set(expected) == {"loss_mask_box"}
-    for name, value in expected.items():
-        torch.testing.assert_close(losses[name], value)
+    assert set(losses) - set(expected) == {name}
+    for other, value in expected.items():
+        torch.testing.assert_close(losses[other], value)
 
 
 def test_a_mask_head_without_a_box_loss_is_refused(make_model):

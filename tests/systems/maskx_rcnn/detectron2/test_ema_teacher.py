@@ -1,4 +1,7 @@
-"""Detectron2's host: a moving average of the model makes masks of objects without one."""
+"""Detectron2's host: a moving average of the model makes masks of objects without one.
+
+What it has in common with the box loss is in test_box_loss.py.
+"""
 
 import pytest
 import torch
@@ -38,26 +41,6 @@ def test_the_teacher_sees_the_boxes_of_objects_without_a_mask(make_model, make_s
     torch.testing.assert_close(teacher_logits, mask_logits)  # at the first step
     losses["loss_mask_ema"].backward()
     assert all(p.grad is None for p in model.roi_heads.ema_teacher.parameters())
-
-
-def test_it_changes_no_other_loss_and_is_off_by_default(make_model, make_sample):
-    batch = [make_sample(has_mask) for has_mask in MIXED]
-    plain, taught = make_model(), make_model(*ON)
-    taught.load_state_dict(plain.state_dict(), strict=False)
-    expected, losses = losses_of(plain, batch), losses_of(taught, batch)
-    assert set(losses) - set(expected) == {"loss_mask_ema"}
-    for name, value in expected.items():
-        torch.testing.assert_close(losses[name], value)
-
-
-@pytest.mark.parametrize("kind", ["masked", "no objects"])
-def test_without_objects_to_learn_from_it_is_zero_with_a_graph(make_model, make_sample, kind):
-    model = make_model(*ON)
-    losses = losses_of(model, [make_sample([True, True] if kind == "masked" else [])])
-    assert losses["loss_mask_ema"] == 0
-    losses["loss_mask_ema"].backward()
-    head = dict(model.roi_heads.mask_head.named_parameters())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.values())
 
 
 @pytest.mark.parametrize(
