@@ -26,13 +26,8 @@ REPORT_NAME = "report.html"
 _EXAMPLES, _SIDE = 6, 320
 _MOST_ROWS = 100
 METRICS_NAME = "metrics.json"  # of Detectron2 lines of JSON, of the quick start its measures
-NOT_MEASURED = (
-    "system",
-    "losses",
-    "split",
-    "step_seconds",
-    "num_images",
-)  # said elsewhere, or small
+# Said elsewhere, or small.
+NOT_MEASURED = ("system", "losses", "split", "step_seconds", "num_images")
 
 Points = list[tuple[float, float]]
 

@@ -52,8 +52,14 @@ def exportable(model: EmbeddingModel, class_names: Sequence[str]) -> Exportable:
     It segments words of its table; unseen ones need the package.
 
     Raises:
-        ValueError: the model is of a stage before the segmentation network.
+        ValueError: the model is of a stage before the segmentation network, or segments other maps
+            than the blended ones.
     """
+    if model.attention_kind != "blended":
+        raise ValueError(
+            f"The model cannot be exported: it segments the attention maps '{model.attention_kind}' "
+            "(TEST.MASKX.ATTENTION_KIND). Set it to 'blended'."
+        )
     if not isinstance(model, SegmentationModel):
         raise ValueError(
             f"The model cannot be exported: it is of stage {model.stage} of ConceptMask, which "

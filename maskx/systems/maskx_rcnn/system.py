@@ -25,6 +25,10 @@ PHOTOS = PhotoRecipe(
     categories=4,
 )
 
+_OPTIONS = (
+    "annotated_boxes box_loss compare ema_teacher light masks_for pseudo_weight start tag_loss"
+)
+
 SYSTEM = System(
     name="maskx",
     title="Mask^X R-CNN",
@@ -33,12 +37,6 @@ SYSTEM = System(
     prediction=instances_prediction,
     box_masks=masks_of_boxes,
     exportable=exportable,
-    options=frozenset(
-        [
-            *("annotated_boxes", "box_loss", "compare", "ema_teacher", "light", "masks_for"),
-            *("pseudo_weight", "start", "tag_loss"),
-        ]
-    ),
-    photos=PHOTOS,
+    options=frozenset(_OPTIONS.split()),
     learns_from=("boxes_and_masks", "masks"),
 )

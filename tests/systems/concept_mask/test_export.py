@@ -61,6 +61,13 @@ def compare(program, predictor):
         assert not concepts or masks.std() > 1e-4
 
 
+def test_a_model_of_other_maps_is_refused(run, tmp_path):
+    predictor = maskx.open_run(run / "segmentation", device="cpu")
+    predictor.model.attention_kind = "own"
+    with pytest.raises(ValueError, match="it segments the attention maps 'own'"):
+        export_model(predictor, tmp_path / "model.pt2")
+
+
 def test_a_model_without_masks_is_refused(run, tmp_path):
     predictor = maskx.open_run(run / "refinement", device="cpu")
     with pytest.raises(ValueError, match="cannot be exported: it is of stage 2 of ConceptMask"):
