@@ -57,8 +57,8 @@ def exportable(model: EmbeddingModel, class_names: Sequence[str]) -> Exportable:
     """
     if model.attention_kind != "blended":
         raise ValueError(
-            f"The model cannot be exported: it segments the attention maps '{model.attention_kind}' "
-            "(TEST.MASKX.ATTENTION_KIND). Set it to 'blended'."
+            "The model cannot be exported: it segments the attention maps "
+            f"'{model.attention_kind}' (TEST.MASKX.ATTENTION_KIND). Set it to 'blended'."
         )
     if not isinstance(model, SegmentationModel):
         raise ValueError(

@@ -25,9 +25,7 @@ PHOTOS = PhotoRecipe(
     categories=4,
 )
 
-_OPTIONS = (
-    "annotated_boxes box_loss compare ema_teacher light masks_for pseudo_weight start tag_loss"
-)
+_OWN = "annotated_boxes box_loss compare ema_teacher light masks_for pseudo_weight start tag_loss"
 
 SYSTEM = System(
     name="maskx",
@@ -37,6 +35,6 @@ SYSTEM = System(
     prediction=instances_prediction,
     box_masks=masks_of_boxes,
     exportable=exportable,
-    options=frozenset(_OPTIONS.split()),
+    options=frozenset(_OWN.split()),
     learns_from=("boxes_and_masks", "masks"),
 )
