@@ -206,13 +206,22 @@ def detectron2_proposals(proposals):
     ]
 
 
-def losses_of_both(ours, theirs, flags):
-    """Feature maps and losses of each host, those of torchvision under Detectron2's names."""
+def losses_of_both(ours, theirs, flags, tags=()):
+    """Feature maps and losses of each host, those of torchvision under Detectron2's names.
+
+    Args:
+        tags: labels by image; those images have these alone.
+    """
     targets, _, proposals = make_batch(flags)
     maps, other_maps = feature_maps(), feature_maps()
     doubles = [{**target, "boxes": target["boxes"].double()} for target in targets]
     images = torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)).double()
     ours.images = images
+    instances = detectron2_targets(targets)
+    theirs.tags = [torch.tensor(dict(tags).get(i, ()), dtype=torch.int64) for i in range(3)]
+    for image, labels in dict(tags).items():
+        doubles[image] |= {"tags": torch.tensor(labels) + 1, "boxes_complete": False}
+        instances[image].gt_boxes_complete = torch.zeros(len(instances[image]), dtype=torch.bool)
     _, losses = ours.train()(
         maps, [p.double() for p in proposals], [(SIDE, SIDE)] * len(targets), doubles
     )
@@ -221,9 +230,10 @@ def losses_of_both(ours, theirs, flags):
             ImageList(images, [(SIDE, SIDE)] * 3),
             other_maps,
             detectron2_proposals(proposals),
-            detectron2_targets(targets),
+            instances,
         )
     names = LOSSES | (BOX_LOSSES if ours.learns_from_boxes else {})
+    names |= {"loss_tags": "loss_tags"} if ours.tag_loss_weight else {}
     assert losses.keys() == set(names.values())
     return maps, {name: losses[names[name]] for name in others}, other_maps, others
 
@@ -238,8 +248,8 @@ def gradients(loss, heads, maps):
     }
 
 
-def assert_same_training(ours, theirs, flags):
-    maps, losses, other_maps, others = losses_of_both(ours, theirs, flags)
+def assert_same_training(ours, theirs, flags, tags=()):
+    maps, losses, other_maps, others = losses_of_both(ours, theirs, flags, tags)
     for name, loss in others.items():
         assert_equal(losses[name], loss)
     # Detectron2 computes the targets of box regression in float32, torchvision in the precision of
@@ -320,6 +330,14 @@ def test_objects_without_a_mask_teach_the_same(kind, gt_boxes_only):
                     parameter *= 1.1
             for parameter in backbone.parameters():
                 parameter *= 0.9
+
+
+@pytest.mark.parametrize("tags", [{2: [0, 2]}, {2: [1]}, {}], ids=["two", "one", "none"])
+def test_images_with_tags_alone_teach_the_same(tags):
+    ours, theirs = both_heads()
+    ours.tag_loss_weight = theirs.tag_loss_weight = 0.3
+    losses, _ = assert_same_training(ours, theirs, BATCHES["mixed"], tags)
+    assert (losses["loss_tags"] > 0) == bool(tags)
 
 
 @pytest.mark.parametrize("stop_gradient", [False, True])
