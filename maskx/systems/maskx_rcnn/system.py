@@ -36,5 +36,6 @@ SYSTEM = System(
     box_masks=masks_of_boxes,
     exportable=exportable,
     options=frozenset(_OWN.split()),
+    photos=PHOTOS,
     learns_from=("boxes_and_masks", "masks"),
 )
