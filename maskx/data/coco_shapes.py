@@ -266,7 +266,7 @@ def _read_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         raise AnnotationProblem(
             "rle_size", f"RLE of {num_pixels} pixels", "below 2^32, as runs are stored in 32 bits"
         )
-    runs = _run_lengths(counts)
+    runs = runs_of(counts)
     # Each run alone first: a sum of large ones wraps around.
     if runs is None or runs.min() < 0 or runs.max() > num_pixels or runs.sum() != num_pixels:
         total = "cannot be decoded"
@@ -284,7 +284,7 @@ def _read_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     return {"size": [height, width], "counts": counts}
 
 
-def _run_lengths(counts: Any) -> np.ndarray | None:
+def runs_of(counts: Any) -> np.ndarray | None:
     """Decode RLE counts to run lengths (background first), or None if that is impossible."""
     # pycocotools is not asked: it reads past the end of a broken string.
     try:

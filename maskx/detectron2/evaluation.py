@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from maskx.data.label_maps import semantic_label_map
+from maskx.data.masks import encode_each
 from maskx.data.splits import resolve_split
 from maskx.detectron2.datasets import class_names_of, records_of
 from maskx.engine.system import Scores
@@ -137,8 +138,15 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
             is_annotated = [c in self._category_id for c in instances.pred_classes.tolist()]
             self._num_left_out += is_annotated.count(False)
             instances = instances[torch.tensor(is_annotated, dtype=torch.bool)]
-            for result in instances_to_coco_json(instances, sample["image_id"]):
+            masks = []
+            if instances.has("pred_masks"):  # of which Detectron2 has several in memory at a time
+                masks = encode_each(instances.pred_masks)
+                instances.remove("pred_masks")
+            results = instances_to_coco_json(instances, sample["image_id"])
+            for result, mask in itertools.zip_longest(results, masks):
                 result["category_id"] = self._category_id[result["category_id"]]
+                if mask is not None:
+                    result["segmentation"] = mask
                 self._results.append(result)
 
     def evaluate(self) -> dict[str, dict[str, float]]:

@@ -103,6 +103,7 @@ class Trainer(DefaultTrainer):
         try:
             with means_per_process(self.cfg.SOLVER.MASKX.MEANS_PER_PROCESS):
                 super().run_step()
+            self.optimizer.zero_grad()  # not kept while images are read or the model is evaluated
         except FloatingPointError as error:
             images = listed(getattr(self.data_loader, "images", ()))
             raise FloatingPointError(

@@ -13,7 +13,7 @@ from maskx.core.text import listed
 from maskx.data.coco import CocoData, read_coco_json
 from maskx.data.images import read_record_image
 from maskx.data.label_maps import has_pixels, ignore_label, semantic_label_map
-from maskx.data.masks import decode_segmentation, encode_masks
+from maskx.data.masks import decode_segmentation, encode_masks, run_lengths
 from maskx.engine.predictor import Predictor
 from maskx.engine.results import Prediction
 from maskx.evaluation.average_precision import evaluate_detections
@@ -148,7 +148,7 @@ def compared(
         if not predictor.system.has_background:
             labels[labels == 0] = ignore_label(len(names))
         return found, Prediction(names, label_map=labels, image=image)
-    masks = [_rle(o.get("segmentation"), *image.shape[:2]) for o in objects]
+    masks = [run_lengths(o.get("segmentation", []), *image.shape[:2]) for o in objects]
     truth = Prediction(
         names,
         boxes=np.array([o["bbox"] for o in objects], float).reshape(-1, 4),
@@ -213,13 +213,6 @@ def _concepts(
         image=image,
     )
     return predictor(image, concepts=list(masks)), truth
-
-
-def _rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    mask = np.zeros((height, width), bool)
-    if segmentation is not None:
-        mask = decode_segmentation(segmentation, height, width)
-    return encode_masks(mask[None])[0]
 
 
 class _Table:

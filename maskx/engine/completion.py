@@ -28,6 +28,7 @@ from maskx.data.coco_shapes import QUALITY_KEY, SOURCE_KEY
 from maskx.data.images import read_record_image
 from maskx.data.json_edits import edited, rows, with_members
 from maskx.data.json_files import paused_collector, read_json
+from maskx.data.masks import run_lengths
 from maskx.data.splits import resolve_split
 from maskx.engine.label_map_completion import complete_label_maps, label_map_folder
 from maskx.engine.mask_sources import FoundMask, MaskSource, NoMask, RunSource, Teacher
@@ -521,7 +522,7 @@ def _judged(
         for each in image.objects:
             of_sources = {part: masks[each.key] for part, masks in found.items()}
             mask, source = _chosen(of_sources, names, first, options.agree)
-            truth = None if each.truth is None else _as_rle(each.truth, *size)
+            truth = None if each.truth is None else run_lengths(each.truth, *size)
             iou = _iou(mask.segmentation, truth) if truth and isinstance(mask, FoundMask) else None
             entry = Completed(
                 annotation_id=each.annotation["id"],
@@ -577,7 +578,7 @@ def _better_part(
             masks = {part: of_source[each.key] for part, of_source in found.items()}
             if each.is_asked_for or not all(isinstance(m, FoundMask) for m in masks.values()):
                 continue
-            truth = _as_rle(each.truth, *size)
+            truth = run_lengths(each.truth, *size)
             for part, mask in masks.items():
                 ious[part].append(_iou(mask.segmentation, truth))
     if any(len(values) < MIN_MASKS for values in ious.values()):
@@ -604,13 +605,6 @@ def _chosen(
         part = next(iter(masks))
         return masks[part], names[part]
     return next(each for each in found.values() if isinstance(each, NoMask)), ""
-
-
-def _as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    if isinstance(segmentation, dict):
-        return segmentation
-    polygons = [np.asarray(polygon, dtype=float).tolist() for polygon in segmentation]
-    return mask_api.merge(mask_api.frPyObjects(polygons, height, width))
 
 
 def _iou(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as mask_api
 
 from maskx.data.label_maps import ignore_label
-from maskx.data.masks import PastedMasks, decode_segmentation, encode_masks
+from maskx.data.masks import decode_segmentation, encode_each, encode_masks
 from maskx.evaluation.figures import draw_instances, draw_label_map, save_png
 from maskx.supervision import CategorySplit
 
@@ -211,10 +212,9 @@ class Prediction:
     def _mask_boxes(self) -> np.ndarray:
         """(N, 4) XYXY around the masks; empty where a mask is."""
         boxes = np.zeros((len(self.class_indices), 4))
-        for box, segmentation in zip(boxes, self.segmentations or (), strict=False):
-            rows, columns = decode_segmentation(segmentation, *self.image_size).nonzero()
-            if len(rows):
-                box[:] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        if self.segmentations:
+            boxes[:] = mask_api.toBbox(self.segmentations)
+            boxes[:, 2:] += boxes[:, :2]
         return boxes
 
 
@@ -232,14 +232,10 @@ def instances_prediction(result: Mapping[str, Any], class_names: Sequence[str]) 
     found = found if isinstance(found, Mapping) else found.get_fields()
     boxes = found["pred_boxes"]
     masks = found.get("pred_masks")
-    if masks is not None and not isinstance(masks, PastedMasks):
-        masks = [encode_masks(mask[None].cpu().numpy())[0] for mask in masks]
-    elif masks is not None:
-        masks = masks.encode()
     return Prediction(
         tuple(class_names),
         boxes=getattr(boxes, "tensor", boxes).float().cpu().numpy(),
-        segmentations=masks,
+        segmentations=None if masks is None else encode_each(masks),
         scores=found["scores"].float().cpu().numpy(),
         class_indices=found["pred_classes"].cpu().numpy(),
     )

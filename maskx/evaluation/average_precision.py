@@ -17,6 +17,7 @@ from pycocotools.cocoeval import Params
 
 from maskx.data.coco import AnnotationProblem, check_coco_structure, read_coco_json, read_mask
 from maskx.data.json_files import paused_collector
+from maskx.data.masks import run_lengths
 from maskx.evaluation.coco_matching import run_cocoeval
 
 __all__ = [
@@ -313,12 +314,9 @@ def _scored_annotations(
 def _mask_rle(segmentation: Any, height: int, width: int) -> dict[str, Any] | None:
     """Return the mask as compressed RLE, or None if there is none or it cannot be used."""
     try:
-        mask = read_mask(segmentation, height, width)
+        return run_lengths(read_mask(segmentation, height, width), height, width)
     except AnnotationProblem:
         return None
-    if isinstance(mask, list):
-        return mask_utils.merge(mask_utils.frPyObjects(mask, height, width))
-    return mask
 
 
 def _box_rle(bbox: Sequence[float], height: int, width: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Label maps and maps of numbers are blended with the image as shades of grey, so 
 one meaning.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def draw_instances(
     image: np.ndarray,
     *,
     boxes: np.ndarray,
-    masks: np.ndarray,
+    masks: Iterable[np.ndarray],
     labels: Sequence[str],
     with_masks: Sequence[bool],
     side: int = 400,
@@ -50,7 +50,7 @@ def draw_instances(
     Args:
         image: (H, W, 3) uint8 RGB.
         boxes: (N, 4) XYXY pixels.
-        masks: (N, H, W) bool.
+        masks: N of (H, W) bool, one of which is in memory at a time if they are made so.
         with_masks: whether the category of each instance had masks in training: green, else red.
         side: size of the tile in pixels; the image is fitted into it.
 
@@ -60,8 +60,7 @@ def draw_instances(
     scale, size = _fitted(image, side)
     tile = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)
     colors = [COLOR_WITH_MASKS if seen else COLOR_WITHOUT_MASKS for seen in with_masks]
-    for mask, color in zip(masks, colors, strict=True):
-        inside = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    for inside, color in zip(_resized(masks, size), colors, strict=True):
         tile[inside > 0] = (0.6 * tile[inside > 0] + 0.4 * np.array(color)).astype(np.uint8)
         contours, _ = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(tile, contours, -1, color, 2)
@@ -70,6 +69,15 @@ def draw_instances(
         cv2.rectangle(tile, (x0, y0), (x1, y1), color, 1)
         _draw_label(tile, label, (x0, y0), color)
     return _squared(tile, side)
+
+
+def _resized(masks: Iterable[np.ndarray], size: tuple[int, int]) -> Iterator[np.ndarray]:
+    for mask in masks:
+        # Decoded masks lie by column; turned they are resized without a copy of their size.
+        turned = mask.T.view(np.uint8)
+        inside = cv2.resize(turned, size[::-1], interpolation=cv2.INTER_NEAREST).T.copy()
+        del mask, turned  # before the next one is made
+        yield inside
 
 
 def plain_tile(image: np.ndarray, side: int = 400) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as mask_api
 
 from maskx.data.coco import CocoData
-from maskx.data.images import read_image_sample
+from maskx.data.images import read_record_image
 from maskx.data.masks import decode_segmentation
 from maskx.evaluation.figures import contact_sheet, draw_instances, save_png
 from maskx.supervision import CategorySplit
@@ -94,7 +94,7 @@ def _draw_tiles(
         boxes[:, 2:] += boxes[:, :2]
         height, width = record["height"], record["width"]
         tile = draw_instances(
-            read_image_sample(record)["image"].permute(1, 2, 0).numpy(),
+            read_record_image(record, image_format="RGB"),
             boxes=boxes,
             masks=(decode_segmentation(d["segmentation"], height, width) for d in found),
             labels=[

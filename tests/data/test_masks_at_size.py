@@ -1,8 +1,16 @@
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as mask_api
 
-from maskx.data.masks import PastedMasks, decode_at_size, decode_segmentation, encode_masks
+from maskx.data.masks import (
+    PastedMasks,
+    decode_at_size,
+    decode_segmentation,
+    encode_each,
+    encode_masks,
+    run_lengths,
+)
 
 SIZE = (50, 70)
 
@@ -28,6 +36,25 @@ def test_a_mask_is_decoded_at_the_size_it_is_used(form, size):
     pixel = max(SIZE[0] / size[0], SIZE[1] / size[1])
     assert mask[distance < 12 - 1.5 * pixel].all()
     assert not mask[distance > 12 + 1.5 * pixel].any()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_large_mask_is_decoded_as_pycocotools_does(share):
+    size = (2100, 2001)
+    mask = np.random.RandomState(0).rand(21, 69) < share
+    mask = np.repeat(np.repeat(mask, 100, axis=0), 29, axis=1)
+    (encoded,) = encode_masks(mask[None])
+    decoded = decode_segmentation(encoded, *size)
+    assert decoded.dtype == bool
+    np.testing.assert_array_equal(decoded, mask)
+    np.testing.assert_array_equal(decoded, mask_api.decode(encoded))
+
+
+def test_run_lengths_of_polygons_and_of_nothing():
+    expected = mask_api.decode(mask_api.merge(mask_api.frPyObjects(disc(), *SIZE)))
+    np.testing.assert_array_equal(mask_api.decode(run_lengths(disc(), *SIZE)), expected)
+    assert mask_api.area(run_lengths([], *SIZE)) == 0
+    assert run_lengths([], *SIZE)["size"] == list(SIZE)
 
 
 def make_masks(count=6):
@@ -63,7 +90,8 @@ def test_they_are_a_sequence_an_array_and_run_lengths():
     assert torch.equal(masks[chosen].tensor, masks.tensor[chosen])
     assert torch.equal(masks[1:3].to("cpu").tensor, masks.tensor[1:3])
     np.testing.assert_array_equal(np.asarray(masks), masks.tensor.numpy())
-    decoded = [decode_segmentation(rle, *SIZE) for rle in masks.encode()]
+    assert masks.encode() == encode_masks(masks.numpy()) == encode_each(masks.tensor)
+    decoded = [decode_segmentation(rle, *SIZE) for rle in encode_each(masks)]
     np.testing.assert_array_equal(np.array(decoded), masks.numpy())
     none = masks[torch.zeros(6, dtype=torch.bool)]
     assert none.tensor.shape == (0, *SIZE)

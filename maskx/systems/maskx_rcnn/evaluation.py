@@ -12,7 +12,7 @@ from maskx.data.coco import CocoData
 from maskx.data.coco_shapes import SOURCE_KEY
 from maskx.data.grabcut import grabcut_masks
 from maskx.data.images import read_image_sample, read_record_image
-from maskx.data.masks import decode_segmentation, encode_masks
+from maskx.data.masks import encode_masks, run_lengths
 from maskx.supervision import CategorySplit
 from maskx.systems.maskx_rcnn.samples import masks_of_boxes
 from maskx.systems.maskx_rcnn.torchvision import SampleDetector
@@ -61,8 +61,8 @@ def mean_iou_of_boxes(
             continue
         size = record["height"], record["width"]
         for each, mask in zip(objects, segment(record, objects), strict=True):
-            truth = encode_masks(decode_segmentation(each["segmentation"], *size)[None])
-            iou = float(mask_api.iou([mask], truth, [0])[0, 0])
+            truth = run_lengths(each["segmentation"], *size)
+            iou = float(mask_api.iou([mask], [truth], [0])[0, 0])
             ious.setdefault(each["class_index"], []).append(iou)
     means = {}
     for group, indices in split.groups().items():
