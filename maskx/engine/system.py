@@ -3,7 +3,7 @@
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # a help text waits for none of these
@@ -91,6 +91,8 @@ class System:
         build: makes a model of settings and class names.
         samples: makes, of the same and the category split, what makes training samples.
         scores: makes, of class names and split, what counts an evaluation.
+        words: what its stages, methods and measures are called where people read them, by the names
+            in ``metrics.json`` and of the folders; others are read as they are.
     """
 
     name: str
@@ -111,6 +113,7 @@ class System:
         None
     )
     scores: "Callable[[Sequence[str], CategorySplit], Scores] | None" = None
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 _SYSTEMS: dict[str, System | str] = {}

@@ -4,7 +4,9 @@ import csv
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,27 @@ METRICS_NAME = "metrics.json"  # of Detectron2 lines of JSON, of the quick start
 # Said elsewhere, or small.
 NOT_MEASURED = ("system", "losses", "split", "step_seconds", "num_images")
 
+_WORDS = {
+    "mIoU": "mean IoU in percent",
+    "IoU": "IoU in percent",
+    "mean_iou": "mean IoU in the true boxes",
+    "tag_mAP": "mAP of image labels in percent",
+    "bbox": "boxes",
+    "segm": "masks",
+    "AP50": "AP at IoU 0.5",
+    "AP75": "AP at IoU 0.75",
+    "APs": "AP, small",
+    "APm": "AP, medium",
+    "APl": "AP, large",
+    "A": "A, with masks",
+    "B": "B, without",
+    "training_seconds": "seconds of the training",
+    "seconds": "seconds in all",
+}
+"""What measures of several systems are called; see ``System.words``."""
+
 Points = list[tuple[float, float]]
+Say = Callable[[str], str]
 
 
 def write_training_report(
@@ -53,10 +75,12 @@ def write_training_report(
     found = compare(predictor, data)
     parts = [_overview(predictor)]
     metrics = _measures(folder, predictor.run.results)
+    own = dict(zip(predictor.class_names, predictor.class_names, strict=True))
+    say = partial(_said, _WORDS | predictor.system.words | own)
     if curves := _curves(folder):
-        parts += [paragraph("Losses", "h2"), *(_charts(*item) for item in curves.items())]
+        parts += [paragraph("Losses", "h2"), *(_charts(*item, say) for item in curves.items())]
     if metrics:
-        parts += [paragraph("Measured at the end of the training", "h2"), *_tables(metrics)]
+        parts += [paragraph("Measured at the end of the training", "h2"), *_tables(metrics, say)]
     parts += [paragraph("Categories", "h2"), *_categories(predictor, data, found)]
     if found.images:
         parts += _examples(predictor, data, found)
@@ -66,6 +90,13 @@ def write_training_report(
     with written_text(path) as file:
         file.write(page(f"{predictor.system.title}: {folder.resolve().name}", parts))
     return found
+
+
+def _said(words: Mapping[str, str], name: str) -> str:
+    """Return what people read for a name: its words, or those of its parts."""
+    if name in words:
+        return words[name]
+    return "".join(words.get(part, part) for part in re.split(r"(\W+)", name.replace("_", " ")))
 
 
 def _overview(predictor: Predictor) -> str:
@@ -111,10 +142,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and "iteration" in row]
 
 
-def _charts(name: str, losses: Mapping[str, Points]) -> str:
-    title = [] if name == "." else [paragraph(name, "h3")]
+def _charts(name: str, losses: Mapping[str, Points], say: Say) -> str:
+    title = [] if name == "." else [paragraph(say(name), "h3")]
     charts = [
-        chart(points, x="iteration", y=f"{loss}: {points[-1][1]:.3g}")
+        chart(points, x="iteration", y=f"{say(loss)}: {points[-1][1]:.3g}")
         for loss, points in losses.items()
     ]
     return "".join([*title, *charts])
@@ -136,24 +167,24 @@ def _measures(folder: Path, results: Mapping[str, Any] | None) -> dict[str, Any]
     return found
 
 
-def _tables(metrics: Mapping[str, Any]) -> list[str]:
+def _tables(metrics: Mapping[str, Any], say: Say) -> list[str]:
     """Lay out nested measures: two names and a number make a table, deeper ones several."""
     parts, single = [], []
     for key, value in metrics.items():
         if not isinstance(value, Mapping):
-            single.append((key.replace("_", " "), value))
+            single.append((say(key), value))
             continue
-        parts += [paragraph(key, "h3")] if key else []
+        parts += [paragraph(say(key), "h3")] if key else []
         value = {name: row for name, row in value.items() if row is not None}  # not measured
         inner = list(value.values())
         if any(isinstance(each, Mapping) for row in inner for each in _values(row)):
             for name, row in value.items():
-                parts += _tables({f"{key}, {name}": row})
+                parts += _tables({f"{key}, {name}": row}, say)
         elif inner and all(isinstance(row, Mapping) for row in inner):
-            parts.append(_matrix(value))
+            parts.append(_matrix(value, say))
         else:
             rows = [
-                (f"{name} {last}".strip(), _cell(number))
+                (say(f"{name} {last}".strip()), _cell(number))
                 for name, row in value.items()
                 for last, number in (row.items() if isinstance(row, Mapping) else [("", row)])
             ]
@@ -166,15 +197,14 @@ def _values(row: Any) -> list[Any]:
     return list(row.values()) if isinstance(row, Mapping) else []
 
 
-def _matrix(values: Mapping[str, Mapping[str, Any]]) -> str:
+def _matrix(values: Mapping[str, Mapping[str, Any]], say: Say) -> str:
     columns = list(dict.fromkeys(name for row in values.values() for name in row))
     rows = list(values)
     if len(columns) > len(rows):
-        cells = [(name, *(_cell(values[row].get(name)) for row in rows)) for name in columns]
-        return _cut(("", *rows), cells)
-    return _cut(
-        ("", *columns), [(row, *(_cell(values[row].get(name)) for name in columns)) for row in rows]
-    )
+        cells = [(say(name), *(_cell(values[row].get(name)) for row in rows)) for name in columns]
+        return _cut(("", *map(say, rows)), cells)
+    cells = [(say(row), *(_cell(values[row].get(name)) for name in columns)) for row in rows]
+    return _cut(("", *map(say, columns)), cells)
 
 
 def _cut(head: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> str:

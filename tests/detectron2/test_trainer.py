@@ -81,7 +81,7 @@ def test_the_script_resumes_and_evaluates(config_file, run_tool, scenes, tmp_pat
     words = ["report", output, *scenes, "--device", "cpu"]
     assert main(list(map(str, words))) == 0
     page = (output / "report.html").read_text()
-    assert all(word in page for word in ("loss_mask: ", "segm_B", "The best images"))
+    assert all(word in page for word in ("loss mask: ", "masks B", "The best images"))
 
     run_tool("--eval-only", "--config-file", config_file, *weights_of(output))
     assert "copypaste: Task: segm_B" in (output / "evaluation" / "log.txt").read_text()

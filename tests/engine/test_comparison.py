@@ -89,7 +89,7 @@ def _open(run, device):
 for name, prediction, more in (
     ("told_instances", instances, {}),
     ("told_many", many_instances, {}),
-    ("told_maps", label_maps, {}),
+    ("told_maps", label_maps, {"words": {"told_gt": "Told, true labels", "cat": "the animal"}}),
     ("told_stuff", label_maps, {"has_background": False}),
     ("told_concepts", concepts, {"takes_concepts": True}),
 ):
@@ -214,6 +214,20 @@ def test_the_page_of_other_data(folder, capsys):
     with pytest.raises(SystemExit) as ending:
         main(words)
     assert "report.html exists. Name another --output" in str(ending.value.code)
+
+
+def test_the_page_says_what_people_call_it(folder):
+    run = make_run(folder, "told_maps")
+    metrics = {"mIoU": {"told_gt": {"all": 12.5}}, "IoU": {"cat": 7.25}, "tag_mAP": 31.0}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "told_gt").mkdir()
+    (run / "told_gt" / "losses.csv").write_text("iteration,loss_labels\n0,2.0\n1,1.0\n")
+    assert main(["report", str(run), str(folder / "val.json"), str(folder)]) == 0
+    page = (run / "report.html").read_text()
+    for word in ("Told, true labels", "mean IoU in percent", "loss labels: 1", "mAP of image lab"):
+        assert word in page
+    assert "told_gt" not in page
+    assert "the animal" not in page  # a category keeps its name
 
 
 def test_an_image_that_breaks_meanwhile_is_named(folder):

@@ -80,4 +80,14 @@ SYSTEM = System(
     exportable=exportable,
     learns_from=("tags",),
     options=frozenset(["threshold", "resolve", "crf", "multi_scale", "layer", "max_images"]),
+    words={
+        "proxy": "proxy masks, by layer",
+        "proxy_decided_only": "proxy masks, decided pixels alone: mean IoU in percent",
+        "proxy_undecided": "proxy masks, undecided: share of the pixels",
+        "proxy_paper": "proxy masks with threshold 0, conflicts ignored: mean IoU in percent",
+        "trained": "network, trained on the proxy masks",
+        "retrained": "network, trained again on what it predicts",
+        "segmenter": "network, trained on the proxy masks",
+        "uncertain_patterns": "patterns whose sign is uncertain",
+    },
 )

@@ -75,4 +75,13 @@ SYSTEM = System(
     has_background=False,
     learns_from=("tags_and_masks", "many_tags_and_masks"),
     options=frozenset(["masks_for"]),
+    words={
+        "start": "image classifier that all start from",
+        "larvseg": "LarvSeg",
+        "larvseg_single_image": "LarvSeg, single image",
+        "larvseg_score_map": "LarvSeg, score map",
+        "larvseg_normalised": "LarvSeg, attention divided by its sum",
+        "base": "base classes",
+        "novel": "novel classes",
+    },
 )

@@ -38,4 +38,9 @@ SYSTEM = System(
     options=frozenset(_OWN.split()),
     photos=PHOTOS,
     learns_from=("boxes_and_masks", "masks"),
+    words={
+        "maskx": "Mask^X R-CNN",
+        "class_agnostic": "class-agnostic baseline",
+        "grabcut": "GrabCut in the boxes",
+    },
 )

@@ -132,14 +132,31 @@ def gram_rows(model: TransferNetModel, sample: Sample, points: Sequence[tuple[in
     return (features[:, places.to(features.device)].T @ features).unflatten(1, size)
 
 
+WORDS: Mapping[str, str] = {
+    "classifier": "image classifier",
+    "transfernet": "TransferNet",
+    "transfernet_gt": "TransferNet, true image labels",
+    "baseline": "BaselineNet",
+    "baseline_gt": "BaselineNet, true image labels",
+    "baseline_source": "BaselineNet, first on the source",
+    "decoupled": "DecoupledNet",
+    "decoupled_gt": "DecoupledNet, true image labels",
+    "decoupled_source": "DecoupledNet, first on the source",
+    "mIoU_gt_labels": "mean IoU in percent, true image labels",
+    "target": "target categories",
+    "source": "source categories",
+}
+"""What stages, methods and measures are called where people read them."""
+
+
 def format_transfer(metrics: Mapping[str, Any]) -> str:
     """Lay out the measures in a table."""
     lines = ["| mIoU in percent | target | source | all |", "|---|---|---|---|"]
-    names = {"transfernet": "TransferNet", "baseline": "BaselineNet", "decoupled": "DecoupledNet"}
+    names = ("transfernet", "baseline", "decoupled")
     for kind, title in (("mIoU", "predicted labels"), ("mIoU_gt_labels", "true labels")):
         for method in (name for name in names if name in metrics[kind]["target"]):
             cells = [f"{metrics[kind][group][method]:.1f}" for group in ("target", "source", "all")]
-            lines.append(f"| {names[method]}, {title} | {' | '.join(cells)} |")
+            lines.append(f"| {WORDS[method]}, {title} | {' | '.join(cells)} |")
     tags = metrics["tag_mAP"]
     of_sides = ", ".join(
         f"{tags[side]:.1f} of {side}" for side in ("target", "source") if side in tags

@@ -13,7 +13,7 @@ from maskx.engine.results import label_map_prediction
 from maskx.engine.system import System
 from maskx.engine.training import select_device
 from maskx.supervision import CategorySplit
-from maskx.systems.transfernet.evaluation import gram_rows
+from maskx.systems.transfernet.evaluation import WORDS, gram_rows
 from maskx.systems.transfernet.model import exportable
 from maskx.systems.transfernet.pipeline import (
     TransferSettings,
@@ -118,4 +118,5 @@ SYSTEM = System(
     similarity=gram_rows,
     learns_from=("tags_and_masks",),
     options=frozenset(["compare", "masks_for", "crf", "target_train"]),
+    words=WORDS,
 )
