@@ -1,6 +1,7 @@
 """Backbones of timm: any of its models that returns feature maps, by name."""
 
 import contextlib
+import copy
 import functools
 import logging
 import math
@@ -8,18 +9,55 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskx.core.backbones import Backbone, FeatureShape, FrozenStages
 from maskx.core.checks import check_choice
 from maskx.core.pretrained import Pretrained, find_weights, no_download, timm_name
 
-__all__ = ["TimmBackbone", "can_dilate", "expected_pixels"]
+__all__ = ["TimmBackbone", "can_dilate", "expected_pixels", "make_traceable"]
 
 OUTPUT_STRIDES = (8, 16, 32)
 
 # What a model says that does not know an argument, or not this value of it.
 _REFUSALS = (TypeError, AssertionError, NotImplementedError, RuntimeError)
+
+
+class _PaddedToSame(nn.Module):
+    """TensorFlow's "same" convolution of timm with another formula for its padding.
+
+    The sum that timm makes of maximum, ceiling and the size of each layer before keeps a tracer
+    with symbolic sizes busy for hours; this one, of the same value, takes seconds.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, padding = self.convolution, []
+        for side in (1, 0):  # from the last dimension on
+            window = (conv.kernel_size[side] - 1) * conv.dilation[side] + 1
+            stride = conv.stride[side]
+            total = window - stride + -x.shape[2 + side] % stride
+            if window < stride:  # in no network known; a tracer takes one of the two
+                total = max(total, 0)
+            padding += [total // 2, total - total // 2]
+        weights = conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups
+        return F.conv2d(F.pad(x, padding), *weights)
+
+
+def make_traceable(network: nn.Module) -> nn.Module:
+    """Return a copy that computes the same and can be traced with symbolic image sizes."""
+    from timm.layers import Conv2dSame
+
+    network = copy.deepcopy(network)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Conv2dSame):
+                setattr(module, name, _PaddedToSame(child))
+    return network
 
 
 class TimmBackbone(Backbone):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from maskx.core.checks import check_choice
 from maskx.core.files import written_whole
+from maskx.core.timm_backbones import make_traceable
 from maskx.engine.predictor import Predictor
 from maskx.engine.runs import MODEL_FILE_SUFFIX, Run
 from maskx.engine.system import find_system
@@ -126,7 +127,7 @@ def export_model(
     path, run, system = Path(path), predictor.run, predictor.system
     check_exportable(run)
     found = system.exportable(predictor.model, run.class_names)
-    network = _OfRGB(found.network, _channel_order(predictor)).eval()
+    network = _OfRGB(make_traceable(found.network), _channel_order(predictor)).eval()
     # Not named: a name would refuse what follows from a padding to multiples.
     dynamic = {
         name: torch.export.Dim.DYNAMIC(min=_SMALLEST_SIDE if name in ("height", "width") else 0)

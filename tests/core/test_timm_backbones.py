@@ -2,10 +2,11 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.layers import Conv2dSame
 from torch import nn
 
 from maskx.core.image_classifier import LayerTaps
-from maskx.core.timm_backbones import TimmBackbone, can_dilate, expected_pixels
+from maskx.core.timm_backbones import TimmBackbone, can_dilate, expected_pixels, make_traceable
 
 # Small networks of different kinds; the last map as (channels, stride).
 KINDS = {
@@ -293,3 +294,31 @@ def test_what_can_be_dilated_is_known():
 def test_what_a_backbone_cannot_do_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("output_stride", [None, 8])
+def test_a_traceable_copy_computes_the_same(output_stride):
+    torch.manual_seed(0)
+    backbone = shuffle_norms(TimmBackbone("tf_efficientnet_lite0", output_stride=output_stride))
+    copied = make_traceable(backbone.eval())
+    for size in ((64, 96), (75, 107), (33, 58)):
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            expected, found = backbone(image), copied(image)
+        assert expected.keys() == found.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=0, rtol=0)
+
+
+def test_it_is_traced_with_any_image_size():
+    torch.manual_seed(0)
+    sides = ((3, 2), (1, 1), (5, 2), (3, 1), (3, 2))  # of window and stride
+    network = nn.Sequential(*(Conv2dSame(3, 3, side, stride) for side, stride in sides))
+    sizes = {2: torch.export.Dim.DYNAMIC(min=32), 3: torch.export.Dim.DYNAMIC(min=32)}
+    with torch.no_grad():
+        program = torch.export.export(
+            make_traceable(network), (torch.randn(1, 3, 75, 107),), dynamic_shapes=(sizes,)
+        ).module()
+        for size in ((64, 96), (97, 131), (43, 38)):
+            image = torch.randn(1, 3, *size)
+            torch.testing.assert_close(program(image), network(image))
