@@ -11,6 +11,7 @@ import math
 import os
 import struct
 from array import array
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from maskx.data.coco_shapes import (
     read_mask,
     read_quality,
 )
-from maskx.data.coco_structure import Report, Structure, read_structure
+from maskx.data.coco_structure import Positions, Report, Structure, read_structure
 from maskx.data.image_files import find_images
 from maskx.data.json_files import MISSING, Rows, paused_collector, read_json, read_json_rows
 from maskx.supervision import Supervision
@@ -200,7 +201,6 @@ def _read(
     report.finish()
     for record in records:
         tags_given = record.pop("tags_given")
-        record["image_labels"] = sorted(record["image_labels"])
         record["supervision"] = supervision_of(record, tags_given=tags_given)
     _check_something_is_left(records, num_found, num_rows, report)
     about = dataset.get("info")
@@ -417,16 +417,17 @@ def _read_annotations(
     """Read the annotations into the records, those that are as usual many at a time."""
     record_of = {record["image_id"]: record for record in records}
     table = _Images(records)
-    add_to = [record["annotations"].append for record in records]
     for start in range(0, len(rows), _CHUNK):
         chunk = rows.take(start, min(start + _CHUNK, len(rows)))
         found = _UsualRows(chunk, table, structure)
         claims.add_arrays(found)
-        for index, (is_usual, image_index, entry) in enumerate(found.entries()):
-            if is_usual:
-                add_to[image_index](entry)
-            else:
+        lists, entries, done = found.lists(), found.entries(), 0
+        for index in [*np.flatnonzero(~found.usual).tolist(), len(chunk)]:
+            # Without a loop of Python's: as many objects as a file has, each in another place.
+            deque(map(list.append, lists[done:index], entries[done:index]), maxlen=0)
+            if index < len(chunk):
                 _read_row(start + index, chunk[index], record_of, structure, report, claims)
+            done = index + 1
     table.give_labels()
 
 
@@ -495,9 +496,10 @@ class _Images:
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
         self.records = records
-        self.index_of = {record["image_id"]: index for index, record in enumerate(records)}
+        self.index_of = Positions([record["image_id"] for record in records])
+        self.annotations = [*(record["annotations"] for record in records), []]
         sizes = [(record["height"], record["width"]) for record in records]
-        self.sizes = np.array([*sizes, (0, 0)], np.float64)  # the last is of no image
+        self.sizes = np.array([*sizes, (0, 0)], np.float64)  # the last, as above, is of no image
         self._labels = []
 
     def add_labels(self, image_index: np.ndarray, class_index: np.ndarray) -> None:
@@ -519,20 +521,18 @@ class _Images:
 class _UsualRows:
     """Annotations of a chunk, of which those that are as usual are found with arrays."""
 
-    # Usual is what `_read_row` would find nothing to say of, with polygons or no mask. Both must
-    # make the same entry.
+    # Usual is what `_read_row` would find nothing to say of. Both must make the same entry.
 
     def __init__(self, rows: Rows, images: _Images, structure: Structure) -> None:
         self._images = images
-        self._image_index = _looked_up(rows.column("image_id"), images.index_of)
-        self._class_index = _looked_up(rows.column("category_id"), structure.class_index)
-        image_index, class_index = np.array(self._image_index), np.array(self._class_index)
+        self._image_index = image_index = images.index_of(rows.column("image_id"))
+        self._class_index = class_index = structure.index_of(rows.column("category_id"))
         self.sizes = images.sizes[image_index]
         self._ids = rows.column("id")
         self._crowd = _numbers(rows.column("iscrowd"), {int}, missing=0)
         area = _numbers(rows.column("area"), {int, float}, missing=1)
         self.usual = (image_index >= 0) & (class_index >= 0)
-        self.usual &= np.isin(self._crowd, (0, 1)) & (area > 0) & (area < 1e18)
+        self.usual &= ((self._crowd == 0) | (self._crowd == 1)) & (area > 0) & (area < 1e18)
         if structure.has_repeated_ids:
             self.usual[:] = False
         elif set(map(type, self._ids)) != {int}:
@@ -541,7 +541,10 @@ class _UsualRows:
         sources = rows.column(SOURCE_KEY)
         if sources.count(MISSING) < len(sources):
             self.usual &= [value in (MISSING, None) for value in sources]
-        self._read_polygons(*rows.number_lists("segmentation"))
+        numbers, sizes, num_parts = rows.number_lists("segmentation")
+        self._read_polygons(numbers, sizes, np.maximum(num_parts, 0))
+        for index in np.flatnonzero(self.usual & (num_parts < 0)).tolist():
+            self._read_other_mask(index, rows)
         images.add_labels(image_index[self.usual], class_index[self.usual])
 
     def _read_boxes(self, column: list[Any]) -> None:
@@ -562,12 +565,12 @@ class _UsualRows:
     def _read_polygons(self, numbers: array, sizes: np.ndarray, num_parts: np.ndarray) -> None:
         """See which polygons are in their image and have an area."""
         self.extents = np.full((len(num_parts), 4), np.nan)
-        self.usual &= num_parts >= 0
-        num_parts = np.maximum(num_parts, 0)
-        self._last_part = np.cumsum(num_parts)
         ends = np.cumsum(sizes)
         starts = ends - sizes
-        self._parts = [numbers[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        parts = [numbers[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        last = np.cumsum(num_parts)
+        spans = zip((last - num_parts).tolist(), last.tolist(), strict=True)
+        self._masks: list[Any] = [parts[a:b] for a, b in spans]
         owner = np.repeat(np.arange(len(num_parts)), num_parts)
         malformed = (sizes < 6) | (sizes % 2 > 0)
         points = np.frombuffer(numbers)
@@ -599,36 +602,42 @@ class _UsualRows:
         self.usual[masked] &= fits
         self.extents[masked] = np.stack(extents, 1)
 
+    def _read_other_mask(self, index: int, rows: Rows) -> None:
+        """See whether an annotation has run lengths that are good, which is not looked at again."""
+        mask = None
+        height, width = self.sizes[index].astype(int).tolist()
+        with contextlib.suppress(ValueError):  # it is for `_read_row` to say, in its turn
+            mask = read_mask(rows[index]["segmentation"], height, width)
+        self.usual[index] = isinstance(mask, dict)
+        if self.usual[index]:
+            self._masks[index] = mask
+            self.extents[index] = mask_extent(mask)
+
     def ids(self, indices: Iterable[int]) -> list[tuple[Any, Any]]:
         """Return the ids of annotations and of their images."""
         images = self._images.records
         return [(self._ids[i], images[self._image_index[i]]["image_id"]) for i in indices]
 
-    def entries(self) -> Iterable[tuple[bool, int, dict[str, Any]]]:
-        """Give of each annotation whether it is usual, and if so, its image and its entry."""
-        first = 0
-        for is_usual, image_index, id_, box, index, crowd, last in zip(
-            self.usual.tolist(),
-            self._image_index,
+    def lists(self) -> list[list[dict[str, Any]]]:
+        """Return of each annotation where the entries of its image are, as far as there is one."""
+        of_images = self._images.annotations
+        return [of_images[index] for index in self._image_index.tolist()]
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return an entry of each annotation, which is right if it is usual."""
+        columns = (
             self._ids,
             self._boxes.tolist(),
-            self._class_index,
+            self._class_index.tolist(),
             np.where(self.usual, self._crowd, 0).astype(np.int8).tolist(),
-            self._last_part.tolist(),
-            strict=True,
-        ):
-            entry = {"id": id_, "bbox": box, "class_index": index, "iscrowd": crowd}
-            if first < last:
-                entry["segmentation"] = self._parts[first:last]
-                first = last
-            yield is_usual, image_index, entry
-
-
-def _looked_up(keys: Sequence[Any], table: Mapping[Any, int]) -> list[int]:
-    """Look up integers and strings; -1 for what is not there, or of another type."""
-    if set(map(type, keys)) <= {int, str}:
-        return list(map(table.get, keys, itertools.repeat(-1)))
-    return [table.get(key, -1) if type(key) in (int, str) else -1 for key in keys]
+            self._masks,
+        )
+        return [
+            {"id": id_, "bbox": box, "class_index": index, "iscrowd": crowd, "segmentation": mask}
+            if mask
+            else {"id": id_, "bbox": box, "class_index": index, "iscrowd": crowd}
+            for id_, box, index, crowd, mask in zip(*columns, strict=True)
+        ]
 
 
 def _numbers(values: Sequence[Any], kinds: set[type], *, missing: float) -> np.ndarray:

@@ -63,6 +63,7 @@ class Rows:
         rows: dicts; None if columns are given.
         columns: Values by key, `MISSING` where a row lacks it.
         raw_key: The key whose column holds JSON text.
+        path: File that they are from, for errors in that text.
     """
 
     def __init__(
@@ -70,8 +71,9 @@ class Rows:
         rows: list[Any] | None,
         columns: dict[str, list[Any]] | None = None,
         raw_key: str | None = None,
+        path: Path | None = None,
     ) -> None:
-        self._rows, self._columns, self._raw_key = rows, columns or {}, raw_key
+        self._rows, self._columns, self._raw_key, self._path = rows, columns or {}, raw_key, path
 
     def __len__(self) -> int:
         return len(next(iter(self._columns.values())) if self._rows is None else self._rows)
@@ -83,7 +85,7 @@ class Rows:
         values = {key: column[index] for key, column in self._columns.items()}
         found = {key: value for key, value in values.items() if value is not MISSING}
         if self._raw_key in found:
-            found[self._raw_key] = json.loads(found[self._raw_key])
+            found[self._raw_key] = _parse(self._path, found[self._raw_key])
         return found
 
     def take(self, start: int, stop: int) -> "Rows":
@@ -91,7 +93,7 @@ class Rows:
         if self._rows is not None:
             return Rows(_taken(self._rows, start, stop))
         columns = {key: _taken(column, start, stop) for key, column in self._columns.items()}
-        return Rows(None, columns, self._raw_key)
+        return Rows(None, columns, self._raw_key, self._path)
 
     def column(self, key: str) -> list[Any]:
         """Return the values of a key; `MISSING` where a row lacks it or is no object."""
@@ -115,7 +117,7 @@ class Rows:
             try:
                 values = msgspec.json.decode(text)
             except msgspec.DecodeError:  # such as of a number that no float holds
-                values = json.loads(text)
+                values = _parse(self._path, text)
         numbers, sizes, num_lists = array("d"), [], []
         for value in values:
             packed = [] if value is None or value is MISSING else _packed(value)
@@ -128,8 +130,7 @@ class Rows:
 
 def _flattened(texts: list[Any]) -> tuple[array, np.ndarray, np.ndarray] | None:
     """Return the numbers of JSON texts; None if a list holds something else than lists of them."""
-    nothing = (MISSING, b"null")
-    num_lists = [0 if text in nothing else -1 for text in texts]
+    num_lists = np.array([-(text is not MISSING and text != b"null") for text in texts])
     where = [index for index, text in enumerate(texts) if text is not MISSING and text[0] == _OPEN]
     joined = b"[%b]" % b",".join([texts[index] for index in where])
     try:
@@ -140,11 +141,10 @@ def _flattened(texts: list[Any]) -> tuple[array, np.ndarray, np.ndarray] | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     flat = list(itertools.chain.from_iterable(sizes))
-    if joined.count(b"[") != 1 + len(sizes) + len(flat):  # a list in one of these
+    if _num_bytes(joined, b"[") != 1 + len(sizes) + len(flat):  # a list in one of these
         return None
-    for index, row in zip(where, sizes, strict=True):
-        num_lists[index] = len(row)
-    return numbers, np.array(flat, np.int64), np.array(num_lists)
+    num_lists[where] = list(map(len, sizes))
+    return numbers, np.array(flat, np.int64), num_lists
 
 
 def _packed(value: Any) -> list[bytes] | None:
@@ -199,7 +199,7 @@ def read_json_rows(
         ValueError: As `read_json`.
     """
     content = _read_bytes(path, what)
-    plain = None if msgspec is None else _read_plain(content, section, keys, raw_key)
+    plain = None if msgspec is None else _read_plain(Path(path), content, section, keys, raw_key)
     if plain is not None:
         return plain
     parsed = _parse(Path(path), content)
@@ -221,7 +221,7 @@ def _read_bytes(path: str | os.PathLike[str], what: str) -> bytes:
 
 
 def _read_plain(
-    content: bytes, section: str, keys: Sequence[str], raw_key: str
+    path: Path, content: bytes, section: str, keys: Sequence[str], raw_key: str
 ) -> tuple[dict[str, Any], Rows] | None:
     """Read what is plain; None where it is not, and Python's parser has to say why."""
     fields = [(key, Any, MISSING) for key in keys]
@@ -248,22 +248,23 @@ def _read_plain(
     columns = {key: list(map(operator.attrgetter(key), rows)) for key in (*keys, raw_key)}
     found = {key: len(rows) - column.count(MISSING) for key, column in columns.items()}
     num_keys = sum(found.values())
+    # Copies, so that the file is not kept: what was read of it grows while these are forgotten.
+    raw = [value if value is MISSING else bytes(value) for value in columns[raw_key]]
     # Objects in the rows are mostly run-length masks, of two keys each.
-    plain = (num_keys, num_keys + 2 * content.count(b'"counts"', *span))
+    others = (value for value in raw if value is not MISSING and value[0] != _OPEN)
+    plain = (num_keys, num_keys + 2 * sum(value.count(b'"counts"') for value in others))
     if _num_bytes(content, b":", *span) not in plain and _num_colons(content, *span) not in plain:
         for key, number in found.items():
             if content.count(b'"%b"' % key.encode(), *span) != number:
                 return None
-    # Copies, so that the file is not kept: what was read of it grows while these are forgotten.
-    raw = [value if value is MISSING else bytes(value) for value in columns[raw_key]]
-    return rest, Rows(None, {**columns, raw_key: raw}, raw_key)
+    return rest, Rows(None, {**columns, raw_key: raw}, raw_key, path)
 
 
 def _address(buffer: Any) -> int:
     return np.frombuffer(buffer, np.uint8).ctypes.data
 
 
-def _num_bytes(text: bytes, byte: bytes, start: int, stop: int) -> int:
+def _num_bytes(text: bytes, byte: bytes, start: int = 0, stop: int | None = None) -> int:
     values, step = np.frombuffer(text, np.uint8)[start:stop], 2**20  # fast, and without a copy
     blocks = (values[i : i + step] for i in range(0, len(values), step))
     return sum(int(np.count_nonzero(block == ord(byte))) for block in blocks)

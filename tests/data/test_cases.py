@@ -524,6 +524,24 @@ def test_json_that_is_no_annotation_file(folder, text, words):
         read_coco_json(folder / "ann.json")
 
 
+@pytest.mark.parametrize("image_id", [1, "1"])
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        ('{"size": [96, 96], "size": [96, 96], "counts": [0, 9216]}', "repeats the key 'size'"),
+        ('{"size": [96, 96], "counts": [' + "9" * 5000 + "]}", "integer of 5000 digits"),
+        ("[[" + "9" * 5000 + ", 1, 2, 3, 4, 5]]", "integer of 5000 digits"),
+    ],
+)
+def test_masks_that_are_no_plain_json_are_named_with_their_file(folder, mask, words, image_id):
+    content = base()
+    content["annotations"][0] |= {"segmentation": "MASK", "image_id": image_id}
+    (folder / "ann.json").write_text(json.dumps(content).replace('"MASK"', mask))
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=rf"ann\.json.*{words}"):
+            load_coco(folder / "ann.json", folder / "img", strict=strict)
+
+
 def outcome(folder, content, **kwargs):
     """Read a file: what came out, and the name of the file or the error."""
     try:
