@@ -41,7 +41,6 @@ from maskx.systems.concept_mask.detectron2.model import (
     MaskXConceptSegmentation,
 )
 from maskx.systems.larvseg.detectron2 import MaskXLargeVocabularyEvaluator, MaskXLarvSeg
-from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
 from maskx.systems.maskx_rcnn.detectron2.data import MaskXDatasetMapper
 from maskx.systems.maskx_rcnn.detectron2.heads import (
     MaskHeadProtocol,
@@ -57,7 +56,7 @@ from maskx.systems.maskx_rcnn.detectron2.model import (
     MaskXRPN,
 )
 from maskx.systems.maskx_rcnn.detectron2.point_rend import MaskXPointRendMaskHead, PointLayers
-from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
+from maskx.systems.maskx_rcnn.weak_losses import BoxMaskLoss, EMATeacher
 from maskx.systems.transfernet.detectron2 import (
     MaskXTransferClassifier,
     MaskXTransferLabelEvaluator,

@@ -23,11 +23,10 @@ from maskx.systems.concept_mask.network import (
 )
 from maskx.systems.concept_mask.samples import ConceptMapper
 from maskx.systems.larvseg.network import LarvSeg
-from maskx.systems.maskx_rcnn.box_loss import MAX_BOX_ROIS, BoxMaskLoss
 from maskx.systems.maskx_rcnn.detectron2.heads import MaskXMaskHead, TextClassifier
-from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
+from maskx.systems.maskx_rcnn.weak_losses import MAX_BOX_ROIS, BoxMaskLoss, EMATeacher
 from maskx.systems.maskx_rcnn.weight_transfer import WeightTransfer
 from maskx.systems.transfernet.model import build_network
 

@@ -57,14 +57,14 @@ class QuickstartOptions:
         annotated_boxes: of ``maskx``, train masks in annotated boxes alone, not in those that the
             detector proposes: ``gt_boxes_only`` of :func:`maskx.torchvision.add_mask_branch`.
         box_loss: of ``maskx``, weight of the mask loss of objects that have a box only: ``weight``
-            of :class:`maskx.systems.maskx_rcnn.box_loss.BoxMaskLoss`; 0 trains on masks alone.
+            of :class:`maskx.systems.maskx_rcnn.weak_losses.BoxMaskLoss`; 0 trains on masks alone.
         ema_teacher: of ``maskx``, weight of the loss of masks that a moving average of the model
             makes of these objects: ``weight`` of
-            :class:`maskx.systems.maskx_rcnn.ema_teacher.EMATeacher`; 0 goes without it.
+            :class:`maskx.systems.maskx_rcnn.weak_losses.EMATeacher`; 0 goes without it.
         light: of ``maskx``, few channels and few samples in the heads of the detector; those of
             the backbone ``small`` are light in any case.
         tag_loss: of ``maskx``, weight of the loss of images that have image labels alone, see
-            :mod:`maskx.systems.maskx_rcnn.tag_loss`; at 0 they teach nothing.
+            :mod:`maskx.systems.maskx_rcnn.weak_losses`; at 0 they teach nothing.
         pseudo_weight: of ``maskx``, what masks that nobody drew weigh, see
             :func:`maskx.systems.maskx_rcnn.samples.mask_weight`.
         crf: refine masks by a dense CRF: of ``class_patterns`` proxy masks of images with one

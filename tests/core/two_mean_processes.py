@@ -9,8 +9,8 @@ from maskx.core.losses import multi_label_loss, pixel_loss
 from maskx.systems.concept_mask import losses as concepts
 from maskx.systems.concept_mask.network import concept_segmentation_loss, embedding_loss
 from maskx.systems.larvseg.network import LarvSeg
-from maskx.systems.maskx_rcnn.box_loss import box_mask_losses
 from maskx.systems.maskx_rcnn.mask_head import mask_loss
+from maskx.systems.maskx_rcnn.weak_losses import box_mask_losses
 from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, WeightTransfer
 from maskx.systems.transfernet import network as transfernet
 

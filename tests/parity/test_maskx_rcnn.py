@@ -25,10 +25,9 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from maskx.data.masks import decode_segmentation
 from maskx.detectron2 import MaskXMaskHead, MaskXROIHeads
-from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
-from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead, crop_mask_targets
 from maskx.systems.maskx_rcnn.torchvision import MaskXRoIHeads
+from maskx.systems.maskx_rcnn.weak_losses import BoxMaskLoss, EMATeacher
 
 K, D, C, P, SIDE = 4, 12, 6, 4, 64
 STRIDES = {"p2": 4, "p3": 8}

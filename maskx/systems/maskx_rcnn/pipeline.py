@@ -23,7 +23,6 @@ from maskx.engine.training import TrainingSettings, load_weights, select_device
 from maskx.evaluation.average_precision import evaluate_detections, format_table
 from maskx.evaluation.instance_figures import save_pictures
 from maskx.supervision import CategorySplit
-from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.evaluation import (
     Segment,
     by_grabcut,
@@ -37,6 +36,7 @@ from maskx.systems.maskx_rcnn.torchvision import (
     faster_rcnn,
     maskx_rcnn,
 )
+from maskx.systems.maskx_rcnn.weak_losses import EMATeacher
 
 _ITERATIONS, _BATCH_SIZE = 1200, 8
 

@@ -24,11 +24,17 @@ from maskx.data.images import read_image_sample
 from maskx.data.masks import PastedMasks
 from maskx.engine.predictor import rgb_sample
 from maskx.engine.results import instances_prediction
-from maskx.systems.maskx_rcnn.box_loss import MAX_BOX_ROIS, BoxMaskLoss, check_max_box_rois
-from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead, crop_mask_targets, mask_loss
 from maskx.systems.maskx_rcnn.samples import given_boxes
-from maskx.systems.maskx_rcnn.tag_loss import check_tag_loss_weight, largest_boxes, tag_loss
+from maskx.systems.maskx_rcnn.weak_losses import (
+    MAX_BOX_ROIS,
+    BoxMaskLoss,
+    EMATeacher,
+    check_max_box_rois,
+    check_tag_loss_weight,
+    largest_boxes,
+    tag_loss,
+)
 from maskx.systems.maskx_rcnn.weight_transfer import DetectorWeights, detector_weights
 
 logger = logging.getLogger(__name__)
@@ -226,7 +232,7 @@ class BoxRoIHeads(RoIHeads):
 
     Args:
         roi_heads: of a torchvision detector, whose box branch is taken over.
-        tag_loss_weight: of the loss of tags, see :mod:`maskx.systems.maskx_rcnn.tag_loss`.
+        tag_loss_weight: of the loss of tags, see :mod:`maskx.systems.maskx_rcnn.weak_losses`.
     """
 
     def __init__(self, roi_heads: RoIHeads, *, tag_loss_weight: float = 0.0) -> None:
@@ -584,9 +590,9 @@ def add_mask_branch(
         freeze_detector: train nothing but the mask branch (the second stage of stage-wise
             training, section 2.2). The rest stays in evaluation mode, without losses.
         pool_size: P, resolution of the pooled features; masks have twice this resolution.
-        box_loss: arguments of :class:`maskx.systems.maskx_rcnn.box_loss.BoxMaskLoss`, to train
+        box_loss: arguments of :class:`maskx.systems.maskx_rcnn.weak_losses.BoxMaskLoss`, to train
             the mask branch on objects without a mask too; None trains on masks alone.
-        ema_teacher: arguments of :class:`maskx.systems.maskx_rcnn.ema_teacher.EMATeacher`, to train
+        ema_teacher: arguments of :class:`maskx.systems.maskx_rcnn.weak_losses.EMATeacher`, to train
             it on masks of these objects that a moving average of the detector makes. Parts that are
             replaced afterwards are not averaged.
         max_box_rois: see :class:`MaskXRoIHeads`.

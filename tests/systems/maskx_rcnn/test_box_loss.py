@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskx.systems.maskx_rcnn.box_loss import (
+from maskx.systems.maskx_rcnn.weak_losses import (
     BoxMaskLoss,
     box_mask_losses,
     box_projections,

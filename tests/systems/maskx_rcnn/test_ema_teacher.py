@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from maskx.core.mask_quality import mask_quality
-from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher, masks_in_rois
+from maskx.systems.maskx_rcnn.weak_losses import EMATeacher, masks_in_rois
 
 M = 6
 

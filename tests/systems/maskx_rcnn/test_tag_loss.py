@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from maskx.systems.maskx_rcnn.tag_loss import check_tag_loss_weight, largest_boxes, tag_loss
+from maskx.systems.maskx_rcnn.weak_losses import check_tag_loss_weight, largest_boxes, tag_loss
 
 
 def draw(num_images=4, columns=6):

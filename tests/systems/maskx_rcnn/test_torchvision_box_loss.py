@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
 from maskx.systems.maskx_rcnn.samples import InstanceMapper
+from maskx.systems.maskx_rcnn.weak_losses import BoxMaskLoss
 
 # Both losses of objects without a mask; what random weights make is of no quality.
 EACH_LOSS = pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from maskx.engine.training import TrainingSettings, train
-from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.samples import InstanceMapper, masks_of_boxes
+from maskx.systems.maskx_rcnn.weak_losses import EMATeacher
 
 TAUGHT = {"min_quality": 0.0}  # what random weights make is not good
 

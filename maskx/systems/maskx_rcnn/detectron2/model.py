@@ -27,12 +27,18 @@ from maskx.core.global_mean import global_mean
 from maskx.core.images import resized_image, scale_boxes
 from maskx.data.grabcut import grabcut_masks
 from maskx.data.masks import PastedMasks
-from maskx.systems.maskx_rcnn.box_loss import MAX_BOX_ROIS, BoxMaskLoss, check_max_box_rois
 from maskx.systems.maskx_rcnn.detectron2.heads import MaskXTextOutputLayers
-from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
 from maskx.systems.maskx_rcnn.mask_head import MaskXHead
 from maskx.systems.maskx_rcnn.samples import given_boxes
-from maskx.systems.maskx_rcnn.tag_loss import check_tag_loss_weight, largest_boxes, tag_loss
+from maskx.systems.maskx_rcnn.weak_losses import (
+    MAX_BOX_ROIS,
+    BoxMaskLoss,
+    EMATeacher,
+    check_max_box_rois,
+    check_tag_loss_weight,
+    largest_boxes,
+    tag_loss,
+)
 from maskx.systems.maskx_rcnn.weight_transfer import (
     DETECTOR_INPUTS,
     DetectorWeights,
@@ -306,7 +312,7 @@ class MaskXROIHeadsMixin:
             colours of the image; for a :class:`MaskXMaskHead`.
         max_box_rois: RoIs without a mask that it, or an EMA teacher, trains on, per image.
         tag_loss_weight: of the loss of images with tags alone, see
-            :mod:`maskx.systems.maskx_rcnn.tag_loss`.
+            :mod:`maskx.systems.maskx_rcnn.weak_losses`.
         **kwargs: arguments of the other class.
 
     Attributes:

@@ -6,7 +6,7 @@ from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from maskx.systems.maskx_rcnn.box_loss import BoxMaskLoss
+from maskx.systems.maskx_rcnn.weak_losses import BoxMaskLoss
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -77,7 +77,7 @@ def test_colours_are_those_of_the_image(make_model, make_sample, monkeypatch):
     model = make_model(*ON)
     seen = []
     monkeypatch.setattr(
-        "maskx.systems.maskx_rcnn.box_loss.roi_colours",
+        "maskx.systems.maskx_rcnn.weak_losses.roi_colours",
         lambda images, boxes, size: (
             seen.append(images) or images.new_zeros(sum(map(len, boxes)), 3, size, size)
         ),

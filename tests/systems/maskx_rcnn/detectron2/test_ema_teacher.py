@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from maskx.detectron2 import Trainer
-from maskx.systems.maskx_rcnn.ema_teacher import EMATeacher
+from maskx.systems.maskx_rcnn.weak_losses import EMATeacher
 
 ON = ("MODEL.MASKX.EMA_TEACHER.WEIGHT", 1.0, "MODEL.MASKX.EMA_TEACHER.MIN_QUALITY", 0.0)
 MIXED = ([True, False, False], [False, False])
