@@ -270,6 +270,9 @@ class ConceptMaskChain(TrainingChain):
             model.train().load_state_dict(before.state_dict())
             start = {"start": self._hashes[method.folder(stage - 1)]}
         self._keep_features(model.embedding.backbone)
+        if stage == 2:
+            # The copy that stays as it was has the same frozen backbone, if it is frozen.
+            model.original.backbone.cache = model.embedding.backbone.cache
         if stage == 3:
             made_with["max_concepts"] = settings.max_concepts
         mapper = ConceptMapper(

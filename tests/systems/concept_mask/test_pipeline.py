@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from photos import make_weights
 from tiny_concept_mask import TINY
 
 import maskx
@@ -501,3 +502,17 @@ def test_the_tools_fit_and_segment(trained, data, tmp_path, monkeypatch, capsys)
         run_tool("segment_concepts", *asked, "gras")
     with pytest.raises(SystemExit, match=r"^error: There is no file"):
         run_tool("fit_concepts", tmp_path / "nothing", json_file, json_file.parent)
+
+
+def test_both_embeddings_of_stage_2_share_the_features_of_a_frozen_backbone(data, tmp_path):
+    weights = make_weights(tmp_path / "weights.pth")
+    network = dataclasses.replace(
+        TINY.network, backbone="resnet10t", pretrained=weights, frozen=True
+    )
+    settings = dataclasses.replace(
+        TINY, network=network, embedding_iterations=1, refinement_iterations=1
+    )
+    model = ConceptMaskChain(data, settings, output=tmp_path / "run").model(2)
+    cache = model.embedding.backbone.cache
+    assert cache is not None
+    assert model.original.backbone.cache is cache
