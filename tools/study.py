@@ -15,7 +15,8 @@ Examples:
     python tools/study.py --coco-train train.json train --coco-val val.json val \
         --masks-for random_5_1 --settings sw/baseline sw/clsbox_2_layer oracle/sw/mask_rcnn
     python tools/study.py --system larvseg --coco-train train.json train --coco-val val.json val \
-        --masks-for base.txt --settings baseline larvseg
+        --masks-for base.txt --settings baseline larvseg_w1 \
+        --backbone efficientnet_lite0 --pretrained --frozen
 """
 
 import argparse
@@ -43,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--stage2-iterations", type=int, help="of what is trained on it")
     add("--batch-size", type=int, help="images per step")
     add("--device", default=default.device, help="auto, cpu or cuda")
-    own = parser.add_argument_group("own data, of maskx, larvseg and transfernet")
+    own = parser.add_argument_group("own data, of all systems but class_patterns")
     add = own.add_argument
     files = {"nargs": 2, "metavar": ("JSON", "IMAGES")}
     add("--coco-train", **files, help="COCO file and image folder to train on")
@@ -53,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--image-size", type=int, help="shorter side in pixels")
     add("--backbone", default=default.backbone, help="small, or a model of timm")
     add("--pretrained", action="store_true", help="start from ImageNet weights")
-    add("--frozen", action="store_true", help="maskx: keep the backbone as it is")
+    add("--frozen", action="store_true", help="not of transfernet: keep the backbone as it is")
     add("--light", action="store_true", help="maskx: few channels and samples in the detector")
     add(
         "--vectors",

@@ -125,11 +125,7 @@ def check_options(system: str, options: QuickstartOptions) -> None:
             f"workers is {options.workers}. Allowed: 0, to read images in the process that trains, "
             "or more."
         )
-    if options.frozen and options.pretrained is False and options.start is None:
-        raise ValueError(
-            "frozen keeps the backbone as it is, but it starts from random weights. Let it start "
-            "from others: --pretrained, --weights FILE, or --start RUN."
-        )
+    check_frozen(options)
     if not 0 <= options.feature_cache < math.inf:
         raise ValueError(
             f"feature_cache is {options.feature_cache}. Allowed: 0, to keep no features, or more "
@@ -146,3 +142,12 @@ def check_options(system: str, options: QuickstartOptions) -> None:
                 f"{option} has no meaning for the system {system}, only for "
                 f"{', '.join(owners[option])}. Leave it out, or choose another system."
             )
+
+
+def check_frozen(options: QuickstartOptions) -> None:
+    """Refuse a frozen backbone of random weights."""
+    if options.frozen and options.pretrained is False and options.start is None:
+        raise ValueError(
+            "frozen keeps the backbone as it is, but it starts from random weights. Let it start "
+            "from others: --pretrained, --weights FILE, or --start RUN."
+        )

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from photos import make_photos, make_weights
 from studies.larvseg import METHODS
 from studies.options import StudyOptions
 from studies.run import run_study
@@ -87,3 +88,23 @@ def test_scenes_in_pairs_are_refused_with_own_data(tiny):
     own = {"coco_train": ("a.json", "a"), "coco_val": ("a.json", "a")}
     with pytest.raises(ValueError, match=r"'together/larvseg' is of generated scenes"):
         run_study(StudyOptions(**tiny | own | {"settings": ("together/larvseg",)}), print)
+
+
+def test_a_frozen_backbone_computes_its_features_once_for_all_settings(tiny, tmp_path):
+    own = {
+        "coco_train": make_photos(tmp_path / "photos", count=8, with_masks=4),
+        "coco_val": make_photos(tmp_path / "val", count=2, with_masks=4, seed=1),
+        "masks_for": "random_2_0",
+        "image_size": 48,
+        "backbone": "resnet10t",
+        "pretrained": make_weights(tmp_path / "weights.pth"),
+        "frozen": True,
+    }
+    settings = ("baseline", "baseline_w1", "larvseg", "larvseg_w1", "supervised")
+    rows = run_study(StudyOptions(**tiny | own | {"settings": settings}), print)
+    assert [row["setting"] for row in rows] == list(settings)
+    seed = tiny["output"] / "seed_0"
+    assert {path.relative_to(seed).parts[0] for path in seed.rglob("features")} == {"shared"}
+    assert not list(seed.rglob("start"))  # its backbone learns nothing
+    with pytest.raises(ValueError, match="frozen keeps the backbone as it is"):
+        run_study(StudyOptions(**tiny | own | {"pretrained": False}), print)

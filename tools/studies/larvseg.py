@@ -44,6 +44,7 @@ def _larvseg_settings(options: StudyOptions, seed: int = 0) -> LarvSegSettings:
         seed=seed,
         backbone=options.backbone,
         pretrained=options.pretrained,
+        frozen=options.frozen,
         image_size=choose_image_size(options.quickstart(seed)),
         **(SCENES if options.coco_train is None else {}) | given,
     )
@@ -149,6 +150,6 @@ STUDY = Study(
     ),
     describe=_describe,
     open_seed=_SeedRuns,
-    takes=OWN_OPTIONS - {"frozen", "light", "vectors"},
+    takes=OWN_OPTIONS - {"light", "vectors"},
 )
 """LarvSeg; the orderings are of novel classes."""

@@ -35,14 +35,17 @@ class StudyOptions:
         batch_size: images per step.
         device: ``auto``, ``cpu`` or ``cuda``.
         coco_train: annotation file and image folder to train on instead of generated scenes, with
-            the options that follow; of ``maskx``, ``larvseg`` and ``transfernet``.
+            the options that follow; of all systems but ``class_patterns``.
         coco_val: annotation file and image folder to evaluate on.
         masks_for: category split, see :func:`maskx.data.splits.resolve_split`.
         skip_bad: leave bad annotations out, counted, instead of stopping at them.
         image_size: shorter side of the images in pixels.
         backbone: see :func:`maskx.torchvision.faster_rcnn`.
         pretrained: start from ImageNet weights.
-        frozen: of ``maskx``, see :class:`maskx.engine.options.QuickstartOptions`; so is ``light``.
+        frozen: of ``maskx``, ``larvseg`` and ``concept_mask``, see
+            :class:`maskx.engine.options.QuickstartOptions`; features are computed once for all runs
+            of a seed.
+        light: of ``maskx``, see the same.
         vectors: file of vectors of the class names, for settings of ``maskx`` that transfer from
             vectors.
     """
@@ -71,8 +74,9 @@ class StudyOptions:
         return self.output / f"seed_{seed}"
 
     def quickstart(self, seed: int) -> QuickstartOptions:
-        """Return the options of the quick start that name the data of a seed."""
+        """Return the options of the quick start that say data and backbone of a seed."""
         names = ("coco_train", "coco_val", "masks_for", "skip_bad", "image_size")
+        names += ("backbone", "pretrained", "frozen")
         own = {name: getattr(self, name) for name in names}
         return QuickstartOptions(output=self.seed_folder(seed), seed=seed, **own)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from filelock import FileLock, Timeout
 
 from maskx.core.files import write_json, written_whole
+from maskx.engine.options import check_frozen
 from maskx.evaluation.plots import plot_settings
 from studies.options import OWN_OPTIONS, StudyOptions
 
@@ -117,6 +118,7 @@ def make_study(system: Study, options: StudyOptions, report: Report) -> list[dic
                 f"{name} has no meaning for a study of {options.system}. Leave it out."
             )
     _check_numbers(options)
+    check_frozen(options.quickstart(seed=0))
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"A seed stands twice in {list(options.seeds)}. Name each once.")
     runs = _describe(system, options, report)

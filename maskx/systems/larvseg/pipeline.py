@@ -80,7 +80,7 @@ class LarvSegSettings:
         image_size: of the squares that images are warped to in evaluation; in training each data
             set has its own.
         start_iterations: steps of the image classifier whose backbone both methods start from; 0
-            starts from the backbone's initial weights.
+            starts from the backbone's initial weights, as one that is frozen does in any case.
         iterations: steps of each method.
         batch_size: images per step.
         seed: of weights and data order.
@@ -209,7 +209,7 @@ class LarvSegChain(TrainingChain):
             pretrained=settings.pretrained,
         )
         self._keep_features(backbone)
-        if settings.start_iterations == 0:
+        if settings.frozen or settings.start_iterations == 0:
             return backbone
         tagged = tuple(
             each for each in self.sets.data_sets if each.supervision == Supervision.IMAGE.value
@@ -247,7 +247,8 @@ class LarvSegChain(TrainingChain):
             self._architecture(method), self.sets.class_names, scored=self.sets.scored
         )
         model.network.backbone.load_state_dict(backbone.state_dict())
-        self._keep_features(model.network.backbone)
+        # With the same weights it has the same features, whichever chain the backbone is of.
+        model.network.backbone.cache = backbone.cache
         model.network.classifier.set_trained(self.sets.trained)
         return model
 
