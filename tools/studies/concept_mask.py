@@ -1,7 +1,8 @@
-"""Ablations of ConceptMask on generated scenes.
+"""Ablations of ConceptMask on generated scenes or own data.
 
 Settings are attention maps, measured as in Table 1 of the paper, and masks. All settings of a seed
-share the scenes, the word vectors and the stages that do not differ.
+share the data, the word vectors and the stages that do not differ. Of own data all categories have
+tags and boxes, so there is nothing to measure of concepts with tags only and of unseen ones.
 """
 
 import itertools
@@ -11,15 +12,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from maskx.engine.training import select_device
-from maskx.systems.concept_mask.evaluation import evaluate_concepts, fit_concepts
+from maskx.systems.concept_mask.evaluation import NOT_ASKED, evaluate_concepts, fit_concepts
 from maskx.systems.concept_mask.pipeline import (
-    QUICK,
     ConceptMaskChain,
     ConceptMaskMethod,
     ConceptMaskSettings,
-    make_scene_data,
+    check_own_data,
+    load_concept_data,
+    quick_settings,
 )
-from studies.options import StudyOptions
+from studies.options import OWN_OPTIONS, StudyOptions
 from studies.study import Measure, Ordering, Report, Study, process_lock
 
 _DEFAULT = ConceptMaskMethod()
@@ -70,19 +72,21 @@ def _concept_settings(options: StudyOptions, seed: int = 0) -> ConceptMaskSettin
     )
     if options.stage2_iterations is not None:
         steps["segmentation_iterations"] = options.stage2_iterations
-    return replace(QUICK, seed=seed, **steps)
+    return replace(quick_settings(options.quickstart(seed)), **steps)
 
 
 def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
     if setting not in SETTINGS:
         raise ValueError(f"Setting '{setting}' is not known. Allowed: {', '.join(SETTINGS)}.")
+    check_own_data(options.quickstart(seed=0))
     settings = asdict(_concept_settings(options))
     settings["network"] = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in settings["network"].items()
     }
     settings |= asdict(SETTINGS[setting].method)
-    return {name: value for name, value in settings.items() if name not in ("seed", "workers")}
+    run = {name: value for name, value in settings.items() if name not in ("seed", "workers")}
+    return run | options.own()
 
 
 class _SeedRuns:
@@ -91,8 +95,10 @@ class _SeedRuns:
     def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
         self.folder = options.seed_folder(seed)
         with process_lock(self.folder):
-            self.data = make_scene_data(self.folder / "scenes", seed)
+            self.data = load_concept_data(options.quickstart(seed))
         self.test = self.data.test(self.data.val)
+        pairs = zip(self.test.levels, self.test.indices, strict=True)
+        self.levels = {level for level, index in pairs if index != NOT_ASKED}
         self._fitted: set[ConceptMaskMethod] = set()
         self.chain = ConceptMaskChain(
             self.data,
@@ -114,10 +120,12 @@ class _SeedRuns:
             model, self.test, kind=kind, segment=segment, description=f"{setting}: evaluation"
         )
         if stage == 3:
-            return {f"iou_{level}": _mean_of_levels(found, "iou", (level,)) for level in _LEVELS}
+            levels = (level for level in _LEVELS if level in self.levels)
+            return {f"iou_{level}": _mean_of_levels(found, "iou", (level,)) for level in levels}
         return {
             f"{measure}_{group}": _mean_of_levels(found, measure, levels)
             for group, levels in _GROUPS.items()
+            if self.levels.intersection(levels)
             for measure in ("pointing", "soft_iou")
         }
 
@@ -176,5 +184,6 @@ STUDY = Study(
     ),
     describe=_describe,
     open_seed=_SeedRuns,
+    takes=OWN_OPTIONS - {"light", "vectors"},
 )
 """ConceptMask; the order of attention maps is that of Table 1."""

@@ -578,26 +578,11 @@ def quickstart_concept_mask(
     """
     started = time.perf_counter()
     check_options(SYSTEM_NAME, options)
-    _check_own_data(options)
+    check_own_data(options)
     device = select_device(options.device)
-    size = choose_image_size(options)
-    half = max(1, size // 2)  # of the images that it is trained on, and of the first map
-    network = replace(
-        QUICK.network,
-        backbone=options.backbone,
-        pretrained=options.pretrained,
-        frozen=options.frozen,
-        image_size=size,
-        embedding_size=half,
-        attention_sizes=(half, size),
-    )
-    chosen = {f"{stage}_iterations": options.iterations for stage in STAGE_FOLDERS}
-    chosen["batch_size"] = options.batch_size
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    own = {name: getattr(options, name) for name in ("seed", "workers", "feature_cache")}
-    settings = replace(QUICK, network=network, **own, **chosen)
+    settings = quick_settings(options)
     options.output.mkdir(parents=True, exist_ok=True)
-    data = _load(options)
+    data = load_concept_data(options)
     report(
         f"{len(data.train.records)} training images, {len(data.fitting.records)} to fit "
         f"thresholds, {len(data.val.records)} validation images, on {device}"
@@ -618,21 +603,37 @@ def quickstart_concept_mask(
     return write_metrics(options, metrics, data=data.val, started=started, report=report)
 
 
-def make_scene_data(folder: Path, seed: int) -> ConceptData:
-    """Generate the scenes and word vectors of a seed; see :func:`scene_concept_data`."""
-    return scene_concept_data(
-        folder,
-        num_train=CONCEPT_SCENES,
-        num_val=VAL_SCENES,
-        num_tags=TAG_SCENES,
-        size=SCENE_SIZE,
-        seed=seed,
+def quick_settings(options: QuickstartOptions) -> ConceptMaskSettings:
+    """Return what a chain of trainings with options of the quick start is defined by."""
+    size = choose_image_size(options)
+    half = max(1, size // 2)  # of the images that it is trained on, and of the first map
+    network = replace(
+        QUICK.network,
+        backbone=options.backbone,
+        pretrained=options.pretrained,
+        frozen=options.frozen,
+        image_size=size,
+        embedding_size=half,
+        attention_sizes=(half, size),
     )
+    chosen = {f"{stage}_iterations": options.iterations for stage in STAGE_FOLDERS}
+    chosen["batch_size"] = options.batch_size
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    own = {name: getattr(options, name) for name in ("seed", "workers", "feature_cache")}
+    return replace(QUICK, network=network, **own, **chosen)
 
 
-def _load(options: QuickstartOptions) -> ConceptData:
+def load_concept_data(options: QuickstartOptions) -> ConceptData:
+    """Generate the scenes of the seed, in the output folder, or read COCO files."""
     if options.coco_train is None and options.coco_val is None:
-        return make_scene_data(options.output / "scenes", options.seed)
+        return scene_concept_data(
+            options.output / "scenes",
+            num_train=CONCEPT_SCENES,
+            num_val=VAL_SCENES,
+            num_tags=TAG_SCENES,
+            size=SCENE_SIZE,
+            seed=options.seed,
+        )
     if options.concept_split is None:
         return coco_concept_data(*load_split_data(options, "coco_voc"))
     train, val = load_data(options)
@@ -642,7 +643,8 @@ def _load(options: QuickstartOptions) -> ConceptData:
     return own_concept_data(train, val, options.concept_split, tags=tags, tag_images=images)
 
 
-def _check_own_data(options: QuickstartOptions) -> None:
+def check_own_data(options: QuickstartOptions) -> None:
+    """Refuse options of own data that contradict each other, or are given without it."""
     given = {name: getattr(options, name) for name in ("masks_for", "concept_split", "tags")}
     given = [name for name, value in given.items() if value is not None]
     if given and options.coco_train is None:

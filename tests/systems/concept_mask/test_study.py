@@ -1,6 +1,8 @@
 import dataclasses
+import json
 
 import pytest
+from photos import make_photos, make_weights
 from studies import concept_mask as study_concept_mask
 from studies.concept_mask import SETTINGS
 from studies.options import StudyOptions
@@ -24,8 +26,7 @@ def tiny(monkeypatch, tmp_path):
         encoder_widths=(4, 6, 8, 8),
         decoder_channels=(8, 8, 8, 8, 4),
     )
-    tiny = dataclasses.replace(QUICK, network=narrow)
-    monkeypatch.setattr(study_concept_mask, "QUICK", tiny)
+    monkeypatch.setattr(pipeline, "QUICK", dataclasses.replace(QUICK, network=narrow))
     return {
         "output": tmp_path / "study",
         "system": "concept_mask",
@@ -115,3 +116,47 @@ def test_settings_share_the_stages_that_do_not_differ(tiny, monkeypatch):
 def test_an_unknown_setting_is_refused(tiny):
     with pytest.raises(ValueError, match=r"Setting 'deeplab' is not known.*refined_no_negatives"):
         run_study(StudyOptions(**tiny | {"settings": ("deeplab",)}), print)
+
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    return tiny | {
+        "coco_train": make_photos(tmp_path / "photos", count=10),
+        "coco_val": make_photos(tmp_path / "val", count=3, with_masks=4, seed=1),
+        "masks_for": "drawn",
+        "image_size": 48,
+        "backbone": "resnet10t",
+        "pretrained": make_weights(tmp_path / "weights.pth"),
+        "frozen": True,
+    }
+
+
+def test_own_data_on_one_frozen_backbone(own):
+    """All is boxed at least, so no map is of tags alone or unseen; features are made once."""
+    settings = ("original", "refined", "segmentation")
+    rows = run_study(StudyOptions(**own | {"settings": settings}), print)
+    maps, refined, masks = (row.keys() - {"setting"} for row in rows)
+    assert maps == refined == {"pointing_boxed", "soft_iou_boxed"}
+    assert masks == {"iou_mask", "iou_box"}
+    seed = own["output"] / "seed_0"
+    assert not (seed / "scenes").exists()
+    run = json.loads((seed / "refined" / "result.json").read_text())["run"]
+    assert (run["network"]["attention_sizes"], run["frozen"]) == ([24, 48], True)
+    (features,) = (seed / "shared" / "features").iterdir()
+    made = set(features.iterdir())
+    run_study(StudyOptions(**own | {"settings": (*settings, "refined_no_negatives")}), print)
+    assert set(features.iterdir()) == made
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"coco_train": None, "coco_val": None}, "masks_for has no meaning for generated scenes"),
+        ({"pretrained": False}, "frozen keeps the backbone as it is"),
+        ({"light": True}, "light has no meaning for a study of concept_mask"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(own, changes, words):
+    with pytest.raises(ValueError, match=words):
+        run_study(StudyOptions(**own | changes), print)
+    assert not own["output"].exists()
