@@ -67,11 +67,7 @@ def test_the_pages_have_commands():
 def test_a_command_is_understood(page, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", words[1:])
     with pytest.raises(Understood):
-        _ = (
-            main(arguments)
-            if words[0] == "maskx"
-            else runpy.run_path(words[1], run_name="__main__")
-        )
+        run(words)
     ours = [w for w in words if re.match(r"configs/.*\.(yaml|py)$", w)]
     assert not [w for w in ours if not (ROOT / w).is_file()]
 
