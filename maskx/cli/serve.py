@@ -12,7 +12,9 @@ import argparse
 import contextlib
 import errno
 import io
+import ipaddress
 import math
+import socket
 from pathlib import Path
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -49,19 +51,22 @@ def run(args: argparse.Namespace) -> None:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is {getattr(args, name)}. Allowed: a number above 0.")
     predictor = maskx.open_run(args.run_folder, device=args.device)
-    app = make_app(
-        predictor,
-        max_bytes=int(args.max_megabytes * 2**20),
-        max_pixels=int(args.max_megapixels * 1e6),
-    )
     try:
+        hosts = _allowed_hosts(args.host)
+        app = make_app(
+            predictor,
+            max_bytes=int(args.max_megabytes * 2**20),
+            max_pixels=int(args.max_megapixels * 1e6),
+            hosts=hosts,
+        )
         with contextlib.redirect_stderr(io.StringIO()):  # where it says a part of the reason
             server = make_server(args.host, args.port, app, threaded=True)
     except (OSError, SystemExit) as error:
         raise ValueError(_why_not(error, args.host, args.port)) from error
-    url = f"http://{args.host}:{server.server_port}/"
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    url = f"http://{host}:{server.server_port}/"
     print(f"{predictor.system.title} is on {url}   Ctrl-C ends it.", flush=True)
-    if args.host not in _LOCAL:
+    if hosts is None:
         print("Whoever reaches this address can use the model; there is no password.", flush=True)
     if args.open:
         import webbrowser
@@ -69,6 +74,12 @@ def run(args: argparse.Namespace) -> None:
         if not webbrowser.open(url):
             print(f"No browser was found. Open {url} yourself.", flush=True)
     server.serve_forever()
+
+
+def _allowed_hosts(host: str) -> set[str] | None:
+    """Return the names under which the page may be asked for; None, which is any, on a network."""
+    address = socket.getaddrinfo(host, None)[0][4][0]
+    return {*_LOCAL, host.lower()} if ipaddress.ip_address(address).is_loopback else None
 
 
 def _why_not(error: BaseException, host: str, port: int) -> str:

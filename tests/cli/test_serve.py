@@ -162,6 +162,7 @@ def test_other_wrong_questions_are_refused_by_name(client):
     for box, name, message in [
         ([30, 2, 40, 8], "cat", "no pixel in the image of 24 x 20"),
         ([1, 2, 3], "cat", "four numbers"),
+        ([0, 0, 10**400, 9], "cat", "four numbers"),
         ([1, 2, 8, 8], "horse", "does not know horse"),
     ]:
         answer = client.post("/mask", json={"id": key, "box": box, "name": name})
@@ -170,6 +171,54 @@ def test_other_wrong_questions_are_refused_by_name(client):
     for _ in range(8):
         upload(client, png())
     assert "no longer held" in client.get(f"/coco/{key}").get_json()["error"]
+
+
+@pytest.mark.parametrize(
+    "question", [[1], "x", {"id": [1], "name": "cat"}, {"id": "1"}, {"id": "1", "name": [2]}]
+)
+def test_what_is_no_question_about_a_box_is_refused(client, question):
+    answer = client.post("/mask", json=question)
+    assert answer.status_code == 400
+    assert re.search(r"question is .*Allowed: an object with 'id'", answer.get_json()["error"])
+
+
+@pytest.fixture
+def served(answers, monkeypatch):
+    """Ask an application as `maskx serve` makes it for a host, without a port to listen on."""
+    monkeypatch.setattr(maskx, "open_run", lambda folder, device: answers, raising=False)
+    made = []
+
+    def make_server(host, port, app, **_):
+        made.append(app.test_client())
+        return SimpleNamespace(server_port=port, serve_forever=lambda: None)
+
+    monkeypatch.setattr("werkzeug.serving.make_server", make_server)
+
+    def serve(host):
+        main(["serve", "run", "--host", host])
+        return made[-1]
+
+    return serve
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", "::1", "127.0.0.5"])
+def test_another_site_cannot_give_its_name_the_address_of_this_machine(served, capsys, address):
+    client = served(address)
+    own = f"[{address}]" if ":" in address else address
+    assert f"http://{own}:8000/" in capsys.readouterr().out
+    for host in ("localhost", "localhost:9000", "127.0.0.1:8000", "[::1]:8000", "[::1]", own):
+        assert client.get("/model", headers={"Host": host}).status_code == 200, host
+    for host in ("rebound.example", "rebound.example:8000", "localhost.rebound.example"):
+        answer = client.get("/model", headers={"Host": host})
+        assert answer.status_code == 403
+        assert re.search(r"name 'rebound|'localhost\.reb", answer.get_json()["error"])
+        assert re.search(r"Allowed: .*127\.0\.0\.1.*--host", answer.get_json()["error"])
+
+
+def test_on_a_network_the_page_answers_under_any_name(served, capsys):
+    client = served("0.0.0.0")
+    assert "there is no password" in capsys.readouterr().out
+    assert client.get("/model", headers={"Host": "desk.example:8000"}).status_code == 200
 
 
 def test_a_folder_without_a_run_ends_in_one_line(tmp_path):

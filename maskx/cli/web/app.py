@@ -5,12 +5,14 @@ import io
 import threading
 import uuid
 from collections import OrderedDict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
-from flask import Flask, Response, jsonify, request, send_file
+from flask import Flask, Response, abort, jsonify, request, send_file
 from PIL import Image, ImageOps, UnidentifiedImageError
 from werkzeug.exceptions import HTTPException
 
@@ -29,13 +31,17 @@ class _RefusedError(ValueError):
     """What a person asked for cannot be done; the page shows the message."""
 
 
-def make_app(predictor: Predictor, *, max_bytes: int, max_pixels: int) -> Flask:
+def make_app(
+    predictor: Predictor, *, max_bytes: int, max_pixels: int, hosts: Collection[str] | None = None
+) -> Flask:
     """Make the application.
 
     Args:
         predictor: of a run folder.
         max_bytes: of an upload; a larger one is refused before it is read.
         max_pixels: of an image; a larger one is refused before it is decoded.
+        hosts: names under which the page may be asked for; None for any. Another site could give
+            its own name the address of this machine, and then read the answers.
     """
     app = Flask(__name__, static_folder=None)
     # A little more than the file, for the form around it.
@@ -44,6 +50,16 @@ def make_app(predictor: Predictor, *, max_bytes: int, max_pixels: int) -> Flask:
     kept: OrderedDict[str, Prediction] = OrderedDict()
     lock = threading.Lock()  # the model answers one question at a time
     split = predictor.run.split
+
+    @app.before_request
+    def check_host() -> None:
+        host = urlsplit(f"//{request.host}").hostname
+        if hosts is not None and host not in hosts:
+            abort(
+                403,
+                f"The page was asked for under the name {host!r:.80}. Allowed: "
+                f"{', '.join(sorted(hosts))}. Another address is given by --host.",
+            )
 
     @app.get("/")
     def page() -> Response:
@@ -75,11 +91,11 @@ def make_app(predictor: Predictor, *, max_bytes: int, max_pixels: int) -> Flask:
 
     @app.post("/mask")
     def mask() -> Response:
-        asked = request.get_json()
-        found = _kept(kept, asked.get("id"))
+        asked = _read_question()
+        found = _kept(kept, asked["id"])
         box = _checked_box(asked.get("box"), found.image_size)
         with lock:
-            masks = predictor.masks_of_boxes(found.image, [box], [asked.get("name")])
+            masks = predictor.masks_of_boxes(found.image, [box], [asked["name"]])
             grown = _with_object(found, box, asked["name"], masks.encode()[0])
             kept[asked["id"]] = grown
         return jsonify(objects=_objects(grown))
@@ -136,7 +152,18 @@ def _read_upload(max_pixels: int) -> np.ndarray:
         raise _RefusedError(f"'{upload.filename}' is damaged: {error}.") from error
 
 
-def _kept(kept: OrderedDict[str, Prediction], key: object) -> Prediction:
+def _read_question() -> dict[str, Any]:
+    """Read what is asked about a box of an image that is held."""
+    asked = request.get_json()
+    if not (isinstance(asked, dict) and all(isinstance(asked.get(k), str) for k in ("id", "name"))):
+        raise _RefusedError(
+            f"The question is {asked!r:.80}. Allowed: an object with 'id', the text that came with "
+            "the image, 'name', the text of a class, and 'box', four numbers."
+        )
+    return asked
+
+
+def _kept(kept: OrderedDict[str, Prediction], key: str) -> Prediction:
     if key not in kept:
         raise _RefusedError(
             f"This image is no longer held; the last {_KEPT} are. Drop it on the page again."
@@ -148,8 +175,10 @@ def _checked_box(box: object, size: tuple[int, int]) -> list[float]:
     """Cut a box (x0, y0, x1, y1) to the image, and refuse what is left with no area."""
     try:
         x0, y0, x1, y1 = (float(value) for value in box)
-    except (TypeError, ValueError) as error:
-        raise _RefusedError(f"The box is {box!r}. Allowed: four numbers x0, y0, x1, y1.") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _RefusedError(
+            f"The box is {box!r:.80}. Allowed: four numbers x0, y0, x1, y1."
+        ) from error
     height, width = size
     x0, x1 = np.clip([min(x0, x1), max(x0, x1)], 0, width)
     y0, y1 = np.clip([min(y0, y1), max(y0, y1)], 0, height)
