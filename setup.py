@@ -62,7 +62,7 @@ setup(
     package_dir={"maskx.configs": "configs"},
     package_data={
         "maskx": ["py.typed", "data/vocabulary_files/*", "cli/web/*.html"],
-        "maskx.configs": ["**/*.yaml", "**/*.txt"],
+        "maskx.configs": ["**/*.yaml", "**/*.txt", "**/*.py"],
     },
     entry_points={"console_scripts": ["maskx = maskx.cli.main:main"]},
     python_requires=">=3.10",

@@ -9,7 +9,7 @@ __all__ = ["get_config_file"]
 
 
 def get_config_file(name: str) -> str:
-    """Return the path of a configuration, for ``cfg.merge_from_file``.
+    """Return the path of a configuration, for ``cfg.merge_from_file`` or ``LazyConfig.load``.
 
     Args:
         name: below `configs`, such as "MaskX/voc2nonvoc/e2e/clsbox_2_layer_R_50_FPN_1x.yaml".
@@ -23,7 +23,8 @@ def get_config_file(name: str) -> str:
     for folder in folders:
         if (folder / name).is_file():
             return str(folder / name)
-    names = [str(p.relative_to(folder)) for folder in folders for p in folder.rglob("*.yaml")]
+    found = [(folder, p) for folder in folders for p in folder.rglob("*.*")]
+    names = [str(p.relative_to(f)) for f, p in found if p.suffix in (".yaml", ".py")]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
     raise FileNotFoundError(
         f"There is no configuration '{name}'. Names are relative to the folder configs; near are "

@@ -25,3 +25,5 @@ def test_a_configuration_is_found_and_read(tmp_path, monkeypatch, where):
 def test_another_name_is_refused_with_the_near_ones():
     with pytest.raises(FileNotFoundError, match=r"clsbox_2_layer_R_50_FPN_1x\.yaml"):
         get_config_file("voc2nonvoc/e2e/clsbox_2_layer_R_50_FPN.yaml")
+    with pytest.raises(FileNotFoundError, match=r"MaskX/lazy/maskx_vitdet_b\.py"):
+        get_config_file("MaskX/lazy/vitdet_b.py")

@@ -1,5 +1,6 @@
 import ast
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,19 @@ def test_importing_registers_our_model_components_and_no_data():
         ["ROI_MASK_HEAD_REGISTRY", "MaskXPointRendMaskHead"],
     ]
     assert data is True
+
+
+def test_every_configuration_is_packaged(monkeypatch):
+    package = {}
+    monkeypatch.setattr("setuptools.setup", lambda **about: package.update(about))
+    runpy.run_path(str(PACKAGE.parent / "setup.py"))
+    configs = PACKAGE.parent / package["package_dir"]["maskx.configs"]
+    patterns = package["package_data"]["maskx.configs"]
+    packaged = {path for pattern in patterns for path in configs.glob(pattern)}
+    shown = {".md", ".png", ".pyc"}  # the pages and their pictures stay in the checkout
+    files = {path for path in configs.rglob("*") if path.is_file() and path.suffix not in shown}
+    assert files
+    assert not files - packaged
 
 
 def test_only_public_names_of_detectron2_are_used():
