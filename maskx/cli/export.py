@@ -11,6 +11,7 @@ Examples:
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 _FORMATS = ("coco", "cvat", "label-studio", "labelme", "voc", "yolo")
@@ -24,15 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=_FORMATS, required=True, help="to write")
     add("--output", metavar="FOLDER", type=Path, required=True, help="to write into")
     add("--copy-images", action="store_true", help="copy the images to where the format has them")
-    add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
+    add("--skip-bad", action="store_true", help="leave what is bad out, counted")
     add("--overwrite", action="store_true", help="replace an export that the folder holds")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Convert, and say what was lost."""
+def run(args: argparse.Namespace) -> int:
+    """Convert, and say what was lost; the status is 1 where that is an image."""
     from maskx.data.formats.table import read_dataset, write_dataset
 
-    dataset = read_dataset(args.data, args.images, strict=not args.skip_bad)
+    dataset = read_dataset(
+        args.data, args.images, strict=not args.skip_bad, check_images=args.copy_images
+    )
     lost = write_dataset(
         dataset,
         args.output,
@@ -48,3 +51,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"The images belong into {args.output / place}; --copy-images copies them there.")
     for what, number in sorted(lost.items()):
         print(f"Not held by {args.format}: {number} {what}.")
+    for name, reason in dataset.lost_images.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    return 1 if dataset.lost_images else 0

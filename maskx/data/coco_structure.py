@@ -57,6 +57,7 @@ class Report:
 
     Attributes:
         findings: By kind, in the order in which they were met.
+        lost_images: What is wrong with the images that are missing or broken, by path.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Report:
         self.source, self.strict, self.collect = source, strict, collect
         self._quiet = quiet or collect
         self.findings: dict[str, Finding] = {}
+        self.lost_images: dict[str, str] = {}
         self._examples: list[str] = []
 
     @property

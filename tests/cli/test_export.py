@@ -9,6 +9,7 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 from maskx.cli.main import main
+from maskx.data.formats.table import read_dataset, write_dataset
 
 FORMATS = {
     "coco": "annotations.json",
@@ -108,6 +109,58 @@ def test_a_folder_of_something_else_is_left_alone(data, overwrite):
     with pytest.raises(SystemExit, match="error: out "):
         main(words + ["--overwrite"] * overwrite)
     assert Path("out/data.yaml").read_text() == "precious"
+
+
+@pytest.fixture
+def second_is_missing(data):
+    data["images"].append({"id": 2, "file_name": "1.png", "height": 20, "width": 30})
+    data["annotations"].append({**data["annotations"][1], "id": 4, "image_id": 2})
+    Path("ann.json").write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("name", ["labelme", "coco"])
+def test_missing_images_are_named_before_anything_is_written(second_is_missing, capsys, name):
+    words = ["export", "ann.json", "img", "--format", name, "--output", "out", "--copy-images"]
+    with pytest.raises(SystemExit, match=r"1 of 2 files .* img.1\.png, .*--skip-bad"):
+        main(words)
+    assert not Path("out").exists()
+    assert main([*words, "--skip-bad"]) == 1
+    text = capsys.readouterr()
+    assert "Wrote out: 1 images, 3 objects" in text.out
+    assert f"left out: {Path('img/1.png')}: does not exist" in text.err
+    assert main([*words[:-1], "--overwrite"]) == 0  # whose images stay where they are
+    assert "2 images, 4 objects" in capsys.readouterr().out
+
+
+def test_images_are_copied_from_where_tools_mean_them(data):
+    data["images"][0]["file_name"] = "C:\\0.PNG"
+    Path("ann.json").write_text(json.dumps(data))
+    words = ["export", "ann.json", "img", "--format", "coco", "--output", "out", "--copy-images"]
+    assert main(words) == 0
+    assert json.loads(Path("out/annotations.json").read_text())["images"][0]["file_name"] == "0.png"
+    assert Path("out/images/0.png").is_file()
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_an_interrupted_export_is_written_over(data, over):
+    def interrupted(source, scratch):
+        raise KeyboardInterrupt
+
+    words = ["export", "ann.json", "img", "--output", "out", "--copy-images", "--format"]
+    if over:
+        main([*words, "labelme"])
+    dataset = read_dataset("ann.json", "img")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.copyfile", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_dataset(dataset, "out", "yolo", copy_images=True, overwrite=over)
+    Path("out/mine.txt").write_text("precious")
+    assert Path("out/labels/train/0.txt").is_file()
+    with pytest.raises(SystemExit, match=r"out exists\. Name another folder, or add --overwrite"):
+        main([*words, "labelme"])
+    assert main([*words, "labelme", "--overwrite"]) == 0
+    files = {path.name for path in Path("out").rglob("*") if path.is_file()}
+    assert files == {"0.json", "0.png", "labels.txt", "mine.txt", "maskx_export.json"}
 
 
 def test_bad_annotations_end_it_or_are_left_out(data, capsys):

@@ -21,6 +21,7 @@ __all__ = ["IMAGE_ENDINGS", "Builder", "Dataset", "Output", "extra_keys", "has_o
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 MARKER = "maskx_export.json"
+UNFINISHED = "maskx_export.unfinished"  # a name a line, each written before its file is
 _BOX_TOLERANCE = 0.05  # pixels; COCO rounds boxes and polygons to 0.01
 _KEYS = {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"}
 
@@ -32,10 +33,12 @@ class Dataset:
     Attributes:
         content: COCO dict.
         image_root: Folder that the file names are in; None if that is not known.
+        lost_images: What is wrong with the images that were left out as missing or broken, by path.
     """
 
     content: dict[str, Any]
     image_root: Path | None
+    lost_images: Mapping[str, str] = field(default_factory=dict)
 
     def objects(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """Give each image with its annotations."""
@@ -143,9 +146,11 @@ class Builder:
 class Output:
     """A folder that a data set is written into, whole files only.
 
+    It says of itself what is written, also after an interruption: so that can be written over.
+
     Attributes:
         folder: Must not exist or be empty, unless it is written over.
-        overwrite: Replace what an export wrote here before.
+        overwrite: Replace what an export wrote here before, be it whole or interrupted.
         lost: Numbers of what the format cannot hold, and what became of it.
     """
 
@@ -155,19 +160,12 @@ class Output:
     _written: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
-            return
-        marker = self.folder / MARKER
-        if not self.overwrite:
-            raise FileExistsError(f"{self.folder} exists. Name another folder, or add --overwrite.")
-        if not marker.is_file():
-            raise FileExistsError(
-                f"{self.folder} holds no export of maskx, so nothing in it is overwritten. Name "
-                "another folder."
-            )
-        for name in json.loads(marker.read_text(encoding="utf-8"))["files"]:
+        earlier = self._earlier() if self.folder.exists() else []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._unfinished.touch()
+        for name in [*earlier, MARKER]:
             (self.folder / name).unlink(missing_ok=True)
-        marker.unlink()
+        self._unfinished.write_bytes(b"")
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of a path below the folder."""
@@ -192,6 +190,30 @@ class Output:
         with written_whole(path) as scratch:
             text = json.dumps({**about, "files": self._written}, ensure_ascii=False, indent=1)
             scratch.write_text(text + "\n", encoding="utf-8")
+        self._unfinished.unlink()
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.folder / UNFINISHED
+
+    def _earlier(self) -> list[str]:
+        """Return the files of an earlier export, if they may be replaced."""
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            return []
+        if not self.overwrite:
+            raise FileExistsError(f"{self.folder} exists. Name another folder, or add --overwrite.")
+        marker, files = self.folder / MARKER, []
+        if not marker.is_file() and not self._unfinished.is_file():
+            raise FileExistsError(
+                f"{self.folder} holds no export of maskx, so nothing in it is overwritten. Name "
+                "another folder."
+            )
+        if marker.is_file():
+            files += json.loads(marker.read_text(encoding="utf-8"))["files"]
+        if self._unfinished.is_file():
+            lines = self._unfinished.read_text(encoding="utf-8").rpartition("\n")[0]
+            files += map(json.loads, lines.splitlines())  # a kill may have cut the last line
+        return files
 
     def _path(self, name: str) -> Path:
         path = os.path.normpath(name)
@@ -205,6 +227,8 @@ class Output:
                 "signs alone. Rename one of them."
             )
         self._written.append(path)
+        with self._unfinished.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(path) + "\n")
         return self.folder / path
 
 

@@ -4,6 +4,7 @@ import importlib
 import os
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from maskx.data.coco_shapes import mend_shapes
 from maskx.data.coco_structure import Report
 from maskx.data.formats.coco import file_of
 from maskx.data.formats.dataset import Dataset, Output
+from maskx.data.image_files import find_images
 
 __all__ = [
     "FORMATS",
@@ -82,6 +84,7 @@ def read_dataset(
     images: str | os.PathLike[str] | None = None,
     *,
     strict: bool = True,
+    check_images: bool = False,
 ) -> Dataset:
     """Read annotations of any format.
 
@@ -89,14 +92,18 @@ def read_dataset(
         path: File or folder.
         images: Folder of the images, where the format does not say it or another is meant.
         strict: Whether what is wrong is an error; else it is mended or left out, in one warning.
+        check_images: Whether the images must be there, whole and of their size, if their folder is
+            known. Names get the form that their files have.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is no such file, or an image is missing.
         ValueError: It is of no format, or what it holds is wrong.
     """
     path, images = Path(path), None if images is None else Path(images)
     report = Report(path, strict=strict)
     dataset = _module(find_format(path)).read(path, images, report)
+    if check_images and dataset.image_root is not None:
+        dataset = _with_files(dataset, report)
     image_of = {image["id"]: image for image in dataset.content["images"]}
     names = dataset.names()
     kept = []
@@ -115,8 +122,27 @@ def read_dataset(
             annotation["segmentation"] = shapes.mask
         kept.append(annotation)
     report.finish()
-    content = {**dataset.content, "annotations": kept}
-    return Dataset(content, dataset.image_root)
+    return replace(dataset, content={**dataset.content, "annotations": kept})
+
+
+def _with_files(dataset: Dataset, report: Report) -> Dataset:
+    """Keep the images whose files are there and whole, and their annotations."""
+    root = dataset.image_root
+    content = dataset.content
+    keys = ("id", "height", "width")
+    records = [
+        {key: image[key] for key in keys} | {"file_name": os.path.join(root, image["file_name"])}
+        for image in content["images"]
+    ]
+    found = {record["id"]: record["file_name"] for record in find_images(records, root, report)}
+    images = [
+        {**image, "file_name": Path(os.path.relpath(found[image["id"]], root)).as_posix()}
+        for image in content["images"]
+        if image["id"] in found
+    ]
+    annotations = [a for a in content["annotations"] if a["image_id"] in found]
+    kept = {**content, "images": images, "annotations": annotations}
+    return Dataset(kept, root, report.lost_images)
 
 
 def as_coco(
