@@ -6,7 +6,9 @@ such as a YOLO folder, the result is a COCO file too, and `maskx export` brings 
 mask says what made it (segmentation_source) and how good it probably is (segmentation_quality, the
 IoU to be expected, from 0 to 1). Beside the output lies a report that lists the worst first.
 
-A run of a system that makes label maps writes them for the images that have tags alone.
+A run of a system that makes label maps writes them for the images that have tags alone. Images that
+cannot be read are named, the rest goes on, and the status is 1; --skip-bad goes on without those
+that are missing or broken, too.
 
 The quality is calibrated on masks that the run was not trained on: those of the file, or of
 another one that --calibrate names. The same command goes on after an interruption.

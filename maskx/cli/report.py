@@ -9,6 +9,7 @@ Examples:
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -42,4 +43,6 @@ def run(args: argparse.Namespace) -> int:
         data = load_coco(*as_coco(args.data, args.images, made, strict=strict), strict=strict)
         found = write_training_report(output, args.run_folder, predictor, data)
     print(f"Wrote {output}: {len(found.images)} images compared.")
+    for name, reason in found.failures.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
     return 1 if found.failures else 0

@@ -69,6 +69,7 @@ class CocoData:
         notes: Number of entries by what was read otherwise than it stands in the file, but as it is
             meant, such as an area that is null. Both with `strict` and without.
         more_files: Files that further records are from.
+        lost_images: What is wrong with the images that were left out as missing or broken, by path.
     """
 
     json_file: Path
@@ -78,6 +79,7 @@ class CocoData:
     problems: Mapping[str, int]
     notes: Mapping[str, int] = field(default_factory=dict)
     more_files: tuple[Path, ...] = ()
+    lost_images: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_coco(
@@ -214,6 +216,7 @@ def _read(
         category_ids=structure.category_ids,
         problems=report.problems,
         notes=report.notes,
+        lost_images=report.lost_images,
     )
 
 

@@ -104,7 +104,7 @@ def compare(predictor: Predictor, data: CocoData, *, most: int = 200) -> Compari
         most: images that are looked at; of more of them some, evenly chosen.
     """
     records = data.records[:: -(-len(data.records) // most) or 1]
-    done = Comparison()
+    done = Comparison(failures=dict(data.lost_images))
     table = _Table(predictor, data)
     for record in records:
         try:

@@ -30,7 +30,11 @@ from maskx.data.json_edits import edited, rows, with_members
 from maskx.data.json_files import paused_collector, read_json
 from maskx.data.masks import run_lengths
 from maskx.data.splits import resolve_split
-from maskx.engine.label_map_completion import complete_label_maps, label_map_folder
+from maskx.engine.label_map_completion import (
+    complete_label_maps,
+    images_with_tags,
+    label_map_folder,
+)
 from maskx.engine.mask_sources import FoundMask, MaskSource, NoMask, RunSource, Teacher
 from maskx.engine.predictor import Predictor, open_run
 from maskx.engine.runs import Run, read_run
@@ -121,6 +125,7 @@ class Completion:
         failures: what is broken, by file name of the image.
         num_drawn: masks of people that stay.
         label_maps: of images with tags alone, paths from the folder of the output by image id.
+        passed_over: numbers of the other images with tags alone, by the reason.
     """
 
     objects: Sequence[Completed]
@@ -129,6 +134,7 @@ class Completion:
     failures: Mapping[str, str]
     num_drawn: int
     label_maps: Mapping[int | str, str] = field(default_factory=dict)
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def masks(self) -> list[Completed]:
@@ -194,7 +200,10 @@ def complete(options: CompletionOptions) -> Completion:
     text = _text_of(data)
     raw = _read_raw(text)
     todo = _objects_of(data, options, raw)
-    known = _known_objects(options, data, run, raw, todo)
+    calibrate = None
+    if options.calibrate is not None:
+        calibrate = load_coco(*options.calibrate, strict=not options.skip_bad)
+    known = _known_objects(calibrate, data, run, raw, todo)
     if not sources:
         if todo:
             logger.warning(
@@ -211,17 +220,24 @@ def complete(options: CompletionOptions) -> Completion:
         path = options.output.with_name(f"{options.output.name}.{part}.partial.jsonl")
         found[part] = _ask(source, images, path, options, workers)
     objects, known_ones, calibrated = _judged(options, sources, images, found)
-    failures, label_maps = _failures(images, found), {}
+    failures = {**data.lost_images, **(calibrate.lost_images if calibrate else {})}
+    failures |= _failures(images, found)
+    label_maps: dict[int | str, str] = {}
     if predictor is not None and predictor.system.box_masks is None:
         folder = label_map_folder(options.output)
-        label_maps, unreadable = complete_label_maps(predictor, data, folder)
+        label_maps, unreadable, num_unknown = complete_label_maps(predictor, data, folder)
         failures |= unreadable
+        passed_over = {"the run knows none of their tags": num_unknown}
+    else:
+        reason = "masks are made in boxes alone; a run of class patterns, say, makes label maps"
+        passed_over = {reason: len(images_with_tags(data))}
     completion = Completion(
         objects=objects,
         known=known_ones,
         calibrated=calibrated,
         failures=failures,
         label_maps=label_maps,
+        passed_over={reason: number for reason, number in passed_over.items() if number},
         num_drawn=len(raw.with_masks - raw.machine_made - {e.annotation_id for e in objects}),
     )
     _write(options, text, completion)
@@ -343,7 +359,7 @@ def _objects_of(
 
 
 def _known_objects(
-    options: CompletionOptions,
+    calibrate: CocoData | None,
     data: CocoData,
     run: Run | None,
     raw: _Raw,
@@ -353,10 +369,9 @@ def _known_objects(
     asked = {each.annotation["id"] for _, each in todo}
     is_seen = _seen_by(run, data.json_file) if run else lambda record, name: False
     found = _drawn(data, "k", raw.machine_made | asked, is_seen)
-    if options.calibrate is not None:
-        other = load_coco(*options.calibrate, strict=not options.skip_bad)
-        is_seen = _seen_by(run, other.json_file) if run else lambda record, name: False
-        found += _drawn(other, "c", _read_raw(_text_of(other)).machine_made, is_seen)
+    if calibrate is not None:
+        is_seen = _seen_by(run, calibrate.json_file) if run else lambda record, name: False
+        found += _drawn(calibrate, "c", _read_raw(_text_of(calibrate)).machine_made, is_seen)
     return found[:: -(-len(found) // _MOST_KNOWN) or 1]
 
 

@@ -11,14 +11,14 @@ from maskx.data.masks import decode_segmentation
 from maskx.engine.completion import Completed, Completion
 from maskx.evaluation.calibration import MIN_MASKS, reliability_table, share_of_error
 from maskx.evaluation.figures import contact_sheet, draw_instances
-from maskx.evaluation.html import chart, page, paragraph, picture, table
+from maskx.evaluation.html import bullets, chart, page, paragraph, picture, table
 
 __all__ = ["summary", "worst_sheet", "write_report"]
 
 _TILES, _COLUMNS, _TILE_SIDE = 24, 6, 220
 _MARGIN = 0.3  # of the larger side of a box that a tile shows around it
 _ROWS = 1000  # of the list
-_FAILURES = 20  # named in the terminal
+_FAILURES = 20  # named in the summary
 
 
 def summary(completion: Completion) -> str:
@@ -31,6 +31,8 @@ def summary(completion: Completion) -> str:
     lines += [f"  {count} have none: {reason}" for reason, count in _reasons(completion)]
     if completion.label_maps:
         lines.append(f"{len(completion.label_maps)} images with tags alone have label maps now.")
+    for reason, count in completion.passed_over.items():
+        lines.append(f"{count} images with tags alone have no label map: {reason}.")
     lines += [_calibration_line(completion)] if completion.objects else []
     if known:
         lines.append(f"Known masks: {_measured(known)}")
@@ -65,6 +67,9 @@ def write_report(path: Path, completion: Completion, title: str) -> None:
         entries = _with_truth(entries)
         if entries:
             parts += [paragraph(heading, "h2"), _reliability(entries)]
+    if len(completion.failures) > _FAILURES:
+        names = [f"{name}: {reason}" for name, reason in completion.failures.items()]
+        parts += [paragraph("Images that failed", "h2"), bullets(names)]
     if masks:
         parts += [
             paragraph("The worst first", "h2"),

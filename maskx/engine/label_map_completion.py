@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +14,7 @@ from maskx.engine.predictor import Predictor
 from maskx.engine.results import Prediction
 from maskx.supervision import Supervision
 
-__all__ = ["complete_label_maps", "label_map_folder"]
+__all__ = ["complete_label_maps", "images_with_tags", "label_map_folder"]
 
 
 def label_map_folder(output: Path) -> Path:
@@ -21,9 +22,18 @@ def label_map_folder(output: Path) -> Path:
     return output.with_name(f"{output.stem}_label_maps")
 
 
+def images_with_tags(data: CocoData) -> list[dict[str, Any]]:
+    """Return the records that have tags alone."""
+    return [
+        record
+        for record in data.records
+        if record["supervision"] == Supervision.IMAGE.value and record["image_labels"]
+    ]
+
+
 def complete_label_maps(
     predictor: Predictor, data: CocoData, folder: Path
-) -> tuple[dict[int | str, str], dict[str, str]]:
+) -> tuple[dict[int | str, str], dict[str, str], int]:
     """Write a label map for each image with tags alone.
 
     Tags say what is in an image: pixels of any other class are unknown, as are those of an image
@@ -35,19 +45,17 @@ def complete_label_maps(
         folder: to write to; it is made when the first is written.
 
     Returns:
-        By image id the path from the folder above, and by file name what could not be read.
+        By image id the path from the folder above; by file name what could not be read; the number
+        of images that the model knows no tag of.
     """
     written: dict[int | str, str] = {}
     failures: dict[str, str] = {}
-    records = [
-        record
-        for record in data.records
-        if record["supervision"] == Supervision.IMAGE.value and record["image_labels"]
-    ]
-    for number, record in enumerate(tqdm(records, desc="label maps", unit="img")):
+    num_unknown = 0
+    for number, record in enumerate(tqdm(images_with_tags(data), desc="label maps", unit="img")):
         tags = [data.class_names[index] for index in record["image_labels"]]
         known = [name for name in tags if name in predictor.class_names]
         if not known:
+            num_unknown += 1
             continue
         try:
             image = read_rgb(record["file_name"])
@@ -63,7 +71,7 @@ def complete_label_maps(
         folder.mkdir(parents=True, exist_ok=True)
         write_label_map(folder / name, label_map, num_classes=len(data.class_names))
         written[record["image_id"]] = f"{folder.name}/{name}"
-    return written, failures
+    return written, failures, num_unknown
 
 
 def _in_classes_of_the_file(

@@ -80,6 +80,22 @@ def test_an_image_that_fails_is_named_and_the_status_is_1(data, output, capsys):
     assert output.exists()
 
 
+def test_images_that_the_reader_leaves_out_are_named_and_the_status_is_1(data, output, capsys):
+    images = [data.parent / i["file_name"] for i in json.loads(data.read_text())["images"][:2]]
+    images[0].unlink()
+    images[1].write_text("text")
+    words = ["complete", str(data), "--teacher", "teachers:ellipses", "--output", str(output)]
+    with pytest.raises(SystemExit, match="--skip-bad"):
+        main(words)
+    assert main([*words, "--skip-bad"]) == 1
+    text, page = capsys.readouterr().out, output.with_suffix(".html").read_text()
+    for where in (text, page):
+        assert "2 images failed:" in where
+        assert f"{images[0]}: does not exist" in where
+        assert f"{images[1]}: is " in where
+    assert output.exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -205,9 +205,12 @@ def test_the_page_of_other_data(folder, capsys):
     words = ["report", str(run), str(folder / "val.json"), str(folder)]
     with pytest.raises(SystemExit, match=r"3\.png"):
         main(words)
-    assert main([*words, "--skip-bad"]) == 0
-    assert "2 images compared" in capsys.readouterr().out
+    assert main([*words, "--skip-bad"]) == 1
+    text = capsys.readouterr()
+    assert "2 images compared" in text.out
+    assert f"left out: {folder / '3.png'}: is " in text.err
     page = (run / "report.html").read_text()
+    assert f"{folder / '3.png'}: is " in page
     assert "mask AP in percent, on 2 of 2 images" in page
     assert page.count("data:image/jpeg") == 2
     assert "panoptic quality 1.00" in page

@@ -17,6 +17,7 @@ from maskx.data.masks import decode_segmentation
 from maskx.data.scenes.generator import generate_scenes
 from maskx.engine import completion
 from maskx.engine.completion import CompletionOptions, complete
+from maskx.engine.completion_report import summary
 
 KEYS = {"segmentation", "area", "segmentation_source", "segmentation_quality"}
 
@@ -188,6 +189,28 @@ def test_images_that_cannot_be_read_are_named_and_the_rest_goes_on(
     assert "text.png' (id" in found.failures[broken["file_name"]]
     left = {a["id"] for a in content["annotations"] if a["image_id"] == broken["id"]}
     assert {each.annotation_id for each in found.masks} == without_mask(half) - left
+
+
+def test_images_that_the_reader_leaves_out_are_failures(options, half, original, tmp_path):
+    for path in (half, tmp_path / "known.json"):
+        content = read(original if path.name == "known.json" else half)
+        content["images"][3]["file_name"] = f"no_{path.stem}.png"
+        path.write_text(json.dumps(content))
+    known = str(tmp_path / "known.json"), str(original.parent)
+    found = complete(replace(options, calibrate=known, skip_bad=True))
+    assert {Path(name).name for name in found.failures} == {"no_half.png", "no_known.png"}
+    assert all(reason.startswith("does not exist") for reason in found.failures.values())
+
+
+def test_images_with_tags_alone_are_counted_where_masks_are_made_in_boxes(options, half):
+    content = read(half)
+    image = content["images"][3]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != image["id"]]
+    image["image_labels"] = [content["categories"][0]["id"]]
+    half.write_text(json.dumps(content))
+    found = complete(options)
+    assert list(found.passed_over.values()) == [1]
+    assert "1 images with tags alone have no label map: masks are made in boxes" in summary(found)
 
 
 def test_withheld_masks_are_replaced_and_measured(options, original, tmp_path):

@@ -15,6 +15,7 @@ from maskx.data.coco import load_coco
 from maskx.data.label_maps import read_label_map
 from maskx.data.masks import encode_masks
 from maskx.engine.completion import CompletionOptions, complete
+from maskx.engine.completion_report import summary
 from maskx.engine.results import Prediction
 from maskx.engine.runs import Run
 from maskx.engine.system import System, register_system
@@ -122,7 +123,9 @@ def test_pixels_are_of_classes_with_tags_or_unknown(options, caplog):
     with caplog.at_level(logging.WARNING):
         found = complete(options)
     assert "1 objects keep their boxes alone: Thirds makes label maps" in caplog.text
-    assert found.label_maps.keys() == {0, 1, 3}  # of an owl alone the model knows nothing
+    assert found.label_maps.keys() == {0, 1, 3}
+    # Of an owl alone the model knows nothing.
+    assert "1 images with tags alone have no label map: the run knows none" in summary(found)
     assert columns(options) == {0: [0, DOG, CAT], 1: [0, 255, CAT], 3: [255, 255, CAT]}
     content = json.loads(options.output.read_text())
     before = json.loads(Path(options.data[0]).read_text())
