@@ -34,7 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="least score of an instance (default: 0.5; 0 for concepts that are named)",
     )
-    add("--concepts", nargs="+", metavar="NAME", help="ConceptMask: what to look for")
+    add(
+        "--concepts",
+        nargs="+",
+        metavar="NAME",
+        help="ConceptMask: what to look for; predictions.json has those whose mask has a pixel",
+    )
     add(
         "--tile",
         type=int,

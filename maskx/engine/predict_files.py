@@ -11,7 +11,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from pycocotools import mask as mask_api
 from tqdm import tqdm
 
 from maskx.core.files import write_json
@@ -246,11 +245,9 @@ class _Work:
             for each in found.class_names:  # ConceptMask names what it was asked for
                 self.ids.setdefault(each, len(self.ids) + 1)
             category_ids = [self.ids[each] for each in found.class_names]
-            for row in found.to_coco(image_id, category_ids):
-                row |= {"id": len(self.done.annotations) + 1, "iscrowd": 0}
-                if "segmentation" in row:
-                    row["area"] = int(mask_api.area(row["segmentation"]))
-                self.done.annotations.append(row)
+            self.done.annotations += found.to_annotations(
+                image_id, category_ids, first_id=len(self.done.annotations) + 1
+            )
         if found.label_map is not None:
             folder = self.output / _LABEL_MAPS
             folder.mkdir(parents=True, exist_ok=True)

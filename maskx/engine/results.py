@@ -145,23 +145,25 @@ class Prediction:
     ) -> list[dict[str, Any]]:
         """Say it as results of COCO: one entry per instance or, of a label map, per class there.
 
+        Instances without boxes get those around their masks; one whose mask is empty is left out,
+        as it is nowhere. An instance with a box of its own stays, whatever its mask.
+
         Args:
             category_ids: by class index, as in the annotation file; None counts from 1.
         """
+        if self.class_indices is None:
+            return self._class_instances().to_coco(image_id, category_ids)
         if category_ids is None:
             category_ids = range(1, len(self.class_names) + 1)
-        if self.class_indices is None:
-            found = self._labelled()
-            masks = encode_masks(np.array([self.label_map == index + 1 for index in found]))
-            return [
-                {"image_id": image_id, "category_id": category_ids[index], "segmentation": mask}
-                for index, mask in zip(found, masks, strict=True)
-            ]
+        is_of_masks = self.boxes is None and self.segmentations is not None
+        boxes = self._mask_boxes() if is_of_masks else self.boxes
         entries = []
         for row, index in enumerate(np.asarray(self.class_indices).tolist()):
+            if is_of_masks and not mask_api.area(self.segmentations[row]):
+                continue
             entry = {"image_id": image_id, "category_id": category_ids[index]}
-            if self.boxes is not None:
-                x0, y0, x1, y1 = (float(value) for value in self.boxes[row])
+            if boxes is not None:
+                x0, y0, x1, y1 = (float(value) for value in boxes[row])
                 entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
             if self.segmentations is not None:
                 entry["segmentation"] = self.segmentations[row]
@@ -172,6 +174,31 @@ class Prediction:
             entries.append(entry)
         return entries
 
+    def to_annotations(
+        self,
+        image_id: int | str,
+        category_ids: Sequence[int] | None = None,
+        *,
+        first_id: int = 1,
+    ) -> list[dict[str, Any]]:
+        """Say it as annotations of a COCO file: the results of COCO, with an id and an area.
+
+        Of an instance with an empty mask and a box of its own the box is said alone.
+
+        Args:
+            category_ids: as of :meth:`to_coco`.
+            first_id: id of the first annotation, from which the others count on.
+        """
+        annotations = []
+        for id_, entry in enumerate(self.to_coco(image_id, category_ids), start=first_id):
+            entry |= {"id": id_, "iscrowd": 0}
+            if "segmentation" in entry:
+                entry["area"] = int(mask_api.area(entry["segmentation"]))
+                if not entry["area"]:
+                    del entry["segmentation"], entry["area"]
+            annotations.append(entry)
+        return annotations
+
     def to_supervision(self) -> Any:
         """Turn it into ``supervision.Detections``; of a label map one for each class there."""
         try:
@@ -181,16 +208,7 @@ class Prediction:
                 "This needs the package supervision. Install it with: pip install supervision"
             ) from error
         if self.class_indices is None:
-            found = self._labelled()
-            masks = np.array([self.label_map == index + 1 for index in found], dtype=bool)
-            masks = masks.reshape(-1, *self.image_size)
-            instances = Prediction(
-                self.class_names,
-                segmentations=encode_masks(masks),
-                class_indices=np.array(found, dtype=int),
-                image=self.image,
-            )
-            return instances.to_supervision() if found else Detections.empty()
+            return self._class_instances().to_supervision()
         if len(self.class_indices) == 0:
             return Detections.empty()
         scores = None if self.scores is None else np.asarray(self.scores, dtype=np.float32)
@@ -208,6 +226,17 @@ class Prediction:
         labels = np.unique(self.label_map)
         unknown = ignore_label(len(self.class_names))
         return [int(label) - 1 for label in labels if label not in (0, unknown)]
+
+    def _class_instances(self) -> "Prediction":
+        """Make an instance of each class that a label map has."""
+        found = self._labelled()
+        masks = np.array([self.label_map == index + 1 for index in found], dtype=bool)
+        return Prediction(
+            self.class_names,
+            segmentations=encode_masks(masks.reshape(-1, *self.image_size)),
+            class_indices=np.array(found, dtype=int),
+            image=self.image,
+        )
 
     def _mask_boxes(self) -> np.ndarray:
         """(N, 4) XYXY around the masks; empty where a mask is."""

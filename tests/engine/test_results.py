@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import sys
 import types
 
@@ -6,6 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
+from maskx.data.coco import load_coco
+from maskx.data.formats.table import read_dataset, write_dataset
 from maskx.data.masks import encode_masks
 from maskx.engine.results import Prediction
 
@@ -75,8 +78,43 @@ def test_results_of_coco_are_of_the_ids_of_the_file():
     assert second["bbox"] == [15, 10, 15, 10.5]
     assert second["segmentation"] == encode_masks(MASKS)[1]
     assert [entry["category_id"] for entry in PIXELS.to_coco("a")] == [2, 3]
+    assert PIXELS.to_coco("a")[0]["bbox"] == [0, 0, 30, 5]
     assert PIXELS.to_coco("a")[0]["segmentation"] == encode_masks(LABEL_MAP[None] == 2)[0]
     assert EMPTY.to_coco(7) == []
+
+
+def test_masks_without_boxes_are_annotations_that_are_read_and_exported(tmp_path):
+    """As of ConceptMask: a box around each mask, and nothing of one that is empty."""
+    masks = encode_masks(np.stack([MASKS[0], np.zeros_like(MASKS[0]), MASKS[1]]))
+    indices, scores = np.arange(3), np.array([0.9, 0.8, 0.7])
+    found = Prediction(NAMES, segmentations=masks, scores=scores, class_indices=indices)
+    assert [entry["category_id"] for entry in found.to_coco(1)] == [1, 3]
+    annotations = found.to_annotations(1, first_id=5)
+    assert [a["id"] for a in annotations] == [5, 6]
+    assert [a["area"] for a in annotations] == [42, 150]
+    assert [a["bbox"] for a in annotations] == [[3, 2, 7, 6], [15, 10, 15, 10]]
+    categories = [{"id": i, "name": name} for i, name in enumerate(NAMES, start=1)]
+    image = {"id": 1, "file_name": "0.png", "height": 20, "width": 30}
+    content = {"images": [image], "annotations": annotations, "categories": categories}
+    (tmp_path / "found.json").write_text(json.dumps(content))
+    (record,) = load_coco(tmp_path / "found.json", tmp_path, check_images=False).records
+    assert [a["class_index"] for a in record["annotations"]] == [0, 2]
+    dataset = read_dataset(tmp_path / "found.json")
+    assert not [
+        what for what in write_dataset(dataset, tmp_path / "out", "labelme") if "mask" in what
+    ]
+    shapes = json.loads((tmp_path / "out" / "0.json").read_text())["shapes"]
+    assert {shape["label"] for shape in shapes} == {"cat", "horse"}
+
+
+def test_an_object_whose_mask_is_empty_keeps_a_box_of_its_own():
+    masks = encode_masks(np.stack([MASKS[0], np.zeros_like(MASKS[0])]))
+    found = dataclasses.replace(INSTANCES, segmentations=masks)
+    assert found.to_coco(7)[1].keys() >= {"bbox", "segmentation"}  # a detection of either is scored
+    with_mask, boxed = found.to_annotations(7)
+    assert with_mask["area"] == 42
+    assert boxed["bbox"] == [15, 10, 15, 10.5]
+    assert not boxed.keys() & {"segmentation", "area"}
 
 
 def test_a_drawing_shows_where_things_are(tmp_path):

@@ -204,7 +204,7 @@ def _objects(found: Prediction) -> list[dict[str, Any]]:
     for entry in found.to_coco(0):
         mask = decode_segmentation(entry["segmentation"], *found.image_size)
         box = None
-        if "bbox" in entry:
+        if found.boxes is not None:
             x, y, width, height = entry["bbox"]
             box = [x, y, x + width, y + height]
         objects.append(
@@ -226,16 +226,9 @@ def _polygons(mask: np.ndarray) -> list[list[int]]:
 def _coco_file(found: Prediction, name: str, threshold: float) -> dict[str, Any]:
     """Make a COCO file of one image, of the objects whose score reaches the threshold."""
     height, width = found.image_size
-    annotations = []
-    for entry in found.to_coco(1):
-        if entry.get("score", 1.0) < threshold:
-            continue
-        area = int(decode_segmentation(entry["segmentation"], height, width).sum())
-        own = {"id": len(annotations) + 1, "iscrowd": 0, "area": area}
-        annotations.append({**entry, **own})
     names = enumerate(found.class_names, 1)
     return {
         "images": [{"id": 1, "file_name": Path(name).name, "height": height, "width": width}],
-        "annotations": annotations,
+        "annotations": found.above(threshold).to_annotations(1),
         "categories": [{"id": number, "name": name} for number, name in names],
     }
