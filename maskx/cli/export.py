@@ -2,7 +2,8 @@ r"""Bring annotations into the format of another tool.
 
 DATA may be of any of the formats too: a COCO file, a YOLO folder, a folder of labelme files or of
 PASCAL VOC, an XML file of CVAT, a JSON export of Label Studio. What a format cannot hold is said,
-with its number.
+with its number. Label maps are held by COCO alone: they are copied with the images, or else named
+where they are.
 
 Examples:
     maskx export completed.json --format yolo --output yolo

@@ -26,22 +26,47 @@ from maskx.data.masks import decode_segmentation
 from maskx.supervision import Supervision
 
 __all__ = [
+    "LABEL_MAP_KEYS",
     "NUM_THINGS",
     "aligned_labels",
     "has_pixels",
     "ignore_label",
     "label_map_of_instances",
+    "moved_label_maps",
     "read_label_map",
     "semantic_label_map",
     "things_and_stuff_label_map",
     "write_label_map",
 ]
 
+LABEL_MAP_KEYS = ("stuff_file_name", "label_map_file_name")
+"""Keys of an image of COCO that name a label map by its path from the annotation file."""
+
 NUM_THINGS = "num_things"
 """Key of a record whose classes are things, then stuff: how many are things."""
 
 _IGNORE_8_BIT, _IGNORE_16_BIT = 255, 65535
 _GREY, _PALETTE = 0, 3  # colour types of PNG
+
+
+def moved_label_maps(image: Mapping[str, Any], old: Path, new: Path) -> dict[str, str]:
+    """Return the label maps of an image as they are named from another folder.
+
+    Args:
+        image: Of a COCO file.
+        old: Folder of that file.
+        new: Folder of the file that is written.
+
+    Returns:
+        Path by key, of the keys that the image has; empty if the folder is the same.
+    """
+    if old.resolve() == new.resolve():
+        return {}
+    return {
+        key: Path(os.path.relpath(old / image[key], new)).as_posix()
+        for key in LABEL_MAP_KEYS
+        if isinstance(image.get(key), str)
+    }
 
 
 def ignore_label(num_classes: int) -> int:

@@ -28,6 +28,7 @@ from maskx.data.coco_shapes import QUALITY_KEY, SOURCE_KEY
 from maskx.data.images import read_record_image
 from maskx.data.json_edits import edited, rows, with_members
 from maskx.data.json_files import paused_collector, read_json
+from maskx.data.label_maps import moved_label_maps
 from maskx.data.masks import run_lengths
 from maskx.data.splits import resolve_split
 from maskx.engine.label_map_completion import (
@@ -656,7 +657,7 @@ def _write(options: CompletionOptions, text: str, completion: Completion) -> Non
             if key == "annotations" and isinstance(row, dict):
                 change = changes.pop(row.get("id"), {})
             elif key == "images" and isinstance(row, dict):
-                change = _moved_paths(row, *folders)
+                change = moved_label_maps(row, *folders)
                 if row.get("id") in completion.label_maps:
                     change["label_map_file_name"] = completion.label_maps[row["id"]]
             elif key == "info" and isinstance(row, dict) and not says_predicted:
@@ -671,14 +672,3 @@ def _write(options: CompletionOptions, text: str, completion: Completion) -> Non
     assert not changes, f"annotations {list(changes)[:3]} are not in the file"
     with written_whole(options.output) as scratch:
         scratch.write_bytes(edited(text, edits).encode("utf-8"))
-
-
-def _moved_paths(image: Mapping[str, Any], old: Path, new: Path) -> dict[str, str]:
-    """Paths of an image that count from the folder of the annotation file, if that is another."""
-    if old.resolve() == new.resolve():
-        return {}
-    return {
-        key: Path(os.path.relpath(old / image[key], new)).as_posix()
-        for key in ("stuff_file_name", "label_map_file_name")
-        if isinstance(image.get(key), str)
-    }

@@ -9,7 +9,9 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 from maskx.cli.main import main
+from maskx.data.coco import load_coco
 from maskx.data.formats.table import read_dataset, write_dataset
+from maskx.data.label_maps import LABEL_MAP_KEYS
 
 FORMATS = {
     "coco": "annotations.json",
@@ -69,6 +71,40 @@ def test_every_format_is_written_and_checked(data, capsys, name):
     if name in ("labelme", "voc", "yolo"):  # which say where their images are
         assert main(["check", "out"]) == 0
         assert f"--coco-train out {Path('out') / images} " in capsys.readouterr().out
+
+
+@pytest.fixture
+def labels(data):
+    """Of the label maps that the data has too."""
+    Path("maps").mkdir()
+    labels = np.zeros((20, 30), np.uint8)
+    labels[2:12, 3:13], labels[15:] = 1, 2
+    Image.fromarray(labels).save("maps/any name.png")
+    data["images"][0] |= dict.fromkeys(LABEL_MAP_KEYS, "maps/any name.png")
+    Path("ann.json").write_text(json.dumps(data))
+    return labels
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_label_maps_are_found_from_the_new_folder(labels, capsys, copied):
+    words = ["export", "ann.json", "img", "--format", "coco", "--output", "deep/out"]
+    assert main(words + ["--copy-images"] * copied) == 0
+    if copied:
+        Path("maps").rename("elsewhere")
+        Path("deep").rename("moved")
+    out = Path("moved/out" if copied else "deep/out")
+    assert main(["check", str(out), "img"]) == 0
+    assert "No problems." in capsys.readouterr().out
+    (record,) = load_coco(out / "annotations.json", "img").records
+    for key in ("label_map_file_name", "sem_seg_file_name"):
+        assert np.array_equal(np.array(Image.open(record[key])), labels)
+
+
+def test_label_maps_that_are_left_out_are_not_named(labels, capsys):
+    assert main(["export", "ann.json", "--format", "cvat", "--output", "out"]) == 0
+    assert "cvat: 1 label maps (label_map_file_name), left out." in capsys.readouterr().out
+    assert main(["check", "out", "img"]) == 0
+    assert "No problems." in capsys.readouterr().out
 
 
 def test_what_yolo_cannot_hold_is_said(data, capsys):

@@ -1,14 +1,18 @@
 """COCO's own format, which all others are brought into."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from maskx.data.coco import read_coco_json
 from maskx.data.coco_structure import Report
 from maskx.data.formats.dataset import Dataset, Output
+from maskx.data.label_maps import moved_label_maps
 
 __all__ = ["is_of_format", "read", "write"]
 
 _FILES = ("annotations.json", "annotations/instances_default.json", "_annotations.coco.json")
+_LABEL_MAPS = {"stuff_file_name": "stuff", "label_map_file_name": "label_maps"}
 
 
 def file_of(path: Path) -> Path | None:
@@ -25,12 +29,32 @@ def is_of_format(path: Path) -> bool:
 
 def read(path: Path, images: Path | None, report: Report) -> Dataset:
     """Read a file."""
-    return Dataset(read_coco_json(file_of(path), strict=report.strict), images)
+    file = file_of(path)
+    content = read_coco_json(file, strict=report.strict)
+    return Dataset(content, images, label_map_root=file.parent)
 
 
 def write(dataset: Dataset, output: Output, *, copy_images: bool) -> None:
-    """Write `annotations.json`."""
-    output.write_json(_FILES[0], dataset.content)
-    if copy_images:
-        for image in dataset.content["images"]:
-            output.copy(dataset, image, f"images/{image['file_name']}")
+    """Write `annotations.json`; label maps are copied with the images, or found where they are."""
+    images = []
+    for image in dataset.content["images"]:
+        if copy_images:
+            output.copy(dataset.image_file(image), f"images/{image['file_name']}")
+            image = {**image, **_copied_label_maps(dataset, output, image)}
+        elif dataset.label_map_root is not None:
+            image = {**image, **moved_label_maps(image, dataset.label_map_root, output.folder)}
+        images.append(image)
+    output.write_json(_FILES[0], {**dataset.content, "images": images})
+
+
+def _copied_label_maps(
+    dataset: Dataset, output: Output, image: Mapping[str, Any]
+) -> dict[str, str]:
+    copied = {}
+    for key, folder in _LABEL_MAPS.items():
+        if isinstance(image.get(key), str):
+            source = dataset.label_map_root / image[key]
+            name = Path(folder, image["file_name"]).with_suffix(source.suffix)
+            copied[key] = name.as_posix()
+            output.copy(source, copied[key])
+    return copied

@@ -9,6 +9,7 @@ import numpy as np
 
 from maskx.data.coco_structure import Report
 from maskx.data.formats.dataset import Builder, Dataset, Output, count_lost
+from maskx.data.label_maps import LABEL_MAP_KEYS
 from maskx.data.masks import decode_segmentation
 
 __all__ = ["is_of_format", "read", "write"]
@@ -57,8 +58,9 @@ def read(path: Path, images: Path | None, report: Report) -> Dataset:
 
 def write(dataset: Dataset, output: Output, *, copy_images: bool) -> None:
     """Write the folder. What CVAT does not read of COCO 1.0 stays in the file, and is counted."""
-    annotations = []
+    images, annotations = [], []
     for image, objects in dataset.objects():
+        images.append({key: image[key] for key in image if key not in LABEL_MAP_KEYS})
         tags = dataset.tags(image, objects)
         output.lost["tags, which stay in the file but CVAT does not read"] += len(tags)
         own = sum(bool(extra) for extra in map(_unread, objects))
@@ -73,11 +75,10 @@ def write(dataset: Dataset, output: Output, *, copy_images: bool) -> None:
                 area = annotation["bbox"][2] * annotation["bbox"][3]
             annotations.append({**annotation, "segmentation": mask, "area": area})
         if copy_images:
-            output.copy(dataset, image, f"images/{image['file_name']}")
+            output.copy(dataset.image_file(image), f"images/{image['file_name']}")
     categories = [{"supercategory": "", **c} for c in dataset.content["categories"]]
-    output.write_json(
-        _FILE, {**dataset.content, "annotations": annotations, "categories": categories}
-    )
+    parts = {"images": images, "annotations": annotations, "categories": categories}
+    output.write_json(_FILE, {**dataset.content, **parts})
     # What CVAT's form for a new task takes as its labels.
     output.write_json("labels.json", [{"name": c["name"], "attributes": []} for c in categories])
     output.lost = +output.lost

@@ -15,6 +15,7 @@ from pycocotools import mask as mask_api
 from maskx.core.files import written_whole
 from maskx.data.coco_shapes import mask_extent
 from maskx.data.images import image_size
+from maskx.data.label_maps import LABEL_MAP_KEYS
 
 __all__ = ["IMAGE_ENDINGS", "Builder", "Dataset", "Output", "extra_keys", "has_own_box"]
 
@@ -34,11 +35,13 @@ class Dataset:
         content: COCO dict.
         image_root: Folder that the file names are in; None if that is not known.
         lost_images: What is wrong with the images that were left out as missing or broken, by path.
+        label_map_root: Folder that the names of label maps count from; None if there are none.
     """
 
     content: dict[str, Any]
     image_root: Path | None
     lost_images: Mapping[str, str] = field(default_factory=dict)
+    label_map_root: Path | None = None
 
     def objects(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """Give each image with its annotations."""
@@ -47,6 +50,10 @@ class Dataset:
             own[annotation["image_id"]].append(annotation)
         for image in self.content["images"]:
             yield image, own[image["id"]]
+
+    def image_file(self, image: Mapping[str, Any]) -> Path:
+        """Return the file of an image."""
+        return Path(self.image_root, image["file_name"])
 
     def names(self) -> dict[int, str]:
         """Return the names of the categories by id, in the order of the ids."""
@@ -178,9 +185,8 @@ class Output:
         """Write a JSON file."""
         self.write(name, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def copy(self, dataset: Dataset, image: Mapping[str, Any], name: str) -> None:
-        """Copy an image."""
-        source = Path(dataset.image_root, image["file_name"])
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file to a path below the folder."""
         with written_whole(self._path(name)) as scratch:
             shutil.copyfile(source, scratch)
 
@@ -275,7 +281,7 @@ def count_lost(
     if "extra" not in holds:
         for annotation in kept:
             lost.update(f"values of {key}, left out" for key in extra_keys(annotation))
-    for key in ("label_map_file_name", "stuff_file_name"):
+    for key in LABEL_MAP_KEYS:
         lost[f"label maps ({key}), left out"] += key in image
     output.lost = +lost
 

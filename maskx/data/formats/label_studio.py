@@ -99,7 +99,7 @@ def write(dataset: Dataset, output: Output, *, copy_images: bool) -> None:
                 {"id": "tags", "type": "choices", "from_name": "choices", **common, "value": value}
             )
         if copy_images:
-            output.copy(dataset, image, f"images/{image['file_name']}")
+            output.copy(dataset.image_file(image), f"images/{image['file_name']}")
         tasks.append(
             {
                 "data": {

@@ -87,7 +87,7 @@ def write(dataset: Dataset, output: Output, *, copy_images: bool) -> None:
         name = Path(image["file_name"])
         file = name.with_suffix(".json")
         if copy_images:
-            output.copy(dataset, image, name.as_posix())
+            output.copy(dataset.image_file(image), name.as_posix())
             image_path = name.name
         else:
             root = dataset.image_root or output.folder

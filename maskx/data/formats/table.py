@@ -142,7 +142,7 @@ def _with_files(dataset: Dataset, report: Report) -> Dataset:
     ]
     annotations = [a for a in content["annotations"] if a["image_id"] in found]
     kept = {**content, "images": images, "annotations": annotations}
-    return Dataset(kept, root, report.lost_images)
+    return replace(dataset, content=kept, lost_images=report.lost_images)
 
 
 def as_coco(

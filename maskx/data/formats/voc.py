@@ -95,7 +95,7 @@ def write(dataset: Dataset, output: Output, *, copy_images: bool) -> None:
             if len(names) <= _MAX_OBJECTS:
                 output.write(f"SegmentationClass/{stem}.png", _png(classes[numbers]))
         if copy_images:
-            output.copy(dataset, image, f"JPEGImages/{image['file_name']}")
+            output.copy(dataset.image_file(image), f"JPEGImages/{image['file_name']}")
     output.write(f"ImageSets/Main/{_PART}.txt", "".join(f"{stem}\n" for stem in stems))
     output.write(f"ImageSets/Segmentation/{_PART}.txt", "".join(f"{stem}\n" for stem in with_masks))
     for id_, own in tagged.items():

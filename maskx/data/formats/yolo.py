@@ -92,7 +92,7 @@ def write(dataset: Dataset, output: Output, *, copy_images: bool) -> None:
         name = Path(image["file_name"])
         output.write(f"labels/train/{name.with_suffix('.txt').as_posix()}", "".join(lines))
         if copy_images:
-            output.copy(dataset, image, f"images/train/{name.as_posix()}")
+            output.copy(dataset.image_file(image), f"images/train/{name.as_posix()}")
     output.lost = +output.lost
     settings = {"train": "images/train", "val": "images/train"}
     settings["names"] = dict(enumerate(names.values()))
