@@ -70,6 +70,8 @@ class CocoData:
             meant, such as an area that is null. Both with `strict` and without.
         more_files: Files that further records are from.
         lost_images: What is wrong with the images that were left out as missing or broken, by path.
+        lacking: Keys that COCO's own tools look for, `iscrowd`, `area` and `segmentation`, and that
+            not every annotation of the file has.
     """
 
     json_file: Path
@@ -80,6 +82,7 @@ class CocoData:
     notes: Mapping[str, int] = field(default_factory=dict)
     more_files: tuple[Path, ...] = ()
     lost_images: Mapping[str, str] = field(default_factory=dict)
+    lacking: frozenset[str] = frozenset()
 
 
 def load_coco(
@@ -197,6 +200,7 @@ def _read(
     if check_images:
         records = find_images(records, Path(image_root), report)
     num_found, num_rows = len(records), len(rows)
+    lacking = _lacking(rows)
     claims = BoxesAndMasks(report)
     _read_annotations(rows, records, structure, report, claims)
     claims.check()
@@ -217,7 +221,14 @@ def _read(
         problems=report.problems,
         notes=report.notes,
         lost_images=report.lost_images,
+        lacking=lacking,
     )
+
+
+def _lacking(rows: Rows) -> frozenset[str]:
+    nothing = (MISSING, None, [], b"null", b"[]")  # or as JSON text
+    columns = {key: rows.column(key) for key in ("iscrowd", "area", "segmentation")}
+    return frozenset(k for k, column in columns.items() if any(n in column for n in nothing))
 
 
 def with_labels_only(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,12 +22,16 @@ from maskx.data.coco import (
     supervision_of,
     with_labels_only,
 )
-from maskx.data.label_maps import voc_palette
+from maskx.data.label_maps import ignore_label, voc_palette
 from maskx.data.splits import resolve_split
 from maskx.data.tag_lists import read_tag_list
 from maskx.data.things_and_stuff import things_and_stuff
+from maskx.detectron2.complete_files import complete_when_asked
 from maskx.evaluation.figures import COLOR_WITH_MASKS, COLOR_WITHOUT_MASKS
 from maskx.supervision import CategorySplit, Supervision
+
+# Detectron2's own tool has no evaluator that is right for such a data set.
+_OWN_EVALUATORS = "maskx"
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def register_tag_list(
 
     source = {"tag_list": os.fspath(file), "image_root": os.fspath(image_root)}
     _register(name, load, source)
-    MetadataCatalog.get(name).remedy = remedy
+    MetadataCatalog.get(name).set(remedy=remedy, evaluator_type=_OWN_EVALUATORS)
 
 
 def register_source(name: str, source: CocoSource, *, read_classes: bool = True) -> None:
@@ -159,13 +163,18 @@ def register_source(name: str, source: CocoSource, *, read_classes: bool = True)
         class_list, class_index = source.classes(names)
         _set_classes(name, class_list, class_index)
         records = _records_in(class_list, data, source)
-        return [with_labels_only(record) for record in records] if source.labels_only else records
+        if source.labels_only:
+            records = [with_labels_only(record) for record in records]
+        _offer_to_other_evaluators(name, data, records)
+        return records
 
     # Before anything is registered, as the classes may be refused.
     classes = source.classes(source.categories()) if read_classes else None
     _register(name, load, source.describe(), class_list=None if classes is None else classes[0])
     if classes is not None:
         _set_classes(name, *classes)
+    # Detectron2's own tool asks when the data set is read, which says which it can be.
+    vars(MetadataCatalog.get(name)).setdefault("evaluator_type", "coco")
 
 
 def _set_classes(name: str, class_list: list[str], class_index: dict[int, int]) -> None:
@@ -175,8 +184,28 @@ def _set_classes(name: str, class_list: list[str], class_index: dict[int, int]) 
         # By label of a label map, for Detectron2's Visualizer.
         stuff_classes=["background", *class_list],
         stuff_colors=voc_palette(len(class_list) + 1).tolist(),
-        evaluator_type="coco",  # so that Detectron2's own tool evaluates it too
     )
+
+
+def _offer_to_other_evaluators(
+    name: str, data: CocoData, records: Sequence[dict[str, Any]]
+) -> None:
+    """Say which evaluator of Detectron2's own tool is right, and give it what it needs."""
+    metadata = MetadataCatalog.get(name)
+    if data.lacking & {"iscrowd", "area"}:
+        complete_when_asked(metadata.json_file)
+    class_indices = sorted(metadata.thing_dataset_id_to_contiguous_id.values())
+    is_whole = class_indices == list(range(len(metadata.thing_classes)))
+    has_objects = any(record["annotations"] for record in records)
+    evaluator = _OWN_EVALUATORS
+    if has_objects and is_whole and "segmentation" not in data.lacking:
+        evaluator = "coco"
+    elif records and all("label_map_file_name" in record for record in records):
+        evaluator = "sem_seg"
+        metadata.ignore_label = ignore_label(len(metadata.thing_classes))
+        for record in records:
+            record["sem_seg_file_name"] = record["label_map_file_name"]
+    vars(metadata)["evaluator_type"] = evaluator  # metadata takes a value once
 
 
 def _register(

@@ -179,8 +179,9 @@ class MaskXCOCOEvaluator(DatasetEvaluator):
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             with PathManager.open(path, "w") as file:
                 json.dump(results, file)
+        is_here = os.path.isfile(self._json_file)  # and needs no copy for COCO's own tools
         scores = evaluate_detections(
-            PathManager.get_local_path(self._json_file),
+            self._json_file if is_here else PathManager.get_local_path(self._json_file),
             results,
             category_ids=list(self._category_id.values()),
             groups=self._groups,

@@ -26,6 +26,7 @@ __all__ = [
     "evaluate_detections",
     "format_class_table",
     "format_table",
+    "scored_annotations",
     "split_average_precision",
 ]
 
@@ -142,7 +143,7 @@ def evaluate_detections(
 
     results = {}
     for iou_type in iou_types:
-        annotations, num_without_mask = _scored_annotations(ground_truth, category_ids, iou_type)
+        annotations, num_without_mask = scored_annotations(ground_truth, category_ids, iou_type)
         if is_federated:
             annotations += _whole_image_crowds(ground_truth, category_ids, len(annotations))
         precision = run_cocoeval(
@@ -265,10 +266,17 @@ def _mean_percent(precision: np.ndarray) -> float:
     return 100 * float(np.mean(valid)) if valid.size else math.nan
 
 
-def _scored_annotations(
+def scored_annotations(
     ground_truth: Mapping[str, Any], category_ids: Sequence[int], iou_type: str
 ) -> tuple[list[dict[str, Any]], int]:
-    """Copy the annotations, complete for COCOeval, and count those without a usable mask."""
+    """Copy the annotations of some categories, complete for COCOeval.
+
+    Args:
+        iou_type: for "bbox" masks are left as they are.
+
+    Returns:
+        The copies, and how many have no usable mask, counted for "segm".
+    """
     sizes = {
         image["id"]: (int(image["height"]), int(image["width"])) for image in ground_truth["images"]
     }
@@ -288,7 +296,7 @@ def _scored_annotations(
             rle = _mask_rle(annotation.get("segmentation"), height, width)
             _, _, box_width, box_height = annotation["bbox"]
             if "area" not in annotation:
-                copy["area"] = mask_utils.area(rle) if rle else box_width * box_height
+                copy["area"] = int(mask_utils.area(rle)) if rle else box_width * box_height
             if iou_type == "segm":
                 copy["segmentation"] = rle or _box_rle(annotation["bbox"], height, width)
                 if rle is None:

@@ -14,14 +14,14 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.datasets import load_coco_json, register_coco_instances
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, SemSegEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from settings import pairs
 
 from maskx.data.coco import load_coco
 from maskx.data.label_maps import write_label_map
-from maskx.data.masks import decode_segmentation
+from maskx.data.masks import decode_segmentation, encode_masks
 from maskx.data.prepare.visual_genome import COCO_SYNSETS, prepare_visual_genome
 from maskx.data.vocabularies import COCO_THING_CLASSES, VOC_CLASSES
 from maskx.detectron2 import (
@@ -34,6 +34,7 @@ from maskx.detectron2.datasets import (
     class_names_of,
     record_from_detectron2,
     records_of,
+    register_tag_list,
     split_from_config,
 )
 from maskx.detectron2.known_datasets import KNOWN_DATASETS, Scenes
@@ -150,7 +151,8 @@ def test_voc_has_to_be_prepared(tmp_path):
     assert class_names_of("maskx_voc_2012_trainaug") == list(VOC_CLASSES)
     (record,) = DatasetCatalog.get("maskx_voc_2012_trainaug")
     (tags,) = DatasetCatalog.get("maskx_voc_2012_trainaug_tags")
-    assert record.pop("label_map_file_name") == str(tmp_path / "voc2012/32.png")
+    label_map = str(tmp_path / "voc2012/32.png")
+    assert record.pop("label_map_file_name") == record.pop("sem_seg_file_name") == label_map
     assert (record.pop("supervision"), tags.pop("supervision")) == ("mask", "image")
     assert record == tags
     assert tags["image_labels"] == [19]
@@ -512,22 +514,90 @@ def test_a_coco_file_with_fewer_categories_is_an_error(vg_root):
         DatasetCatalog.get("maskx_coco_2017_val")
 
 
-def test_detectron2s_own_tool_evaluates_a_data_set(write_coco, tmp_path):
-    """By ``evaluator_type`` its tools/train_net.py chooses this evaluator."""
-    path, root = write_coco([{**GOOD, "iscrowd": 0, "area": 300}])
-    register_coco("farm", path, root)
-    assert MetadataCatalog.get("farm").evaluator_type == "coco"
-    (record,) = DatasetCatalog.get("farm")
+@pytest.fixture
+def tool_evaluator(tmp_path, monkeypatch):
+    """Make an evaluator as Detectron2's tools/train_net.py does, and its test loader before."""
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    kinds = {"coco": COCOEvaluator, "sem_seg": SemSegEvaluator}
+
+    def make(name, **options):
+        records = DatasetCatalog.get(name)
+        kind = kinds[MetadataCatalog.get(name).evaluator_type]
+        evaluator = kind(name, output_dir=str(tmp_path / "inference"), **options)
+        evaluator.reset()
+        return evaluator, records
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("keys", "strict"),
+    [({"iscrowd": 0, "area": 300}, True), ({}, True), ({"iscrowd": None, "area": None}, False)],
+)
+def test_detectron2s_own_tool_evaluates_a_data_set(
+    write_coco, tool_evaluator, tmp_path, keys, strict
+):
+    rle = encode_masks(np.ones((1, 40, 60), bool))[0]
+    whole = {"category_id": 10, "bbox": [0, 0, 60, 40], "segmentation": rle, **keys}
+    half_bad = {**GOOD, "segmentation": [*GOOD["segmentation"], [1, 1, 2, 2]]}
+    path, root = write_coco([(GOOD if strict else half_bad) | keys, whole])
+    written = path.read_bytes()
+    register_coco("farm", path, root, strict=strict)
+    evaluator, (record,) = tool_evaluator("farm", use_fast_impl=False)
     found = Instances((record["height"], record["width"]))
-    found.pred_boxes = Boxes(torch.tensor([record["annotations"][0]["bbox"]], dtype=torch.float32))
-    found.scores, found.pred_classes = torch.ones(1), torch.tensor([3])
-    mask = decode_segmentation(GOOD["segmentation"], record["height"], record["width"])
-    found.pred_masks = torch.from_numpy(mask[None])
-    evaluator = COCOEvaluator("farm", output_dir=str(tmp_path), use_fast_impl=False)
-    evaluator.reset()
+    boxes = [annotation["bbox"] for annotation in record["annotations"]]
+    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+    found.scores, found.pred_classes = torch.ones(2), torch.tensor([3, 0])
+    masks = [decode_segmentation(a["segmentation"], 40, 60) for a in record["annotations"]]
+    found.pred_masks = torch.from_numpy(np.stack(masks))
     evaluator.process([{"image_id": record["image_id"]}], [{"instances": found}])
     results = evaluator.evaluate()
-    assert results["bbox"]["AP-yak"] == results["segm"]["AP-yak"] == pytest.approx(100)
+    for task in ("bbox", "segm"):
+        assert results[task]["AP-yak"] == results[task]["AP-cat"] == pytest.approx(100)
+    # The file is as it was, the copy elsewhere; one that lacks nothing is read as it is.
+    assert path.read_bytes() == written
+    assert MetadataCatalog.get("farm").json_file == str(path)
+    copies = list((tmp_path / "cache").rglob("*.json"))
+    assert len(copies) == (not keys.get("area"))
+
+
+def test_detectron2s_own_tool_evaluates_label_maps(write_coco, tool_evaluator, tmp_path):
+    truth = np.zeros((40, 60), np.uint8)
+    truth[5:20, 5:20], truth[30:] = 3, 255
+    write_label_map(tmp_path / "1.png", truth, num_classes=4)
+    path, root = write_coco([])
+    content = json.loads(path.read_text())
+    content["images"][0] |= {"label_map_file_name": "1.png"}
+    path.write_text(json.dumps(content))
+    register_coco("fields", path, root)
+    evaluator, (record,) = tool_evaluator("fields", distributed=False)
+    predicted = torch.nn.functional.one_hot(torch.from_numpy(truth % 255).long(), 5)
+    evaluator.process([record], [{"sem_seg": predicted.permute(2, 0, 1)}])
+    results = evaluator.evaluate()["sem_seg"]
+    assert results["mIoU"] == results["IoU-owl"] == results["IoU-background"] == 100
+
+
+def test_what_detectron2s_own_tool_cannot_evaluate_has_a_type_of_its_own(
+    write_coco, tool_evaluator, tmp_path
+):
+    """A mask AP of boxes would be wrong, or end in a traceback; their box AP can be asked for."""
+    path, root = write_coco([GOOD, {**GOOD, "segmentation": None}])
+    register_coco("boxes", path, root)
+    register_coco("part", path, root, class_names=["ant", "cat", "dog", "owl", "yak"])
+    (tmp_path / "tags.jsonl").write_text('{"file_name": "1.png", "tags": ["cat"]}')
+    register_tag_list("tags", tmp_path / "tags.jsonl", root)
+    for name in ("boxes", "part", "tags"):
+        with pytest.raises(KeyError, match=r"^'maskx'$"):
+            tool_evaluator(name)
+        assert MetadataCatalog.get(name).evaluator_type == "maskx"
+    register_coco("boxes", path, root)  # again, which changes nothing
+    assert MetadataCatalog.get("boxes").evaluator_type == "maskx"
+    evaluator = COCOEvaluator("boxes", ("bbox",), output_dir=str(tmp_path), use_fast_impl=False)
+    evaluator.reset()
+    found = Instances((40, 60), pred_boxes=Boxes(torch.tensor([[1.0, 2, 31, 22]] * 2)))
+    found.scores, found.pred_classes = torch.ones(2), torch.tensor([3, 3])
+    evaluator.process([{"image_id": 7}], [{"instances": found}])
+    assert evaluator.evaluate()["bbox"]["AP-yak"] == pytest.approx(100)
 
 
 def test_the_visualizer_draws_a_green_and_b_red(make_cfg, tiny_train, tmp_path):
