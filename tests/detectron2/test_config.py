@@ -333,7 +333,7 @@ def commands_of_page():
     # Blocks with a language, and what tools print (text), are no commands of experiments.
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.M | re.S)
     blocks = "".join(text for language, text in blocks if not language).replace("\\\n", "")
-    for line in blocks.splitlines():
+    for line in filter(None, (line.partition("#")[0] for line in blocks.splitlines())):
         for side in ("voc2nonvoc", "nonvoc2voc") if "$S" in line else ("",):
             yield shlex.split(line.replace("$S", side))
 

@@ -18,18 +18,24 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/**/README.md"))]
 
 
-def documented():
-    """(page, words) of each command of ours."""
-    commands = {}
+def blocks():
+    """(page, text) of each block of commands."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, flags=re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                for command in re.split(r"&&|; ", line.replace("$S", "voc2nonvoc")):
-                    ours = re.match(r"\s*(?:do )?((?:python [^-]|maskx ).*)", command)
-                    if ours:
-                        words = tuple(shlex.split(ours[1], comments=True))
-                        commands.setdefault(words, page.relative_to(ROOT).as_posix())
+            yield page, block
+
+
+def documented():
+    """(page, words) of each command of ours."""
+    commands = {}
+    for page, block in blocks():
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in re.split(r"&&|; ", line.replace("$S", "voc2nonvoc")):
+                ours = re.match(r"\s*(?:do )?((?:python [^-]|maskx ).*)", command)
+                if ours:
+                    words = tuple(shlex.split(ours[1], comments=True))
+                    commands.setdefault(words, page.relative_to(ROOT).as_posix())
     return [(page, list(words)) for words, page in commands.items()]
 
 
@@ -61,6 +67,12 @@ def only_arguments(monkeypatch):
 def test_the_pages_have_commands():
     assert len(COMMANDS) > 100
     assert {page for page, _ in COMMANDS} >= {"README.md", "docs/half_labelled.md"}
+
+
+def test_commands_for_gpus_say_so():
+    of_gpus = [block for _, block in blocks() if "--num-gpus" in block]
+    assert len(of_gpus) > 15
+    assert not [block for block in of_gpus if "# needs GPUs" not in block]
 
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda v: " ".join(v)[:60])
