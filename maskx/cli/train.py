@@ -19,6 +19,7 @@ from typing import Any
 
 import maskx.systems  # noqa: F401 - registers them
 from maskx.core.command_line import ended_in_one_line
+from maskx.core.text import listed
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.system import find_system, system_names
 
@@ -181,15 +182,19 @@ def run(args: argparse.Namespace) -> None:
     """Run the quick start of the chosen system."""
     from maskx.engine.photos import photo_options, plan_of_photos
     from maskx.engine.runs import RUN_NAME
+    from maskx.engine.training_report import METRICS_NAME, REPORT_NAME
 
     options = dict(vars(args))
     system = options.pop("system")
     options["output"] = options["output"] or Path("output") / f"quickstart-{system}"
     overwrite = options.pop("overwrite")
     with ended_in_one_line("the same command with --resume goes on from the last checkpoint"):
-        if (options["output"] / RUN_NAME).is_file() and not (overwrite or options["resume"]):
+        names = (RUN_NAME, METRICS_NAME, REPORT_NAME, "predictions.png")
+        found = [name for name in names if (options["output"] / name).exists()]
+        if found and not (overwrite or options["resume"]):
+            what = "a run" if RUN_NAME in found else listed(found)
             raise FileExistsError(
-                f"{options['output']} holds a run already. Name another --output, add --resume to "
+                f"{options['output']} holds {what} already. Name another --output, add --resume to "
                 "go on with it, or --overwrite to replace it."
             )
         photos = _take_photos(options)

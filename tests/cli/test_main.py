@@ -1,16 +1,13 @@
 """The command itself: its verbs, its help, its exit status."""
 
 import importlib
-import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from maskx import __version__
-from maskx.cli.main import VERBS, main, parse
+from maskx.cli.main import VERBS, main
 
 HEAVY = {"torch", "numpy", "cv2", "scipy", "detectron2", "torchvision", "matplotlib"}
 
@@ -82,16 +79,9 @@ def test_a_run_that_exists_is_not_replaced(tmp_path):
     assert (tmp_path / "run.json").read_text() == "{}"
 
 
-def test_every_command_of_the_pages_is_one():
-    root = Path(__file__).parents[2]
-    pages = [page for folder in (".", "docs", "datasets") for page in root.glob(f"{folder}/*.md")]
-    commands = []
-    for page in [*pages, *root.glob("configs/*/*.md")]:
-        for block in re.findall(
-            r"```(?:bash)?\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL
-        ):
-            lines = block.replace("\\\n", " ").splitlines()
-            commands += [line for line in lines if line.startswith("maskx ")]
-    assert len(commands) > 5
-    for command in commands:
-        assert callable(parse(shlex.split(command)[1:]).run)
+@pytest.mark.parametrize("name", ["metrics.json", "report.html", "predictions.png"])
+def test_results_of_others_are_not_replaced(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SystemExit, match=f"holds '{name}' already.*--overwrite to replace it"):
+        main(["train", "--output", str(tmp_path)])
+    assert (tmp_path / name).read_text() == "mine"
