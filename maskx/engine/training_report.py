@@ -43,8 +43,8 @@ _WORDS = {
     "APs": "AP, small",
     "APm": "AP, medium",
     "APl": "AP, large",
-    "A": "A, with masks",
-    "B": "B, without",
+    "A": "A (with masks)",
+    "B": "B (without)",
     "training_seconds": "seconds of the training",
     "seconds": "seconds in all",
 }

@@ -41,7 +41,12 @@ def test_it_trains_resumes_evaluates_and_predicts(options, tmp_path):
     assert resumed["sem_seg"] == whole["sem_seg"]
 
     page = (tmp_path / "whole" / "report.html").read_text()
-    for text in ("loss_pixels: ", "mIoU_B", "on 16 of 16 images", "The worst images"):
+    for text in (
+        "loss pixels: ",
+        "mean IoU in percent B, without",
+        "on 16 of 16 images",
+        "The worst images",
+    ):
         assert text in page
     assert "src=" not in page.replace('src="data:', "")  # it needs no other file
 
