@@ -43,7 +43,7 @@ def test_it_trains_resumes_evaluates_and_predicts(options, tmp_path):
     page = (tmp_path / "whole" / "report.html").read_text()
     for text in (
         "loss pixels: ",
-        "mean IoU in percent B, without",
+        "in percent B (without)",
         "on 16 of 16 images",
         "The worst images",
     ):
