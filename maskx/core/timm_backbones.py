@@ -28,7 +28,8 @@ class _PaddedToSame(nn.Module):
     """TensorFlow's "same" convolution of timm with another formula for its padding.
 
     The sum that timm makes of maximum, ceiling and the size of each layer before keeps a tracer
-    with symbolic sizes busy for hours; this one, of the same value, takes seconds.
+    with symbolic sizes busy: EfficientNet-Lite0 was not traced in three minutes. With this one, of
+    the same value, it takes 11 s.
     """
 
     def __init__(self, convolution: nn.Conv2d) -> None:
@@ -49,7 +50,11 @@ class _PaddedToSame(nn.Module):
 
 
 def make_traceable(network: nn.Module) -> nn.Module:
-    """Return a copy that computes the same and can be traced with symbolic image sizes."""
+    """Return a copy that computes the same and can be traced with symbolic image sizes.
+
+    Args:
+        network: any; convolutions of timm with TensorFlow's "same" padding are replaced in it.
+    """
     from timm.layers import Conv2dSame
 
     network = copy.deepcopy(network)

@@ -242,7 +242,6 @@ class _Loop:
             losses = self.model(batch)
             total = sum(losses.values())
         self.losses.add(losses, total, batch)
-        self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
         self.scaler.unscale_(self.optimizer)
         # One unusual batch must not throw the weights of a short run far off.
@@ -255,6 +254,7 @@ class _Loop:
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad()  # not kept while images are read or the model is evaluated
 
     def _save(self) -> None:
         parts = ("model", "optimizer", "scaler", "losses")

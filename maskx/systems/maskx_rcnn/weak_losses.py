@@ -34,6 +34,16 @@ _NEIGHBOURS = ((0, 1), (1, -1), (1, 0), (1, 1))
 MAX_BOX_ROIS = 16  # RoIs of an image that teach by their boxes, unless the user says otherwise
 
 
+def _check_ranges(what: str, section: str, *settings: tuple[str, float, str, bool]) -> None:
+    """Refuse a setting that is out of range: its name, value, what is allowed and if it is."""
+    for name, value, allowed, is_allowed in settings:
+        if not is_allowed:
+            raise ValueError(
+                f"{name} of the {what} (MODEL.MASKX.{section}.{name.upper()}) is {value}. Allowed: "
+                f"{allowed}."
+            )
+
+
 class BoxMaskLoss(nn.Module):
     """The losses of a training step.
 
@@ -64,14 +74,14 @@ class BoxMaskLoss(nn.Module):
         is_bgr: bool = False,
     ) -> None:
         super().__init__()
-        for name, value, lowest in (
-            ("weight", weight, 0),
-            ("warm_up", warm_up, 0),
-            ("dilation", dilation, 1),
-            ("min_similarity", min_similarity, 0),
-        ):
-            if not value >= lowest:
-                raise ValueError(f"{name} of the box loss must be at least {lowest}, got {value}.")
+        _check_ranges(
+            "box loss",
+            "BOX_LOSS",
+            ("weight", weight, "0 or more", weight >= 0),
+            ("warm_up", warm_up, "0 or more", warm_up >= 0),
+            ("dilation", dilation, "1 or more", dilation >= 1),
+            ("min_similarity", min_similarity, "0 or more", min_similarity >= 0),
+        )
         self.weight, self.warm_up = weight, warm_up
         self.dilation, self.min_similarity = dilation, min_similarity
         self.pixel_mean, self.pixel_std, self.is_bgr = pixel_mean, pixel_std, is_bgr
@@ -307,17 +317,14 @@ class EMATeacher(nn.Module):
         warm_up: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, allowed, is_allowed in (
+        _check_ranges(
+            "EMA teacher",
+            "EMA_TEACHER",
             ("weight", weight, "0 or more", weight >= 0),
             ("decay", decay, "from 0 to below 1", 0 <= decay < 1),
             ("min_quality", min_quality, "0 to 1", 0 <= min_quality <= 1),
             ("warm_up", warm_up, "0 or more", warm_up >= 0),
-        ):
-            if not is_allowed:
-                raise ValueError(
-                    f"{name} of the EMA teacher (MODEL.MASKX.EMA_TEACHER.{name.upper()}) is "
-                    f"{value}. Allowed: {allowed}."
-                )
+        )
         self.weight, self.decay = weight, decay
         self.min_quality, self.warm_up = min_quality, warm_up
 
