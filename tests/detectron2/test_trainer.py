@@ -152,6 +152,7 @@ def test_real_photographs(shared_data, make_cfg, tmp_path):
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
+    assert all(p.grad is None for p in trainer.model.parameters())
     latest = trainer.storage.latest()  # with the evaluation at the end of the training
     assert latest["loss_mask"][0] > 0
     assert latest["segm_A/AP"][0] >= 0

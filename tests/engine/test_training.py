@@ -69,6 +69,20 @@ def run_of(folder, resume=True, wrong=None, run=RUN, settings=SETTINGS, pause=0.
     return model.state_dict(), history
 
 
+def test_no_gradient_is_kept_between_steps(tmp_path):
+    model, seen = Model(), []
+
+    def make(start, stop):
+        for batch in batches(start, stop):
+            seen.append(all(p.grad is None for p in model.parameters()))
+            yield batch
+
+    settings = replace(SETTINGS, iterations=3)
+    train(model, make, settings, output_dir=tmp_path, run=RUN, resume=False)
+    seen.append(all(p.grad is None for p in model.parameters()))
+    assert seen == [True] * 4
+
+
 def start_run(folder):
     """Train in a process of its own, which shares what this one has imported.
 
