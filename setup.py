@@ -69,7 +69,8 @@ setup(
     install_requires=REQUIRES,
     extras_require={
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.6"],
+        # supervision is for tests of Prediction.to_supervision; 130 MB with its video decoder.
+        "dev": [*TEST, "ruff>=0.6", "supervision>=0.31"],
         "plots": PLOTS,
         "fast": FAST,
         "serve": SERVE,

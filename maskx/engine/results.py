@@ -126,19 +126,7 @@ class Prediction:
         """Keep the instances whose score is at least a threshold; a label map stays as it is."""
         if self.scores is None:
             return self
-        kept = np.flatnonzero(np.asarray(self.scores) >= threshold)
-        segmentations, remarks = (
-            None if each is None else [each[i] for i in kept]
-            for each in (self.segmentations, self.remarks)
-        )
-        return replace(
-            self,
-            boxes=None if self.boxes is None else self.boxes[kept],
-            segmentations=segmentations,
-            remarks=remarks,
-            scores=self.scores[kept],
-            class_indices=self.class_indices[kept],
-        )
+        return self._chosen(np.flatnonzero(np.asarray(self.scores) >= threshold))
 
     def to_coco(
         self, image_id: int | str, category_ids: Sequence[int] | None = None
@@ -155,22 +143,22 @@ class Prediction:
             return self._class_instances().to_coco(image_id, category_ids)
         if category_ids is None:
             category_ids = range(1, len(self.class_names) + 1)
-        is_of_masks = self.boxes is None and self.segmentations is not None
-        boxes = self._mask_boxes() if is_of_masks else self.boxes
+        found = self._somewhere()
+        boxes = found.boxes
+        if boxes is None and found.segmentations is not None:
+            boxes = found._mask_boxes()
         entries = []
-        for row, index in enumerate(np.asarray(self.class_indices).tolist()):
-            if is_of_masks and not mask_api.area(self.segmentations[row]):
-                continue
+        for row, index in enumerate(np.asarray(found.class_indices).tolist()):
             entry = {"image_id": image_id, "category_id": category_ids[index]}
             if boxes is not None:
                 x0, y0, x1, y1 = (float(value) for value in boxes[row])
                 entry["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-            if self.segmentations is not None:
-                entry["segmentation"] = self.segmentations[row]
-            if self.scores is not None:
-                entry["score"] = float(self.scores[row])
-            if self.remarks is not None and self.remarks[row]:
-                entry["remark"] = self.remarks[row]
+            if found.segmentations is not None:
+                entry["segmentation"] = found.segmentations[row]
+            if found.scores is not None:
+                entry["score"] = float(found.scores[row])
+            if found.remarks is not None and found.remarks[row]:
+                entry["remark"] = found.remarks[row]
             entries.append(entry)
         return entries
 
@@ -200,7 +188,10 @@ class Prediction:
         return annotations
 
     def to_supervision(self) -> Any:
-        """Turn it into ``supervision.Detections``; of a label map one for each class there."""
+        """Turn it into ``supervision.Detections``; of a label map one for each class there.
+
+        Instances that are nowhere are left out as by :meth:`to_coco`.
+        """
         try:
             from supervision import Detections
         except ImportError as error:
@@ -209,17 +200,35 @@ class Prediction:
             ) from error
         if self.class_indices is None:
             return self._class_instances().to_supervision()
-        if len(self.class_indices) == 0:
+        found = self._somewhere()
+        if len(found.class_indices) == 0:
             return Detections.empty()
-        scores = None if self.scores is None else np.asarray(self.scores, dtype=np.float32)
-        boxes = self._mask_boxes() if self.boxes is None else self.boxes
+        scores = None if found.scores is None else np.asarray(found.scores, dtype=np.float32)
+        data = {"class_name": np.array(found.names)}
+        if found.remarks is not None:
+            data["remark"] = np.array([remark or "" for remark in found.remarks])
+        boxes = found._mask_boxes() if found.boxes is None else found.boxes
         return Detections(
             xyxy=np.asarray(boxes, dtype=np.float32),
-            mask=self.masks,
+            mask=found.masks,
             confidence=scores,
-            class_id=np.asarray(self.class_indices, dtype=int),
-            data={"class_name": np.array(self.names)},
+            class_id=np.asarray(found.class_indices, dtype=int),
+            data=data,
         )
+
+    def _chosen(self, rows: np.ndarray) -> "Prediction":
+        """Keep instances, by their rows."""
+        parts = {key: getattr(self, key) for key in ("boxes", "scores", "class_indices")}
+        parts = {k: part if part is None else np.asarray(part)[rows] for k, part in parts.items()}
+        lists = {key: getattr(self, key) for key in ("segmentations", "remarks")}
+        lists = {k: part if part is None else [part[i] for i in rows] for k, part in lists.items()}
+        return replace(self, **parts, **lists)
+
+    def _somewhere(self) -> "Prediction":
+        """Leave out instances that have neither a box nor a pixel."""
+        if self.boxes is not None or not self.segmentations:
+            return self
+        return self._chosen(np.flatnonzero(mask_api.area(list(self.segmentations))))
 
     def _labelled(self) -> list[int]:
         """Class indices that a label map has."""

@@ -165,6 +165,29 @@ def test_detections_of_supervision(monkeypatch):
         INSTANCES.to_supervision()
 
 
+def test_supervision_takes_them():
+    supervision = pytest.importorskip("supervision")
+    remarked = dataclasses.replace(INSTANCES, remarks=[None, "a part of a dog"])
+    found = remarked.to_supervision()
+    (sure,) = found[found.confidence > 0.5]["class_name"]
+    assert sure == "horse"
+    assert found["remark"].tolist() == ["", "a part of a dog"]
+    assert found.area.tolist() == MASKS.sum((1, 2)).tolist()
+    picture = EMPTY.image.copy()
+    for annotator in (supervision.MaskAnnotator(), supervision.LabelAnnotator()):
+        drawn = annotator.annotate(picture.copy(), found)
+        assert (drawn != picture).any()
+    both = supervision.Detections.merge([found, EMPTY.to_supervision()])
+    assert len(both) == 2
+    boxes_alone = dataclasses.replace(INSTANCES, segmentations=None).to_supervision()
+    assert boxes_alone.mask is None
+    assert boxes_alone.area.tolist() == [42, 157.5]
+    assert PIXELS.to_supervision().box_area.tolist() == [150, 90]
+    nowhere = encode_masks(MASKS & np.array([True, False])[:, None, None])
+    masks_alone = dataclasses.replace(INSTANCES, boxes=None, segmentations=nowhere)
+    assert masks_alone.to_supervision().xyxy.tolist() == [[3, 2, 10, 8]]
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
