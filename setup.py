@@ -24,6 +24,7 @@ REQUIRES = [
     "safetensors>=0.4",
     "timm>=1.0.15",
     "msgspec>=0.18",
+    "pyyaml>=6",
 ]
 PLOTS = ["matplotlib>=3.7"]
 # COCO matching, five times as fast as that of pycocotools; numbers of large annotation files.

@@ -14,8 +14,11 @@ Examples:
 """
 
 import argparse
+import sys
 
+from maskx.cli.settings_file import words_of_settings
 from maskx.cli.train import add_arguments, run
+from maskx.core.command_line import ended_in_one_line
 
 
 def main() -> None:
@@ -25,7 +28,11 @@ def main() -> None:
     )
     add_arguments(parser)
     parser.set_defaults(overwrite=True)
-    run(parser.parse_args())
+    with ended_in_one_line():
+        args = parser.parse_args()
+        if args.settings is not None:
+            args = parser.parse_args([*words_of_settings(args.settings), *sys.argv[1:]])
+        run(args)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; ``run`` of what it returns does what the verb says.
 
-    Only the module of the verb is imported.
+    Only the module of the verb is imported. Options of a settings file stand before the others.
     """
     parser = argparse.ArgumentParser(
         prog="maskx",
@@ -69,4 +69,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         )
         module.add_arguments(own)
         own.set_defaults(run=module.run)
-    return parser.parse_args(list(words))
+    given = parser.parse_args(list(words))
+    if getattr(given, "settings", None) is None:
+        return given
+    from maskx.cli.settings_file import words_of_settings
+
+    verb, *own_words = words
+    return parser.parse_args([verb, *words_of_settings(given.settings), *own_words])

@@ -11,6 +11,11 @@ Examples:
         --coco-train train.json train --coco-val val.json val
     maskx train --start output/animals --output output/corrected \
         --coco-train corrected.json train --coco-val val.json val
+    maskx train --settings animals.yaml --iterations 400
+
+A settings file holds options by their long names, such as `coco-train: [train.json, train]`; its
+relative paths count from its folder, and options of the command line count before it. Every run
+folder has one, settings.yaml.
 """
 
 import argparse
@@ -27,6 +32,7 @@ from maskx.engine.system import find_system, system_names
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options, whose defaults are those of QuickstartOptions."""
     add, default = parser.add_argument, QuickstartOptions
+    add("--settings", type=Path, metavar="FILE", help="YAML file of these options")
     add("--system", choices=system_names(), default="maskx", help="default: maskx")
     add("--output", type=Path, help="folder for results (default: output/quickstart-SYSTEM)")
     add("--seed", type=int, default=default.seed, help="of scenes, initial weights, data order")
@@ -180,11 +186,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the quick start of the chosen system."""
+    from maskx.cli.settings_file import write_settings
     from maskx.engine.photos import photo_options, plan_of_photos
     from maskx.engine.runs import RUN_NAME
     from maskx.engine.training_report import METRICS_NAME, REPORT_NAME
 
     options = dict(vars(args))
+    del options["settings"]
     system = options.pop("system")
     options["output"] = options["output"] or Path("output") / f"quickstart-{system}"
     overwrite = options.pop("overwrite")
@@ -197,6 +205,8 @@ def run(args: argparse.Namespace) -> None:
                 f"{options['output']} holds {what} already. Name another --output, add --resume to "
                 "go on with it, or --overwrite to replace it."
             )
+        if args.settings is not None:
+            print(f"Options of the command line, then of {args.settings}, then the defaults.")
         photos = _take_photos(options)
         for key in ("coco_train", "coco_val", "target_train"):
             if options[key]:
@@ -208,7 +218,12 @@ def run(args: argparse.Namespace) -> None:
                 print(line)
         else:
             quickstart = QuickstartOptions(**given)
+        # One that goes on may be refused: then the file still says what the run was made with.
+        if not quickstart.resume:
+            write_settings(quickstart.output, vars(args))
         find_system(system).pipeline(quickstart, print)
+        if quickstart.resume:
+            write_settings(quickstart.output, vars(args))
 
 
 def _take_photos(options: dict[str, Any]) -> bool:

@@ -116,12 +116,13 @@ class _PlainLoader(yaml.SafeLoader):
     """Loads plain values and runs no code; a key that stands twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [(key.tag, key.value) for key, _ in node.value if key.id == "scalar"]
-        if len(set(names)) < len(names):
-            repeated = next(name for name in names if names.count(name) > 1)[1]
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {repeated!r:.80} stands twice", node.start_mark
-            )
+        seen = set()
+        for key in [key for key, _ in node.value if key.id == "scalar"]:
+            if (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r:.80} stands twice", key.start_mark
+                )
+            seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
 

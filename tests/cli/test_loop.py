@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from maskx.cli.main import main
 from maskx.data.coco import load_coco
@@ -20,11 +21,17 @@ PAGE = Path(__file__).parents[2] / "docs" / "half_labelled.md"
 SMALL = ["--image-size", "64", "--iterations", "2", "--batch-size", "2", "--device", "cpu"]
 
 
-def commands():
-    """Words of the commands of the loop, without `maskx`."""
-    loop = PAGE.read_text(encoding="utf-8").partition("\n## ")[0]
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", loop, flags=re.DOTALL))
-    lines = blocks.replace("\\\n", " ").splitlines()
+def section(title):
+    return PAGE.read_text(encoding="utf-8").partition(title)[2].partition("\n## ")[0]
+
+
+def blocks(text, language):
+    return "".join(re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL))
+
+
+def commands(text):
+    """Words of the commands of a section, without `maskx`."""
+    lines = blocks(text, "bash").replace("\\\n", " ").splitlines()
     return [shlex.split(line)[1:] for line in lines]
 
 
@@ -67,7 +74,9 @@ def correct_the_worst():
 
 
 def test_label_few_check_train_complete_correct_train_again(folder, capsys):
-    check, train, complete, train_again, complete_again, predict = commands()
+    check, train, complete, train_again, complete_again, predict = commands(
+        section("# From half-labelled data")
+    )
     assert main(check) == 0
     names = [c["name"] for c in json.loads(Path("train.json").read_text())["categories"]]
     assert set(Path("with_masks.txt").read_text().splitlines()) >= set(names[:2])
@@ -96,3 +105,23 @@ def test_label_few_check_train_complete_correct_train_again(folder, capsys):
 
     assert main([*predict, "--device", "cpu"]) == 0
     assert len(list(Path("output/predict").glob("*.png"))) == 10
+
+
+def test_options_in_a_file(folder):
+    text = section("\n## Options in a file\n")
+    Path("first.yaml").write_text(blocks(text, "yaml"))
+    val = json.loads(Path("val.json").read_text())
+    val["images"] = val["images"][:2]
+    ids = {image["id"] for image in val["images"]}
+    val["annotations"] = [a for a in val["annotations"] if a["image_id"] in ids]
+    Path("val.json").write_text(json.dumps(val))
+    Path("with_masks.txt").write_text(val["categories"][0]["name"])
+    train, again = commands(text)
+    assert main([*train, *SMALL]) == 0
+    assert main(again) == 0
+    first, repeated = (read_run(f"output/{name}") for name in ("first", "repeated"))
+    assert first.settings == repeated.settings
+    assert first.split.with_masks == repeated.split.with_masks
+    assert len(first.split.with_masks) == 1
+    weights = [torch.load(r.weights_file, weights_only=True)["model"] for r in (first, repeated)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
