@@ -52,6 +52,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"The images belong into {args.output / place}; --copy-images copies them there.")
     for what, number in sorted(lost.items()):
         print(f"Not held by {args.format}: {number} {what}.")
-    for name, reason in dataset.lost_images.items():
+    for name, reason in dataset.lost_files.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
-    return 1 if dataset.lost_images else 0
+    return 1 if dataset.lost_files else 0

@@ -220,7 +220,7 @@ def _read(
         category_ids=structure.category_ids,
         problems=report.problems,
         notes=report.notes,
-        lost_images=report.lost_images,
+        lost_images=report.lost_files,
         lacking=lacking,
     )
 

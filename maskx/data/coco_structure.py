@@ -19,6 +19,7 @@ __all__ = ["Finding", "Positions", "Report", "Structure", "read_structure"]
 
 logger = logging.getLogger(__name__)
 
+SKIP = "leave it out, counted, with strict=False (--skip-bad)"
 _NUM_EXAMPLES = 5  # quoted of bad annotations, and of each kind of finding
 _MAX_SIDE = 1_000_000  # pixels; numbers of pixels stay far below 2^63
 
@@ -57,7 +58,8 @@ class Report:
 
     Attributes:
         findings: By kind, in the order in which they were met.
-        lost_images: What is wrong with the images that are missing or broken, by path.
+        lost_files: What is wrong with the images and, where they are needed, the label maps that
+            are missing or broken, by path.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Report:
         self.source, self.strict, self.collect = source, strict, collect
         self._quiet = quiet or collect
         self.findings: dict[str, Finding] = {}
-        self.lost_images: dict[str, str] = {}
+        self.lost_files: dict[str, str] = {}
         self._examples: list[str] = []
 
     @property
@@ -94,6 +96,14 @@ class Report:
         if self.strict:
             self.fail(found, remedy)
         self._count(kind, f"{found[0].upper()}{found[1:]}", remedy, "left out")
+
+    def lost_file(self, kind: str, what: str, path: Any, problem: str, remedy: str) -> None:
+        """Count a file that is missing or broken and left out; raise, if that is an error."""
+        path = os.fspath(path)
+        if self.strict:
+            remedy += f", or {SKIP}"
+        self.entry(kind, f"{what} {path} {problem}", remedy)
+        self.lost_files[path] = problem
 
     def annotation(
         self, annotation: dict[str, Any], name: str, problem: AnnotationProblem, done: str

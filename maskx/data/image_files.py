@@ -20,7 +20,6 @@ __all__ = ["find_images"]
 _NUM_THREADS = 16  # they wait for the disk
 _NUM_NAMED = 20  # missing files in an error
 _NUM_NEAR = 5  # missing files of which a similar one is looked for
-_SKIP = "leave them out, counted, with strict=False (--skip-bad)"
 
 
 def find_images(
@@ -79,12 +78,12 @@ def find_images(
         report.entry("label_map_missing", f"{record.pop(key)} does not exist", "Restore it")
     for index, record in enumerate(lost):
         near = _near(record["file_name"], image_root, folders) if index < _NUM_NEAR else ""
-        _leave_out(
-            record,
+        report.lost_file(
             "image_missing",
+            "image",
+            record["file_name"],
             f"does not exist{f', but {near} does' if near else ''}",
             "Check the image folder, correct the names, or remove these images from the file",
-            report,
         )
     gone = {id(record) for record in lost}
     found = [record for record in records if id(record) not in gone]
@@ -97,23 +96,14 @@ def find_images(
             f"{found[0]['file_name']}, {problems[0][1]}. Restore them, or correct the annotation "
             "file."
         )
-    for record, problem in broken:
-        _leave_out(record, *problem, report)
+    for record, (kind, problem, remedy) in broken:
+        report.lost_file(kind, "image", record["file_name"], problem, remedy)
         gone.add(id(record))
     return [record for record in records if report.collect or id(record) not in gone]
 
 
 def _problem_of(record: Mapping[str, Any]) -> tuple[str, str, str] | None:
     return problem_of_file(record["file_name"], record["height"], record["width"])
-
-
-def _leave_out(
-    record: Mapping[str, Any], kind: str, text: str, remedy: str, report: "Report"
-) -> None:
-    if report.strict:
-        remedy += f", or {_SKIP}"
-    report.entry(kind, f"image {record['file_name']} {text}", remedy)
-    report.lost_images[record["file_name"]] = text
 
 
 def _refuse_missing(
@@ -130,6 +120,7 @@ def _refuse_missing(
     keys = ("file_name", "sem_seg_file_name", "label_map_file_name")
     number = sum(key in record for record in records for key in keys)
     near = _near(missing[0], image_root, folders) if lost else ""
+    skip = "leave them out, counted, with strict=False (--skip-bad)"
     names = "".join(f"\n  {name}" for name in missing[1:_NUM_NAMED])
     more = len(missing) - _NUM_NAMED
     names += f"\n  and {more} more" if more > 0 else ""
@@ -137,7 +128,7 @@ def _refuse_missing(
         f"{report.source}: {len(missing)} of {number} files named do not exist, the first is "
         f"{missing[0]}{f', but {near} does' if near else ''}. Check the image root {image_root} "
         "or, for label maps, the folder of the annotation file; or remove these images from the "
-        f"annotation file{f', or {_SKIP}' if len(lost) < len(records) else ''}."
+        f"annotation file{f', or {skip}' if len(lost) < len(records) else ''}."
         f"{f' The others:{names}' if names else ''}"
     )
 

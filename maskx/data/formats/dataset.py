@@ -14,6 +14,7 @@ from pycocotools import mask as mask_api
 
 from maskx.core.files import written_whole
 from maskx.data.coco_shapes import mask_extent
+from maskx.data.coco_structure import Report
 from maskx.data.images import image_size
 from maskx.data.label_maps import LABEL_MAP_KEYS
 
@@ -34,13 +35,14 @@ class Dataset:
     Attributes:
         content: COCO dict.
         image_root: Folder that the file names are in; None if that is not known.
-        lost_images: What is wrong with the images that were left out as missing or broken, by path.
+        lost_files: What is wrong with the images and label maps that were left out as missing or
+            broken, by path.
         label_map_root: Folder that the names of label maps count from; None if there are none.
     """
 
     content: dict[str, Any]
     image_root: Path | None
-    lost_images: Mapping[str, str] = field(default_factory=dict)
+    lost_files: Mapping[str, str] = field(default_factory=dict)
     label_map_root: Path | None = None
 
     def objects(self) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
@@ -292,13 +294,15 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in paths)
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def size_of(path: Path, report: Report) -> tuple[int, int] | None:
     """Return (height, width) of an image, as it is when turned by its EXIF tag.
 
-    Raises:
-        ValueError: It cannot be read.
+    None if there is no such image that can be read: the report has it then.
     """
     found = image_size(path)
-    if found is None:
-        raise ValueError(f"{path} cannot be read. Restore the image, or remove it.")
+    if found is None and path.is_file():
+        report.lost_file("image_broken", "image", path, "cannot be read", "Restore it")
+    elif found is None:
+        remedy = "Check the folder of the images, or name it"
+        report.lost_file("image_missing", "image", path, "does not exist", remedy)
     return found

@@ -55,7 +55,11 @@ def read(path: Path, images: Path | None, report: Report) -> Dataset:
             continue
         results = _results(task, where, report)
         name = _file_name(url)
-        size = _size(results, data, name, images)
+        size = _size(results, data)
+        if size is None and images is not None and (images / name).is_file():
+            size = size_of(images / name, report)
+            if size is None:
+                continue
         if size is None:
             report.entry(
                 "label_studio_size",
@@ -155,16 +159,13 @@ def _results(task: Mapping[str, Any], where: str, report: Report) -> list[dict[s
     return chosen[0].get("result") or [] if chosen else []
 
 
-def _size(
-    results: list[dict[str, Any]], data: Mapping[str, Any], name: str, images: Path | None
-) -> tuple[int, int] | None:
+def _size(results: list[dict[str, Any]], data: Mapping[str, Any]) -> tuple[int, int] | None:
     for result in results:
         if result.get("original_width") and result.get("original_height"):
             return int(result["original_height"]), int(result["original_width"])
     if isinstance(data.get("width"), int) and isinstance(data.get("height"), int):
         return data["height"], data["width"]
-    file = None if images is None else images / name
-    return size_of(file) if file is not None and file.is_file() else None
+    return None
 
 
 def _read_result(result: Mapping[str, Any], where: str, builder: Builder, report: Report) -> None:

@@ -62,11 +62,12 @@ def read(path: Path, images: Path | None, report: Report) -> Dataset:
     root = images or folder
     for file, content in contents:
         image_file = file.parent / str(content["imagePath"]).replace("\\", "/")
-        height, width = content.get("imageHeight"), content.get("imageWidth")
-        if not height or not width:
-            height, width = size_of(root / os.path.relpath(image_file, folder))
         name = Path(os.path.relpath(image_file, folder)).as_posix()
-        builder.add_image(name, height, width)
+        size = content.get("imageHeight"), content.get("imageWidth")
+        size = size if all(size) else size_of(root / name, report)
+        if size is None:
+            continue
+        builder.add_image(name, *size)
         for shapes in _groups(content["shapes"], file, report):
             _read_object(shapes, file, builder, report)
         flags = [name for name, is_on in (content.get("flags") or {}).items() if is_on is True]

@@ -104,6 +104,9 @@ def read_dataset(
     dataset = _module(find_format(path)).read(path, images, report)
     if check_images and dataset.image_root is not None:
         dataset = _with_files(dataset, report)
+    if not dataset.content["images"]:
+        found = "".join(f"; {file} {problem}" for file, problem in report.lost_files.items())
+        report.fail(f"has no image that can be used{found:.1000}", "Give data with at least one")
     image_of = {image["id"]: image for image in dataset.content["images"]}
     names = dataset.names()
     kept = []
@@ -122,7 +125,8 @@ def read_dataset(
             annotation["segmentation"] = shapes.mask
         kept.append(annotation)
     report.finish()
-    return replace(dataset, content={**dataset.content, "annotations": kept})
+    content = {**dataset.content, "annotations": kept}
+    return replace(dataset, content=content, lost_files=report.lost_files)
 
 
 def _with_files(dataset: Dataset, report: Report) -> Dataset:
@@ -142,7 +146,7 @@ def _with_files(dataset: Dataset, report: Report) -> Dataset:
     ]
     annotations = [a for a in content["annotations"] if a["image_id"] in found]
     kept = {**content, "images": images, "annotations": annotations}
-    return replace(dataset, content=kept, lost_images=report.lost_images)
+    return replace(dataset, content=kept)
 
 
 def as_coco(

@@ -54,8 +54,10 @@ def read(path: Path, images: Path | None, report: Report) -> Dataset:
         name = _file_name(tree, stem, root)
         size = tree.find("size")
         sides = [_number(size, key) for key in ("height", "width")] if size is not None else [None]
-        height, width = size_of(root / name) if not all(sides) else map(int, sides)
-        builder.add_image(name, height, width)
+        sides = list(map(int, sides)) if all(sides) else size_of(root / name, report)
+        if sides is None:
+            continue
+        builder.add_image(name, *sides)
         numbers = _read_map(path / "SegmentationObject" / f"{stem}.png")
         for index, found in enumerate(tree.iter("object"), 1):
             _read_object(found, index, numbers, f"{file}, object {index}", builder, report)

@@ -50,18 +50,21 @@ def read(path: Path, images: Path | None, report: Report) -> Dataset:
         parts = [file.parent / "labels" / "train", file.parent / "labels", folder]
         folder = next(part for part in parts if part.is_dir() or part == folder)
     num_labelled = 0
-    for name in list_images(root):
-        height, width = size_of(root / name)
-        builder.add_image(name.as_posix(), height, width)
+    names_of_images = list_images(root)
+    for name in names_of_images:
         labels = folder / name.with_suffix(".txt")
+        num_labelled += labels.is_file()
+        size = size_of(root / name, report)
+        if size is None:
+            continue
+        builder.add_image(name.as_posix(), *size)
         if labels.is_file():
-            num_labelled += 1
             for number, line in enumerate(labels.read_text(encoding="utf-8").splitlines(), 1):
                 if line.strip():
                     _read_line(line, f"{labels}, line {number}", names, builder, report)
     if not num_labelled:
         report.fail(
-            f"none of {len(builder.images)} images in {root} has labels in {folder}",
+            f"none of {len(names_of_images)} images in {root} has labels in {folder}",
             "Name the folder of the images; labels lie beside it",
         )
     return builder.dataset(root)

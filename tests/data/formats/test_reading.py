@@ -318,6 +318,61 @@ def test_objects_of_voc_without_a_box_are_named(folder):
     assert len(data.records[0]["annotations"]) == 1
 
 
+def two_without_sizes(folder, name):
+    """Annotations of a.png and b.png in a format, which say nothing of their sizes."""
+    if name == "yolo":
+        yolo(folder, a="1 0.5 0.5 0.4 0.5", b="1 0.5 0.5 0.4 0.5")
+        return folder
+    if name == "labelme":
+        for image in "ab":
+            labelme(folder, [shape("moon", "rectangle", [[3, 2], [7, 6]])], name=image)
+        return folder
+    if name == "voc":
+        for image in "ab":
+            voc(folder, voc_object("moon", (4, 3, 7, 6)), name=image)
+        return folder
+    box = {"x": 30, "y": 25, "width": 40, "height": 50, "rectanglelabels": ["moon"]}
+    results = [{"type": "rectanglelabels", "value": box}]
+    tasks = [
+        {"data": {"image": f"{n}.png"}, "annotations": [{"result": results}]} for n in ("a", "b")
+    ]
+    (folder / "export.json").write_text(json.dumps(tasks))
+    return folder / "export.json"
+
+
+@pytest.mark.parametrize("name", ["yolo", "labelme", "voc", "label-studio"])
+def test_images_whose_size_cannot_be_read_are_named_or_left_out(folder, name):
+    path = two_without_sizes(folder, name)
+    root = folder if name == "labelme" else folder / "images"
+    broken = folder / "images" / "a.png"
+    good = broken.read_bytes()
+    broken.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"image .*a\.png cannot be read\. Restore .*--skip-bad"):
+        read_dataset(path, root)
+    dataset = read_dataset(path, root, strict=False)
+    (found,) = objects(dataset).values()
+    assert found == [("moon", [3, 2, 4, 4], None)]
+    assert dataset.lost_files == {str(broken): "cannot be read"}
+    data, report, _ = check_annotations(path, root)
+    assert report.problems == {"image_broken": 1}
+    assert len(data.records) == 1
+    (folder / "images" / "b.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no image that can be used; .*a\.png cannot be read; "):
+        read_dataset(path, root, strict=False)
+    broken.write_bytes(good)
+    assert len(read_dataset(path, root, strict=False).content["images"]) == 1
+
+
+@pytest.mark.parametrize("name", ["labelme", "voc"])
+def test_images_of_no_size_that_are_missing_are_named(folder, name):
+    path = two_without_sizes(folder, name)
+    root = folder if name == "labelme" else folder / "images"
+    (folder / "images" / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"b\.png does not exist\. Check the folder of the images"):
+        read_dataset(path, root)
+    assert len(read_dataset(path, root, strict=False).content["images"]) == 1
+
+
 def test_training_gets_a_coco_file_of_any_format(folder, caplog):
     yolo(folder, a="1 0.5 0.5 0.4 0.5\n1 0.5 0.5 2 2\n")
     with pytest.raises(ValueError, match="box_outside: 1"):
