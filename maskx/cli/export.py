@@ -2,8 +2,8 @@ r"""Bring annotations into the format of another tool.
 
 DATA may be of any of the formats too: a COCO file, a YOLO folder, a folder of labelme files or of
 PASCAL VOC, an XML file of CVAT, a JSON export of Label Studio. What a format cannot hold is said,
-with its number. Label maps are held by COCO alone: they are copied with the images, or else named
-where they are.
+with its number. Label maps are held by COCO, which copies them with the images, or else names them
+where they are, and by VOC, as its SegmentationClass.
 
 Examples:
     maskx export completed.json --format yolo --output yolo
@@ -31,11 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and say what was lost; the status is 1 where that is an image."""
-    from maskx.data.formats.table import read_dataset, write_dataset
+    """Convert, and say what was lost; the status is 1 where that is an image or a label map."""
+    from maskx.data.formats.dataset import LABEL_MAP
+    from maskx.data.formats.table import label_maps_read, read_dataset, write_dataset
 
     dataset = read_dataset(
-        args.data, args.images, strict=not args.skip_bad, check_images=args.copy_images
+        args.data,
+        args.images,
+        strict=not args.skip_bad,
+        check_images=args.copy_images,
+        check_label_maps=label_maps_read(args.format, copy_images=args.copy_images),
     )
     lost = write_dataset(
         dataset,
@@ -46,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     )
     content = dataset.content
     images, objects = len(content["images"]), len(content["annotations"])
-    print(f"Wrote {args.output}: {images} images, {objects} objects, as {args.format}.")
+    maps = sum(isinstance(image.get(LABEL_MAP), str) for image in content["images"])
+    maps = f", {maps} label maps" if maps and args.format in ("coco", "voc") else ""
+    print(f"Wrote {args.output}: {images} images, {objects} objects{maps}, as {args.format}.")
     place = {"yolo": "images/train", "voc": "JPEGImages"}.get(args.format)
     if place and not args.copy_images:
         print(f"The images belong into {args.output / place}; --copy-images copies them there.")

@@ -1,6 +1,7 @@
 """`maskx export`: what is written, what is said, what is never overwritten."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,73 @@ def test_label_maps_are_found_from_the_new_folder(labels, capsys, copied):
     (record,) = load_coco(out / "annotations.json", "img").records
     for key in ("label_map_file_name", "sem_seg_file_name"):
         assert np.array_equal(np.array(Image.open(record[key])), labels)
+
+
+def test_label_maps_become_those_of_voc(labels, capsys):
+    words = ["export", "ann.json", "img", "--format", "voc", "--output", "out", "--copy-images"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Wrote out: 1 images, 3 objects, 1 label maps, as voc.")
+    assert "label maps (stuff_file_name), left out" in said
+    assert "label_map_file_name" not in said
+    with Image.open("out/SegmentationClass/0.png") as written:
+        assert np.array_equal(np.array(written), labels)
+        assert written.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+    assert Path("out/ImageSets/Segmentation/default.txt").read_text() == "0\n"
+    assert main(["check", "out"]) == 0
+    assert "No problems." in capsys.readouterr().out
+    assert main(["export", "out", "--format", "coco", "--output", "back", "--copy-images"]) == 0
+    (record,) = load_coco("back/annotations.json", "back/images").records
+    assert np.array_equal(np.array(Image.open(record["label_map_file_name"])), labels)
+
+
+def test_voc_draws_as_unknown_where_a_class_may_be(data):
+    data["images"][0]["image_labels"] = [1]
+    Path("ann.json").write_text(json.dumps(data))
+    main(["export", "ann.json", "img", "--format", "voc", "--output", "out"])
+    expected = np.zeros((20, 30), np.uint8)
+    expected[1:10, 1:10] = 255  # the crowd
+    expected[5:12, 15:21] = 255  # the box alone
+    expected[mask_api.decode(ring()) > 0] = 1
+    assert np.array_equal(np.array(Image.open("out/SegmentationClass/0.png")), expected)
+
+
+def test_voc_refuses_label_maps_of_too_many_classes(labels, data):
+    data["categories"] += [{"id": i, "name": f"class {i}"} for i in range(3, 256)]
+    Path("ann.json").write_text(json.dumps(data))
+    Image.fromarray(labels.astype(np.uint16)).save("maps/any name.png")
+    words = ["export", "ann.json", "img", "--format", "voc", "--output", "out"]
+    with pytest.raises(SystemExit, match=r"label maps of 255 classes, and voc holds at most 254"):
+        main(words)
+    assert not Path("out").exists()
+    for key in LABEL_MAP_KEYS:
+        del data["images"][0][key]
+    Path("ann.json").write_text(json.dumps(data))
+    assert main(words) == 0
+    lost = json.loads(Path("out/maskx_export.json").read_text())["lost"]
+    assert lost["maps of more than 254 classes (SegmentationClass), left out"] == 1
+
+
+@pytest.mark.parametrize("name", ["coco", "voc"])
+def test_label_maps_that_cannot_be_used_are_named_before_anything_is_written(labels, capsys, name):
+    words = ["export", "ann.json", "img", "--format", name, "--output", "out", "--copy-images"]
+    file = Path("maps/any name.png")
+    for content, problem in ((None, "does not exist"), (b"no PNG", "cannot be used: .*as PNG")):
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(
+            SystemExit, match=rf"label map maps.any name\.png {problem}.*--skip-bad"
+        ):
+            main(words)
+        assert not Path("out").exists()
+        assert main([*words, "--skip-bad"]) == 1
+        text = capsys.readouterr()
+        assert "Wrote out: 1 images, 3 objects" in text.out
+        assert f"left out: {file}: " in text.err
+        images = {"voc": "JPEGImages"}.get(name, "images")
+        assert main(["check", "out", str(Path("out", images))]) == 0
+        shutil.rmtree("out")
+        capsys.readouterr()
+    assert main(["export", "ann.json", "img", "--format", "yolo", "--output", "out"]) == 0
 
 
 def test_label_maps_that_are_left_out_are_not_named(labels, capsys):
@@ -214,7 +282,7 @@ def test_bad_annotations_end_it_or_are_left_out(data, capsys):
     ("change", "words"),
     [
         (lambda c: c["categories"][0].update(name="a\nb"), r"category 'a\\nb' has a name that"),
-        (lambda c: c["images"][0].update(file_name="../0.png"), "would lie outside out"),
+        (lambda c: c["images"][0].update(file_name="../0.png"), "would lie outside the folder"),
         (
             lambda c: c["images"].append({**c["images"][0], "id": 2, "file_name": "0.jpg"}),
             "Two images would share the file",

@@ -7,7 +7,6 @@ from typing import Any
 from maskx.data.coco import read_coco_json
 from maskx.data.coco_structure import Report
 from maskx.data.formats.dataset import Dataset, Output
-from maskx.data.label_maps import moved_label_maps
 
 __all__ = ["is_of_format", "read", "write"]
 
@@ -36,15 +35,14 @@ def read(path: Path, images: Path | None, report: Report) -> Dataset:
 
 def write(dataset: Dataset, output: Output, *, copy_images: bool) -> None:
     """Write `annotations.json`; label maps are copied with the images, or found where they are."""
-    images = []
-    for image in dataset.content["images"]:
-        if copy_images:
+    content = dataset.content_from(output.folder)
+    if copy_images:
+        images = []
+        for image in dataset.content["images"]:
             output.copy(dataset.image_file(image), f"images/{image['file_name']}")
-            image = {**image, **_copied_label_maps(dataset, output, image)}
-        elif dataset.label_map_root is not None:
-            image = {**image, **moved_label_maps(image, dataset.label_map_root, output.folder)}
-        images.append(image)
-    output.write_json(_FILES[0], {**dataset.content, "images": images})
+            images.append({**image, **_copied_label_maps(dataset, output, image)})
+        content = {**content, "images": images}
+    output.write_json(_FILES[0], content)
 
 
 def _copied_label_maps(

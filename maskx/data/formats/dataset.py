@@ -16,11 +16,22 @@ from maskx.core.files import written_whole
 from maskx.data.coco_shapes import mask_extent
 from maskx.data.coco_structure import Report
 from maskx.data.images import image_size
-from maskx.data.label_maps import LABEL_MAP_KEYS
+from maskx.data.label_maps import LABEL_MAP_KEYS, moved_label_maps, read_label_map
 
-__all__ = ["IMAGE_ENDINGS", "Builder", "Dataset", "Output", "extra_keys", "has_own_box"]
+__all__ = [
+    "IMAGE_ENDINGS",
+    "LABEL_MAP",
+    "Builder",
+    "Dataset",
+    "Output",
+    "extra_keys",
+    "has_own_box",
+]
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+LABEL_MAP = "label_map_file_name"
+"""Of `LABEL_MAP_KEYS` that of the label map of the categories."""
 
 MARKER = "maskx_export.json"
 UNFINISHED = "maskx_export.unfinished"  # a name a line, each written before its file is
@@ -56,6 +67,42 @@ class Dataset:
     def image_file(self, image: Mapping[str, Any]) -> Path:
         """Return the file of an image."""
         return Path(self.image_root, image["file_name"])
+
+    def label_map_file(self, image: Mapping[str, Any], key: str, report: Report) -> Path | None:
+        """Return the file of a label map; None if it is not there: the report has it then."""
+        file = self.label_map_root / image[key]
+        if file.is_file():
+            return file
+        remedy = f"Restore it, or remove {key} of the image"
+        report.lost_file("label_map_missing", "label map", file, "does not exist", remedy)
+        return None
+
+    def label_map(self, image: Mapping[str, Any], report: Report) -> np.ndarray | None:
+        """Read the label map of the categories, (H, W).
+
+        None if it is not there or cannot be used: the report has it then.
+        """
+        file = self.label_map_file(image, LABEL_MAP, report)
+        if file is None:
+            return None
+        size = image["height"], image["width"]
+        num_classes = len(self.content["categories"])
+        try:
+            return read_label_map(file, *size, num_classes=num_classes, image_id=image["id"])
+        except ValueError as error:
+            problem = f"cannot be used: {str(error).rstrip('.')}"
+            report.lost_file("label_map_broken", "label map", file, problem, "Restore it")
+            return None
+
+    def content_from(self, folder: Path) -> dict[str, Any]:
+        """Return the content as a file in another folder has it, which names its label maps."""
+        if self.label_map_root is None:
+            return self.content
+        images = [
+            {**image, **moved_label_maps(image, self.label_map_root, folder)}
+            for image in self.content["images"]
+        ]
+        return {**self.content, "images": images}
 
     def names(self) -> dict[int, str]:
         """Return the names of the categories by id, in the order of the ids."""
@@ -140,7 +187,7 @@ class Builder:
             entry["segmentation"] = segmentation
         self._annotations.append({**extra, **entry})
 
-    def dataset(self, image_root: Path | None) -> Dataset:
+    def dataset(self, image_root: Path | None, label_map_root: Path | None = None) -> Dataset:
         """Return all that was added."""
         categories = [{"id": id_, "name": name} for name, id_ in self._ids.items()]
         content = {
@@ -148,7 +195,7 @@ class Builder:
             "annotations": self._annotations,
             "categories": categories,
         }
-        return Dataset(content, image_root)
+        return Dataset(content, image_root, label_map_root=label_map_root)
 
 
 @dataclass
@@ -180,7 +227,7 @@ class Output:
         """Write a file of a path below the folder."""
         if isinstance(content, str):
             content = content.encode("utf-8")
-        with written_whole(self._path(name)) as scratch:
+        with written_whole(self.path(name)) as scratch:
             scratch.write_bytes(content)
 
     def write_json(self, name: str, content: Any) -> None:
@@ -189,8 +236,20 @@ class Output:
 
     def copy(self, source: Path, name: str) -> None:
         """Copy a file to a path below the folder."""
-        with written_whole(self._path(name)) as scratch:
+        with written_whole(self.path(name)) as scratch:
             shutil.copyfile(source, scratch)
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file below the folder, which is then written in its place."""
+        path = os.path.normpath(name)
+        if path in self._written:
+            raise ValueError(
+                f"Two files of the export would be {path}. Rename the image of that name."
+            )
+        self._written.append(path)
+        with self._unfinished.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(path) + "\n")
+        return self.folder / path
 
     def finish(self, **about: Any) -> None:
         """Write down which files are of this export."""
@@ -223,22 +282,6 @@ class Output:
             files += map(json.loads, lines.splitlines())  # a kill may have cut the last line
         return files
 
-    def _path(self, name: str) -> Path:
-        path = os.path.normpath(name)
-        if os.path.isabs(path) or ".." in Path(name).parts:
-            raise ValueError(
-                f"{name} would lie outside {self.folder}. Name images by paths below their folder."
-            )
-        if path in self._written:
-            raise ValueError(
-                f"Two images would share the file {name}: their names differ in the ending or the "
-                "signs alone. Rename one of them."
-            )
-        self._written.append(path)
-        with self._unfinished.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(path) + "\n")
-        return self.folder / path
-
 
 def extra_keys(annotation: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an annotation holds beside COCO's own keys."""
@@ -269,7 +312,8 @@ def count_lost(
         image: As in the COCO form.
         objects: That are written.
         tags: Of the image.
-        holds: Words for what the format holds: "tags", "crowds", "boxes" or "extra".
+        holds: Words for what the format holds: "tags", "crowds", "boxes", "extra" or keys of label
+            maps.
     """
     lost = output.lost
     if "tags" not in holds:
@@ -284,7 +328,8 @@ def count_lost(
         for annotation in kept:
             lost.update(f"values of {key}, left out" for key in extra_keys(annotation))
     for key in LABEL_MAP_KEYS:
-        lost[f"label maps ({key}), left out"] += key in image
+        if key not in holds:
+            lost[f"label maps ({key}), left out"] += isinstance(image.get(key), str)
     output.lost = +lost
 
 

@@ -4,6 +4,7 @@ import importlib
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,14 +14,17 @@ from maskx.data.coco import CocoData, check_coco, check_coco_content
 from maskx.data.coco_shapes import mend_shapes
 from maskx.data.coco_structure import Report
 from maskx.data.formats.coco import file_of
-from maskx.data.formats.dataset import Dataset, Output
+from maskx.data.formats.dataset import LABEL_MAP, Dataset, Output
+from maskx.data.formats.voc import MAX_LABELS
 from maskx.data.image_files import find_images
+from maskx.data.label_maps import LABEL_MAP_KEYS
 
 __all__ = [
     "FORMATS",
     "as_coco",
     "check_annotations",
     "find_format",
+    "label_maps_read",
     "read_dataset",
     "write_dataset",
 ]
@@ -76,7 +80,8 @@ def check_annotations(
         report.stop(error)
         return None, report, images
     root = dataset.image_root
-    return *check_coco_content(dataset.content, root, report), root
+    content = dataset.content_from(report.source.parent)
+    return *check_coco_content(content, root, report), root
 
 
 def read_dataset(
@@ -85,6 +90,7 @@ def read_dataset(
     *,
     strict: bool = True,
     check_images: bool = False,
+    check_label_maps: Collection[str] = (),
 ) -> Dataset:
     """Read annotations of any format.
 
@@ -94,6 +100,8 @@ def read_dataset(
         strict: Whether what is wrong is an error; else it is mended or left out, in one warning.
         check_images: Whether the images must be there, whole and of their size, if their folder is
             known. Names get the form that their files have.
+        check_label_maps: Keys of the label maps that must be there, and those of the categories
+            whole; see `label_maps_read`.
 
     Raises:
         FileNotFoundError: There is no such file, or an image is missing.
@@ -104,6 +112,7 @@ def read_dataset(
     dataset = _module(find_format(path)).read(path, images, report)
     if check_images and dataset.image_root is not None:
         dataset = _with_files(dataset, report)
+    dataset = _with_label_maps(dataset, check_label_maps, report)
     if not dataset.content["images"]:
         found = "".join(f"; {file} {problem}" for file, problem in report.lost_files.items())
         report.fail(f"has no image that can be used{found:.1000}", "Give data with at least one")
@@ -149,6 +158,31 @@ def _with_files(dataset: Dataset, report: Report) -> Dataset:
     return replace(dataset, content=kept)
 
 
+def _with_label_maps(dataset: Dataset, keys: Collection[str], report: Report) -> Dataset:
+    """Keep, of the label maps that these keys name, those that can be used."""
+    images = []
+    for image in dataset.content["images"]:
+        image = dict(image)
+        for key in keys:
+            if not isinstance(image.get(key), str):
+                continue
+            if key == LABEL_MAP:
+                found = dataset.label_map(image, report)
+            else:
+                found = dataset.label_map_file(image, key, report)
+            if found is None:
+                del image[key]
+        images.append(image)
+    return replace(dataset, content={**dataset.content, "images": images})
+
+
+def label_maps_read(name: str, *, copy_images: bool) -> tuple[str, ...]:
+    """Return the keys of the label maps that are read to write a format."""
+    if name == "voc":
+        return (LABEL_MAP,)
+    return LABEL_MAP_KEYS if name == "coco" and copy_images else ()
+
+
 def as_coco(
     path: str | os.PathLike[str],
     images: str | os.PathLike[str] | None,
@@ -172,7 +206,7 @@ def as_coco(
         path = file_of(path)
         return path, images or path.parent
     dataset = read_dataset(path, images, strict=strict)
-    write_json(output, dataset.content, compact=True)
+    write_json(output, dataset.content_from(Path(output).parent), compact=True)
     return Path(output), dataset.image_root or images or (path if path.is_dir() else path.parent)
 
 
@@ -209,11 +243,41 @@ def write_dataset(
             raise ValueError(
                 f"The category {label!r} has a name that text files cannot hold. Rename it."
             )
+    _check_names(dataset, name, copy_images=copy_images)
+    has_label_map = any(isinstance(i.get(LABEL_MAP), str) for i in dataset.content["images"])
+    if name == "voc" and has_label_map and len(dataset.names()) > MAX_LABELS:
+        raise ValueError(
+            f"There are label maps of {len(dataset.names())} classes, and voc holds at most "
+            f"{MAX_LABELS}, of 8 bits. Write coco, or label maps of fewer classes."
+        )
     output = Output(Path(folder), overwrite=overwrite)
     _module(name).write(dataset, output, copy_images=copy_images)
     lost = +output.lost
     output.finish(format=name, lost=dict(lost))
     return lost
+
+
+def _check_names(dataset: Dataset, name: str, *, copy_images: bool) -> None:
+    """Check, before anything is written, that each image has files of its own in the folder."""
+    has_own_file = name in ("labelme", "voc", "yolo")
+    if not has_own_file and not copy_images:
+        return
+    image_of: dict[str, str] = {}
+    for image in dataset.content["images"]:
+        file_name = image["file_name"]
+        path = Path(file_name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(
+                f"The files of image {file_name!r} would lie outside the folder. Name images by "
+                "paths below their folder."
+            )
+        key = os.path.normpath(path.with_suffix("") if has_own_file else path)
+        if key in image_of:
+            raise ValueError(
+                f"Two images would share the file {key}: {image_of[key]!r} and {file_name!r}. "
+                "Rename one of them."
+            )
+        image_of[key] = file_name
 
 
 def _module(name: str) -> ModuleType:

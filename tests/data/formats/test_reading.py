@@ -13,7 +13,9 @@ from PIL import Image
 from maskx.data.coco import load_coco
 from maskx.data.formats.label_studio import decode_brush, encode_brush
 from maskx.data.formats.table import as_coco, check_annotations, read_dataset
+from maskx.data.label_maps import semantic_label_map, write_label_map
 from maskx.data.masks import decode_segmentation
+from maskx.data.vocabularies import VOC_CLASSES
 
 MASK = np.array([[0, 1, 1], [1, 0, 1]], bool)  # rows 2 to 3, columns 3 to 5 of the image
 
@@ -307,6 +309,78 @@ def test_voc(folder):
     }
     assert [a["iscrowd"] for a in dataset.content["annotations"]] == [0, 1, 0]
     assert tags(dataset)["b.png"] == ["crescent"]
+
+
+def class_maps(folder, **labels):
+    """SegmentationClass files by stem, with VOC's palette."""
+    (folder / "SegmentationClass").mkdir()
+    for stem, values in labels.items():
+        path = folder / "SegmentationClass" / f"{stem}.png"
+        write_label_map(path, np.asarray(values), num_classes=20)
+
+
+def test_label_maps_of_voc_are_read_where_there_is_nothing_else(folder):
+    (folder / "images").rename(folder / "JPEGImages")
+    labels = np.zeros((8, 10), np.uint8)
+    labels[2:6, 1:4], labels[7] = 15, 255
+    class_maps(folder, a=labels, b=labels.T[:8, :8].repeat(2, 1)[:, :10])
+    _, report, _ = check_annotations(folder)
+    assert not report.problems
+    file, root = as_coco(folder, None, folder / "deep" / "made.json")
+    data = load_coco(file, root)
+    assert data.class_names == VOC_CLASSES
+    record = data.records[0]
+    assert record["file_name"].endswith("a.png")
+    assert (semantic_label_map(record, 20) == labels).all()
+
+
+def test_label_maps_of_voc_are_kept_where_they_say_more_than_the_objects(folder):
+    numbers = np.zeros((8, 10), np.uint8)
+    numbers[2:6, 1:4] = 1
+    voc(folder, voc_object("person"))
+    voc(folder, voc_object("person"), name="b")
+    (folder / "SegmentationObject").mkdir()
+    border = 15 * numbers
+    border[2] = 255
+    class_maps(folder, a=15 * numbers, b=border)
+    for stem in "ab":
+        Image.fromarray(numbers).save(folder / "SegmentationObject" / f"{stem}.png")
+    images = read_dataset(folder, folder / "images").content["images"]
+    assert [image.get("label_map_file_name") for image in images] == [
+        None,
+        "SegmentationClass/b.png",
+    ]
+
+
+def test_label_maps_of_voc_that_cannot_be_used_are_named(folder):
+    voc(folder, voc_object("my own"))
+    class_maps(folder, a=np.zeros((8, 10), np.uint8))
+    with pytest.raises(
+        ValueError, match=r"a\.png has labels of classes that nothing names\. Add lab"
+    ):
+        read_dataset(folder, folder / "images")
+    (folder / "labelmap.txt").write_text("background:0,0,0::\nmy own:128,0,0::\n")
+    assert read_dataset(folder, folder / "images").content["images"][0]["label_map_file_name"]
+    (folder / "SegmentationObject").mkdir()
+    numbers = folder / "SegmentationObject" / "a.png"
+    for content, words in (
+        (b"no PNG", r"map of objects .*a\.png cannot be read\. Restore it, or .*--skip-bad"),
+        (np.zeros((8, 10, 3), np.uint8), r"shape \(8, 10, 3\), .*not colours"),
+    ):
+        if isinstance(content, bytes):
+            numbers.write_bytes(content)
+        else:
+            Image.fromarray(content).save(numbers)
+        with pytest.raises(ValueError, match=words):
+            read_dataset(folder, folder / "images")
+    Image.fromarray(np.zeros((8, 10), np.uint8)).save(numbers)
+    Image.new("RGB", (10, 8)).save(folder / "SegmentationClass" / "a.png")
+    with pytest.raises(
+        ValueError, match=r"label map .*a\.png cannot be used: .* is a colour image"
+    ):
+        read_dataset(folder, folder / "images")
+    (image,) = read_dataset(folder, folder / "images", strict=False).content["images"]
+    assert "label_map_file_name" not in image
 
 
 def test_objects_of_voc_without_a_box_are_named(folder):

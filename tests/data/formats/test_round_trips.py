@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from maskx.data.coco_structure import Report
 from maskx.data.formats.dataset import Dataset, extra_keys, has_own_box
 from maskx.data.formats.outlines import as_one_outline, mask_outlines
 from maskx.data.formats.table import FORMATS, find_format, read_dataset, write_dataset
@@ -181,7 +182,8 @@ def written_and_read(content, name, folder, *, copy_images=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (image["width"], image["height"])).save(path)
     output = folder / "out"
-    lost = write_dataset(Dataset(content, root), output, name, copy_images=copy_images)
+    dataset = Dataset(content, root, label_map_root=folder)
+    lost = write_dataset(dataset, output, name, copy_images=copy_images)
     return read_dataset(output, None if copy_images else root), lost
 
 
@@ -225,6 +227,32 @@ def test_a_round_trip_loses_what_it_says_and_nothing_else(name, content):
     for kind in lost.keys() | {"crowd", "boxes", "values", "tags", "masks"}:
         own = sum(number for what, number in losses.items() if what.startswith(kind))
         assert own == sum(n for k, n in lost.items() if k.startswith(kind)), kind
+
+
+@pytest.mark.parametrize(("name", "copied"), [("voc", True), ("coco", True), ("coco", False)])
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(content=datasets(), seed=st.integers(0, 99))
+def test_label_maps_come_back(name, copied, content, seed):
+    """Those of some images; the others get none."""
+    content = without_overlap(content)
+    rng = np.random.default_rng(seed)
+    given_maps = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for image in content["images"]:
+            if rng.random() < 0.7:
+                values = [*range(len(content["categories"]) + 1), 255]
+                labels = rng.choice(values, (image["height"], image["width"])).astype(np.uint8)
+                Image.fromarray(labels).save(Path(folder, f"map {image['id']}.png"))
+                image["label_map_file_name"] = f"map {image['id']}.png"
+                given_maps[image["file_name"]] = labels.tolist()
+        dataset, said = written_and_read(content, name, Path(folder), copy_images=copied)
+        found = {
+            image["file_name"]: dataset.label_map(image, Report(Path(folder))).tolist()
+            for image in dataset.content["images"]
+            if "label_map_file_name" in image
+        }
+    assert found == given_maps
+    assert not any("label map" in what for what in said)
 
 
 @pytest.mark.parametrize("name", HOLDS)
