@@ -11,6 +11,7 @@ Examples:
 
 import argparse
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,9 @@ def _advice(
     from maskx.data.overview import KINDS
     from maskx.engine.system import find_system, system_names
 
+    lost = _lost(overview, report)
+    if lost:
+        return [("p", lost), ("p", "Correct them, and check again; nothing learns from the rest.")]
     kind = overview.kind
     systems = [s for s in map(find_system, system_names()) if kind in s.learns_from]
     lines = [("p", f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}.")]
@@ -96,11 +100,22 @@ def _advice(
     refused = [k for k, finding in report.findings.items() if finding.done["refused"]]
     if refused:
         lines.append(("p", f"Correct first what no option passes over: {', '.join(refused)}."))
-    if systems:
+    elif systems:
         lines.append(("pre", _command(args, overview, systems[0], skip_bad=bool(report.problems))))
     elif kind == "boxes":
         lines.append(("pre", _completion(args, skip_bad=bool(report.problems))))
     return lines
+
+
+def _lost(overview: "Overview", report: "Report") -> str:
+    """Say which labels are gone once what is bad is left out; "" where some of each are left."""
+    done = sum((finding.done for finding in report.findings.values()), Counter())
+    boxes = sum(f.done["left out"] for k, f in report.findings.items() if k.startswith("box_"))
+    if boxes and not any(c.boxes + c.crowds for c in overview.categories):
+        return f"All {boxes} objects are bad: without them tags are left at most."
+    if done["without their mask"] and not any(c.has_pixels for c in overview.categories):
+        return "All masks are bad: without them boxes and tags are left at most."
+    return ""
 
 
 def _completion(args: argparse.Namespace, *, skip_bad: bool) -> str:

@@ -31,6 +31,7 @@ class BoxesAndMasks:
     def __init__(self, report: Report) -> None:
         self._report = report
         self._counts: Counter[str] = Counter()
+        self._reach = 0.0  # of the boxes, in sides of their images
         self._worst: list[tuple[float, int, str]] = []
         self._rows: list[tuple[Sequence[float], Sequence[float], Sequence[float]]] = []
         self._ids: list[tuple[Any, Any]] = []
@@ -80,6 +81,17 @@ class BoxesAndMasks:
                 f"{counts['outside']} of {boxes} boxes leave their image, but none would as "
                 f"{_READINGS['corners']}"
             )
+        if boxes and counts["outside"] > boxes / 2:
+            likely = (
+                "All would lie inside with x and y, and width and height, exchanged."
+                if counts["inside exchanged"] == boxes
+                else f"They reach to {self._reach:.3g} times its size: were they drawn on images "
+                "of another size?"
+            )
+            self._report.warn(
+                "boxes_leave_images",
+                f"{counts['outside']} of {boxes} boxes leave their image. {likely}",
+            )
         examples = "; ".join(text for _, _, text in sorted(self._worst, reverse=True))
         found = f"{counts['disagree']} of {compared} boxes are not where their masks are"
         if compared > 1 and counts["disagree"] > compared / 2:
@@ -110,6 +122,11 @@ class BoxesAndMasks:
         is_large = np.minimum(image_height, image_width) > 16
         counts["in one pixel"] += int(((right <= 1) & (bottom <= 1) & is_large & (width > 0)).sum())
         counts["outside"] += int(((right > image_width + 1) | (bottom > image_height + 1)).sum())
+        counts["inside exchanged"] += int(
+            ((bottom <= image_width + 1) & (right <= image_height + 1)).sum()
+        )
+        reach = np.maximum(right / image_width, bottom / image_height)
+        self._reach = max(self._reach, float(reach.max(initial=0)))
         counts["inside as corners"] += int(
             ((width > x) & (height > y) & (width <= image_width) & (height <= image_height)).sum()
         )

@@ -184,6 +184,55 @@ def test_every_problem_is_said_at_once_with_count_and_remedy(folder, capsys):
     assert "Correct first what no option passes over:" in text
 
 
+def moved(annotation):
+    annotation["bbox"][0] += 500
+    annotation["segmentation"] = []
+
+
+def as_shares(annotation):
+    annotation["bbox"] = [number / SIZE for number in annotation["bbox"]]
+    annotation["segmentation"] = []
+
+
+def exchanged(annotation):
+    x, y, width, height = annotation["bbox"]
+    annotation["bbox"] = [y + SIZE, x, height, width]
+    annotation["segmentation"] = []
+
+
+def with_a_bad_mask(annotation):
+    annotation["segmentation"] = [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (moved, ["All 5 objects are bad: without them tags", "times its size: were they drawn"]),
+        (exchanged, ["All 5 objects are bad", "inside with x and y, and width and height, exch"]),
+        (as_shares, ["boxes_of_another_form", "look like shares of the image"]),
+        (with_a_bad_mask, ["All masks are bad: without them boxes and tags are left at most"]),
+    ],
+)
+def test_where_all_of_it_is_bad_nothing_is_advised(folder, capsys, spoil, words):
+    data = content()
+    for image in data["images"]:
+        image["height"] = 2 * SIZE
+    for annotation in data["annotations"]:
+        spoil(annotation)
+    status, text = check(capsys, data)
+    assert status == 1
+    assert all(each in text for each in words)
+    assert not re.search(r"^  maskx (train|complete)", text, re.MULTILINE)
+
+
+def test_where_some_is_left_what_learns_from_it_is_advised(folder, capsys):
+    data = content()
+    for annotation in data["annotations"][1:]:
+        moved(annotation)
+    _, text = check(capsys, data)
+    assert re.search(r"^  maskx train --system \w+ .*--skip-bad", text, re.MULTILINE)
+
+
 def test_many_of_a_kind_are_counted_with_examples(folder, capsys):
     data = content()
     data["annotations"] = [dict(data["annotations"][0], id=i, bbox=[0, 0]) for i in range(20)]
