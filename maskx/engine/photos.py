@@ -1,10 +1,11 @@
 """The quick start on photographs: its settings, and what it says before it starts."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from maskx.core.text import listed
+from maskx.data.coco import load_coco
 from maskx.data.overview import overview_of
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.quickstart import load_data, load_split_data
@@ -20,6 +21,9 @@ _SHARED: Mapping[str, Any] = {
     "held_out": 0.2,
 }
 """Options of all systems on photographs; where nothing is held out, a file is evaluated on."""
+
+# These say what has masks, each for a system of its own.
+_SAY_WHAT_HAS_MASKS = frozenset(("concept_split", "target_train"))
 
 
 def recipe_of(system: str) -> PhotoRecipe:
@@ -48,7 +52,10 @@ def photo_options(system: str, given: Mapping[str, Any]) -> QuickstartOptions:
         ValueError: the system has no settings for photographs.
     """
     options = {**_SHARED, **recipe_of(system).options, **given}
-    if "masks_for" not in given and "masks_for" not in find_system(system).options:
+    takes_split = (
+        "masks_for" in find_system(system).options and not _SAY_WHAT_HAS_MASKS & given.keys()
+    )
+    if "masks_for" not in given and not takes_split:
         del options["masks_for"]
     if options.get("coco_val") is not None:
         options["held_out"] = 0.0
@@ -66,28 +73,39 @@ def plan_of_photos(system: str, options: QuickstartOptions) -> list[str]:
     recipe = recipe_of(system)
     if options.masks_for is None:
         train_data, val_data = load_data(options)
-        with_masks: Sequence[str] = ()
     else:
         train_data, val_data, split = load_split_data(options)
-        with_masks = split.with_masks
     seen = overview_of(train_data.records, train_data.class_names)
-    masks = sum(each.masks for each in seen.categories if each.name in with_masks)
-    of_masks = f"; {masks} masks of {len(with_masks)} of them" if with_masks else ""
+    num_train = seen.num_images + _num_of_target(options)
+    known = []
+    if options.masks_for is not None:
+        known = [each for each in seen.categories if each.name in split.with_masks]
+    elif "masks_for" in find_system(system).options:
+        known = [each for each in seen.categories if each.has_pixels]
+    masks = sum(each.masks + each.label_maps for each in known)
+    of_masks = f"; {masks} masks of {len(known)} of them" if known else ""
     held_out = " held out of them" if options.held_out else ""
     weights = "with pretrained weights" if options.pretrained else "from random weights"
     frozen = ", frozen: its features of each photograph are computed once" if options.frozen else ""
-    minutes = _minutes(recipe, options, seen.num_images, len(val_data.records))
+    minutes = _minutes(recipe, options, num_train, len(val_data.records))
     return [
-        f"Photographs: {seen.num_images} to train on, {len(val_data.records)}{held_out} to "
+        f"Photographs: {num_train} to train on, {len(val_data.records)}{held_out} to "
         f"evaluate on, {len(seen.categories)} categories{of_masks}.",
         f"What is done: {recipe.title}",
         f"Backbone {options.backbone} {weights}{frozen}; {options.iterations} steps of "
-        f"{options.batch_size} photographs at {options.image_size} pixels. The run is written to "
-        f"{options.output}.",
+        f"{options.batch_size} photographs at {options.image_size} pixels in each training. "
+        f"The run is written to {options.output}.",
         f"How long: about {minutes} min on two CPU cores.",
-        f"What to expect: {recipe.measured}{_compared(recipe, masks, len(with_masks))}",
+        f"What to expect: {recipe.measured}{_compared(recipe, masks, len(known))}",
         "",
     ]
+
+
+def _num_of_target(options: QuickstartOptions) -> int:
+    """Count the photographs of a file of its own for the target, with tags."""
+    if options.target_train is None:
+        return 0
+    return len(load_coco(*options.target_train, strict=not options.skip_bad).records)
 
 
 def _minutes(recipe: PhotoRecipe, options: QuickstartOptions, train: int, val: int) -> int:

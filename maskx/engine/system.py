@@ -43,10 +43,12 @@ class PhotoRecipe:
         title: what is done, in a sentence.
         options: of the quick start, in place of its defaults; ``iterations``, ``batch_size`` and
             ``image_size`` are among them.
-        step_seconds: of a photograph in a training step, on two CPU cores.
-        image_seconds: to compute the features of a photograph, likewise.
+        step_seconds: of a photograph in a training step, on two CPU cores; of several trainings
+            of as many steps, in a step of each.
+        image_seconds: of what is done once with a photograph, such as its features, likewise.
         measured: what was measured, and on what, in a sentence.
-        masks: of the data that this was measured on; 0 where it learns from none.
+        masks: of the data that this was measured on, in label maps one for each category in an
+            image; 0 where they had no part in it.
         categories: with masks, of the same data.
     """
 

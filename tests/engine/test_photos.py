@@ -12,7 +12,9 @@ from maskx.cli.main import main
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.photos import photo_options, plan_of_photos
 from maskx.engine.quickstart import load_data, load_split_data
+from maskx.engine.system import find_system
 
+SYSTEMS = ("maskx", "class_patterns", "transfernet", "larvseg", "concept_mask")
 SMALL = ("--image-size", "64", "--iterations", "2", "--batch-size", "2", "--device", "cpu")
 
 
@@ -54,6 +56,34 @@ def test_one_command_trains_on_photographs_and_says_first_what_it_does(
     assert maskx.open_run(output).class_names == tuple(names["A"] + names["B"])
 
 
+@pytest.mark.parametrize("system", SYSTEMS[1:])
+def test_every_other_system_trains_on_photographs_too(system, photos, backbone, tmp_path, capsys):
+    val = make_photos(tmp_path / "val", count=2, with_masks=4, seed=1)
+    words = ("--system", system, "--photos", *photos, "--val", *val, *backbone)
+    metrics = train(*words, output=tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert printed.startswith("Photographs: 8 to train on, 2 to evaluate on, 4 categories")
+    assert f"What is done: {find_system(system).photos.title}" in printed
+    assert "resnet10t with pretrained weights, frozen" in printed
+    assert "2 steps of 2 photographs at 64 pixels" in printed
+    assert metrics["system"] == system
+    assert maskx.open_run(tmp_path / "out").class_names
+
+
+def test_photographs_with_tags_alone_are_learned_from(tmp_path, backbone, capsys):
+    path, folder = make_photos(tmp_path / "photos", with_masks=0)
+    content = json.loads(Path(path).read_text())
+    for image in content["images"]:
+        own = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+        image["image_labels"] = sorted({annotation["category_id"] for annotation in own})
+    content["annotations"] = []
+    Path(path).write_text(json.dumps(content))
+    words = ("--system", "class_patterns", "--photos", path, folder, *backbone)
+    metrics = train(*words, output=tmp_path / "out")
+    assert metrics["mIoU"] == {"trained": None, "retrained": None}
+    assert metrics["tag_mAP"] > 0
+
+
 def test_kept_features_change_no_loss(photos, backbone, tmp_path):
     rows = []
     for name, words in (("kept", ()), ("again", ()), ("none", ("--feature-cache", "0"))):
@@ -73,13 +103,42 @@ def test_val_is_evaluated_on_in_the_same_folder(photos, tmp_path, capsys):
     assert "Backbone small from random weights;" in printed
 
 
-def test_what_is_given_counts_before_the_settings():
-    plain = photo_options("maskx", {"output": Path("out")})
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_what_is_given_counts_before_the_settings(system):
+    plain = photo_options(system, {"output": Path("out")})
     assert (plain.backbone, plain.pretrained, plain.frozen) == ("efficientnet_lite0", True, True)
     assert plain.held_out > 0
-    given = {"box_loss": 0.0, "frozen": False, "coco_val": ("a", "b"), "output": Path("out")}
-    options = photo_options("maskx", given)
-    assert (options.box_loss, options.frozen, options.held_out) == (0.0, False, 0.0)
+    assert plain.iterations > 0
+    assert plain.masks_for == (None if system == "class_patterns" else "drawn")
+    given = {"iterations": 7, "frozen": False, "coco_val": ("a", "b"), "output": Path("out")}
+    options = photo_options(system, given)
+    assert (options.iterations, options.frozen, options.held_out) == (7, False, 0.0)
+    assert options.batch_size == plain.batch_size
+
+
+def test_a_weight_of_zero_counts_before_the_settings():
+    given = {"box_loss": 0.0, "output": Path("out")}
+    assert photo_options("maskx", given).box_loss == 0.0
+
+
+@pytest.mark.parametrize(
+    ("system", "given"),
+    [("concept_mask", {"concept_split": "a.json"}), ("transfernet", {"target_train": ("a", "b")})],
+)
+def test_what_says_itself_which_categories_have_masks_takes_the_place_of_drawn(system, given):
+    assert photo_options(system, given | {"output": Path("out")}).masks_for is None
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_time_that_is_said_follows_steps_and_pixels(system, photos):
+    given = {"coco_train": photos, "output": Path("out"), "iterations": 10**4}
+    minutes = []
+    for size in (128, 256):
+        options = photo_options(system, given | {"image_size": size})
+        (line,) = (line for line in plan_of_photos(system, options) if line.startswith("How long"))
+        minutes.append(int(line.split()[3]))
+    assert minutes[0] > 1
+    assert minutes[1] == pytest.approx(4 * minutes[0], abs=4)
 
 
 def test_more_data_than_was_measured_on_is_not_said_to_be_less(photos):

@@ -8,11 +8,21 @@ from typing import Any
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
 from maskx.engine.results import label_map_prediction
-from maskx.engine.system import System
+from maskx.engine.system import PhotoRecipe, System
 from maskx.engine.training import select_device
 from maskx.systems.class_patterns.model import exportable
 from maskx.systems.class_patterns.pipeline import NAME, TagSettings, learn_from_tags, open_model
 from maskx.systems.class_patterns.proxy_masks import ProxyMaskSettings
+
+PHOTOS = PhotoRecipe(
+    title="a classifier learns the tags, masks of the photographs are made of its features, and a "
+    "segmentation network learns from these masks, then from what it predicts itself.",
+    options={"iterations": 200, "batch_size": 4, "image_size": 224},
+    step_seconds=0.38,
+    image_seconds=0.28,
+    measured="on 266 photographs of 20 categories, the masks that one run made of their tags had a "
+    "mean IoU of 26 percent; the network that learns from them was not measured.",
+)
 
 
 def quickstart_class_patterns(
@@ -79,6 +89,7 @@ SYSTEM = System(
     prediction=label_map_prediction,
     exportable=exportable,
     learns_from=("tags",),
+    photos=PHOTOS,
     options=frozenset(["threshold", "resolve", "crf", "multi_scale", "layer", "max_images"]),
     words={
         "proxy": "proxy masks, by layer",

@@ -15,7 +15,7 @@ from maskx.core.word_table import WordTable, load_word_table
 from maskx.data.masks import encode_masks
 from maskx.engine.options import QuickstartOptions
 from maskx.engine.results import Prediction
-from maskx.engine.system import System
+from maskx.engine.system import PhotoRecipe, System
 from maskx.engine.training import CHECKPOINT_NAME, load_state, read_checkpoint
 from maskx.systems.concept_mask.concept_sets import ConceptSplit
 from maskx.systems.concept_mask.export import exportable
@@ -166,6 +166,18 @@ def open_predictor(run: str | Path, *, device: torch.device | str = "cpu") -> Co
     return ConceptPredictor(open_model(run, device=device))
 
 
+PHOTOS = PhotoRecipe(
+    title="maps of where a concept is are learned from tags, then from boxes, and masks of any "
+    "concept from the masks that there are.",
+    options={"iterations": 300, "batch_size": 16, "image_size": 224},
+    step_seconds=0.06,
+    image_seconds=0.12,
+    measured="on 302 photographs of 78 categories, the strongest place of the map of a concept was "
+    "on it in 19 percent of the cases, in the mean of three runs, and would be in 8.5 at random; "
+    "masks were not measured.",
+)
+
+
 def _pipeline(options: QuickstartOptions, report: Callable[[str], None]) -> dict[str, Any]:
     # Which builds its networks here.
     from maskx.systems.concept_mask.pipeline import quickstart_concept_mask
@@ -195,6 +207,7 @@ SYSTEM = System(
     takes_concepts=True,
     exportable=exportable,
     options=frozenset(["masks_for", "concept_split", "tags"]),
+    photos=PHOTOS,
     words={
         "embedding": "stage 1, embedding",
         "refinement": "stage 2, refinement of the maps",

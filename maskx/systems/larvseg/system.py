@@ -7,7 +7,7 @@ from typing import Any
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_split_data, write_metrics
 from maskx.engine.results import label_map_prediction
-from maskx.engine.system import System
+from maskx.engine.system import PhotoRecipe, System
 from maskx.engine.training import select_device
 from maskx.systems.larvseg.evaluation import response_maps
 from maskx.systems.larvseg.model import exportable
@@ -15,6 +15,20 @@ from maskx.systems.larvseg.pipeline import LarvSegSettings, learn_larvseg, open_
 
 SCENES = {"attentive_weight": 10.0}
 """Settings for generated scenes: the paper's weight is for 320,000 steps, not a few hundred."""
+
+PHOTOS = PhotoRecipe(
+    title="every pixel gets one of the categories: of some learned from masks, of the others from "
+    "tags, by LarvSeg and, to compare, by its baseline without attention.",
+    options={"iterations": 300, "batch_size": 8, "image_size": 128},
+    step_seconds=0.011,
+    image_seconds=0.04,
+    measured="on 750 photographs of clothing, 300 of them with masks of 29 of 58 labels, three "
+    "runs ended, in the mean, with a mean IoU of 6.7 percent on labels with masks and 0.3 on the "
+    "others; the baseline had 7.4 and 0.0. So short a training finds next to nothing of labels "
+    "without masks.",
+    masks=1582,
+    categories=29,
+)
 
 
 def quickstart_larvseg(options: QuickstartOptions, report: Callable[[str], None]) -> dict[str, Any]:
@@ -75,6 +89,7 @@ SYSTEM = System(
     has_background=False,
     learns_from=("tags_and_masks", "many_tags_and_masks"),
     options=frozenset(["masks_for"]),
+    photos=PHOTOS,
     words={
         "start": "image classifier that all start from",
         "larvseg": "LarvSeg",

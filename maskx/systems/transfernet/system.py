@@ -10,7 +10,7 @@ from maskx.data.splits import check_masks
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_split_data, write_metrics
 from maskx.engine.results import label_map_prediction
-from maskx.engine.system import System
+from maskx.engine.system import PhotoRecipe, System
 from maskx.engine.training import select_device
 from maskx.supervision import CategorySplit
 from maskx.systems.transfernet.evaluation import WORDS, gram_rows
@@ -25,6 +25,19 @@ from maskx.systems.transfernet.samples import (
     labels_in_union,
     records_in_union,
     union_of_class_lists,
+)
+
+PHOTOS = PhotoRecipe(
+    title="where a tag is seen is learned from tags of all categories, and how to make a mask of "
+    "that from the masks of some, by TransferNet and, to compare, by BaselineNet.",
+    options={"iterations": 150, "batch_size": 8, "image_size": 160},
+    step_seconds=0.15,
+    image_seconds=0.04,
+    measured="on 700 photographs of 7 animals, with masks of 4 of them, one run ended with a mean "
+    "IoU of 42 percent on categories with tags alone and 44 on the others; BaselineNet had 48 and "
+    "52.",
+    masks=656,
+    categories=4,
 )
 
 
@@ -118,5 +131,6 @@ SYSTEM = System(
     similarity=gram_rows,
     learns_from=("tags_and_masks",),
     options=frozenset(["compare", "masks_for", "crf", "target_train"]),
+    photos=PHOTOS,
     words=WORDS,
 )
