@@ -3,8 +3,9 @@ r"""Compare settings of a system on generated scenes or own data, over several s
 A run whose result lies in OUTPUT is not made again, an interrupted one goes on. Several such
 commands may run on one OUTPUT at a time, with the same or with other settings and seeds; the last
 one then prints the table. It is printed with the orderings of the paper and whether they hold;
-numbers of all seeds go to study.json, a picture to study.png (needs matplotlib:
-pip install -e '.[plots]').
+numbers of all seeds go to study.json, a picture of them to study.png (needs matplotlib:
+pip install -e '.[plots]'), and one of what the models of the first seed predict to
+contact_sheet.png.
 
 Examples:
     python tools/study.py
@@ -44,17 +45,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--stage2-iterations", type=int, help="of what is trained on it")
     add("--batch-size", type=int, help="images per step")
     add("--device", default=default.device, help="auto, cpu or cuda")
-    own = parser.add_argument_group("own data, of all systems but class_patterns")
+    own = parser.add_argument_group("own data")
     add = own.add_argument
     files = {"nargs": 2, "metavar": ("JSON", "IMAGES")}
     add("--coco-train", **files, help="COCO file and image folder to train on")
     add("--coco-val", **files, help="COCO file and image folder to evaluate on")
-    add("--masks-for", help="categories with masks: a named split or a file")
+    add("--masks-for", help="not of class_patterns: categories with masks, a named split or a file")
     add("--skip-bad", action="store_true", help="leave bad annotations out, counted")
     add("--image-size", type=int, help="shorter side in pixels")
     add("--backbone", default=default.backbone, help="small, or a model of timm")
     add("--pretrained", action="store_true", help="start from ImageNet weights")
-    add("--frozen", action="store_true", help="not of transfernet: keep the backbone as it is")
+    add("--frozen", action="store_true", help="keep the backbone as it is")
     add("--light", action="store_true", help="maskx: few channels and samples in the detector")
     add(
         "--vectors",

@@ -20,6 +20,8 @@ MEASURES = {"score": Measure("score"), "other": Measure("other"), "cosine": Meas
 class Runs:
     """Scores are 10 x seed + the length of the setting's name; what is made is written down."""
 
+    shown = None
+
     def __init__(self, options, seed, report):
         self.options, self.seed = options, seed
         self.write_down("opened")

@@ -22,6 +22,7 @@ from maskx.systems.concept_mask.pipeline import (
     quick_settings,
 )
 from studies.options import OWN_OPTIONS, StudyOptions
+from studies.picture import Shown
 from studies.study import Measure, Ordering, Report, Study, process_lock
 
 _DEFAULT = ConceptMaskMethod()
@@ -92,6 +93,8 @@ def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
 class _SeedRuns:
     """All runs of one seed."""
 
+    shown: Shown | None = None
+
     def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
         self.folder = options.seed_folder(seed)
         with process_lock(self.folder):
@@ -110,6 +113,7 @@ class _SeedRuns:
 
     def run(self, setting: str) -> dict[str, float]:
         stage, method, kind, segment = vars(SETTINGS[setting]).values()
+        self.shown = None
         # Stages are shared: one process trains while the others wait.
         with process_lock(self.folder):
             model = self.chain.model(stage, method)
@@ -120,6 +124,8 @@ class _SeedRuns:
             model, self.test, kind=kind, segment=segment, description=f"{setting}: evaluation"
         )
         if stage == 3:
+            if segment and kind == "blended":  # as the model is used
+                self.shown = Shown(model, self.data.val.records, self.data.val.class_names)
             levels = (level for level in _LEVELS if level in self.levels)
             return {f"iou_{level}": _mean_of_levels(found, "iou", (level,)) for level in levels}
         return {

@@ -19,9 +19,10 @@ from maskx.engine.training import select_device
 from maskx.supervision import CategorySplit
 from maskx.systems.larvseg.evaluation import evaluate_larvseg
 from maskx.systems.larvseg.pipeline import LarvSegChain, LarvSegMethod, LarvSegSettings
-from maskx.systems.larvseg.samples import labelled_images, sets_of_one_file
+from maskx.systems.larvseg.samples import labelled_images, sets_of_one_file, true_label_map
 from maskx.systems.larvseg.system import SCENES
 from studies.options import OWN_OPTIONS, StudyOptions
+from studies.picture import Shown
 from studies.study import Measure, Ordering, Report, Study, process_lock
 
 _BASELINE, _CROSS = LarvSegMethod("baseline"), LarvSegMethod()
@@ -81,12 +82,17 @@ def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
 class _SeedRuns:
     """All runs of one seed."""
 
+    shown: Shown | None = None
+
     def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
         self.runs_on = functools.cache(functools.partial(_DataRuns, options, seed))
 
     def run(self, setting: str) -> dict[str, float]:
         style, name, weights = _parts(setting)
-        return self.runs_on(style).run(name, weights)
+        runs = self.runs_on(style)
+        result = runs.run(name, weights)
+        self.shown = runs.shown
+        return result
 
 
 class _DataRuns:
@@ -116,6 +122,9 @@ class _DataRuns:
             chain = self._open_chain(replace(self.settings, **weights), split, "_".join(words))
             chain.backbone = backbone
         model = chain.train_method(METHODS[name])
+        names = self.test.class_names
+        truth = functools.partial(true_label_map, class_names=names)
+        self.shown = Shown(model, self.test.records, names, truth=truth)
         novel = self.split.without_masks
         found = evaluate_larvseg(model, self.test, novel, description=f"{name}: evaluation")
         return {group: found["mIoU"][group] for group in _GROUPS}

@@ -38,6 +38,7 @@ from maskx.systems.maskx_rcnn.torchvision import (
     maskx_rcnn,
 )
 from studies.options import OWN_OPTIONS, StudyOptions
+from studies.picture import Shown
 from studies.study import Measure, Ordering, Report, Study, process_lock
 
 # What each word of a method sets; those of configs/MaskX/README.md set the same there.
@@ -138,6 +139,8 @@ def _parts(setting: str) -> tuple[str, str, str]:
 class _SeedRuns:
     """All runs of one seed; they share the scenes and the detector of the first stage."""
 
+    shown: Shown | None = None
+
     def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
         self.options, self.seed, self.numbers = options, seed, _numbers_of(options)
         self.folder = options.seed_folder(seed)
@@ -177,6 +180,8 @@ class _SeedRuns:
             self._load_detector(model)
         records, split = self._with_masks(_parts(setting)[0])
         self._train(model, self.folder / setting, iterations, setting, records, split)
+        names = self.train_data.class_names
+        self.shown = Shown(model, self.val_data.records, names, self.split)
         return self._evaluate(model, setting)
 
     def _with_masks(self, source: str) -> tuple[Sequence[dict[str, Any]], CategorySplit]:

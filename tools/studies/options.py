@@ -35,16 +35,17 @@ class StudyOptions:
         batch_size: images per step.
         device: ``auto``, ``cpu`` or ``cuda``.
         coco_train: annotation file and image folder to train on instead of generated scenes, with
-            the options that follow; of all systems but ``class_patterns``.
+            the options that follow. Of ``class_patterns`` training images need true masks only
+            where these are measured with.
         coco_val: annotation file and image folder to evaluate on.
-        masks_for: category split, see :func:`maskx.data.splits.resolve_split`.
+        masks_for: category split, see :func:`maskx.data.splits.resolve_split`; not of
+            ``class_patterns``, which learns from no masks.
         skip_bad: leave bad annotations out, counted, instead of stopping at them.
         image_size: shorter side of the images in pixels.
         backbone: see :func:`maskx.torchvision.faster_rcnn`.
         pretrained: start from ImageNet weights.
-        frozen: of ``maskx``, ``larvseg`` and ``concept_mask``, see
-            :class:`maskx.engine.options.QuickstartOptions`; features are computed once for all runs
-            of a seed.
+        frozen: see :class:`maskx.engine.options.QuickstartOptions`; features are computed once for
+            all runs of a seed.
         light: of ``maskx``, see the same.
         vectors: file of vectors of the class names, for settings of ``maskx`` that transfer from
             vectors.

@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from maskx.core.files import write_json, written_whole
 from maskx.engine.options import check_frozen
 from maskx.evaluation.plots import plot_settings
 from studies.options import OWN_OPTIONS, StudyOptions
+from studies.picture import PICTURE_NAME, Shown, draw_row, write_sheet
 
 __all__ = [
     "Measure",
@@ -60,7 +61,13 @@ class Ordering(NamedTuple):
 
 
 class SeedRuns(Protocol):
-    """All runs of one seed and what they share."""
+    """All runs of one seed and what they share.
+
+    Attributes:
+        shown: what the setting that ran last is drawn with; None where it made no model of masks.
+    """
+
+    shown: Shown | None
 
     def run(self, setting: str) -> dict[str, float]:
         """Train and evaluate a setting; go on with it if it was interrupted."""
@@ -83,6 +90,8 @@ class Study:
             that is not installed.
         open_seed: starts the runs of a seed.
         takes: names of the options that have a meaning for this system alone.
+        of_options: returns fields that are others with these options, such as the measures of a
+            backbone with other layers.
     """
 
     settings: Sequence[str]
@@ -93,10 +102,13 @@ class Study:
     describe: Callable[[StudyOptions, str], dict[str, Any]]
     open_seed: Callable[[StudyOptions, int, Report], SeedRuns]
     takes: frozenset[str] = frozenset()
+    of_options: Callable[[StudyOptions], dict[str, Any]] = lambda options: {}
 
 
 def make_study(system: Study, options: StudyOptions, report: Report) -> list[dict[str, Any]]:
-    """Make the results that are missing, then tables, ``study.json`` and ``study.png``.
+    """Make the results that are missing, then tables, ``study.json`` and pictures.
+
+    ``study.png`` has the measures, ``contact_sheet.png`` what models of the first seed predict.
 
     Args:
         system: what to compare.
@@ -121,6 +133,7 @@ def make_study(system: Study, options: StudyOptions, report: Report) -> list[dic
     check_frozen(options.quickstart(seed=0))
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"A seed stands twice in {list(options.seeds)}. Name each once.")
+    system = replace(system, **system.of_options(options))
     runs = _describe(system, options, report)
     study_json = options.output / "study.json"
     _check_system(study_json, options.system)
@@ -151,6 +164,7 @@ def make_study(system: Study, options: StudyOptions, report: Report) -> list[dic
         named = {", ".join(key[:parts]): values for key, values in plotted.items()}
         with written_whole(options.output / "study.png") as scratch:
             plot_settings(scratch, named, label=label)
+    write_sheet(options.seed_folder(options.seeds[0]), list(runs), options.output / PICTURE_NAME)
     return rows
 
 
@@ -286,6 +300,9 @@ class _Results:
         if seed not in self.seeds:
             self.seeds[seed] = self.system.open_seed(self.options, seed, self.report)
         made = self.seeds[seed].run(setting)
+        shown = self.seeds[seed].shown
+        if shown is not None and seed == self.options.seeds[0]:
+            draw_row(shown, self.options.system, self.options.seed_folder(seed), setting)
         result = {name: _or_none(round(value, 4)) for name, value in made.items()}
         write_json(self._path(seed, setting), {"run": self.runs[setting], "result": result})
         self.report(f"seed {seed}: {setting} done")

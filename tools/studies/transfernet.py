@@ -17,6 +17,7 @@ from maskx.systems.transfernet.evaluation import evaluate_transfer
 from maskx.systems.transfernet.pipeline import TransferChain, TransferMethod, TransferSettings
 from maskx.systems.transfernet.samples import SOURCE_FRACTIONS, labelled_records, transfer_sets
 from studies.options import OWN_OPTIONS, StudyOptions
+from studies.picture import Shown
 from studies.study import Measure, Ordering, Report, Study, process_lock
 
 _FULL = TransferMethod()
@@ -43,6 +44,7 @@ def _transfer_settings(options: StudyOptions, seed: int = 0) -> TransferSettings
         seed=seed,
         backbone=options.backbone,
         pretrained=options.pretrained,
+        frozen=options.frozen,
         image_size=choose_image_size(options.quickstart(seed)),
         **given,
     )
@@ -58,6 +60,8 @@ def _describe(options: StudyOptions, setting: str) -> dict[str, Any]:
 
 class _SeedRuns:
     """All runs of one seed."""
+
+    shown: Shown | None = None
 
     def __init__(self, options: StudyOptions, seed: int, report: Report) -> None:
         self.folder = options.seed_folder(seed)
@@ -91,6 +95,8 @@ class _SeedRuns:
             if method.method == _FULL.method:
                 _ = self.chain.attention  # the first stage, trained once
         model = self.chain.train_masks(method)
+        split = self.chain.split
+        self.shown = Shown(model, self.val_records, split.class_names, split)
         result = {}
         for suffix in _LABELS:
             found = evaluate_transfer(
@@ -147,6 +153,6 @@ STUDY = Study(
     orderings=_orderings(),
     describe=_describe,
     open_seed=_SeedRuns,
-    takes=OWN_OPTIONS - {"frozen", "light", "vectors"},
+    takes=OWN_OPTIONS - {"light", "vectors"},
 )
 """TransferNet; the orderings are of target categories."""

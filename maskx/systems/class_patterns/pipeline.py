@@ -199,6 +199,22 @@ def learn_from_tags(
     return metrics
 
 
+@functools.cache
+def layers_of(backbone: str) -> tuple[str, ...]:
+    """Name all layers of the last stage as the paper does; where they have no names, the last map.
+
+    Args:
+        backbone: see :func:`maskx.core.backbone_choice.build_backbone`.
+    """
+    with torch.device("meta"):
+        network = build_backbone(backbone)
+    aliases = list(network.layer_aliases)
+    if not aliases:
+        return (f"outputs.{choose_feature(network)[0]}",)
+    stage = aliases[-1].rstrip("0123456789")
+    return tuple(alias for alias in aliases if alias.startswith(stage))
+
+
 class TagRun(TrainingChain):
     """The steps of :func:`learn_from_tags`, and what they share; what lies there is of this run."""
 
@@ -227,13 +243,8 @@ class TagRun(TrainingChain):
 
     @functools.cached_property
     def layers(self) -> tuple[str, ...]:
-        """All layers of the last stage by the paper's names; where they have none, the last map."""
-        with torch.device("meta"):
-            backbone = build_backbone(self.settings.backbone)
-        aliases = list(backbone.layer_aliases)
-        if not aliases:
-            return (f"outputs.{choose_feature(backbone)[0]}",)
-        return tuple(alias for alias in aliases if alias.startswith(aliases[-1][:-1]))
+        """All layers of the last stage, see :func:`layers_of`."""
+        return layers_of(self.settings.backbone)
 
     @property
     def layer(self) -> str:
@@ -315,7 +326,8 @@ class TagRun(TrainingChain):
         form = {"test_sizes": settings.test_sizes, "crf": settings.masks.crf}
         model, content = self._build("network", form)
         model.network.backbone.load_state_dict(start.classifier.backbone.state_dict())
-        self._keep_features(model.network.backbone)
+        # With the same weights a frozen one has the same features, whichever run they are of.
+        model.network.backbone.cache = start.classifier.backbone.cache
         self._learn(model, name, content, data, settings.segmenter_iterations, identity)
         return model
 

@@ -1,11 +1,18 @@
+import json
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from photos import make_photos, make_weights
 from studies import class_patterns as study_class_patterns
 from studies.class_patterns import STUDY
 from studies.options import StudyOptions
 from studies.run import run_study
 
+from maskx.data.coco import load_coco
+from maskx.data.images import read_rgb
+from maskx.data.label_maps import read_label_map, semantic_label_map
 from maskx.engine import quickstart, training_chain
 from maskx.engine.runs import read_run
 
@@ -87,6 +94,82 @@ def test_networks_learn_from_the_masks_that_the_setting_names(tiny):
             assert settings_of_run["chain"]["proxy masks"] == f"{setting[6:9]}-zero-ignore"
     with pytest.raises(ValueError, match=r"was made with .*'segmenter_iterations': 1\}"):
         run_study(StudyOptions(**tiny | {"stage2_iterations": 2}, settings=settings), print)
+
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    """Options of own data, on a frozen backbone."""
+    return tiny | {
+        "coco_train": make_photos(tmp_path / "photos", count=6, with_masks=4),
+        "coco_val": make_photos(tmp_path / "val", count=2, with_masks=4, seed=1),
+        "image_size": 48,
+        "backbone": "resnet10t",
+        "pretrained": make_weights(tmp_path / "weights.pth"),
+        "frozen": True,
+    }
+
+
+def test_own_data_is_compared_with_activation_maps_and_true_masks(own):
+    settings = ("proxy/otsu_standardised", "cam", "train/C41_otsu_standardised", "train/cam")
+    lines = []
+    options = StudyOptions(**own, settings=(*settings, "oracle"))
+    rows = {row["setting"]: row.keys() - {"setting"} for row in run_study(options, lines.append)}
+    trained = {"trained", "retrained"}
+    assert list(rows.values()) == [
+        {"proxy_C41", "decided_C41", "undecided_C41"},  # the layers of this backbone
+        {"cam"},
+        trained,
+        trained,
+        {"trained"},
+    ]
+    for words in ("masks of patterns of C41 above those of CAM", "trained on true masks above"):
+        assert f"| {words}" in lines[-1]
+    seed = options.seed_folder(0)
+    assert {path.relative_to(seed).parts[0] for path in seed.rglob("features")} == {"shared"}
+    rows = ("truth", "train/C41_otsu_standardised", "train/cam", "oracle")
+    drawn = {path.parent.relative_to(seed).as_posix() for path in seed.rglob("row.png")}
+    assert drawn == set(rows)
+    assert read_rgb(options.output / "contact_sheet.png").shape[0] == 4 * (256 + 34)
+    chain = {s: read_run(seed / s / "segmenter").settings["chain"] for s in ("train/cam", "oracle")}
+    assert chain["train/cam"]["proxy masks"] == "cam-zero-standardised"
+    assert chain["oracle"]["proxy masks"] == "oracle"
+    made = seed / "shared/proxy"
+    for record in load_coco(*own["coco_train"]).records:
+        if record["image_labels"]:
+            (file,) = (made / "projections/cam").glob(f"*{record['image_id']}.npz")
+            maps = np.load(file)["projections"]
+            np.testing.assert_allclose(maps.min((1, 2)) >= -0.2 - 1e-6, True)
+            assert set(np.round(maps.max((1, 2)), 4)) <= {np.float32(0.8), np.float32(-0.2)}
+        (file,) = (made / "masks/oracle").glob(f"*{record['image_id']}.png")
+        size = record["height"], record["width"]
+        found = read_label_map(file, *size, num_classes=4, image_id=record["image_id"])
+        np.testing.assert_array_equal(found, semantic_label_map(record, 4))
+
+
+def test_what_needs_true_masks_is_refused_without_them(own):
+    path = Path(own["coco_train"][0])
+    content = json.loads(path.read_text())
+    for annotation in content["annotations"]:
+        annotation.pop("segmentation", None)
+    path.write_text(json.dumps(content))
+    for setting in ("proxy/zero_ignore", "cam", "oracle"):
+        with pytest.raises(ValueError, match=rf"None of the 6 training .*'{setting}' needs"):
+            run_study(StudyOptions(**own, settings=(setting,)), print)
+
+
+def test_settings_and_measures_are_those_of_the_backbone_and_the_data(own):
+    fields = STUDY.of_options(StudyOptions(**own | {"backbone": "vgg16"}))
+    assert [name for name in fields["measures"] if name.startswith("proxy_")] == [
+        "proxy_conv5_1",
+        "proxy_conv5_2",
+        "proxy_conv5_3",
+    ]
+    assert "train/conv5_3_otsu_standardised" in fields["settings"]
+    assert "cosine" not in fields["settings"]
+    with pytest.raises(ValueError, match="'cosine' is of generated scenes"):
+        run_study(StudyOptions(**own, settings=("cosine",)), print)
+    with pytest.raises(ValueError, match="masks_for has no meaning for a study of class_patterns"):
+        run_study(StudyOptions(**own, masks_for="all"), print)
 
 
 def test_an_interrupted_training_goes_on_with_the_same_classifier(tiny, monkeypatch):

@@ -139,6 +139,8 @@ def test_own_data_on_one_frozen_backbone(own):
     assert maps == refined == {"pointing_boxed", "soft_iou_boxed"}
     assert masks == {"iou_mask", "iou_box"}
     seed = own["output"] / "seed_0"
+    drawn = {path.parent.name for path in seed.rglob("row.png")}
+    assert drawn == {"truth", "segmentation"}  # maps alone are no masks
     assert not (seed / "scenes").exists()
     run = json.loads((seed / "refined" / "result.json").read_text())["run"]
     assert (run["network"]["attention_sizes"], run["frozen"]) == ([24, 48], True)

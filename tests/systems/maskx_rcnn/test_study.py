@@ -11,6 +11,7 @@ from studies.maskx import PAPER_SETTINGS, STUDY, WORDS, mask_branch, with_share_
 from studies.options import StudyOptions
 from studies.run import run_study
 
+from maskx.data.images import read_rgb
 from maskx.data.scenes.generator import generate_scenes
 from maskx.engine import quickstart
 
@@ -236,11 +237,11 @@ def test_own_data_with_every_source_of_masks(tiny, tmp_path, monkeypatch):
     )
     rows = run_study(options, lambda line: None)
     assert [row["setting"] for row in rows] == list(settings)
+    sheet = read_rgb(options.output / "contact_sheet.png")
+    assert sheet.shape == (5 * (256 + 34), 4 * 256, 3)  # the truth and four settings
     grabcut = json.loads((options.seed_folder(0) / "grabcut.json").read_text())
     assert all(annotation["segmentation"] for annotation in grabcut["annotations"])
     with pytest.raises(ValueError, match=r"glove_2_layer' needs a file of word vectors"):
         run_study(dataclasses.replace(options, vectors=None), print)
-    with pytest.raises(
-        ValueError, match=r"coco_train has no meaning for a study of class_patterns"
-    ):
+    with pytest.raises(ValueError, match="masks_for has no meaning for a study of class_patterns"):
         run_study(dataclasses.replace(options, system="class_patterns", settings=None), print)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from photos import make_photos, make_weights
 from studies import transfernet as study_transfernet
 from studies.options import StudyOptions
 from studies.run import run_study
 from studies.transfernet import METHODS
 
+from maskx.data.images import read_rgb
 from maskx.data.scenes.generator import generate_scenes, half_split_names
 from maskx.engine import quickstart, training_chain
 from maskx.engine.quickstart import SPARSE_STYLE
@@ -206,5 +208,28 @@ def test_own_data(system, setting, tiny, tmp_path):
     assert result["run"]["image_size"] == 48
     assert result["run"]["masks_for"] == str(with_masks)
     assert not (options["output"] / "seed_0" / "scenes").exists()
+    height, width, _ = read_rgb(options["output"] / "contact_sheet.png").shape
+    assert width == 4 * 256  # four images
+    assert height == 2 * (256 + 34)  # the truth and the setting, with their titles
     with pytest.raises(ValueError, match="vectors has no meaning for a study of"):
         run_study(StudyOptions(**options | {"vectors": Path("glove.txt")}), lambda line: None)
+
+
+def test_a_frozen_backbone_computes_its_features_once_for_all_settings(tiny, tmp_path):
+    own = {
+        "coco_train": make_photos(tmp_path / "photos", count=8, with_masks=4),
+        "coco_val": make_photos(tmp_path / "val", count=2, with_masks=4, seed=1),
+        "masks_for": "random_2_0",
+        "image_size": 48,
+        "backbone": "resnet10t",
+        "pretrained": make_weights(tmp_path / "weights.pth"),
+        "frozen": True,
+    }
+    settings = ("transfernet", "baseline")
+    rows = run_study(StudyOptions(**tiny | own | {"settings": settings}), print)
+    assert [row["setting"] for row in rows] == list(settings)
+    seed = tiny["output"] / "seed_0"
+    assert [path.relative_to(seed) for path in seed.rglob("features")] == [Path("features")]
+    assert len(list((seed / "features").iterdir())) == 1  # of one backbone, which did not move
+    result = json.loads((seed / "baseline" / "result.json").read_text())
+    assert result["run"]["frozen"] is True

@@ -1,0 +1,76 @@
+"""One picture of a study: a row of validation images for each setting that trained a model."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from maskx.data.images import read_record_image, read_rgb
+from maskx.data.label_maps import semantic_label_map
+from maskx.engine.predictor import Predictor, rgb_sample
+from maskx.engine.results import Prediction
+from maskx.engine.runs import Run
+from maskx.engine.system import find_system
+from maskx.evaluation.figures import contact_sheet, save_png, varied_records
+from maskx.supervision import CategorySplit
+
+__all__ = ["Shown", "draw_row", "write_sheet"]
+
+PICTURE_NAME = "contact_sheet.png"
+_ROW_NAME, _TRUTH = "row.png", "truth"
+_IMAGES, _MOST_ROWS, _SIDE, _SCORE = 5, 6, 256, 0.5
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What a setting has trained last, and the validation images to show it on.
+
+    Attributes:
+        class_names: of the model.
+        split: instances of categories with masks are drawn in another colour.
+        truth: returns the label map of a record; None: that of its masks.
+    """
+
+    model: nn.Module
+    records: Sequence[Record]
+    class_names: Sequence[str]
+    split: CategorySplit | None = None
+    truth: Callable[[Record], np.ndarray] | None = None
+
+
+def draw_row(shown: Shown, system: str, seed_folder: Path, setting: str) -> None:
+    """Draw the predictions of a setting into its folder, and the truth where it is not there."""
+    records = varied_records(shown.records, num_labels=2.5)[:_IMAGES]
+    if not records:  # none shows anything that is labelled
+        return
+    images = [read_record_image(record, image_format="RGB") for record in records]
+    names, found = tuple(shown.class_names), find_system(system)
+    run = Run(system, "pip", names, {}, split=shown.split)
+    model = shown.model.eval()
+    predictor = Predictor(run, found, model, getattr(model, "prepare", rgb_sample))
+    predicted = (predictor.many([image], threshold=_SCORE)[0] for image in images)
+    _save_row(seed_folder / setting, predicted)
+    if not (seed_folder / _TRUTH / _ROW_NAME).is_file():
+        truth = shown.truth or functools.partial(semantic_label_map, num_classes=len(names))
+        pairs = zip(map(truth, records), images, strict=True)
+        _save_row(seed_folder / _TRUTH, (Prediction(names, label_map=m, image=i) for m, i in pairs))
+
+
+def write_sheet(seed_folder: Path, settings: Sequence[str], path: Path) -> None:
+    """Lay the rows of the first settings out in one picture; nothing where there is no row."""
+    rows = {name: seed_folder / name / _ROW_NAME for name in (_TRUTH, *settings)}
+    there = [name for name, row in rows.items() if row.is_file()][: 1 + _MOST_ROWS]
+    if there:
+        tiles = [read_rgb(rows[name]) for name in there]
+        save_png(path, contact_sheet(tiles, columns=1, row_titles=there, legend=()))
+
+
+def _save_row(folder: Path, predictions: Iterable[Prediction]) -> None:
+    tiles = [prediction.plot(side=_SIDE) for prediction in predictions]
+    save_png(folder / _ROW_NAME, np.hstack(tiles))
