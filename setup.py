@@ -47,6 +47,7 @@ TEST = [
     "pytest>=8",
     "pytest-xdist>=3.5",
     "hypothesis>=6",
+    "selenium>=4",  # the page of `maskx serve` in chromium, where that is installed
 ]
 
 setup(

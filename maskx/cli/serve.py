@@ -1,5 +1,8 @@
 r"""Open a local page to try a trained run: drop a photograph, see its masks.
 
+An annotation file that is dropped with it shows its objects too. Those that have a box and no mask
+are dashed; a click gives them one, and the download has both.
+
 The page is for this machine alone unless --host says otherwise. It needs the extra `serve`:
 pip install 'maskx-detectron2[serve]'.
 
@@ -55,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         hosts = _allowed_hosts(args.host)
         app = make_app(
             predictor,
+            args.run_folder,
             max_bytes=int(args.max_megabytes * 2**20),
             max_pixels=int(args.max_megapixels * 1e6),
             hosts=hosts,

@@ -24,7 +24,7 @@ from maskx.core.files import written_whole
 from maskx.core.processes import run_jobs
 from maskx.core.text import listed
 from maskx.data.coco import CocoData, load_coco
-from maskx.data.coco_shapes import QUALITY_KEY, SOURCE_KEY
+from maskx.data.coco_shapes import SOURCE_KEY
 from maskx.data.images import read_record_image
 from maskx.data.json_edits import edited, rows, with_members
 from maskx.data.json_files import paused_collector, read_json
@@ -279,7 +279,7 @@ def _box_sources(options: CompletionOptions, predictor: Predictor | None) -> dic
     sources: dict[str, MaskSource] = {}
     if predictor is not None and predictor.system.box_masks is not None:
         identity = {"weights": sha256_of(predictor.run.weights_file)}
-        sources["run"] = RunSource(predictor, f"maskx:{options.run.resolve().name}", identity)
+        sources["run"] = RunSource(predictor, options.run, identity)
     elif options.agree is not None:
         raise ValueError(
             f"agree compares masks in boxes, but a run of {predictor.system.title} makes label "
@@ -644,12 +644,7 @@ def _write(options: CompletionOptions, text: str, completion: Completion) -> Non
     """Write the text of the file with the new masks in it."""
     changes: dict[Any, dict[str, Any]] = {}
     for each in completion.masks:
-        changes[each.annotation_id] = {
-            "segmentation": each.found.segmentation,
-            "area": each.found.area,
-            SOURCE_KEY: each.source,
-            QUALITY_KEY: round(each.quality, 4),
-        }
+        changes[each.annotation_id] = each.found.annotation_keys(each.source, each.quality)
     folders = Path(options.data[0]).parent, options.output.parent
     edits, says_predicted = [], not completion.label_maps
     with paused_collector():

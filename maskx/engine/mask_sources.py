@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import distribution
+from pathlib import Path
 from typing import Any, Protocol
 
 import cv2
@@ -15,6 +16,7 @@ import torch
 
 from maskx.core.digests import sha256_of
 from maskx.core.mask_quality import box_agreement, expected_iou
+from maskx.data.coco_shapes import QUALITY_KEY, SOURCE_KEY
 from maskx.data.grabcut import GRABCUT_ITERATIONS, box_pixels, grabcut_mask
 from maskx.data.masks import encode_masks
 from maskx.engine.predictor import Predictor
@@ -41,6 +43,20 @@ class FoundMask:
     segmentation: dict[str, Any]
     area: int
     score: float
+
+    def annotation_keys(self, source: str, quality: float) -> dict[str, Any]:
+        """Say the mask in the keys of a COCO annotation.
+
+        Args:
+            source: what made it.
+            quality: the IoU to be expected, from 0 to 1.
+        """
+        return {
+            "segmentation": self.segmentation,
+            "area": self.area,
+            SOURCE_KEY: source,
+            QUALITY_KEY: round(quality, 4),
+        }
 
 
 @dataclass(frozen=True)
@@ -90,12 +106,15 @@ class RunSource:
 
     Args:
         predictor: the opened run.
-        name: of the run.
+        run: its folder or model file, which gives the masks their ``segmentation_source``.
         identity: plain values that tell its weights from others.
     """
 
-    def __init__(self, predictor: Predictor, name: str, identity: dict[str, Any]) -> None:
-        self.predictor, self.name, self.identity = predictor, name, identity
+    def __init__(
+        self, predictor: Predictor, run: str | os.PathLike[str], identity: dict[str, Any]
+    ) -> None:
+        self.predictor, self.identity = predictor, identity
+        self.name = f"maskx:{Path(run).resolve().name}"
 
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, names: Sequence[str]

@@ -1,7 +1,7 @@
 """The pages and answers of `maskx serve`, on Flask."""
 
-import dataclasses
 import io
+import os
 import threading
 import uuid
 from collections import OrderedDict
@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import cv2
 import numpy as np
 from flask import Flask, Response, abort, jsonify, request, send_file
 from PIL import Image, ImageOps, UnidentifiedImageError
 from werkzeug.exceptions import HTTPException
 
-from maskx.data.masks import decode_segmentation
+from maskx.cli.web.photograph import Photograph, base_name, read_annotations
+from maskx.core.text import listed
+from maskx.engine.mask_sources import NoMask, RunSource
 from maskx.engine.predictor import Predictor
-from maskx.engine.results import Prediction
 
 __all__ = ["make_app"]
 
 _PAGE = Path(__file__).with_name("page.html")
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-_KEPT = 8  # images whose predictions are held for further questions
+_KEPT = 8  # photographs that are held for further questions
 
 
 class _RefusedError(ValueError):
@@ -32,12 +32,18 @@ class _RefusedError(ValueError):
 
 
 def make_app(
-    predictor: Predictor, *, max_bytes: int, max_pixels: int, hosts: Collection[str] | None = None
+    predictor: Predictor,
+    run: str | os.PathLike[str],
+    *,
+    max_bytes: int,
+    max_pixels: int,
+    hosts: Collection[str] | None = None,
 ) -> Flask:
     """Make the application.
 
     Args:
-        predictor: of a run folder.
+        predictor: the opened run.
+        run: its folder or model file.
         max_bytes: of an upload; a larger one is refused before it is read.
         max_pixels: of an image; a larger one is refused before it is decoded.
         hosts: names under which the page may be asked for; None for any. Another site could give
@@ -47,7 +53,8 @@ def make_app(
     # A little more than the file, for the form around it.
     app.config["MAX_CONTENT_LENGTH"] = max_bytes + 2**16
     app.config["MAX_FORM_MEMORY_SIZE"] = 2**16
-    kept: OrderedDict[str, Prediction] = OrderedDict()
+    kept: OrderedDict[str, Photograph] = OrderedDict()
+    source = RunSource(predictor, run, {})
     lock = threading.Lock()  # the model answers one question at a time
     split = predictor.run.split
 
@@ -77,34 +84,52 @@ def make_app(
 
     @app.post("/predict")
     def predict() -> Response:
-        pixels = _read_upload(max_pixels)
+        pixels, name = _read_upload(max_pixels)
         concepts = [c.strip() for c in request.form.get("concepts", "").split(",") if c.strip()]
         with lock:
             found = predictor(pixels, **({"concepts": concepts} if concepts else {}))
-            key = uuid.uuid4().hex
-            kept[key] = found
+            key, photograph = uuid.uuid4().hex, Photograph(found, name)
+            kept[key] = photograph
             while len(kept) > _KEPT:
                 kept.popitem(last=False)
         return jsonify(
-            id=key, width=pixels.shape[1], height=pixels.shape[0], objects=_objects(found)
+            id=key, width=pixels.shape[1], height=pixels.shape[0], objects=photograph.objects()
         )
+
+    @app.post("/annotations")
+    def annotations() -> Response:
+        photograph = _kept(kept, request.form.get("id", ""))
+        upload = request.files.get("annotations")
+        if not upload:
+            raise _RefusedError("No file came. Send annotations as the field 'annotations'.")
+        content = read_annotations(upload)
+        with lock:
+            photograph.take_file(content, base_name(upload.filename))
+        objects = photograph.objects()
+        names = {each["name"] for each in objects if each["needs_mask"]}
+        return jsonify(objects=objects, unknown=sorted(names - set(predictor.class_names)))
 
     @app.post("/mask")
     def mask() -> Response:
         asked = _read_question()
-        found = _kept(kept, asked["id"])
-        box = _checked_box(asked.get("box"), found.image_size)
+        photograph = _kept(kept, asked["id"])
         with lock:
-            masks = predictor.masks_of_boxes(found.image, [box], [asked["name"]])
-            grown = _with_object(found, box, asked["name"], masks.encode()[0])
-            kept[asked["id"]] = grown
-        return jsonify(objects=_objects(grown))
+            if "object" in asked:
+                name, box = photograph.box_without_mask(asked["object"])
+            else:
+                size = photograph.found.image_size
+                name, box = asked["name"], _checked_box(asked.get("box"), size)
+            keys = _mask_keys(source, photograph, name, box)
+            if "object" in asked:
+                photograph.give_mask(asked["object"], keys)
+            else:
+                photograph.add_drawn(name, box, keys)
+        return jsonify(objects=photograph.objects())
 
     @app.get("/coco/<key>")
     def coco(key: str) -> Response:
-        found = _kept(kept, key)
         threshold = request.args.get("threshold", 0.0, type=float)
-        answer = jsonify(_coco_file(found, request.args.get("name", "image.jpg"), threshold))
+        answer = jsonify(_kept(kept, key).to_coco(threshold))
         answer.headers["Content-Disposition"] = "attachment; filename=annotations.json"
         return answer
 
@@ -116,7 +141,10 @@ def make_app(
     def failed(error: HTTPException) -> tuple[Response, int]:
         message = error.description
         if error.code == 413:
-            message = f"The file is larger than {max_bytes / 2**20:.0f} MiB. Make it smaller."
+            message = (
+                f"The file is larger than {max_bytes / 2**20:.0f} MiB. Make it smaller, or give "
+                "--max-megabytes."
+            )
         return jsonify(error=message), error.code
 
     @app.after_request
@@ -130,10 +158,10 @@ def make_app(
     return app
 
 
-def _read_upload(max_pixels: int) -> np.ndarray:
-    """Read the uploaded image, (H, W, 3) uint8 RGB, turned as its EXIF data says."""
+def _read_upload(max_pixels: int) -> tuple[np.ndarray, str]:
+    """Read the uploaded image, (H, W, 3) uint8 RGB, turned as its EXIF data says, and its name."""
     upload = request.files.get("image")
-    if upload is None:
+    if not upload:
         raise _RefusedError("No image came. Send a photograph as the field 'image'.")
     try:
         image = Image.open(io.BytesIO(upload.read()), formats=_FORMATS)
@@ -147,23 +175,29 @@ def _read_upload(max_pixels: int) -> np.ndarray:
             f"{max_pixels / 1e6:.0f} million; make it smaller, or give --max-megapixels."
         )
     try:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise _RefusedError(f"'{upload.filename}' is damaged: {error}.") from error
+    return pixels, base_name(upload.filename)
 
 
 def _read_question() -> dict[str, Any]:
-    """Read what is asked about a box of an image that is held."""
+    """Read what is asked about an object of a photograph that is held."""
     asked = request.get_json()
-    if not (isinstance(asked, dict) and all(isinstance(asked.get(k), str) for k in ("id", "name"))):
+    if not (
+        isinstance(asked, dict)
+        and isinstance(asked.get("id"), str)
+        and ("object" in asked or isinstance(asked.get("name"), str))
+    ):
         raise _RefusedError(
             f"The question is {asked!r:.80}. Allowed: an object with 'id', the text that came with "
-            "the image, 'name', the text of a class, and 'box', four numbers."
+            "the image, and either 'object', the number of an object that has no mask, or 'name', "
+            "the text of a class, and 'box', four numbers."
         )
     return asked
 
 
-def _kept(kept: OrderedDict[str, Prediction], key: str) -> Prediction:
+def _kept(kept: OrderedDict[str, Photograph], key: str) -> Photograph:
     if key not in kept:
         raise _RefusedError(
             f"This image is no longer held; the last {_KEPT} are. Drop it on the page again."
@@ -187,48 +221,14 @@ def _checked_box(box: object, size: tuple[int, int]) -> list[float]:
     return [float(x0), float(y0), float(x1), float(y1)]
 
 
-def _with_object(found: Prediction, box: list[float], name: str, segmentation: dict) -> Prediction:
-    index = found.class_names.index(name)
-    return dataclasses.replace(
-        found,
-        boxes=np.concatenate([np.reshape(found.boxes, (-1, 4)), [box]]),
-        segmentations=[*found.segmentations, segmentation],
-        scores=np.append(found.scores, 1.0),
-        class_indices=np.append(found.class_indices, index),
-    )
-
-
-def _objects(found: Prediction) -> list[dict[str, Any]]:
-    """Say what was found, with masks as polygons that the browser fills by the even-odd rule."""
-    objects = []
-    for entry in found.to_coco(0):
-        mask = decode_segmentation(entry["segmentation"], *found.image_size)
-        box = None
-        if found.boxes is not None:
-            x, y, width, height = entry["bbox"]
-            box = [x, y, x + width, y + height]
-        objects.append(
-            {
-                "name": found.class_names[entry["category_id"] - 1],
-                "score": entry.get("score"),
-                "box": box,
-                "polygons": _polygons(mask),
-            }
-        )
-    return objects
-
-
-def _polygons(mask: np.ndarray) -> list[list[int]]:
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    return [contour.ravel().tolist() for contour in contours if len(contour) > 2]
-
-
-def _coco_file(found: Prediction, name: str, threshold: float) -> dict[str, Any]:
-    """Make a COCO file of one image, of the objects whose score reaches the threshold."""
-    height, width = found.image_size
-    names = enumerate(found.class_names, 1)
-    return {
-        "images": [{"id": 1, "file_name": Path(name).name, "height": height, "width": width}],
-        "annotations": found.above(threshold).to_annotations(1),
-        "categories": [{"id": number, "name": name} for number, name in names],
-    }
+def _mask_keys(
+    source: RunSource, photograph: Photograph, name: str, box: list[float]
+) -> dict[str, Any]:
+    """Segment an object, and return the mask as keys of its annotation."""
+    known = source.predictor.class_names
+    if name not in known:
+        raise _RefusedError(f"The model does not know '{name}'. It knows {listed(known)}.")
+    (found,) = source(photograph.found.image, np.array([box]), [name])
+    if isinstance(found, NoMask):
+        raise _RefusedError(f"There is no mask of this {name}: {found.reason}. Drag another box.")
+    return found.annotation_keys(source.name, found.score)
