@@ -11,7 +11,6 @@ import math
 import os
 import struct
 from array import array
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,6 +55,8 @@ __all__ = [
 _KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", SOURCE_KEY, QUALITY_KEY)
 _CHUNK = 2000  # annotations that are decoded at a time
 _WHAT = "annotation file"
+_NO_ENTRY = (-1, None)
+_NOTHING = {type(MISSING), type(None)}
 
 
 @dataclass(frozen=True)
@@ -200,9 +201,8 @@ def _read(
     if check_images:
         records = find_images(records, Path(image_root), report)
     num_found, num_rows = len(records), len(rows)
-    lacking = _lacking(rows)
     claims = BoxesAndMasks(report)
-    _read_annotations(rows, records, structure, report, claims)
+    lacking = _read_annotations(rows, records, structure, report, claims)
     claims.check()
     report.finish()
     for record in records:
@@ -223,12 +223,6 @@ def _read(
         lost_images=report.lost_files,
         lacking=lacking,
     )
-
-
-def _lacking(rows: Rows) -> frozenset[str]:
-    nothing = (MISSING, None, [], b"null", b"[]")  # or as JSON text
-    columns = {key: rows.column(key) for key in ("iscrowd", "area", "segmentation")}
-    return frozenset(k for k, column in columns.items() if any(n in column for n in nothing))
 
 
 def with_labels_only(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -427,40 +421,52 @@ def _read_annotations(
     structure: Structure,
     report: Report,
     claims: BoxesAndMasks,
-) -> None:
-    """Read the annotations into the records, those that are as usual many at a time."""
-    record_of = {record["image_id"]: record for record in records}
-    table = _Images(records)
+) -> frozenset[str]:
+    """Read the annotations into the records, those that are as usual many at a time.
+
+    Returns:
+        `CocoData.lacking`.
+    """
+    images = _Images(records)
+    lacking: set[str] = set()
     for start in range(0, len(rows), _CHUNK):
         chunk = rows.take(start, min(start + _CHUNK, len(rows)))
-        found = _UsualRows(chunk, table, structure)
+        found = _UsualRows(chunk, images, structure)
         claims.add_arrays(found)
-        lists, entries, done = found.lists(), found.entries(), 0
-        for index in [*np.flatnonzero(~found.usual).tolist(), len(chunk)]:
-            # Without a loop of Python's: as many objects as a file has, each in another place.
-            deque(map(list.append, lists[done:index], entries[done:index]), maxlen=0)
-            if index < len(chunk):
-                _read_row(start + index, chunk[index], record_of, structure, report, claims)
-            done = index + 1
-    table.give_labels()
+        lacking |= found.lacking
+        owners, entries = found.image_index, found.entries()
+        for index in np.flatnonzero(~found.usual).tolist():
+            owners[index], entries[index] = _read_row(
+                start + index, chunk[index], images, structure, report, claims
+            )
+        images.add_annotations(owners, entries)
+    images.give_labels()
+    images.give_annotations()
+    return frozenset(lacking)
 
 
 def _read_row(
     position: int,
     row: Any,
-    record_of: Mapping[Any, dict[str, Any]],
+    images: "_Images",
     structure: Structure,
     report: Report,
     claims: BoxesAndMasks,
-) -> None:
-    """Read one annotation in which something may be unusual."""
+) -> tuple[int, dict[str, Any] | None]:
+    """Read one annotation in which something may be unusual.
+
+    Returns:
+        The position of its image and its entry; -1 and None if there is none.
+    """
     found = structure.annotation(position, row)
-    record = None if found is None else record_of.get(found["image_id"])
-    if record is None:
-        lost = record_of.get(structure.image_of_lost(row))
-        if found is None and lost is not None:
-            lost["boxes_complete"] = False
-        return
+    image_id = structure.image_of_lost(row) if found is None else found["image_id"]
+    owner = images.index_of.one(image_id)
+    if owner < 0:
+        return _NO_ENTRY
+    record = images.records[owner]
+    if found is None:
+        record["boxes_complete"] = False
+        return _NO_ENTRY
     if "area" in found and not is_positive_number(found["area"]):
         report.note("area that is no number above 0 (computed from the mask)", found["area"])
     if found.get("segmentation") == [[]]:
@@ -484,13 +490,13 @@ def _read_row(
     extent = None if shapes.mask is None else mask_extent(shapes.mask)
     claims.add(found.get("bbox"), record, found["id"], extent)
     if shapes.is_placeholder:
-        return
+        return _NO_ENTRY
     record["image_labels"].add(index)
     if shapes.box is None:
         # A box without area hides nothing; any other may be anywhere.
         if shapes.problems[-1].kind != "box_empty":
             record["boxes_complete"] = False
-        return
+        return _NO_ENTRY
     entry = {
         "id": found["id"],
         "bbox": shapes.box,
@@ -502,19 +508,19 @@ def _read_row(
         entry["segmentation"] = [array("d", p) for p in shapes.mask] if is_list else shapes.mask
         if quality is not None:
             entry |= {SOURCE_KEY: found[SOURCE_KEY], QUALITY_KEY: quality}
-    record["annotations"].append(entry)
+    return owner, entry
 
 
 class _Images:
-    """Records by image id, their sizes, and the labels of their usual annotations."""
+    """Records by image id, their sizes, and what their annotations give them."""
 
     def __init__(self, records: list[dict[str, Any]]) -> None:
         self.records = records
         self.index_of = Positions([record["image_id"] for record in records])
-        self.annotations = [*(record["annotations"] for record in records), []]
         sizes = [(record["height"], record["width"]) for record in records]
-        self.sizes = np.array([*sizes, (0, 0)], np.float64)  # the last, as above, is of no image
+        self.sizes = np.array([*sizes, (0, 0)], np.float64)  # the last is of no image
         self._labels = []
+        self._owners, self._entries = [], []
 
     def add_labels(self, image_index: np.ndarray, class_index: np.ndarray) -> None:
         """Note that images show classes."""
@@ -531,6 +537,21 @@ class _Images:
             record["image_labels"] = sorted(given.union(own)) if given else own
             start = end
 
+    def add_annotations(self, image_index: np.ndarray, entries: Sequence[Any]) -> None:
+        """Note the entries of images, in the order of the file; those of -1 are left out."""
+        self._owners.append(image_index)
+        self._entries += entries
+
+    def give_annotations(self) -> None:
+        """Put the entries into the records."""
+        # Sorted first: to append each to its list takes twice as long, as all lie elsewhere.
+        owners = np.concatenate([np.empty(0, np.int64), *self._owners])
+        order = np.argsort(owners, kind="stable").tolist()
+        num_left_out, *counts = np.bincount(owners + 1, minlength=len(self.records) + 1).tolist()
+        in_order = map(self._entries.__getitem__, order[num_left_out:])
+        for record, count in zip(self.records, counts, strict=True):
+            record["annotations"] = list(itertools.islice(in_order, count))
+
 
 class _UsualRows:
     """Annotations of a chunk, of which those that are as usual are found with arrays."""
@@ -539,12 +560,13 @@ class _UsualRows:
 
     def __init__(self, rows: Rows, images: _Images, structure: Structure) -> None:
         self._images = images
-        self._image_index = image_index = images.index_of(rows.column("image_id"))
+        self.image_index = image_index = images.index_of(rows.column("image_id"))
         self._class_index = class_index = structure.index_of(rows.column("category_id"))
         self.sizes = images.sizes[image_index]
         self._ids = rows.column("id")
-        self._crowd = _numbers(rows.column("iscrowd"), {int}, missing=0)
-        area = _numbers(rows.column("area"), {int, float}, missing=1)
+        crowd, areas = rows.column("iscrowd"), rows.column("area")
+        self._crowd = _numbers(crowd, {int}, missing=0)
+        area = _numbers(areas, {int, float}, missing=1)
         self.usual = (image_index >= 0) & (class_index >= 0)
         self.usual &= ((self._crowd == 0) | (self._crowd == 1)) & (area > 0) & (area < 1e18)
         if structure.has_repeated_ids:
@@ -556,6 +578,15 @@ class _UsualRows:
         if sources.count(MISSING) < len(sources):
             self.usual &= [value in (MISSING, None) for value in sources]
         numbers, sizes, num_parts = rows.number_lists("segmentation")
+        self.lacking = {
+            key
+            for key, is_lacking in (
+                ("iscrowd", not _NOTHING.isdisjoint(map(type, crowd))),
+                ("area", not _NOTHING.isdisjoint(map(type, areas))),
+                ("segmentation", not num_parts.all()),
+            )
+            if is_lacking
+        }
         self._read_polygons(numbers, sizes, np.maximum(num_parts, 0))
         for index in np.flatnonzero(self.usual & (num_parts < 0)).tolist():
             self._read_other_mask(index, rows)
@@ -630,12 +661,7 @@ class _UsualRows:
     def ids(self, indices: Iterable[int]) -> list[tuple[Any, Any]]:
         """Return the ids of annotations and of their images."""
         images = self._images.records
-        return [(self._ids[i], images[self._image_index[i]]["image_id"]) for i in indices]
-
-    def lists(self) -> list[list[dict[str, Any]]]:
-        """Return of each annotation where the entries of its image are, as far as there is one."""
-        of_images = self._images.annotations
-        return [of_images[index] for index in self._image_index.tolist()]
+        return [(self._ids[i], images[self.image_index[i]]["image_id"]) for i in indices]
 
     def entries(self) -> list[dict[str, Any]]:
         """Return an entry of each annotation, which is right if it is usual."""

@@ -207,8 +207,11 @@ class Positions:
                 found = np.searchsorted(self._numbers, numbers)
                 is_there = self._numbers[found] == numbers
                 return np.where(is_there, self._positions[found], -1)
-        known = (int, str)
-        return np.array([self._by_id.get(id_, -1) if type(id_) in known else -1 for id_ in ids])
+        return np.array([self.one(id_) for id_ in ids])
+
+    def one(self, id_: Any) -> int:
+        """Return the position of one id, or -1."""
+        return self._by_id.get(id_, -1) if type(id_) in (int, str) else -1
 
 
 class Structure:

@@ -161,6 +161,29 @@ def test_label_map_is_passed_on_and_is_the_supervision_of_a_mask(load, tmp_path)
         load(make_dataset(images=images))
 
 
+def test_annotations_keep_the_order_of_the_file(load):
+    # Every third has a box over the edge, which is read by itself and mended.
+    over = (15, 1, 6.5, 6)
+    rows = [
+        make_annotation(n, image_id=1 + n % 2, bbox=(2, 1, 6, 6) if n % 3 else over)
+        for n in range(1, 13)
+    ]
+    data = load(make_dataset(rows, [make_image(1), make_image(2), make_image(3)]), strict=False)
+    assert data.problems == {"box_outside": 4}
+    found = [[annotation["id"] for annotation in r["annotations"]] for r in data.records]
+    assert found == [[2, 4, 6, 8, 10, 12], [1, 3, 5, 7, 9, 11], []]
+
+
+@pytest.mark.parametrize("key", ["iscrowd", "area", "segmentation"])
+@pytest.mark.parametrize("keys", [{}, {"iscrowd": None, "area": None, "segmentation": []}])
+def test_keys_that_not_every_annotation_has_are_known(load, key, keys):
+    full = {"iscrowd": 0, "area": 18, "segmentation": [TRIANGLE]}
+    rest = {k: v for k, v in full.items() if k != key} | {k: keys[k] for k in keys if k == key}
+    some = [make_annotation(1, **full), make_annotation(2, **rest)]
+    assert load(make_dataset(some)).lacking == {key}
+    assert load(make_dataset(some[:1])).lacking == frozenset()
+
+
 def test_byte_order_mark_is_accepted(tmp_path):
     file = tmp_path / "bom.json"
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(make_dataset()).encode())
