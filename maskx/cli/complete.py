@@ -6,12 +6,13 @@ such as a YOLO folder, the result is a COCO file too, and `maskx export` brings 
 mask says what made it (segmentation_source) and how good it probably is (segmentation_quality, the
 IoU to be expected, from 0 to 1). Beside the output lies a report that lists the worst first.
 
-A run of a system that makes label maps writes them for the images that have tags alone. Images that
-cannot be read are named, the rest goes on, and the status is 1; --skip-bad goes on without those
-that are missing or broken, too.
+A run of a system that makes label maps writes them for the images that have tags alone, with
+label_map_source and label_map_quality, the mean IoU to be expected. Images that cannot be read are
+named, the rest goes on, and the status is 1; --skip-bad goes on without those that are missing or
+broken, too.
 
-The quality is calibrated on masks that the run was not trained on: those of the file, or of
-another one that --calibrate names. The same command goes on after an interruption.
+The quality is calibrated on masks and label maps that the run was not trained on: those of the
+file, or of another one that --calibrate names. The same command goes on after an interruption.
 
 Examples:
     maskx complete output/animals train.json train --output completed.json
@@ -46,12 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "boxes (R, 4) XYXY and names, that returns R masks of the image's size",
     )
     add("--agree", type=float, metavar="IOU", help="keep what run and teacher agree on this much")
-    add("--min-quality", type=float, default=0.0, metavar="Q", help="leave worse masks out")
+    add("--min-quality", type=float, default=0.0, metavar="Q", help="leave worse ones out")
     add(
         "--calibrate",
         nargs=2,
         metavar=("DATA", "IMAGES"),
-        help="annotations with masks that the run was not trained on",
+        help="annotations with masks, or label maps, that the run was not trained on",
     )
     add(
         "--withhold",

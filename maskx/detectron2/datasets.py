@@ -30,8 +30,12 @@ from maskx.detectron2.complete_files import complete_when_asked
 from maskx.evaluation.figures import COLOR_WITH_MASKS, COLOR_WITHOUT_MASKS
 from maskx.supervision import CategorySplit, Supervision
 
-# Detectron2's own tool has no evaluator that is right for such a data set.
-_OWN_EVALUATORS = "maskx"
+# Detectron2's own tool has no evaluator that is right for such a data set. Its error shows this.
+_OWN_EVALUATORS = (
+    "maskx (let build_evaluator return maskx.detectron2.MaskXCOCOEvaluator(dataset_name, "
+    "output_dir=output_folder), for tags MaskXImageLabelEvaluator, or use maskx's own "
+    "tools/train_net.py)"
+)
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,23 @@ from maskx.data.coco_shapes import SOURCE_KEY
 from maskx.data.images import read_record_image
 from maskx.data.json_edits import edited, rows, with_members
 from maskx.data.json_files import paused_collector, read_json
-from maskx.data.label_maps import moved_label_maps
+from maskx.data.label_maps import has_pixels, moved_label_maps
 from maskx.data.masks import run_lengths
 from maskx.data.splits import resolve_split
 from maskx.engine.label_map_completion import (
+    CompletedLabelMaps,
     complete_label_maps,
     images_with_tags,
     label_map_folder,
 )
-from maskx.engine.mask_sources import FoundMask, MaskSource, NoMask, RunSource, Teacher
+from maskx.engine.mask_sources import (
+    FoundMask,
+    MaskSource,
+    NoMask,
+    RunSource,
+    Teacher,
+    source_name,
+)
 from maskx.engine.predictor import Predictor, open_run
 from maskx.engine.runs import Run, read_run
 from maskx.evaluation.calibration import MIN_MASKS, cross_validated, fit_calibration
@@ -47,6 +55,9 @@ logger = logging.getLogger(__name__)
 
 # Masks whose truth is known that a calibration is made of; more say little more.
 _MOST_KNOWN = 500
+
+# Of an image, as of an annotation: what made its label map, and the mean IoU to be expected.
+_MAP_SOURCE_KEY, _MAP_QUALITY_KEY = "label_map_source", "label_map_quality"
 
 Source = tuple[str, str]  # file and image folder
 
@@ -125,8 +136,7 @@ class Completion:
         calibrated: names of the sources whose qualities are calibrated.
         failures: what is broken, by file name of the image.
         num_drawn: masks of people that stay.
-        label_maps: of images with tags alone, paths from the folder of the output by image id.
-        passed_over: numbers of the other images with tags alone, by the reason.
+        label_maps: of images with tags alone.
     """
 
     objects: Sequence[Completed]
@@ -134,14 +144,13 @@ class Completion:
     calibrated: Sequence[str]
     failures: Mapping[str, str]
     num_drawn: int
-    label_maps: Mapping[int | str, str] = field(default_factory=dict)
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    label_maps: CompletedLabelMaps = field(default_factory=CompletedLabelMaps)
 
     @property
     def masks(self) -> list[Completed]:
-        """Objects that got a mask, the worst first."""
+        """Objects that got a mask, the worst first; of one quality, by the score of the source."""
         found = [each for each in self.objects if isinstance(each.found, FoundMask)]
-        return sorted(found, key=lambda each: each.quality)
+        return sorted(found, key=lambda each: (each.quality, each.found.score))
 
     @property
     def reasons(self) -> Counter[str]:
@@ -223,22 +232,25 @@ def complete(options: CompletionOptions) -> Completion:
     objects, known_ones, calibrated = _judged(options, sources, images, found)
     failures = {**data.lost_images, **(calibrate.lost_images if calibrate else {})}
     failures |= _failures(images, found)
-    label_maps: dict[int | str, str] = {}
     if predictor is not None and predictor.system.box_masks is None:
-        folder = label_map_folder(options.output)
-        label_maps, unreadable, num_unknown = complete_label_maps(predictor, data, folder)
-        failures |= unreadable
-        passed_over = {"the run knows none of their tags": num_unknown}
+        label_maps = complete_label_maps(
+            predictor,
+            data,
+            label_map_folder(options.output),
+            known=_known_images([data, *([calibrate] if calibrate else [])], run),
+            min_quality=options.min_quality,
+        )
+        failures |= label_maps.failures
     else:
         reason = "masks are made in boxes alone; a run of class patterns, say, makes label maps"
-        passed_over = {reason: len(images_with_tags(data))}
+        count = len(images_with_tags(data))
+        label_maps = CompletedLabelMaps(passed_over={reason: count} if count else {})
     completion = Completion(
         objects=objects,
         known=known_ones,
         calibrated=calibrated,
         failures=failures,
         label_maps=label_maps,
-        passed_over={reason: number for reason, number in passed_over.items() if number},
         num_drawn=len(raw.with_masks - raw.machine_made - {e.annotation_id for e in objects}),
     )
     _write(options, text, completion)
@@ -298,18 +310,22 @@ class _Raw:
         own_ids: ids that stand once.
         with_masks: ids of annotations with a mask of any form.
         machine_made: ids of those whose mask an earlier completion made.
+        made_label_maps: ids of images whose label map an earlier completion made.
     """
 
     own_ids: set[Any]
     with_masks: set[Any]
     machine_made: set[Any]
+    made_label_maps: set[Any]
 
 
 def _read_raw(text: str) -> _Raw:
     ids: Counter[Any] = Counter()
-    raw = _Raw(set(), set(), set())
+    raw = _Raw(set(), set(), set(), set())
     with paused_collector():
         for key, row, *_ in rows(text):
+            if key == "images" and isinstance(row, dict) and row.get(_MAP_SOURCE_KEY) is not None:
+                raw.made_label_maps.add(row.get("id"))
             if key != "annotations" or not isinstance(row, dict):
                 continue
             id_ = row.get("id")
@@ -373,6 +389,24 @@ def _known_objects(
     if calibrate is not None:
         is_seen = _seen_by(run, calibrate.json_file) if run else lambda record, name: False
         found += _drawn(calibrate, "c", _read_raw(_text_of(calibrate)).machine_made, is_seen)
+    return found[:: -(-len(found) // _MOST_KNOWN) or 1]
+
+
+def _known_images(
+    sources: Sequence[CocoData], run: Run
+) -> list[tuple[Mapping[str, Any], Sequence[str]]]:
+    """Choose images whose pixels are known and were not trained on, with their class lists."""
+    found = []
+    for data in sources:
+        raw, is_seen = _read_raw(_text_of(data)), _seen_by(run, data.json_file)
+        for record in data.records:
+            names = [data.class_names[index] for index in record["image_labels"]]
+            is_made = record["image_id"] in raw.made_label_maps or any(
+                annotation["id"] in raw.machine_made for annotation in record["annotations"]
+            )
+            is_known = has_pixels(record) and bool(names) and not is_made
+            if is_known and not any(is_seen(record, name) for name in names):
+                found.append((record, data.class_names))
     return found[:: -(-len(found) // _MOST_KNOWN) or 1]
 
 
@@ -646,15 +680,17 @@ def _write(options: CompletionOptions, text: str, completion: Completion) -> Non
     for each in completion.masks:
         changes[each.annotation_id] = each.found.annotation_keys(each.source, each.quality)
     folders = Path(options.data[0]).parent, options.output.parent
-    edits, says_predicted = [], not completion.label_maps
+    edits, says_predicted = [], not completion.label_maps.made
     with paused_collector():
         for key, row, start, end in rows(text):
             if key == "annotations" and isinstance(row, dict):
                 change = changes.pop(row.get("id"), {})
             elif key == "images" and isinstance(row, dict):
                 change = moved_label_maps(row, *folders)
-                if row.get("id") in completion.label_maps:
-                    change["label_map_file_name"] = completion.label_maps[row["id"]]
+                if made := completion.label_maps.made.get(row.get("id")):
+                    change["label_map_file_name"] = f"{made.path.parent.name}/{made.path.name}"
+                    change[_MAP_SOURCE_KEY] = source_name(options.run)
+                    change[_MAP_QUALITY_KEY] = round(made.quality, 4)
             elif key == "info" and isinstance(row, dict) and not says_predicted:
                 change, says_predicted = {"label_maps": "predicted"}, True
             else:

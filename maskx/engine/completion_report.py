@@ -7,10 +7,12 @@ import numpy as np
 
 from maskx.core.files import written_text
 from maskx.data.images import read_rgb
+from maskx.data.label_maps import read_label_map
 from maskx.data.masks import decode_segmentation
 from maskx.engine.completion import Completed, Completion
+from maskx.engine.label_map_completion import CompletedLabelMaps, MadeLabelMap
 from maskx.evaluation.calibration import MIN_MASKS, reliability_table, share_of_error
-from maskx.evaluation.figures import contact_sheet, draw_instances
+from maskx.evaluation.figures import contact_sheet, draw_instances, draw_label_map
 from maskx.evaluation.html import bullets, chart, page, paragraph, picture, table
 
 __all__ = ["summary", "worst_sheet", "write_report"]
@@ -19,6 +21,8 @@ _TILES, _COLUMNS, _TILE_SIDE = 24, 6, 220
 _MARGIN = 0.3  # of the larger side of a box that a tile shows around it
 _ROWS = 1000  # of the list
 _FAILURES = 20  # named in the summary
+
+_Judged = Completed | MadeLabelMap
 
 
 def summary(completion: Completion) -> str:
@@ -29,10 +33,7 @@ def summary(completion: Completion) -> str:
         f"{completion.num_drawn} masks that people drew stay as they are."
     ]
     lines += [f"  {count} have none: {reason}" for reason, count in _reasons(completion)]
-    if completion.label_maps:
-        lines.append(f"{len(completion.label_maps)} images with tags alone have label maps now.")
-    for reason, count in completion.passed_over.items():
-        lines.append(f"{count} images with tags alone have no label map: {reason}.")
+    lines += _about_label_maps(completion.label_maps)
     lines += [_calibration_line(completion)] if completion.objects else []
     if known:
         lines.append(f"Known masks: {_measured(known)}")
@@ -67,6 +68,12 @@ def write_report(path: Path, completion: Completion, title: str) -> None:
         entries = _with_truth(entries)
         if entries:
             parts += [paragraph(heading, "h2"), _reliability(entries)]
+    label_maps = completion.label_maps
+    if label_maps.known:
+        parts += [
+            paragraph("Reliability, on label maps that were known", "h2"),
+            _reliability(label_maps.known, "label maps"),
+        ]
     if len(completion.failures) > _FAILURES:
         names = [f"{name}: {reason}" for name, reason in completion.failures.items()]
         parts += [paragraph("Images that failed", "h2"), bullets(names)]
@@ -76,6 +83,13 @@ def write_report(path: Path, completion: Completion, title: str) -> None:
             paragraph("The quality is the IoU to be expected. Correct these in your tool."),
             picture(worst_sheet(masks), "The worst masks", wide=True),
             _list(masks),
+        ]
+    if label_maps.made:
+        parts += [
+            paragraph("Label maps, the worst first", "h2"),
+            paragraph("The quality is the mean IoU to be expected. Correct these in your tool."),
+            picture(_label_map_sheet(label_maps), "The worst label maps", wide=True),
+            _label_map_list(label_maps),
         ]
     with written_text(path) as file:
         file.write(page(title, parts))
@@ -112,6 +126,45 @@ def _tile(each: Completed, side: int) -> np.ndarray:
     )
 
 
+def _about_label_maps(label_maps: CompletedLabelMaps) -> list[str]:
+    made, known = label_maps.made, label_maps.known
+    lines = [f"{len(made)} images with tags alone have label maps now."] if made else []
+    for reason, count in label_maps.passed_over.items():
+        lines.append(f"{count} images with tags alone have no label map: {reason}.")
+    if made and label_maps.is_calibrated:
+        lines.append(f"Their qualities are calibrated on {len(known)} label maps that were known.")
+    elif made:
+        lines.append(
+            "Their qualities are the scores of the run itself, not calibrated: that takes "
+            f"{MIN_MASKS} images with label maps or masks that it was not trained on. Name a file "
+            "that has some with --calibrate."
+        )
+    if known:
+        lines.append(f"Known label maps: {_measured(known, 'label maps')}")
+    return lines
+
+
+def _label_map_sheet(label_maps: CompletedLabelMaps) -> np.ndarray:
+    names, tiles = label_maps.class_names, []
+    for each in label_maps.worst_first[:_TILES]:
+        image = read_rgb(each.file_name)
+        labels = read_label_map(
+            each.path, *image.shape[:2], num_classes=len(names), image_id=each.file_name
+        )
+        tiles.append(
+            draw_label_map(image, labels, num_classes=len(names), names=names, side=_TILE_SIDE)
+        )
+    return contact_sheet(tiles, columns=min(_COLUMNS, len(tiles)), legend=())
+
+
+def _label_map_list(label_maps: CompletedLabelMaps) -> str:
+    rows = [
+        (round(each.quality, 3), Path(each.file_name).name, each.path.name)
+        for each in label_maps.worst_first[:_ROWS]
+    ]
+    return table(("quality", "image", "label map"), rows) + _not_listed(len(label_maps.made))
+
+
 def _with_truth(entries: Iterable[Completed]) -> list[Completed]:
     return [each for each in entries if each.iou is not None]
 
@@ -134,16 +187,16 @@ def _calibration_line(completion: Completion) -> str:
     )
 
 
-def _measured(entries: Sequence[Completed]) -> str:
+def _measured(entries: Sequence[_Judged], what: str = "masks") -> str:
     qualities, ious = _columns(entries)
     share = share_of_error(qualities, ious)
     return (
-        f"{len(entries)} masks, mean IoU {ious.mean():.3f}; the worst 20 % by quality hold "
-        f"{share:.0%} of the error."
+        f"{len(entries)} {what}, mean IoU {ious.mean():.3f}; the worst 20 % by quality hold "
+        f"{100 * share:.0f} % of the error."
     )
 
 
-def _columns(entries: Sequence[Completed]) -> tuple[np.ndarray, np.ndarray]:
+def _columns(entries: Sequence[_Judged]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([e.quality for e in entries]), np.array([e.iou for e in entries])
 
 
@@ -155,7 +208,7 @@ def _table(entries: Sequence[Completed], what: str, names: Sequence[str]) -> str
     return "\n".join(lines)
 
 
-def _reliability(entries: Sequence[Completed]) -> str:
+def _reliability(entries: Sequence[_Judged], what: str = "masks") -> str:
     """A table of ranges of quality, and the curve beside the line where both are equal."""
     ranges = reliability_table(*_columns(entries))
     curve = chart(
@@ -171,7 +224,7 @@ def _reliability(entries: Sequence[Completed]) -> str:
         (f"{row.low:.1f} to {row.high:.1f}", row.count, round(row.quality, 3), round(row.iou, 3))
         for row in ranges
     ]
-    return curve + table(("quality", "masks", "mean quality", "mean IoU"), rows)
+    return curve + table(("quality", what, "mean quality", "mean IoU"), rows)
 
 
 def _list(masks: Sequence[Completed]) -> str:
@@ -185,6 +238,10 @@ def _list(masks: Sequence[Completed]) -> str:
         )
         for each in masks[:_ROWS]
     ]
-    more = len(masks) - _ROWS
-    rest = paragraph(f"{more} better ones are not listed.") if more > 0 else ""
-    return table(("quality", "category", "image", "annotation", "source"), rows) + rest
+    return table(("quality", "category", "image", "annotation", "source"), rows) + _not_listed(
+        len(masks)
+    )
+
+
+def _not_listed(count: int) -> str:
+    return paragraph(f"{count - _ROWS} better ones are not listed.") if count > _ROWS else ""

@@ -21,7 +21,15 @@ from maskx.data.grabcut import GRABCUT_ITERATIONS, box_pixels, grabcut_mask
 from maskx.data.masks import encode_masks
 from maskx.engine.predictor import Predictor
 
-__all__ = ["FoundMask", "MaskSource", "NoMask", "RunSource", "Teacher", "load_teacher"]
+__all__ = [
+    "FoundMask",
+    "MaskSource",
+    "NoMask",
+    "RunSource",
+    "Teacher",
+    "load_teacher",
+    "source_name",
+]
 
 Segment = Callable[[np.ndarray, np.ndarray, Sequence[str]], Any]
 
@@ -98,6 +106,11 @@ class MaskSource(Protocol):
         """
 
 
+def source_name(run: str | os.PathLike[str]) -> str:
+    """Name a run, by its folder or model file, as the source of what it made."""
+    return f"maskx:{Path(run).resolve().name}"
+
+
 class RunSource:
     """The trained model of a run.
 
@@ -114,7 +127,7 @@ class RunSource:
         self, predictor: Predictor, run: str | os.PathLike[str], identity: dict[str, Any]
     ) -> None:
         self.predictor, self.identity = predictor, identity
-        self.name = f"maskx:{Path(run).resolve().name}"
+        self.name = source_name(run)
 
     def __call__(
         self, image: np.ndarray, boxes: np.ndarray, names: Sequence[str]

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pycocotools import mask as mask_api
@@ -13,6 +13,9 @@ from maskx.data.label_maps import ignore_label
 from maskx.data.masks import decode_segmentation, encode_each, encode_masks
 from maskx.evaluation.figures import draw_instances, draw_label_map, save_png
 from maskx.supervision import CategorySplit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SIDE = 800  # of a drawing
 
@@ -30,6 +33,8 @@ class Prediction:
             its map is; None where there is nothing.
         label_map: (H, W) integers: 0 is the background, c + 1 the class of index c, and
             ``ignore_label(K)`` of :mod:`maskx.data.label_maps` what is not known; or None.
+        label_scores: (H, W), from 0 to 1, how sure the label of each pixel is; None where that is
+            not said.
         image: (H, W, 3) uint8 RGB, to draw on.
         split: which classes had masks in training: those of A are drawn in green, of B in red.
     """
@@ -41,6 +46,7 @@ class Prediction:
     class_indices: np.ndarray | None = None
     remarks: Sequence[str | None] | None = None
     label_map: np.ndarray | None = None
+    label_scores: np.ndarray | None = field(default=None, repr=False)
     image: np.ndarray | None = field(default=None, repr=False)
     split: CategorySplit | None = field(default=None, repr=False)
 
@@ -256,9 +262,19 @@ class Prediction:
         return boxes
 
 
-def label_map_prediction(result: Mapping[str, Any], class_names: Sequence[str]) -> Prediction:
-    """Take over the ``sem_seg`` of a result, an (H, W) label map."""
-    return Prediction(tuple(class_names), label_map=result["sem_seg"].cpu().numpy())
+def label_map_prediction(
+    result: Mapping[str, Any], class_names: Sequence[str], *, scores: "Tensor | None" = None
+) -> Prediction:
+    """Take over the ``sem_seg`` of a result, an (H, W) label map.
+
+    Args:
+        scores: (H, W), from 0 to 1, how sure the label of each pixel is.
+    """
+    return Prediction(
+        tuple(class_names),
+        label_map=result["sem_seg"].cpu().numpy(),
+        label_scores=None if scores is None else scores.float().cpu().numpy(),
+    )
 
 
 def instances_prediction(result: Mapping[str, Any], class_names: Sequence[str]) -> Prediction:

@@ -50,11 +50,13 @@ def predict_tiles(
         ]
         found += predict(tiles)
     parts: dict[str, Any] = {"image": image}
-    if found[0].label_map is not None:
-        parts["label_map"] = np.zeros(size, found[0].label_map.dtype)
+    for key in ("label_map", "label_scores"):
+        if getattr(found[0], key) is None:
+            continue
+        parts[key] = np.zeros(size, getattr(found[0], key).dtype)
         for (rows, columns), each in zip(windows, found, strict=True):
-            own = each.label_map[rows.own(), columns.own()]
-            parts["label_map"][slice(*rows.inside), slice(*columns.inside)] = own
+            own = getattr(each, key)[rows.own(), columns.own()]
+            parts[key][slice(*rows.inside), slice(*columns.inside)] = own
     if found[0].class_indices is not None:
         views = [predict([image])[0]]
         is_cut = [np.zeros(len(views[0].class_indices), bool)]

@@ -587,11 +587,11 @@ def test_what_detectron2s_own_tool_cannot_evaluate_has_a_type_of_its_own(
     (tmp_path / "tags.jsonl").write_text('{"file_name": "1.png", "tags": ["cat"]}')
     register_tag_list("tags", tmp_path / "tags.jsonl", root)
     for name in ("boxes", "part", "tags"):
-        with pytest.raises(KeyError, match=r"^'maskx'$"):
+        remedy = r"^.maskx \(let build_evaluator return maskx\.detectron2\.MaskXCOCOEvaluator\("
+        with pytest.raises(KeyError, match=remedy):
             tool_evaluator(name)
-        assert MetadataCatalog.get(name).evaluator_type == "maskx"
     register_coco("boxes", path, root)  # again, which changes nothing
-    assert MetadataCatalog.get("boxes").evaluator_type == "maskx"
+    assert MetadataCatalog.get("boxes").evaluator_type.startswith("maskx")
     evaluator = COCOEvaluator("boxes", ("bbox",), output_dir=str(tmp_path), use_fast_impl=False)
     evaluator.reset()
     found = Instances((40, 60), pred_boxes=Boxes(torch.tensor([[1.0, 2, 31, 22]] * 2)))

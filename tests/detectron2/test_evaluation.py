@@ -174,6 +174,26 @@ def test_annotations_without_masks_can_be_evaluated(write_coco):
     assert math.isnan(results["segm"]["AP-cat"])
 
 
+def test_half_labelled_data_has_the_numbers_of_cocoeval(predictions, tiny_train, tmp_path):
+    """Boxes are scored over all objects, masks over the categories that have some."""
+    file = Path(MetadataCatalog.get(tiny_train).json_file)
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        if annotation["category_id"] in (1, 2):
+            del annotation["segmentation"]
+    half = tmp_path / "half.json"
+    half.write_text(json.dumps(content))
+    register_coco("half", half, file.parent)
+    inputs, outputs = predictions(noise=0.5)
+    results = run(MaskXCOCOEvaluator("half", output_dir=str(tmp_path)), inputs, outputs)
+    detections = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    for task, category_ids in {"bbox": [1, 2, 3, 4], "segm": [3, 4]}.items():
+        expected = official(file, detections, task, category_ids)
+        assert 5 < expected[0] < 95
+        for metric, value in zip(METRICS, expected, strict=True):
+            assert results[task][metric] == pytest.approx(value, abs=1e-9, nan_ok=True), metric
+
+
 def test_boxes_alone(predictions, tiny_train):
     inputs, outputs = predictions(noise=0)
     for output in outputs:

@@ -209,7 +209,7 @@ def test_images_with_tags_alone_are_counted_where_masks_are_made_in_boxes(option
     image["image_labels"] = [content["categories"][0]["id"]]
     half.write_text(json.dumps(content))
     found = complete(options)
-    assert list(found.passed_over.values()) == [1]
+    assert list(found.label_maps.passed_over.values()) == [1]
     assert "1 images with tags alone have no label map: masks are made in boxes" in summary(found)
 
 

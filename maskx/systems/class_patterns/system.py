@@ -1,13 +1,13 @@
 """What class patterns is to the tools, and its quick start."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_data, write_metrics
-from maskx.engine.results import label_map_prediction
+from maskx.engine.results import Prediction, label_map_prediction
 from maskx.engine.system import PhotoRecipe, System
 from maskx.engine.training import select_device
 from maskx.systems.class_patterns.model import exportable
@@ -81,12 +81,16 @@ def quickstart_class_patterns(
     return write_metrics(options, metrics, data=val_data, started=started, report=report)
 
 
+def _prediction(result: Mapping[str, Any], class_names: Sequence[str]) -> Prediction:
+    return label_map_prediction(result, class_names, scores=result["sem_seg_prob"].amax(dim=0))
+
+
 SYSTEM = System(
     name=NAME,
     title="class patterns",
     pipeline=quickstart_class_patterns,
     open=open_model,
-    prediction=label_map_prediction,
+    prediction=_prediction,
     exportable=exportable,
     learns_from=("tags",),
     photos=PHOTOS,

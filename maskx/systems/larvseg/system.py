@@ -1,12 +1,12 @@
 """What LarvSeg is to the tools."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_split_data, write_metrics
-from maskx.engine.results import label_map_prediction
+from maskx.engine.results import Prediction, label_map_prediction
 from maskx.engine.system import PhotoRecipe, System
 from maskx.engine.training import select_device
 from maskx.systems.larvseg.evaluation import response_maps
@@ -78,12 +78,16 @@ def quickstart_larvseg(options: QuickstartOptions, report: Callable[[str], None]
     )
 
 
+def _prediction(result: Mapping[str, Any], class_names: Sequence[str]) -> Prediction:
+    return label_map_prediction(result, class_names, scores=result["top_scores"][0].sigmoid())
+
+
 SYSTEM = System(
     name="larvseg",
     title="LarvSeg",
     pipeline=quickstart_larvseg,
     open=lambda run, device: open_larvseg(run.weights_file, device),
-    prediction=label_map_prediction,
+    prediction=_prediction,
     exportable=exportable,
     similarity=response_maps,
     has_background=False,

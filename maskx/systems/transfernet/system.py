@@ -1,7 +1,7 @@
 """What TransferNet is to the tools."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from maskx.data.coco import CocoData, load_coco
 from maskx.data.splits import check_masks
 from maskx.engine.options import QuickstartOptions, check_options
 from maskx.engine.quickstart import choose_image_size, load_split_data, write_metrics
-from maskx.engine.results import label_map_prediction
+from maskx.engine.results import Prediction, label_map_prediction
 from maskx.engine.system import PhotoRecipe, System
 from maskx.engine.training import select_device
 from maskx.supervision import CategorySplit
@@ -121,12 +121,20 @@ def _labelled(data: CocoData) -> list[dict[str, Any]]:
     return labelled_records(data.records, len(data.class_names))
 
 
+def _prediction(result: Mapping[str, Any], class_names: Sequence[str]) -> Prediction:
+    """Score a class by its own probability, the background by that of none."""
+    label_map, prob = result["sem_seg"], result["masks_prob"]
+    prob_fg = prob.amax(dim=0) if len(prob) else prob.new_zeros(label_map.shape)
+    scores = prob_fg.where(label_map > 0, 1 - prob_fg)
+    return label_map_prediction(result, class_names, scores=scores)
+
+
 SYSTEM = System(
     name="transfernet",
     title="TransferNet",
     pipeline=_pipeline,
     open=open_transfer_model,
-    prediction=label_map_prediction,
+    prediction=_prediction,
     exportable=exportable,
     similarity=gram_rows,
     learns_from=("tags_and_masks",),
