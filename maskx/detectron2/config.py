@@ -121,6 +121,8 @@ def _defaults() -> CN:
     keys.MODEL.MASKX.TRANSFER.MIX = default_of(WeightTransfer, "mix")
     # Share of the numbers of w_det that T does not see in a training step.
     keys.MODEL.MASKX.TRANSFER.DROPOUT = default_of(WeightTransfer, "dropout")
+    # True: T sees w_det at length 1.
+    keys.MODEL.MASKX.TRANSFER.NORMALISE = default_of(WeightTransfer, "normalise")
     # Length of a classifier row, where a box predictor of another code base gives its rows by a
     # method detector_weights(); 0: the length of the features that enter the box predictor.
     keys.MODEL.MASKX.TRANSFER.DETECTOR_CHANNELS = 0

@@ -285,6 +285,7 @@ def test_losses_and_gradients_are_the_same(kind, gt_boxes_only):
         {"transfer_inputs": "cls", "transfer_layers": 1, "mlp": "none"},
         {"transfer_inputs": "box", "transfer_activation": "relu", "mlp": "single_fc"},
         {"transfer_mix": 0.05},
+        {"transfer_normalise": True},
         {"predictor": "class_agnostic"},
         {"predictor": "class_specific", "trunk": "residual"},
     ],

@@ -56,6 +56,7 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
     "relu": {"transfer_activation": "relu"},
     "nostopgrad": {"stop_gradient": False},
     "dropout": {"transfer_dropout": 0.8},
+    "normalised": {"transfer_normalise": True},
     "box_loss": {"box_loss": {"weight": 1.0}},
     "mlp": {"mlp": "single_fc"},
     "bottleneck": {"mlp": "bottleneck"},

@@ -368,6 +368,7 @@ class MaskXHead(nn.Module):
         stop_gradient: bool = default_of(WeightTransfer, "stop_gradient"),
         transfer_mix: float = default_of(WeightTransfer, "mix"),
         transfer_dropout: float = default_of(WeightTransfer, "dropout"),
+        transfer_normalise: bool = default_of(WeightTransfer, "normalise"),
         detector_channels: int | None = None,
         class_vectors: Tensor | None = None,
     ) -> None:
@@ -406,6 +407,7 @@ class MaskXHead(nn.Module):
             stop_gradient=stop_gradient,
             mix=transfer_mix,
             dropout=transfer_dropout,
+            normalise=transfer_normalise,
         )
         self.mlp = None if mlp == "none" else MaskMLP(channels, self.mask_size, mlp)
 
@@ -425,6 +427,8 @@ class MaskXHead(nn.Module):
             }
             if transfer_mix:  # the checkpoint says which classes were taught
                 self.architecture["transfer_mix"] = transfer_mix
+            if transfer_normalise:
+                self.architecture["transfer_normalise"] = True
 
     def forward(
         self,

@@ -49,6 +49,7 @@ MASK_BRANCHES = {
         "predictor": "transfer",
         "transfer_inputs": "cls+box",
         "transfer_mix": 0.05,
+        "transfer_normalise": True,
         "mlp": "bottleneck",
     },
     "class_agnostic": {"predictor": "class_agnostic", "mlp": "none"},

@@ -88,6 +88,9 @@ class WeightTransfer(nn.Module):
         dropout: share of the numbers of a row that T does not see in a training step, others for
             each class. T learns from as many examples as there are classes with masks; where these
             are few it learns them by heart. 0 is the paper's.
+        normalise: bring the row of a class to length 1 before T. At first the rows of a detector
+            that starts at random are short (0.16 at 256 channels), so T, and with it the mask
+            branch, hardly learns until they have grown. Off is the paper's.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class WeightTransfer(nn.Module):
         stop_gradient: bool = True,
         mix: float = 0.0,
         dropout: float = 0.0,
+        normalise: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
@@ -116,6 +120,7 @@ class WeightTransfer(nn.Module):
         self.inputs = inputs
         self.stop_gradient = stop_gradient
         self.dropout = dropout
+        self.normalise = normalise
         if inputs in DETECTOR_INPUTS:
             _check_given(inputs, "detector_channels", detector_channels)
             in_channels = detector_channels * {"cls": 1, "box": 4, "cls+box": 5}[inputs]
@@ -154,6 +159,10 @@ class WeightTransfer(nn.Module):
 
     def class_inputs(self, class_indices: Tensor, detector: DetectorWeights | None) -> Tensor:
         """Gather the (R, E) transfer input of classes, detached where ``stop_gradient`` is on."""
+        rows = self._rows(class_indices, detector)
+        return F.normalize(rows, dim=1) if self.normalise else rows
+
+    def _rows(self, class_indices: Tensor, detector: DetectorWeights | None) -> Tensor:
         if self.class_vectors is not None:
             return self.class_vectors[class_indices]
         if detector is None or detector.cls is None:

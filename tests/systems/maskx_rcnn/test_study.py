@@ -87,6 +87,7 @@ def test_words_set_what_they_set_in_the_configs():
         "bottleneck",
         "gtboxes",
         "mix",
+        "normalised",
         "residual",
         "hourglass",
     }

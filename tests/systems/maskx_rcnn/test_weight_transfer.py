@@ -173,6 +173,20 @@ def test_random_vectors_are_the_same_in_every_run_and_of_norm_one():
     assert first.norm(dim=1).mean().item() == pytest.approx(0.055 * 300**0.5, rel=0.1)
 
 
+def test_rows_of_length_one():
+    """T does not depend on how long a row is, only on its direction."""
+    plain, transfer, detector = make_transfer(), make_transfer(normalise=True), make_detector()
+    classes = torch.tensor([2, 0, 2])
+    rows = torch.cat([detector.cls, detector.box], dim=1).double()
+    units = rows / (rows**2).sum(dim=1, keepdim=True).sqrt()
+    found = transfer(classes, detector)
+    torch.testing.assert_close(found, plain.layers(units.to(rows.dtype).float())[classes])
+    longer = DetectorWeights(*(7 * each for each in detector))
+    torch.testing.assert_close(transfer(classes, longer), found)
+    still = DetectorWeights(*(torch.zeros_like(each) for each in detector))
+    assert transfer(classes, still).isfinite().all()
+
+
 def test_mixed_weights_of_classes_that_were_not_taught():
     """Means of the taught ones, by a softmax over cosines; all else is T."""
     plain, transfer, detector = make_transfer(), make_transfer(mix=0.05), make_detector()

@@ -89,6 +89,7 @@ class MaskXMaskHead(MaskXHead):
             "activation": "transfer_activation",
             "mix": "transfer_mix",
             "dropout": "transfer_dropout",
+            "normalise": "transfer_normalise",
         }
         return {
             "input_shape": input_shape,
@@ -178,6 +179,7 @@ def transfer_arguments(cfg: CfgNode, in_channels: int) -> dict[str, Any]:
         "stop_gradient": maskx.TRANSFER.STOP_GRADIENT,
         "mix": maskx.TRANSFER.MIX,
         "dropout": maskx.TRANSFER.DROPOUT,
+        "normalise": maskx.TRANSFER.NORMALISE,
         "detector_channels": _detector_channels(cfg, in_channels) if from_detector else None,
         "class_vectors": _class_vectors(cfg) if transfers and inputs == "vectors" else None,
     }

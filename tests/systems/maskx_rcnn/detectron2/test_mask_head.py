@@ -120,6 +120,7 @@ def test_config_keys_reach_the_head(make_cfg, tmp_path):
                 "MODEL.MASKX.TRANSFER.ACTIVATION": "relu",
                 "MODEL.MASKX.TRANSFER.STOP_GRADIENT": False,
                 "MODEL.MASKX.TRANSFER.MIX": 0.1,
+                "MODEL.MASKX.TRANSFER.NORMALISE": True,
                 "MODEL.MASKX.LOSS_WEIGHT": 2.0,
                 "MODEL.ROI_MASK_HEAD.NORM": "GN",
                 "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
@@ -131,6 +132,7 @@ def test_config_keys_reach_the_head(make_cfg, tmp_path):
     assert head.predictor.inputs == "cls"
     assert not head.predictor.stop_gradient
     assert head.predictor.mix == 0.1
+    assert head.predictor.normalise
     assert head.loss_weight == 2.0
     assert [type(m) for m in head.predictor.layers][1::2] == [nn.ReLU, nn.ReLU]
     assert isinstance(head.mask_fcn1.norm, nn.GroupNorm)
