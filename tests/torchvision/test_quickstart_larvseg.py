@@ -57,7 +57,7 @@ def test_generated_data_to_metrics_and_picture(tiny):
     assert "12 training images with masks of 11 base classes" in text
     assert "12 with image labels of 17 classes, 6 of them novel" in text
     assert "| larvseg |" in text
-    assert attentive_weight(tiny["output"]) == 10
+    assert attentive_weight(tiny["output"]) == 1
     assert find_system("larvseg").pipeline is quickstart_larvseg
 
 

@@ -13,7 +13,7 @@ from maskx.systems.larvseg.evaluation import response_maps
 from maskx.systems.larvseg.model import exportable
 from maskx.systems.larvseg.pipeline import LarvSegSettings, learn_larvseg, open_larvseg
 
-SCENES = {"attentive_weight": 10.0}
+SCENES = {"attentive_weight": 1.0}
 """Settings for generated scenes: the paper's weight is for 320,000 steps, not a few hundred."""
 
 PHOTOS = PhotoRecipe(
