@@ -69,11 +69,11 @@ def test_a_setting_names_its_weight_and_scenes_in_which_classes_occur_together(t
     run_study(StudyOptions(**tiny | {"settings": settings}), print)
     seed = tiny["output"] / "seed_0"
     assert weights == {
-        seed / "shared/start": (0.1, 10.0),
+        seed / "shared/start": (0.1, 1.0),
         seed / "shared_attentive_weight_0.5/larvseg": (0.1, 0.5),
-        seed / "together/shared/start": (0.1, 10.0),
-        seed / "together/shared/larvseg": (0.1, 10.0),
-        seed / "together/shared_image_weight_3/baseline": (3.0, 10.0),
+        seed / "together/shared/start": (0.1, 1.0),
+        seed / "together/shared/larvseg": (0.1, 1.0),
+        seed / "together/shared_image_weight_3/baseline": (3.0, 1.0),
     }
     scenes = (seed / "together/scenes/train/annotations.json").read_text()
     assert json.loads(scenes)["info"]["style"] == "together"
