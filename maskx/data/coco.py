@@ -43,6 +43,7 @@ __all__ = [
     "check_coco",
     "check_coco_content",
     "check_coco_structure",
+    "checked_entries",
     "in_class_list",
     "load_coco",
     "read_box",
@@ -361,33 +362,64 @@ def in_class_list(data: CocoData, reference: CocoData) -> CocoData:
 
 
 def _normalised(dataset: Any, report: Report) -> dict[str, Any]:
+    content = checked_entries(dataset, report)
+    if report.strict:
+        return content
+    size_of = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    annotations = []
+    for found in content["annotations"]:
+        shapes = mend_shapes(
+            found.get("bbox"), found.get("segmentation"), *size_of[found["image_id"]]
+        )
+        if shapes.box is None:
+            continue
+        if shapes.problems:
+            x1, y1, x2, y2 = shapes.box
+            found |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": shapes.mask}
+        annotations.append(found)
+    return {**content, "annotations": annotations}
+
+
+def checked_entries(dataset: Any, report: Report, *, need_files: bool = False) -> dict[str, Any]:
+    """Check of a COCO dict all but boxes and masks.
+
+    Args:
+        dataset: As parsed.
+        report: Takes what is wrong, and what is read as it is meant.
+        need_files: Whether images need a `file_name`; their `image_labels` are checked then too.
+
+    Returns:
+        The dict with good entries alone; its annotations are copies.
+
+    Raises:
+        ValueError: A part is missing or nothing is left of it; with strict reading, an entry is
+            bad.
+    """
     if not isinstance(dataset, dict) or not isinstance(dataset.get("annotations"), list):
         structure = read_structure(dataset, None, report)
         rows = []
     else:
         rows = dataset["annotations"]
         rest = {key: value for key, value in dataset.items() if key != "annotations"}
-        structure = read_structure(rest, Rows(rows), report)
-    size_of = {image["id"]: (image["height"], image["width"]) for image in structure.images}
+        structure = read_structure(rest, Rows(rows), report, need_files=need_files)
+    images = structure.images
+    if need_files:
+        for image in images:
+            if "image_labels" in image:
+                labels = sorted(structure.image_labels(image))
+                image["image_labels"] = [structure.category_ids[label] for label in labels]
+    known = {image["id"] for image in images}
     annotations = []
     for position, row in enumerate(rows):
         found = structure.annotation(position, row)
-        if found is None or found["image_id"] not in size_of:
+        if found is None or found["image_id"] not in known:
             continue
         if not is_positive_number(found.get("area", MISSING)):
             found.pop("area", None)
-        if not report.strict:
-            height, width = size_of[found["image_id"]]
-            shapes = mend_shapes(found.get("bbox"), found.get("segmentation"), height, width)
-            if shapes.box is None:
-                continue
-            if shapes.problems:
-                x1, y1, x2, y2 = shapes.box
-                found |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": shapes.mask}
         annotations.append(found)
     return {
         **dataset,
-        "images": structure.images,
+        "images": images,
         "annotations": annotations,
         "categories": structure.categories,
     }

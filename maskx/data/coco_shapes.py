@@ -132,7 +132,8 @@ def read_mask(segmentation: Any, height: int, width: int) -> list[Sequence[float
             compressed (str or bytes) or not (list), or nothing (None, [], [[]]).
 
     Returns:
-        The polygons as they are, an RLE dict with compressed counts, or None if there is no mask.
+        The polygons as they are, an RLE dict with compressed counts (text, of lists), or None if
+        there is no mask.
 
     Raises:
         AnnotationProblem: If there is a mask and any part of it cannot be used.
@@ -280,7 +281,7 @@ def _read_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     if not runs[1::2].any():
         raise AnnotationProblem("mask_empty", "RLE has no foreground pixel", "at least one")
     if isinstance(counts, list):
-        return mask_utils.frPyObjects(rle, height, width)
+        counts = mask_utils.frPyObjects(rle, height, width)["counts"].decode("ascii")
     return {"size": [height, width], "counts": counts}
 
 

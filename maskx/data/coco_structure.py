@@ -451,7 +451,7 @@ def _image_problem(position: int, entry: Any, need_files: bool) -> tuple[str, st
                 f"Allowed: a positive whole number of pixels, {_MAX_SIDE} at most",
             )
     for key in ("file_name", "stuff_file_name", "label_map_file_name") if need_files else ():
-        if not isinstance(entry.get(key, ""), str):
+        if key in entry and (not isinstance(entry[key], str) or not entry[key]):
             return (
                 "image_malformed",
                 f"image {id_!r} has {key} {entry[key]!r:.80}",

@@ -13,6 +13,7 @@ from maskx.cli.main import main
 from maskx.data.coco import load_coco
 from maskx.data.formats.table import read_dataset, write_dataset
 from maskx.data.label_maps import LABEL_MAP_KEYS
+from maskx.data.masks import decode_segmentation
 
 FORMATS = {
     "coco": "annotations.json",
@@ -294,6 +295,62 @@ def test_names_that_no_file_can_have(data, change, words):
     Path("ann.json").write_text(json.dumps(data))
     with pytest.raises(SystemExit, match=words):
         main(["export", "ann.json", "img", "--format", "yolo", "--output", "out"])
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_mask_may_be_of_any_form(data, name):
+    """Run lengths that are not compressed, and the ways to say that there is none."""
+    mask = np.zeros((20, 30), bool)
+    mask[4:9, 2:6], mask[15:18, 20:25] = True, True
+    runs = np.flatnonzero(np.diff(mask.T.ravel(), prepend=~mask[0, 0], append=~mask[-1, -1]))
+    counts = np.diff(runs).tolist()
+    one = data["annotations"][0]
+    empty = {"bbox": [15, 5, 6, 7], "category_id": 2}
+    data["annotations"] = [
+        {**one, "bbox": [2, 4, 23, 14], "segmentation": {"size": [20, 30], "counts": counts}},
+        {**one, **empty, "id": 2, "segmentation": [[]]},
+        {**one, **empty, "id": 3, "segmentation": None},
+    ]
+    Path("ann.json").write_text(json.dumps(data))
+    assert main(["export", "ann.json", "img", "--format", name, "--output", "out"]) == 0
+    if name == "yolo":  # which says nothing of the sizes of images
+        shutil.copytree("img", "out/images/train")
+    first, *others = read_dataset("out", "out/images/train" if name == "yolo" else "img").content[
+        "annotations"
+    ]
+    assert np.array_equal(decode_segmentation(first["segmentation"], 20, 30), mask)
+    assert len(others) == (0 if name == "yolo" else 2)
+    assert not any(other["segmentation"] for other in others)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c["images"][0].pop("file_name"), "lacks the key 'file_name'"),
+        (lambda c: c["images"][0].update(label_map_file_name=7), "label_map_file_name 7. Allowed"),
+        (lambda c: c["images"][0].update(file_name=""), "file_name ''. Allowed: a path"),
+        (lambda c: c["annotations"][1].update(score=float("nan")), "Annotation 2 .* the score nan"),
+        (lambda c: c["images"][0].update(image_labels=[9]), r"image_labels \[9\]"),
+        (lambda c: c.update(images=[], annotations=[]), "has no images"),
+        (lambda c: c.update(categories=[], annotations=[]), "has no categories"),
+    ],
+)
+@pytest.mark.parametrize("name", ["coco", "voc"])
+def test_what_no_format_can_be_made_of_is_named(data, change, words, name):
+    change(data)
+    Path("ann.json").write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match=words):
+        main(["export", "ann.json", "img", "--format", name, "--output", "out"])
+    assert not Path("out").exists()
+
+
+def test_what_is_left_out_of_a_coco_file_is_said(data, caplog):
+    data["annotations"][1]["category_id"] = 77
+    Path("ann.json").write_text(json.dumps(data))
+    words = ["export", "ann.json", "--format", "coco", "--output", "out", "--skip-bad"]
+    assert main(words) == 0
+    assert any("category_id 77" in message for message in caplog.messages)
 
 
 def test_training_reads_every_format(data, capsys):

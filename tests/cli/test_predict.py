@@ -123,6 +123,21 @@ def test_a_folder_gives_pictures_and_one_coco_file(make_run, photos, tmp_path, s
         assert np.unique(found[:, 30:]).tolist() == [2]
 
 
+def test_label_maps_are_exported_as_those_of_voc(make_run, photos, tmp_path):
+    output, folder = tmp_path / "out", tmp_path / "voc"
+    assert main(["predict", make_run("half_maps"), str(photos), "--output", str(output)]) == 0
+    words = ["export", str(output / "predictions.json"), str(photos), "--copy-images"]
+    assert main([*words, "--format", "voc", "--output", str(folder)]) == 0
+    for name in ("0", "1"):
+        with Image.open(folder / "SegmentationClass" / f"{name}.png") as found:
+            written = Image.open(output / "label_maps" / f"{name}.png")
+            assert np.array_equal(np.array(found), np.array(written))
+    assert (folder / "labelmap.txt").read_text().splitlines()[2:] == [
+        "left:128,0,0::",
+        "right:0,128,0::",
+    ]
+
+
 def test_results_for_the_test_server_of_voc(make_run, photos, tmp_path):
     """Labels in VOC's order by the names of either list; all that VOC does not have is 0."""
     run = make_run("half_maps", names=("tv", "ladder"))

@@ -244,7 +244,7 @@ def test_compressed_and_uncompressed_rle_agree():
             mask[0, 0] = 1
             rle = mask_utils.encode(mask)
             from_list = read_mask(uncompressed(mask), *size)
-            assert from_list["counts"] == rle["counts"]
+            assert from_list["counts"] == rle["counts"].decode()
             assert read_mask(rle, *size) == rle
             text = {"size": list(size), "counts": rle["counts"].decode()}
             assert np.array_equal(mask_utils.decode(read_mask(text, *size)), mask)

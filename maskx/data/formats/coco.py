@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskx.data.coco import read_coco_json
 from maskx.data.coco_structure import Report
 from maskx.data.formats.dataset import Dataset, Output
+from maskx.data.json_files import read_json
 
 __all__ = ["is_of_format", "read", "write"]
 
@@ -29,7 +29,7 @@ def is_of_format(path: Path) -> bool:
 def read(path: Path, images: Path | None, report: Report) -> Dataset:
     """Read a file."""
     file = file_of(path)
-    content = read_coco_json(file, strict=report.strict)
+    content = read_json(file, what="annotation file")
     return Dataset(content, images, label_map_root=file.parent)
 
 

@@ -45,11 +45,11 @@ def read(path: Path, images: Path | None, report: Report) -> Dataset:
     builder = Builder(name for name in _labels(root) if name)
     for image in root.iter("image"):
         name = image.get("name", "")
-        try:
-            builder.add_image(name, int(image.get("height")), int(image.get("width")))
-        except (TypeError, ValueError):
+        sides = image.get("height", ""), image.get("width", "")
+        if not all(side.isascii() and side.isdigit() and int(side) for side in sides):
             report.entry("cvat_image", f"image {name!r} has no size", "Export the task again")
             continue
+        builder.add_image(name, *map(int, sides))
         for shapes in _groups(image):
             _read_object(shapes, f"image {name!r}", builder, report)
         builder.add_tags(tag.get("label", "") for tag in image.iter("tag"))
@@ -144,6 +144,11 @@ def _read_mask(shape: ElementTree.Element, image: dict[str, Any]) -> np.ndarray:
     left, top, width, height = (int(shape.get(key)) for key in ("left", "top", "width", "height"))
     runs = np.array(shape.get("rle").split(","), int)
     values = np.repeat(np.arange(len(runs)) % 2, runs).astype(bool).reshape(height, width)
+    if top < 0 or left < 0:
+        raise ValueError("a mask begins outside its image")
     mask = np.zeros((image["height"], image["width"]), bool)
-    mask[top : top + height, left : left + width] = values
+    place = mask[top : top + height, left : left + width]
+    place[:] = values[: place.shape[0], : place.shape[1]]
+    if not mask.any():
+        raise ValueError("a mask has no pixel in its image")
     return mask

@@ -156,7 +156,7 @@ class Builder:
         polygons: Sequence[Sequence[float]] = (),
         mask: np.ndarray | None = None,
         crowd: bool = False,
-        **extra: Any,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Add an object to the image.
 
@@ -185,7 +185,7 @@ class Builder:
             entry["bbox"] = [x1, y1, x2 - x1, y2 - y1]
         if segmentation:
             entry["segmentation"] = segmentation
-        self._annotations.append({**extra, **entry})
+        self._annotations.append({**extra_keys(extra or {}), **entry})
 
     def dataset(self, image_root: Path | None, label_map_root: Path | None = None) -> Dataset:
         """Return all that was added."""

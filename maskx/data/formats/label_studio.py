@@ -152,57 +152,86 @@ def _file_name(url: str) -> str:
 
 
 def _results(task: Mapping[str, Any], where: str, report: Report) -> list[dict[str, Any]]:
-    annotations = [a for a in task.get("annotations") or () if not a.get("was_cancelled")]
+    annotations = _dicts(task, "annotations", where, report)
+    annotations = [each for each in annotations if not each.get("was_cancelled")]
     if len(annotations) > 1:
         report.note("task with several annotations (the last is read)", where)
-    chosen = annotations[-1:] or list(task.get("predictions") or ())[-1:]
-    return chosen[0].get("result") or [] if chosen else []
+    chosen = annotations[-1:] or _dicts(task, "predictions", where, report)[-1:]
+    return _dicts(chosen[0], "result", where, report) if chosen else []
+
+
+def _dicts(parent: Mapping[str, Any], key: str, where: str, report: Report) -> list[dict[str, Any]]:
+    """Return the list of dicts of a key; what is none is counted."""
+    values = parent.get(key) or []
+    values = values if isinstance(values, list) else [values]
+    for value in values:
+        if not isinstance(value, dict):
+            report.entry(
+                "label_studio_task", f"{where} has {value!r:.80} in {key!r}", "Allowed: dicts"
+            )
+    return [value for value in values if isinstance(value, dict)]
 
 
 def _size(results: list[dict[str, Any]], data: Mapping[str, Any]) -> tuple[int, int] | None:
-    for result in results:
-        if result.get("original_width") and result.get("original_height"):
-            return int(result["original_height"]), int(result["original_width"])
-    if isinstance(data.get("width"), int) and isinstance(data.get("height"), int):
-        return data["height"], data["width"]
-    return None
+    sides = [(r.get("original_height"), r.get("original_width")) for r in results]
+    sides.append((data.get("height"), data.get("width")))
+    whole = (pair for pair in sides if all(isinstance(side, int) and side > 0 for side in pair))
+    return next(whole, None)
 
 
 def _read_result(result: Mapping[str, Any], where: str, builder: Builder, report: Report) -> None:
     image = builder.images[-1]
-    height, width = image["height"], image["width"]
-    kind, value = str(result.get("type", "")), result.get("value") or {}
-    if kind == "choices":
+    kind, value = str(result.get("type", "")), result.get("value")
+    value = value if isinstance(value, dict) else {}
+    if kind == "choices" and _are_texts(value.get("choices", [])):
         builder.add_tags(value.get("choices", ()))
         return
     if kind == "labels":  # of a control that leaves the form open
         kind = next((f"{k}labels" for k in ("polygon", "brush", "rectangle") if k in value), kind)
     labels = value.get(str(result.get("type"))) or value.get("labels")
-    if kind not in ("polygonlabels", "rectanglelabels", "brushlabels") or not labels:
+    is_shape = kind in ("polygonlabels", "rectanglelabels", "brushlabels")
+    if not is_shape or not labels or not _are_texts(labels):
         report.entry(
             "label_studio_result",
-            f"{where} has a result of the type {kind!r:.40} with {len(labels or ())} labels",
+            f"{where} has a result of the type {kind!r:.40} with the labels {labels!r:.40}",
             "Allowed: a label and a polygon, a rectangle, a brush; or choices",
         )
         return
-    meta = dict(result.get("meta") or {})
-    own = meta.pop("bbox", None)
-    meta.pop("text", None)
-    box = None if own is None else [own[0], own[1], own[0] + own[2], own[1] + own[3]]
-    percent = np.array([width, height]) / 100
-    shape: dict[str, Any]
-    if kind == "polygonlabels":
-        shape = {"polygons": [(np.reshape(value["points"], (-1, 2)) * percent).ravel()]}
-    elif kind == "brushlabels":
-        shape = {"mask": decode_brush(value["rle"], height, width)}
-    elif value.get("rotation"):
+    if value.get("rotation"):
         report.entry("label_studio_result", f"{where} has a rotated rectangle", "Draw it upright")
         return
-    else:
-        corner = np.array([value["x"], value["y"]]) * percent
-        extent = np.array([value["width"], value["height"]]) * percent
-        box, shape = [*corner, *(corner + extent)], {}
-    builder.add_object(labels[0], box=box, **shape, **meta)
+    meta = result.get("meta")
+    meta = dict(meta) if isinstance(meta, dict) else {}
+    meta.pop("text", None)
+    try:
+        shape = _read_shape(kind, value, image["height"], image["width"])
+        if "bbox" in meta:
+            x, y, width, height = meta.pop("bbox")
+            shape["box"] = [x, y, x + width, y + height]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        report.entry(
+            "label_studio_result",
+            f"{where} has a result of the type {kind!r} that is not whole ({error!r:.200})",
+            "Draw it anew, or export the task again",
+        )
+        return
+    builder.add_object(labels[0], **shape, extra=meta)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _read_shape(kind: str, value: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+    """Return what `Builder.add_object` takes."""
+    percent = np.array([width, height]) / 100
+    if kind == "polygonlabels":
+        return {"polygons": [(np.reshape(value["points"], (-1, 2)) * percent).ravel()]}
+    if kind == "brushlabels":
+        return {"mask": decode_brush(value["rle"], height, width)}
+    corner = np.array([value["x"], value["y"]]) * percent
+    extent = np.array([value["width"], value["height"]]) * percent
+    return {"box": [*corner, *(corner + extent)]}
 
 
 def _value(

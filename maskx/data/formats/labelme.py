@@ -64,13 +64,16 @@ def read(path: Path, images: Path | None, report: Report) -> Dataset:
         image_file = file.parent / str(content["imagePath"]).replace("\\", "/")
         name = Path(os.path.relpath(image_file, folder)).as_posix()
         size = content.get("imageHeight"), content.get("imageWidth")
-        size = size if all(size) else size_of(root / name, report)
+        if not all(isinstance(side, int) and side > 0 for side in size):
+            size = size_of(root / name, report)
         if size is None:
             continue
         builder.add_image(name, *size)
         for shapes in _groups(content["shapes"], file, report):
             _read_object(shapes, file, builder, report)
-        flags = [name for name, is_on in (content.get("flags") or {}).items() if is_on is True]
+        flags = content.get("flags")
+        flags = flags.items() if isinstance(flags, dict) else ()
+        flags = [name for name, is_on in flags if is_on is True]
         builder.add_tags(name for name in flags if name in builder)
         for name in flags:
             if name not in builder:
@@ -95,6 +98,8 @@ def write(dataset: Dataset, output: Output, *, copy_images: bool) -> None:
             image_path = os.path.relpath(root / name, (output.folder / file).parent)
         shapes = []
         for number, annotation in enumerate(objects, 1):
+            taken = extra_keys(annotation).keys() & (_SHAPE_KEYS - {"description"})
+            output.lost.update(f"values of {key}, left out" for key in taken)
             shapes += _shapes(annotation, names[annotation["category_id"]], number, image)
         content = {
             "version": "5.5.0",
@@ -137,7 +142,7 @@ def _groups(shapes: list[Any], file: Path, report: Report) -> Iterator[list[dict
             report.entry("labelme_shape", f"{file}: shapes[{position}] has no label", "Give it one")
             continue
         group = shape.get("group_id")
-        key = position if group is None else (shape["label"], group)
+        key = position if group is None else (shape["label"], str(group))
         found.setdefault(key, []).append(shape)
     yield from found.values()
 
@@ -153,14 +158,15 @@ def _read_object(
             points = np.array(shape.get("points"), float).reshape(-1, 2)
         except (TypeError, ValueError):
             points = np.empty((0, 2))
+        if not np.isfinite(points).all():
+            points = np.empty((0, 2))
         if kind == "rectangle" and len(points) >= 2:
             box = [*points.min(0), *points.max(0)]
         elif kind == "polygon" and len(points) >= 3:
             polygons.append(points.ravel())
         elif kind == "circle" and len(points) == 2:
             polygons.append(_circle(*points))
-        elif kind == "mask" and len(points) == 2 and isinstance(shape.get("mask"), str):
-            part = _read_mask(shape["mask"], points, image)
+        elif (part := _read_mask(kind, shape.get("mask"), points, image)) is not None:
             mask = part if mask is None else mask | part
         else:
             report.entry(
@@ -177,8 +183,11 @@ def _read_object(
     extra = {key: value for key, value in first.items() if key not in _SHAPE_KEYS}
     if first.get("description"):
         extra["description"] = first["description"]
-    crowd = bool((first.get("flags") or {}).get("crowd"))
-    builder.add_object(first["label"], box=box, polygons=polygons, mask=mask, crowd=crowd, **extra)
+    flags = first.get("flags")
+    crowd = isinstance(flags, dict) and bool(flags.get("crowd"))
+    builder.add_object(
+        first["label"], box=box, polygons=polygons, mask=mask, crowd=crowd, extra=extra
+    )
 
 
 def _circle(centre: np.ndarray, edge: np.ndarray) -> np.ndarray:
@@ -187,13 +196,23 @@ def _circle(centre: np.ndarray, edge: np.ndarray) -> np.ndarray:
     return (centre + radius * np.stack([np.cos(angles), np.sin(angles)], 1)).ravel()
 
 
-def _read_mask(text: str, points: np.ndarray, image: Mapping[str, Any]) -> np.ndarray:
-    part = np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) > 0
-    x, y = np.round(points.min(0)).astype(int)
+def _read_mask(
+    kind: str, text: Any, points: np.ndarray, image: Mapping[str, Any]
+) -> np.ndarray | None:
+    """Read a mask, (H, W) bool; None if it is none, or has no pixel in its image."""
+    if kind != "mask" or len(points) != 2 or not isinstance(text, str):
+        return None
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
+            part = np.asarray(picture.convert("L")) > 0
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    x, y = np.round(points.min(0)).astype(int).tolist()
+    part = part[max(0, -y) :, max(0, -x) :]
     mask = np.zeros((image["height"], image["width"]), bool)
-    place = mask[y : y + part.shape[0], x : x + part.shape[1]]
+    place = mask[max(0, y) :, max(0, x) :][: part.shape[0], : part.shape[1]]
     place |= part[: place.shape[0], : place.shape[1]]
-    return mask
+    return mask if mask.any() else None
 
 
 def _shapes(

@@ -1,6 +1,7 @@
 """The formats, and the one door into COCO's record form."""
 
 import importlib
+import math
 import os
 import unicodedata
 from collections import Counter
@@ -10,11 +11,11 @@ from pathlib import Path
 from types import ModuleType
 
 from maskx.core.files import write_json
-from maskx.data.coco import CocoData, check_coco, check_coco_content
+from maskx.data.coco import CocoData, check_coco, check_coco_content, checked_entries
 from maskx.data.coco_shapes import mend_shapes
 from maskx.data.coco_structure import Report
 from maskx.data.formats.coco import file_of
-from maskx.data.formats.dataset import LABEL_MAP, Dataset, Output
+from maskx.data.formats.dataset import LABEL_MAP, Dataset, Output, extra_keys
 from maskx.data.formats.voc import MAX_LABELS
 from maskx.data.image_files import find_images
 from maskx.data.label_maps import LABEL_MAP_KEYS
@@ -110,12 +111,14 @@ def read_dataset(
     path, images = Path(path), None if images is None else Path(images)
     report = Report(path, strict=strict)
     dataset = _module(find_format(path)).read(path, images, report)
+    if report.lost_files and not dataset.content["images"]:
+        lost = "; ".join(f"{file} {problem}" for file, problem in report.lost_files.items())
+        report.fail(f"has no image that can be read: {lost:.1000}", "Restore them")
+    content = checked_entries(dataset.content, report, need_files=True)
+    dataset = replace(dataset, content=content)
     if check_images and dataset.image_root is not None:
         dataset = _with_files(dataset, report)
     dataset = _with_label_maps(dataset, check_label_maps, report)
-    if not dataset.content["images"]:
-        found = "".join(f"; {file} {problem}" for file, problem in report.lost_files.items())
-        report.fail(f"has no image that can be used{found:.1000}", "Give data with at least one")
     image_of = {image["id"]: image for image in dataset.content["images"]}
     names = dataset.names()
     kept = []
@@ -131,8 +134,8 @@ def read_dataset(
         if shapes.problems:
             x1, y1, x2, y2 = shapes.box
             annotation = {**annotation, "bbox": [x1, y1, x2 - x1, y2 - y1]}
-            annotation["segmentation"] = shapes.mask
-        kept.append(annotation)
+        # Run lengths in one form only.
+        kept.append({**annotation, "segmentation": shapes.mask or []})
     report.finish()
     content = {**dataset.content, "annotations": kept}
     return replace(dataset, content=content, lost_files=report.lost_files)
@@ -244,6 +247,7 @@ def write_dataset(
                 f"The category {label!r} has a name that text files cannot hold. Rename it."
             )
     _check_names(dataset, name, copy_images=copy_images)
+    _check_numbers(dataset)
     has_label_map = any(isinstance(i.get(LABEL_MAP), str) for i in dataset.content["images"])
     if name == "voc" and has_label_map and len(dataset.names()) > MAX_LABELS:
         raise ValueError(
@@ -269,7 +273,7 @@ def _check_names(dataset: Dataset, name: str, *, copy_images: bool) -> None:
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(
                 f"The files of image {file_name!r} would lie outside the folder. Name images by "
-                "paths below their folder."
+                "paths below their folder, or give that folder and --copy-images."
             )
         key = os.path.normpath(path.with_suffix("") if has_own_file else path)
         if key in image_of:
@@ -278,6 +282,17 @@ def _check_names(dataset: Dataset, name: str, *, copy_images: bool) -> None:
                 "Rename one of them."
             )
         image_of[key] = file_name
+
+
+def _check_numbers(dataset: Dataset) -> None:
+    """Check what annotations hold beside COCO's own keys, which JSON has to hold too."""
+    for annotation in dataset.content["annotations"]:
+        for key, value in extra_keys(annotation).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"Annotation {annotation['id']!r} of image {annotation['image_id']!r} has the "
+                    f"{key} {value}. Allowed: a finite number. Correct or remove it."
+                )
 
 
 def _module(name: str) -> ModuleType:

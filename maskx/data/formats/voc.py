@@ -5,6 +5,7 @@ The classes are a label map as in `maskx.data.label_maps`, of the classes that `
 or of VOC's. A box of VOC names pixels from 1 on, its last ones included.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -217,10 +218,12 @@ def _size(tree: ElementTree.Element) -> tuple[int, int] | None:
 
 
 def _number(element: ElementTree.Element | None, key: str) -> float | None:
+    """Return a number that is finite, if it is there."""
     try:
-        return float(element.findtext(key))
+        number = float(element.findtext(key))
     except (TypeError, ValueError, AttributeError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _read_numbers(file: Path, image: Mapping[str, Any], report: Report) -> np.ndarray | None:
@@ -329,6 +332,7 @@ def _numbers(image: dict[str, Any], objects: list[dict[str, Any]], output: Outpu
         numbers[masks[number]] = number
     for number, mask in masks.items():
         shown = (numbers[mask] == number).sum()
-        output.lost["masks that others cover in part, cut there"] += 0 < shown < mask.sum()
+        is_cut = bool(0 < shown < mask.sum())
+        output.lost["masks that others cover in part, cut there"] += is_cut
         output.lost["masks that others cover wholly, left out"] += bool(shown == 0)
     return numbers

@@ -6,6 +6,7 @@ written.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def read(path: Path, images: Path | None, report: Report) -> Dataset:
             continue
         builder.add_image(name.as_posix(), *size)
         if labels.is_file():
-            for number, line in enumerate(labels.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(
+                labels.read_text(encoding="utf-8", errors="replace").splitlines(), 1
+            ):
                 if line.strip():
                     _read_line(line, f"{labels}, line {number}", names, builder, report)
     if not num_labelled:
@@ -133,7 +136,11 @@ def _settings(file: Path) -> tuple[dict[str, Any], list[str]]:
             f"{file}: names is {names!r:.200}. Allowed: a list of the names of the classes, or a "
             "dict of them by number from 0 on."
         )
-    return settings, [str(name) for name in names]
+    names = [str(name) for name in names]
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    if twice:
+        raise ValueError(f"{file}: names holds {twice[0]!r} twice. Give every class its own name.")
+    return settings, names
 
 
 def _image_root(file: Path, settings: dict[str, Any]) -> Path:

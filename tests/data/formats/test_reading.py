@@ -93,6 +93,8 @@ def test_cvat_for_images(folder):
         (cvat('<mask label="ring" rle="1, 9" left="0" top="0" width="2" height="2"/>'), "a mask"),
         (cvat("", '<track id="0" label="ring"/>'), "1 tracks of a video"),
         (cvat("<image"), "is not valid XML"),
+        (cvat('<mask label="r" rle="0,4" left="8" top="9" width="2" height="2"/>'), "has a mask"),
+        (cvat("").replace('height="8"', 'height="-8"', 1), "image 'a.png' has no size"),
     ],
 )
 def test_what_cvat_writes_beside_is_named(folder, text, words):
@@ -144,7 +146,7 @@ def test_yolo_without_labels_or_names_is_refused(folder):
     with pytest.raises(ValueError, match=r"none of 2 images in .*images has labels in .*labels"):
         read_dataset(folder)
     twice = "names: [ring]\nnames: [moon]"
-    for names in ("", "names: []", "names: {1: ring}", "names: [", twice):
+    for names in ("", "names: []", "names: {1: ring}", "names: [", twice, "names: [ring, ring]"):
         (folder / "data.yaml").write_text(names)
         with pytest.raises(ValueError, match=r"data\.yaml"):
             read_dataset(folder)
@@ -161,14 +163,11 @@ def shape(label, kind, points, **more):
 
 
 def test_labelme(folder):
-    file = io.BytesIO()
-    Image.fromarray(MASK).save(file, "PNG")
-    text = base64.b64encode(file.getvalue()).decode()
     shapes = [
         shape("ring", "polygon", [[1, 1], [3, 1], [3, 3], [1, 3]], group_id=4),
         shape("ring", "polygon", [[5, 5], [7, 5], [7, 7], [5, 7]], group_id=4),
         shape("moon", "rectangle", [[4, 6], [1, 2]], description="bright"),
-        shape("disc", "mask", [[3, 2], [5, 3]], mask=text),
+        shape("disc", "mask", [[3, 2], [5, 3]], mask=png_text(MASK)),
         shape("disc", "circle", [[5, 4], [5, 6]], flags={"crowd": True}),
     ]
     labelme(folder, shapes, {"crescent": True, "moon": False, "verified": True})
@@ -189,11 +188,28 @@ def test_labelme(folder):
     assert objects(read_dataset(folder / "a.json")) == objects(dataset)
 
 
+def png_text(mask):
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+PIXELS = png_text(np.ones((3, 3), bool))
+
+
+def test_masks_of_labelme_over_the_edge_are_cut_there(folder):
+    labelme(folder, [shape("ring", "mask", [[-1, -2], [1, 0]], mask=PIXELS)])
+    assert list(objects(read_dataset(folder)).values()) == [[("ring", [0, 0, 2, 1], 2)]]
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
         (shape("ring", "line", [[1, 1], [2, 2]]), "has a 'line' of 2 points"),
         (shape("ring", "polygon", [[1, 1], [2, 2]]), "has a 'polygon' of 2 points"),
+        (shape("ring", "polygon", [[float("nan"), 1], [5, 1], [5, 5]]), "of 0 points"),
+        (shape("ring", "mask", [[1, 1], [2, 2]], mask="!!"), "has a 'mask'"),
+        (shape("ring", "mask", [[90, 90], [92, 92]], mask=PIXELS), "has a 'mask'"),
         ({"points": []}, r"shapes\[1\] has no label"),
         (7, r"shapes\[1\] has no label"),
     ],
@@ -260,6 +276,18 @@ def test_label_studio(folder):
     ("task", "words"),
     [
         ({"data": {}}, "task 0 has no image"),
+        ({"data": {"image": "a.png"}, "annotations": ["x"]}, "has 'x' in 'annotations'"),
+        *(
+            ({"data": {"image": "a.png"}, "annotations": [{"result": [result(*bad)]}]}, words)
+            for bad, words in (
+                (("rectanglelabels", {"y": 1, "rectanglelabels": ["m"]}), "not whole"),
+                (("rectanglelabels", {"rectanglelabels": [3]}), r"with the labels \[3\]"),
+                (("polygonlabels", {"points": [[1, 2], [3]], "polygonlabels": ["m"]}), "not whole"),
+                (("brushlabels", {"rle": [0, 0, 1, 64, 57], "brushlabels": ["m"]}), "not whole"),
+                (("brushlabels", {"rle": "x", "brushlabels": ["m"]}), "not whole"),
+                (("choices", {"choices": "cat"}), "type 'choices'"),
+            )
+        ),
         ({"data": {"image": "c.png"}, "id": 7}, "task 7 says no size of its image c.png"),
         (
             {
@@ -383,6 +411,13 @@ def test_label_maps_of_voc_that_cannot_be_used_are_named(folder):
     assert "label_map_file_name" not in image
 
 
+@pytest.mark.parametrize("size", ["nan", "inf", "-3", "0", "wide"])
+def test_sizes_of_voc_that_are_none_come_from_the_image(folder, size):
+    voc(folder, f"<size><width>{size}</width><height>8</height></size>", voc_object("moon"))
+    (image,) = read_dataset(folder, folder / "images").content["images"]
+    assert (image["height"], image["width"]) == (8, 10)
+
+
 def test_objects_of_voc_without_a_box_are_named(folder):
     voc(folder, "<object><name>ring</name></object>", voc_object("moon"))
     with pytest.raises(ValueError, match=r"a\.xml, object 1 lacks its name or bndbox"):
@@ -431,7 +466,7 @@ def test_images_whose_size_cannot_be_read_are_named_or_left_out(folder, name):
     assert report.problems == {"image_broken": 1}
     assert len(data.records) == 1
     (folder / "images" / "b.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no image that can be used; .*a\.png cannot be read; "):
+    with pytest.raises(ValueError, match=r"no image that can be read: .*a\.png cannot be read; "):
         read_dataset(path, root, strict=False)
     broken.write_bytes(good)
     assert len(read_dataset(path, root, strict=False).content["images"]) == 1

@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections import Counter
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from maskx.data.formats.table import FORMATS, find_format, read_dataset, write_d
 from maskx.data.masks import decode_segmentation
 
 SIGNS = st.characters(exclude_categories=("C", "Z"))
-WORDS = st.text(SIGNS, min_size=1, max_size=8).map(lambda word: f"a {word}")
+WORDS = st.text(SIGNS, min_size=1, max_size=8).map(lambda word: normalize("NFC", f"a {word}"))
 # What each holds beside one outline for each object and the box of that; see `kept`.
 HOLDS = {
     "coco": {"tags", "crowds", "boxes", "own boxes", "extra"},
@@ -275,6 +276,29 @@ def test_every_format_is_known_again(name):
     dataset.content["annotations"][0]["bbox"] = content["annotations"][0]["bbox"] = None
     assert described(dataset.content) == described(content)
     assert not said
+
+
+def test_masks_that_others_cover_are_cut_in_voc_and_counted(tmp_path):
+    """The smaller one lies on top; one that is covered wholly keeps its box."""
+    squares = [[2, 2, 8, 8], [5, 5, 9, 9], [6, 6, 8, 8], [6, 6, 8, 8]]
+    annotations = [
+        {"id": i, "image_id": 1, "category_id": 1, "bbox": [x, y, u - x, v - y], "iscrowd": 0}
+        | {"segmentation": [[x, y, u, y, u, v, x, v]]}
+        for i, (x, y, u, v) in enumerate(squares, 1)
+    ]
+    content = {
+        "images": [{"id": 1, "file_name": "0.png", "height": 10, "width": 10}],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "ring"}],
+    }
+    dataset, said = written_and_read(content, "voc", tmp_path)
+    masks = [annotation["segmentation"] for annotation in dataset.content["annotations"]]
+    areas = [decode_segmentation(mask, 10, 10).sum() if mask else 0 for mask in masks]
+    assert areas == [36 - 9, 16 - 4, 0, 4]
+    assert said == {
+        "masks that others cover in part, cut there": 2,
+        "masks that others cover wholly, left out": 1,
+    }
 
 
 def test_outlines_of_masks_give_the_same_pixels():
