@@ -84,10 +84,14 @@ def run(args: argparse.Namespace) -> int:
         asked={"concepts": args.concepts} if args.concepts else {},
         overwrite=args.overwrite,
     )
+    maps = sum("label_map_file_name" in image for image in done.images)
+    what = f"{maps} label maps" if maps else f"{len(done.annotations)} instances"
     print(
-        f"{len(done.images)} images, {len(done.annotations)} instances: "
+        f"{len(done.images)} images, {what}: "
         f"{args.output / RESULTS_NAME}{f' and {len(done.files)} pictures' if done.files else ''}"
     )
+    if done.images and not maps and not done.annotations and threshold > 0:
+        print(f"No instance has a score from {threshold:g} on; a lower --threshold shows others.")
     for name, reason in done.failures.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
     return 1 if done.failures else 0

@@ -227,6 +227,8 @@ def _categories(predictor: Predictor, data: CocoData, found: Comparison) -> list
     if split is not None:
         text += " Green: with masks in training (A). Red: without (B)."
     rows = sorted(found.categories.items(), key=lambda item: -item[1])
+    if absent := [name for name in data.class_names if name not in found.categories]:
+        text += f" These images have none of {listed(absent)}."
     parts = [paragraph(text)]
     if len(rows) > _MOST_ROWS:
         half = _MOST_ROWS // 2

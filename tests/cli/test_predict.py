@@ -117,6 +117,7 @@ def test_a_folder_gives_pictures_and_one_coco_file(make_run, photos, tmp_path, s
         assert len(data.records[1]["annotations"]) == 2
         assert "2 images, 4 instances" in capsys.readouterr().out
     else:
+        assert "2 images, 2 label maps: " in capsys.readouterr().out
         path = data.records[0]["label_map_file_name"]
         found = read_label_map(path, 40, 60, num_classes=2, image_id=1)
         assert np.unique(found[:, :30]).tolist() == [1]
@@ -176,12 +177,17 @@ def test_masks_of_a_are_green_and_those_of_b_red(make_run, photos, tmp_path):
         assert np.abs(pixel - (0.6 * 90 + 0.4 * np.array(color))).max() <= 2
 
 
-def test_instances_below_the_threshold_are_left_out(make_run, photos, tmp_path):
+def test_instances_below_the_threshold_are_left_out(make_run, photos, tmp_path, capsys):
     words = ["predict", make_run("halves"), str(photos), "--output", str(tmp_path / "out")]
     assert main([*words, "--threshold", "0.7", "--no-pictures"]) == 0
     content = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [a["category_id"] for a in content["annotations"]] == [1, 1]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
+    assert "a lower --threshold" not in capsys.readouterr().out
+    assert main([*words, "--threshold", "0.95", "--no-pictures", "--overwrite"]) == 0
+    found = capsys.readouterr().out
+    assert "2 images, 0 instances" in found
+    assert "No instance has a score from 0.95 on; a lower --threshold shows others." in found
 
 
 def test_a_video_becomes_a_video(make_run, video, tmp_path, system):

@@ -1,5 +1,6 @@
 """Predictions beside the truth, and the page of it: models that say what they are told."""
 
+import html
 import json
 from pathlib import Path
 
@@ -217,6 +218,18 @@ def test_the_page_of_other_data(folder, capsys):
     with pytest.raises(SystemExit) as ending:
         main(words)
     assert "report.html exists. Name another --output" in str(ending.value.code)
+
+
+def test_the_page_names_categories_that_the_images_do_not_have(folder):
+    run, file = make_run(folder, "told_instances"), folder / "val.json"
+    assert main(["report", str(run), str(file), str(folder)]) == 0
+    assert "have none of" not in (run / "report.html").read_text()
+    content = json.loads(file.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 7]
+    file.write_text(json.dumps(content))
+    assert main(["report", str(run), str(file), str(folder), "--overwrite"]) == 0
+    page = html.unescape((run / "report.html").read_text())
+    assert "These images have none of 'dog'." in page
 
 
 def test_the_page_says_what_people_call_it(folder):

@@ -1,6 +1,7 @@
 """Quick start of Mask^X R-CNN."""
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -272,7 +273,8 @@ def _in_given_boxes(
     report: Callable[[str], None],
 ) -> dict[str, Any]:
     means = mean_iou_of_boxes(segment, data, split, description=f"{name}: masks of given boxes")
-    shown = ", ".join(f"{group} {value:.3f}" for group, value in means.items())
+    known = {group: value for group, value in means.items() if not math.isnan(value)}
+    shown = ", ".join(f"{group} {value:.3f}" for group, value in known.items()) or "no masks"
     report(f"\n{name}, mean IoU with the masks in annotated boxes: {shown}")
     return {"mean_iou": means}
 
