@@ -134,8 +134,9 @@ def read_dataset(
         if shapes.problems:
             x1, y1, x2, y2 = shapes.box
             annotation = {**annotation, "bbox": [x1, y1, x2 - x1, y2 - y1]}
-        # Run lengths in one form only.
-        kept.append({**annotation, "segmentation": shapes.mask or []})
+        if "segmentation" in annotation:  # run lengths in one form only
+            annotation = {**annotation, "segmentation": shapes.mask or []}
+        kept.append(annotation)
     report.finish()
     content = {**dataset.content, "annotations": kept}
     return replace(dataset, content=content, lost_files=report.lost_files)
