@@ -72,9 +72,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the study; user errors end with their message instead of a traceback."""
     with ended_in_one_line("the same command goes on from the last checkpoint"):
+        options = StudyOptions(**vars(parse_arguments()))
         from studies.run import run_study
 
-        run_study(StudyOptions(**vars(parse_arguments())), print)
+        run_study(options, print)
 
 
 if __name__ == "__main__":
