@@ -21,20 +21,9 @@ __all__ = ["SETTINGS_NAME", "words_of_settings", "write_settings"]
 SETTINGS_NAME = "settings.yaml"
 """In a run folder."""
 
-# Options whose words are paths; a split may be a name, too.
-_PATHS = {
-    "coco-train",
-    "coco-val",
-    "concept-split",
-    "masks-for",
-    "output",
-    "photos",
-    "start",
-    "tags",
-    "target-train",
-    "val",
-    "weights",
-}
+# What the words of an option that are paths are called in its help text.
+_PATHS = {"DATA", "FILE", "IMAGES", "JSON", "LIST", "RUN"}
+_NAME_OR_PATH = "SPLIT"
 # What is asked of one command, not of a training.
 _OF_ONE_COMMAND = {"help", "settings", "resume", "overwrite"}
 
@@ -83,7 +72,8 @@ def words_of_settings(file: Path) -> list[str]:
             options.parse_args(given)
         except ValueError as error:
             raise ValueError(f"{where}: {error}. Correct the value.") from error
-        words += [*given[:1], *(_path(file, key.value, word) for word in given[1:])]
+        action = options.by_name[key.value]
+        words += [*given[:1], *(_from_file(file, action, word) for word in given[1:])]
     return words
 
 
@@ -100,7 +90,7 @@ def write_settings(folder: Path, options: Mapping[str, Any]) -> None:
             content |= {name: True} if value is True else {}
         elif value is not None and value is not False and value is not True:
             words = [value] if action.nargs is None else value
-            words = [_whole(name, word) for word in words]
+            words = [_whole(action, word) for word in words]
             content[name] = words[0] if action.nargs is None else words
     content["output"] = "."
     with written_text(folder / SETTINGS_NAME) as file:
@@ -143,13 +133,20 @@ def _words(name: str, action: argparse.Action, node: yaml.Node) -> list[str]:
     return [f"--{name}", *(each.value for each in nodes)]
 
 
-def _path(file: Path, name: str, word: str) -> str:
-    """Let a path count from the folder of the file; a split is one where that is a file."""
+def _from_file(file: Path, action: argparse.Action, word: str) -> str:
+    """Let a path count from the folder of the file."""
     path = file.parent / Path(word).expanduser()
-    return str(path) if name in _PATHS and (name != "masks-for" or path.is_file()) else word
+    return str(path) if _is_path(action, path) else word
 
 
-def _whole(name: str, word: Any) -> Any:
+def _whole(action: argparse.Action, word: Any) -> Any:
     """Return a path from the root, so that it is found from any folder."""
-    is_path = name in _PATHS and (name != "masks-for" or Path(word).is_file())
-    return os.path.abspath(word) if is_path else word
+    return os.path.abspath(word) if _is_path(action, word) else word
+
+
+def _is_path(action: argparse.Action, word: Any) -> bool:
+    """Whether a word is a path; what may be a name too is one where there is such a file."""
+    named = [action.metavar] if isinstance(action.metavar, str) else action.metavar or ()
+    if _NAME_OR_PATH in named:
+        return Path(word).is_file()
+    return action.type is Path or not _PATHS.isdisjoint(named)

@@ -166,7 +166,7 @@ def test_detections_of_supervision(monkeypatch):
 
 
 def test_supervision_takes_them():
-    supervision = pytest.importorskip("supervision")
+    supervision = pytest.importorskip("supervision", reason="the extra `dev` has it")
     remarked = dataclasses.replace(INSTANCES, remarks=[None, "a part of a dog"])
     found = remarked.to_supervision()
     (sure,) = found[found.confidence > 0.5]["class_name"]

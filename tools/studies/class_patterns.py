@@ -38,6 +38,7 @@ from maskx.systems.class_patterns.pipeline import (
     TagSettings,
     layers_of,
     open_tagged_images,
+    write_masks_json,
 )
 from maskx.systems.class_patterns.projections import (
     projections_path,
@@ -48,7 +49,6 @@ from maskx.systems.class_patterns.proxy_masks import (
     ProxyMaskSettings,
     make_proxy_masks,
     mask_path,
-    write_proxy_json,
 )
 from maskx.systems.class_patterns.steps import (
     ClassifierSource,
@@ -276,16 +276,8 @@ class _SeedRuns:
             return self._write_json(masks)
 
     def _write_json(self, masks: Path) -> Path:
-        data, json_file = self.train_data, self.proxy / f"{masks.name}.json"
-        write_proxy_json(
-            json_file,
-            data.records,
-            masks,
-            image_root=self.image_root,
-            class_names=data.class_names,
-            category_ids=data.category_ids,
-        )
-        return json_file
+        json_file = self.proxy / f"{masks.name}.json"
+        return write_masks_json(json_file, self.train_data, masks, self.image_root)
 
     def _train(
         self, setting: str, settings: TagSettings, json_file: Path, *, again: bool = True

@@ -109,6 +109,22 @@ class TagSettings:
         return tuple(round(self.image_size * size / 328) for size in (241, 328, 401))
 
 
+def write_masks_json(json_file: Path, data: CocoData, masks: Path, image_root: Path) -> Path:
+    """Write the images of a data set with the label maps of a folder, to train on; return the file.
+
+    See :func:`maskx.systems.class_patterns.proxy_masks.write_proxy_json`.
+    """
+    write_proxy_json(
+        json_file,
+        data.records,
+        masks,
+        image_root=image_root,
+        class_names=data.class_names,
+        category_ids=data.category_ids,
+    )
+    return json_file
+
+
 def learn_from_tags(
     train_data: CocoData,
     val_data: CocoData,
@@ -339,16 +355,7 @@ class TagRun(TrainingChain):
         claim_folder(masks, "predictions.json", made_with | {"crf": model.crf})
         with self.timed("predictions"):
             predict_masks(model, data.records, masks)
-        json_file = folder / "annotations.json"
-        write_proxy_json(
-            json_file,
-            data.records,
-            masks,
-            image_root=self.image_root,
-            class_names=data.class_names,
-            category_ids=data.category_ids,
-        )
-        return json_file
+        return write_masks_json(folder / "annotations.json", data, masks, self.image_root)
 
     def evaluate(self, model: SampleSegmenter, name: str) -> dict[str, Any]:
         """Compare label maps of the validation images to the truth, in percent."""

@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from photos import make_photos, make_weights
+from photos import frozen_options
 from studies import concept_mask as study_concept_mask
 from studies.concept_mask import SETTINGS
 from studies.options import StudyOptions
@@ -120,15 +120,7 @@ def test_an_unknown_setting_is_refused(tiny):
 
 @pytest.fixture
 def own(tiny, tmp_path):
-    return tiny | {
-        "coco_train": make_photos(tmp_path / "photos", count=10),
-        "coco_val": make_photos(tmp_path / "val", count=3, with_masks=4, seed=1),
-        "masks_for": "drawn",
-        "image_size": 48,
-        "backbone": "resnet10t",
-        "pretrained": make_weights(tmp_path / "weights.pth"),
-        "frozen": True,
-    }
+    return tiny | frozen_options(tmp_path, masks_for="drawn", count=10)
 
 
 def test_own_data_on_one_frozen_backbone(own):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from photos import make_photos, make_weights
+from photos import frozen_options
 from studies import transfernet as study_transfernet
 from studies.options import StudyOptions
 from studies.run import run_study
@@ -216,15 +216,7 @@ def test_own_data(system, setting, tiny, tmp_path):
 
 
 def test_a_frozen_backbone_computes_its_features_once_for_all_settings(tiny, tmp_path):
-    own = {
-        "coco_train": make_photos(tmp_path / "photos", count=8, with_masks=4),
-        "coco_val": make_photos(tmp_path / "val", count=2, with_masks=4, seed=1),
-        "masks_for": "random_2_0",
-        "image_size": 48,
-        "backbone": "resnet10t",
-        "pretrained": make_weights(tmp_path / "weights.pth"),
-        "frozen": True,
-    }
+    own = frozen_options(tmp_path, masks_for="random_2_0", with_masks=4)
     settings = ("transfernet", "baseline")
     rows = run_study(StudyOptions(**tiny | own | {"settings": settings}), print)
     assert [row["setting"] for row in rows] == list(settings)
