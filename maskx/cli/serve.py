@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--open", action="store_true", help="open the page in a browser")
+    skip = "mend what is bad in an annotation file or leave it out, counted, instead of refusing it"
+    add("--skip-bad", action="store_true", help=skip)
     add("--max-megabytes", type=float, default=20, help="of a file (default: 20)")
     add("--max-megapixels", type=float, default=50, help="of an image (default: 50)")
 
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
             args.run_folder,
             max_bytes=int(args.max_megabytes * 2**20),
             max_pixels=int(args.max_megapixels * 1e6),
+            strict=not args.skip_bad,
             hosts=hosts,
         )
         with contextlib.redirect_stderr(io.StringIO()):  # where it says a part of the reason

@@ -62,9 +62,14 @@ def answers():
     return Answers()
 
 
+def open_app(answers, **options):
+    app = make_app(answers, "runs/half", max_bytes=50_000, max_pixels=40 * 30, **options)
+    return app.test_client()
+
+
 @pytest.fixture
 def client(answers):
-    return make_app(answers, "runs/half", max_bytes=50_000, max_pixels=40 * 30).test_client()
+    return open_app(answers)
 
 
 def png(width=24, height=20, **kwargs):
@@ -220,6 +225,21 @@ def test_a_file_of_another_format_and_of_one_image_by_another_name(client):
     )
     (given, _) = attach(client, key, cvat, "photo.XML").get_json()["objects"]
     assert (given["name"], given["needs_mask"]) == ("dog", True)
+
+
+def test_a_file_with_mistakes_is_refused_or_with_skip_bad_taken_and_they_are_counted(answers):
+    content = half_labelled()
+    content["annotations"][1]["bbox"] = [10, 4, -6, 8]
+    strict, lenient = (open_app(answers, strict=strict) for strict in (True, False))
+    refused = attach(strict, upload(strict, png()).get_json()["id"], content)
+    assert refused.status_code == 400
+    assert re.search(r"train\.json: has 1 bad annotation.*--skip-bad", refused.get_json()["error"])
+    taken = attach(lenient, upload(lenient, png()).get_json()["id"], content).get_json()
+    assert [o["name"] for o in taken["objects"] if o["score"] is None] == ["cat", "horse"]
+    (warning,) = taken["warnings"]
+    assert re.search(r"^train\.json: 1 bad entries .*left out.*'dog'", warning)
+    key = upload(lenient, png()).get_json()["id"]
+    assert attach(lenient, key, half_labelled()).get_json()["warnings"] == []
 
 
 def _without_category():

@@ -37,6 +37,7 @@ def make_app(
     *,
     max_bytes: int,
     max_pixels: int,
+    strict: bool = True,
     hosts: Collection[str] | None = None,
 ) -> Flask:
     """Make the application.
@@ -46,6 +47,8 @@ def make_app(
         run: its folder or model file.
         max_bytes: of an upload; a larger one is refused before it is read.
         max_pixels: of an image; a larger one is refused before it is decoded.
+        strict: whether what is wrong in an annotation file is an error; else it is mended or left
+            out, and the page says so.
         hosts: names under which the page may be asked for; None for any. Another site could give
             its own name the address of this machine, and then read the answers.
     """
@@ -102,12 +105,13 @@ def make_app(
         upload = request.files.get("annotations")
         if not upload:
             raise _RefusedError("No file came. Send annotations as the field 'annotations'.")
-        content = read_annotations(upload)
+        content, warnings = read_annotations(upload, strict=strict)
         with lock:
             photograph.take_file(content, base_name(upload.filename))
         objects = photograph.objects()
         names = {each["name"] for each in objects if each["needs_mask"]}
-        return jsonify(objects=objects, unknown=sorted(names - set(predictor.class_names)))
+        unknown = sorted(names - set(predictor.class_names))
+        return jsonify(objects=objects, unknown=unknown, warnings=warnings)
 
     @app.post("/mask")
     def mask() -> Response:

@@ -1,8 +1,11 @@
 """A photograph on the page: what the model finds in it, and the objects that a person gives."""
 
+import contextlib
+import logging
 import os
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -178,22 +181,48 @@ class Photograph:
         self.content["annotations"].append({**annotation, **own})
 
 
-def read_annotations(upload: FileStorage) -> dict[str, Any]:
-    """Read an uploaded annotation file, of any format that is one file, as a COCO dict.
+def read_annotations(upload: FileStorage, *, strict: bool) -> tuple[dict[str, Any], list[str]]:
+    """Read an uploaded annotation file, of any format that is one file.
+
+    Args:
+        upload: the file.
+        strict: whether what is wrong in it is an error; else it is mended or left out.
+
+    Returns:
+        A COCO dict, and what there is to say of how it was read.
 
     Raises:
         ValueError: it cannot be read, or what it holds is wrong.
     """
     name = base_name(upload.filename)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _warnings() as warnings:
         # The name is not trusted; what is told by it is told by its ending.
         path = Path(folder, f"annotations{'.xml' if name.lower().endswith('.xml') else '.json'}")
+
+        def shown(text: str) -> str:
+            return text.replace(str(path), name).replace(f"{folder}{os.sep}", "")
+
         upload.save(path)
         try:
-            return read_dataset(path).content
+            content = read_dataset(path, strict=strict).content
         except (ValueError, FileNotFoundError) as error:
-            message = str(error).replace(str(path), name).replace(f"{folder}{os.sep}", "")
-            raise ValueError(message) from error
+            raise ValueError(shown(str(error))) from error
+        return content, [shown(text) for text in warnings]
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect what this thread is warned of by the package, which its log has as well."""
+    texts: list[str] = []
+    handler, thread = logging.Handler(logging.WARNING), threading.get_ident()
+    handler.filter = lambda record: record.thread == thread
+    handler.emit = lambda record: texts.append(record.getMessage())
+    package = logging.getLogger("maskx")
+    package.addHandler(handler)
+    try:
+        yield texts
+    finally:
+        package.removeHandler(handler)
 
 
 def base_name(file_name: str) -> str:
