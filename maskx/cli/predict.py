@@ -2,6 +2,7 @@ r"""Predict images and videos with a trained run of any system.
 
 Writes into the output folder pictures (categories that had masks in training in green, the others
 in red), videos, label maps, and predictions.json: all that was found, in COCO's format with scores.
+Its masks say that the run made them; where they are trained on, they do not count as drawn.
 A camera, by its number, is filmed until Ctrl-C.
 
 Examples:
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict the inputs; the status is 1 where one could not be read."""
     import maskx
+    from maskx.engine.mask_sources import source_name
     from maskx.engine.predict_files import RESULTS_NAME, find_inputs, predict_files
 
     inputs = find_inputs(args.inputs)
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         predictor,
         inputs,
         args.output,
+        source=source_name(args.run_folder),
         threshold=threshold,
         batch_size=args.batch_size,
         tile=args.tile,

@@ -86,6 +86,7 @@ def predict_files(
     inputs: Sequence[Path | int],
     output: Path,
     *,
+    source: str,
     threshold: float = 0.5,
     batch_size: int = 1,
     tile: int | None = None,
@@ -105,6 +106,8 @@ def predict_files(
         predictor: of any system.
         inputs: of :func:`find_inputs`.
         output: folder to write to; it is made when there is something to write.
+        source: what the masks say that made them, see
+            :func:`maskx.engine.mask_sources.source_name`.
         threshold: least score of an instance.
         batch_size: images, frames or tiles that are predicted at a time, if they have one shape.
         tile: side of the tiles that larger images are predicted in, see
@@ -141,7 +144,7 @@ def predict_files(
     def predict(images: Sequence[np.ndarray]) -> list[Prediction]:
         return predictor.many(images, threshold=threshold, **asked)
 
-    work = _Work(predict, predictor.class_names, output, batch_size, tile, pictures, voc)
+    work = _Work(predict, predictor.class_names, output, source, batch_size, tile, pictures, voc)
     done = work.run(list(zip(inputs, _names(inputs), strict=True)))
     categories = [{"id": id_, "name": name} for name, id_ in work.ids.items()]
     content = {
@@ -160,12 +163,13 @@ class _Work:
         predict: Callable[[Sequence[np.ndarray]], list[Prediction]],
         class_names: Sequence[str],
         output: Path,
+        source: str,
         batch_size: int,
         tile: int | None,
         pictures: bool,
         voc: VocResults | None,
     ) -> None:
-        self.predict, self.output = predict, output
+        self.predict, self.output, self.source = predict, output, source
         self.batch_size, self.tile, self.pictures = batch_size, tile, pictures
         self.voc = voc
         self.ids = {name: index for index, name in enumerate(class_names, start=1)}
@@ -246,7 +250,10 @@ class _Work:
                 self.ids.setdefault(each, len(self.ids) + 1)
             category_ids = [self.ids[each] for each in found.class_names]
             self.done.annotations += found.to_annotations(
-                image_id, category_ids, first_id=len(self.done.annotations) + 1
+                image_id,
+                category_ids,
+                source=self.source,
+                first_id=len(self.done.annotations) + 1,
             )
         if found.label_map is not None:
             folder = self.output / _LABEL_MAPS

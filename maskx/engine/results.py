@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pycocotools import mask as mask_api
 
+from maskx.data.coco_shapes import QUALITY_KEY, SOURCE_KEY
 from maskx.data.label_maps import ignore_label
 from maskx.data.masks import decode_segmentation, encode_each, encode_masks
 from maskx.evaluation.figures import draw_instances, draw_label_map, save_png
@@ -173,14 +174,17 @@ class Prediction:
         image_id: int | str,
         category_ids: Sequence[int] | None = None,
         *,
+        source: str,
         first_id: int = 1,
     ) -> list[dict[str, Any]]:
         """Say it as annotations of a COCO file: the results of COCO, with an id and an area.
 
-        Of an instance with an empty mask and a box of its own the box is said alone.
+        Of an instance with an empty mask and a box of its own the box is said alone. A mask says
+        what made it, so that it never counts as one that a person drew; its quality is the score.
 
         Args:
             category_ids: as of :meth:`to_coco`.
+            source: what made the masks, see :func:`maskx.engine.mask_sources.source_name`.
             first_id: id of the first annotation, from which the others count on.
         """
         annotations = []
@@ -188,7 +192,9 @@ class Prediction:
             entry |= {"id": id_, "iscrowd": 0}
             if "segmentation" in entry:
                 entry["area"] = int(mask_api.area(entry["segmentation"]))
-                if not entry["area"]:
+                if entry["area"]:
+                    entry |= {SOURCE_KEY: source, QUALITY_KEY: round(entry["score"], 4)}
+                else:
                     del entry["segmentation"], entry["area"]
             annotations.append(entry)
         return annotations

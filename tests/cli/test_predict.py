@@ -115,6 +115,11 @@ def test_a_folder_gives_pictures_and_one_coco_file(make_run, photos, tmp_path, s
         assert [a["score"] for a in content["annotations"]] == [0.9, 0.6] * 2
         assert [a["area"] for a in content["annotations"]] == [1200, 1200, 2000, 2000]
         assert len(data.records[1]["annotations"]) == 2
+        # Trained on, they do not count as drawn.
+        (source,) = {a["segmentation_source"] for a in data.records[1]["annotations"]}
+        assert source.startswith("maskx:")
+        qualities = [a["segmentation_quality"] for a in data.records[1]["annotations"]]
+        assert qualities == [0.9, 0.6]
         assert "2 images, 4 instances" in capsys.readouterr().out
     else:
         assert "2 images, 2 label maps: " in capsys.readouterr().out
@@ -255,7 +260,11 @@ def test_a_question_that_cannot_be_answered_leaves_no_folder(photos, tmp_path):
     predictor = types.SimpleNamespace(system=system, class_names=(), many=refuse)
     with pytest.raises(ValueError, match="no word vector of unicorn"):
         predict_files(
-            predictor, find_inputs([str(photos)]), tmp_path / "out", asked={"concepts": "unicorn"}
+            predictor,
+            find_inputs([str(photos)]),
+            tmp_path / "out",
+            source="maskx:run",
+            asked={"concepts": "unicorn"},
         )
     assert not (tmp_path / "out").exists()
 

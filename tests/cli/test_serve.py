@@ -191,7 +191,8 @@ def test_boxes_of_a_file_get_masks_and_the_rest_of_it_stays(client):
         (21, "a", 7),
     ]
     assert "segmentation_source" in drawn
-    assert "score" in found
+    assert (found["segmentation_source"], found["segmentation_quality"]) == ("maskx:half", 0.6)
+    assert found["score"] == pytest.approx(0.6)
 
 
 def test_another_file_takes_the_place_of_the_first(client):

@@ -89,7 +89,7 @@ def test_masks_without_boxes_are_annotations_that_are_read_and_exported(tmp_path
     indices, scores = np.arange(3), np.array([0.9, 0.8, 0.7])
     found = Prediction(NAMES, segmentations=masks, scores=scores, class_indices=indices)
     assert [entry["category_id"] for entry in found.to_coco(1)] == [1, 3]
-    annotations = found.to_annotations(1, first_id=5)
+    annotations = found.to_annotations(1, source="maskx:run", first_id=5)
     assert [a["id"] for a in annotations] == [5, 6]
     assert [a["area"] for a in annotations] == [42, 150]
     assert [a["bbox"] for a in annotations] == [[3, 2, 7, 6], [15, 10, 15, 10]]
@@ -111,7 +111,7 @@ def test_an_object_whose_mask_is_empty_keeps_a_box_of_its_own():
     masks = encode_masks(np.stack([MASKS[0], np.zeros_like(MASKS[0])]))
     found = dataclasses.replace(INSTANCES, segmentations=masks)
     assert found.to_coco(7)[1].keys() >= {"bbox", "segmentation"}  # a detection of either is scored
-    with_mask, boxed = found.to_annotations(7)
+    with_mask, boxed = found.to_annotations(7, source="maskx:run")
     assert with_mask["area"] == 42
     assert boxed["bbox"] == [15, 10, 15, 10.5]
     assert not boxed.keys() & {"segmentation", "area"}

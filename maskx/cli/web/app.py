@@ -133,7 +133,7 @@ def make_app(
     @app.get("/coco/<key>")
     def coco(key: str) -> Response:
         threshold = request.args.get("threshold", 0.0, type=float)
-        answer = jsonify(_kept(kept, key).to_coco(threshold))
+        answer = jsonify(_kept(kept, key).to_coco(threshold, source.name))
         answer.headers["Content-Disposition"] = "attachment; filename=annotations.json"
         return answer
 

@@ -103,14 +103,18 @@ class Photograph:
         given = [self._given(annotation) for annotation in self.content["annotations"]]
         return given + [self._predicted(entry) for entry in self.found.to_coco(0)]
 
-    def to_coco(self, threshold: float) -> dict[str, Any]:
-        """Make a COCO file of what a person gave and what is found with at least a score."""
+    def to_coco(self, threshold: float, source: str) -> dict[str, Any]:
+        """Make a COCO file of what a person gave and what is found with at least a score.
+
+        ``source`` is what found it.
+        """
         shown = self.found.above(threshold)
         categories = list(self.content["categories"])
         ids = {name: _category_id(categories, name) for name in dict.fromkeys(shown.names)}
         found = shown.to_annotations(
             self.content["images"][0]["id"],
             [ids.get(name) for name in shown.class_names],
+            source=source,
             first_id=self._next_id(),
         )
         annotations = [*self.content["annotations"], *found]
