@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
@@ -211,7 +210,13 @@ def _sample(cfg: CfgNode, image: np.ndarray) -> dict[str, Any]:
 
 def as_dict(cfg: CfgNode) -> dict[str, Any]:
     """Plain values of a configuration, with lists for tuples, as in a file."""
-    return yaml.safe_load(cfg.dump())
+    return _plain(cfg)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(value[key]) for key in sorted(value)}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def value_of(cfg: CfgNode, key: str) -> Any:

@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from two_ranks import be_one_of_two, mean_gradient
+from two_ranks import mean_gradient
 
 from maskx.core.global_mean import global_mean, means_per_process
 from maskx.core.losses import multi_label_loss, pixel_loss
@@ -135,7 +135,3 @@ def work(rank):
     compare(rank)
     compare_larvseg(rank)
     take_turns(rank)
-
-
-if __name__ == "__main__":
-    be_one_of_two(work)

@@ -18,7 +18,7 @@ TIMM = ("MODEL.BACKBONE.NAME", "MaskXTimm", KEYS + "NAME")
         ("MaskXSmallResNet", (KEYS + "OUTPUT_STRIDE", 4), lambda: SmallResNet(output_stride=4)),
         (
             "MaskXTimm",
-            (KEYS + "OUTPUT_STRIDE", 8),
+            (KEYS + "NAME", "resnet18", KEYS + "OUTPUT_STRIDE", 8),
             lambda: TimmBackbone("resnet18", output_stride=8),
         ),
         (
@@ -106,7 +106,7 @@ def test_a_detector_gets_a_pyramid(make_classifier_cfg):
 
 
 def test_weights_are_loaded_where_no_others_are(make_classifier_cfg, downloads):
-    on = (KEYS + "PRETRAINED", True, "MODEL.BACKBONE.NAME")
+    on = (KEYS + "PRETRAINED", True, KEYS + "NAME", "resnet18", "MODEL.BACKBONE.NAME")
     build_backbone(make_classifier_cfg(*on, "MaskXTimm"))
     build_backbone(make_classifier_cfg(*on, "MaskXVGG16"))
     assert downloads == ["resnet18", "vgg16"]

@@ -1,7 +1,5 @@
-import os
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -277,15 +275,7 @@ def test_the_tool_converts_a_file_and_prints_the_options_that_go_with_it(
     load(build([*options, *NARROW]), target, caplog)
 
 
-def test_the_tool_ends_with_the_message_of_a_user_error(tmp_path):
+def test_the_tool_ends_with_the_message_of_a_user_error(tmp_path, run_main):
     source = tmp_path / "model_final.pkl"
-    done = subprocess.run(
-        [sys.executable, str(TOOL), str(source), str(tmp_path / "maskx.pth")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr == f"error: {source}: there is no such weights file. Check the path.\n"
+    said = run_main(source, tmp_path / "maskx.pth")
+    assert said == f"error: {source}: there is no such weights file. Check the path."

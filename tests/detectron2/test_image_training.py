@@ -174,6 +174,7 @@ def test_evaluation_loads_no_imagenet_weights(
     make_classifier_cfg, register_opt, downloads, tmp_path
 ):
     on = ("MODEL.BACKBONE.NAME", "MaskXTimm", "MODEL.MASKX.BACKBONE.PRETRAINED", True)
+    on += ("MODEL.MASKX.BACKBONE.NAME", "resnet18")
     cfg = make_classifier_cfg(*register_opt, *on, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 9)
     trainer = Trainer(cfg)
     assert downloads == ["resnet18"]

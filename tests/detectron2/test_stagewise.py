@@ -1,8 +1,6 @@
 import json
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -66,14 +64,13 @@ def test_the_tool_trains_both_stages_and_neither_twice(write_config, tmp_path, m
         "SEED",
         "5",
     ]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", TOOL, *command],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+
+    def run_here(*args):
+        monkeypatch.setattr(sys, "argv", [TOOL, *args])
+        runpy.run_path(TOOL, run_name="__main__")
+        return capsys.readouterr().out
+
+    run_here(*command)
     first, second = (read_run(output / name) for name in ("stage1", "stage2"))
     assert first.results.keys() >= {"bbox/AP", "bbox_A/AP"}
     assert "segm/AP" not in first.results
@@ -82,11 +79,6 @@ def test_the_tool_trains_both_stages_and_neither_twice(write_config, tmp_path, m
     assert [r.settings["SOLVER"]["MAX_ITER"] for r in (first, second)] == [2, 3]
     assert [r.settings["SEED"] for r in (first, second)] == [5, 5]
     written = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
-
-    def run_here(*args):
-        monkeypatch.setattr(sys, "argv", [TOOL, *args])
-        runpy.run_path(TOOL, run_name="__main__")
-        return capsys.readouterr().out
 
     log = run_here(*command)
     assert log.count("finished before, not run again") == 2

@@ -246,7 +246,7 @@ def test_fine_tuning_takes_what_fits_and_resuming_takes_all_or_nothing(make_cfg,
         (("MODEL.MASKX.TRANSFER.LAYERS", 1), r"made by another mask head(.|\n)*transfer_layers 1"),
         (("MODEL.ROI_HEADS.NUM_CLASSES", 5), r"made by another mask head(.|\n)*num_classes 5"),
         (("MODEL.FPN.OUT_CHANNELS", 8), r"lacks \d+ of the model's weights.*backbone\.fpn"),
-        (("MODEL.RESNETS.DEPTH", 34), r"lacks \d+ of the model's weights.*res"),
+        (("MODEL.RESNETS.DEPTH", 101), r"lacks \d+ of the model's weights.*res"),
     ],
 )
 def test_weights_of_another_model_are_not_evaluated(make_cfg, tiny_train, tmp_path, opts, words):

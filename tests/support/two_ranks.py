@@ -1,56 +1,37 @@
 """Scripts that are run as two processes, which train together."""
 
 import os
-import socket
-import subprocess
-import sys
+import runpy
+import tempfile
 import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-ROOT = Path(__file__).parents[2]
-
 
 def run_as_two(script):
-    """Run a script as two ranks, ``<script> 0 <port>`` and ``<script> 1 <port>``.
+    """Run ``work(rank)`` of a script as two ranks that train together.
 
     None is the process of the tests: Detectron2 keeps its process group, and the next test would
-    get one that is no more.
+    get one that is no more. They are its forks, which have loaded all libraries; where there are
+    GPUs they are not, as threads of autograd are lost in a fork.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(port)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": paths},
+    start_method = "spawn" if torch.cuda.is_available() else "fork"
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (script, f"file://{folder}/store")
+        torch.multiprocessing.start_processes(
+            _be_one_of_two, arguments, nprocs=2, start_method=start_method
         )
-        for rank in range(2)
-    ]
-    try:
-        for process in ranks:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()
 
 
-def be_one_of_two(work):
-    """Call ``work(rank)`` in a process group, as the main program of such a script."""
+def _be_one_of_two(rank, script, store):
     warnings.simplefilter("ignore")
-    rank, port = map(int, sys.argv[1:])
-    address, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=180)
-    dist.init_process_group("gloo", address, timeout, rank=rank, world_size=2)
+    timeout = timedelta(seconds=180)
+    dist.init_process_group("gloo", store, timeout, rank=rank, world_size=2)
     try:
-        work(rank)
+        runpy.run_path(str(script))["work"](rank)
     finally:
         dist.destroy_process_group()
     os._exit(0)  # threads of gloo may abort the interpreter while it ends

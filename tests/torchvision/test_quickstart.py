@@ -1,6 +1,5 @@
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -36,13 +35,23 @@ def make_coco(folder, count=3, **changes):
     return str(json_file), str(folder)
 
 
-def run_tool(*arguments):
-    return subprocess.run(
-        [sys.executable, str(TOOL), *arguments], capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """Run the script in this process; returns what it printed and how it ended."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+        ended = None
+        try:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        except SystemExit as error:
+            ended = error.code
+        return capsys.readouterr().out, ended
+
+    return run
 
 
-def test_the_command_on_coco_files(tmp_path, monkeypatch, capsys):
+def test_the_command_on_coco_files(tmp_path, run_tool):
     names = tmp_path / "with_masks.txt"
     names.write_text("red lamp shade\n")
     data, val = make_coco(tmp_path / "data"), make_coco(tmp_path / "val", count=1)
@@ -60,26 +69,24 @@ def test_the_command_on_coco_files(tmp_path, monkeypatch, capsys):
         "--image-size",
         "64",
         "--backbone",
-        "resnet18",
+        "test_resnet",
         "--output",
         str(tmp_path / "out"),
     )
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
-    runpy.run_path(str(TOOL), run_name="__main__")
-    printed = capsys.readouterr().out
+    printed, ended = run_tool(*arguments)
+    assert ended is None
     assert "1 categories with masks (A), 3 with boxes only (B), on cpu" in printed
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["split"]["A"] == [
         "red lamp shade"
     ]
 
 
-def test_user_errors_end_with_their_message(tmp_path):
+def test_user_errors_end_with_their_message(tmp_path, run_tool):
     data = make_coco(tmp_path / "data")
-    finished = run_tool("--coco-train", *data, "--coco-val", "missing.json", data[1])
-    assert finished.returncode == 1
-    assert finished.stderr.startswith("error: ")
-    assert "missing.json" in finished.stderr
-    assert "Traceback" not in finished.stderr
+    _, ended = run_tool("--coco-train", *data, "--coco-val", "missing.json", data[1])
+    assert ended.startswith("error: ")
+    assert "missing.json" in ended
+    assert "Traceback" not in ended
 
 
 def test_resuming_with_another_split_is_refused(tmp_path, tiny):
@@ -154,8 +161,8 @@ def test_options_without_meaning_for_a_system_are_refused(tiny, system, options,
         find_system(system).pipeline(QuickstartOptions(**(tiny | options)), print)
 
 
-def test_the_help_names_every_system():
-    text = run_tool("--help").stdout
+def test_the_help_names_every_system(run_tool):
+    text, _ = run_tool("--help")
     assert all(text.count(system) >= 3 for system in OURS)
 
 

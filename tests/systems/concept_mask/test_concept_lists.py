@@ -1,5 +1,5 @@
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -111,37 +111,30 @@ def test_bad_lists_are_named(files, tmp_path):
         choose_concepts(VOCABULARY, boxes=[tmp_path / "no.json"], masks=files["masks"])
 
 
-def test_the_command(files, tmp_path):
+def test_the_command(files, tmp_path, monkeypatch, capsys):
+    def run(*command):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
     words = tmp_path / "words.safetensors"
     ones = np.ones(len(VOCABULARY), np.float32)
     vectors = np.eye(len(VOCABULARY), dtype=np.float32)
     save_word_table(words, WordTable(VOCABULARY, vectors, ones, None, "test"))
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "concept_split",
-        "--root",
-        str(tmp_path),
-        "--words",
-        str(words),
-    ]
+    command = ["concept_split", "--root", str(tmp_path), "--words", str(words)]
     command += ["--masks", str(files["masks"]), "--min-images", "2"]
     boxes = ["--boxes", *map(str, files["boxes"])]
-    finished = subprocess.run([*command, *boxes], capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert "7 concepts: 2 with masks, 5 with boxes." in finished.stdout
+    assert "7 concepts: 2 with masks, 5 with boxes." in run(*command, *boxes)
     split = read_concept_split(tmp_path / "concepts" / "split.json", VOCABULARY)
     assert split == choose_concepts(VOCABULARY, **files, min_images=2)[0]
-    tests = [sys.executable, str(SCRIPT), "concept_tests", "--root", str(tmp_path), "--masks"]
-    tests += [*boxes[1:], "--min-images", "1"]
-    output = subprocess.run(tests, capture_output=True, text=True, check=True).stdout
-    assert "weak_image: 1 concepts: 'apple'." in output
+    tests = ["concept_tests", "--root", str(tmp_path), "--masks", *boxes[1:], "--min-images", "1"]
+    assert "weak_image: 1 concepts: 'apple'." in run(*tests)
     assert list(json.loads((tmp_path / "concepts" / "test_lists.json").read_text())) == [
         "weak_box",
         "weak_image",
         "zero_shot",
     ]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 1
-    assert "train_boxes.json: there is no such annotation file" in finished.stderr
-    assert "Traceback" not in finished.stderr
+    with pytest.raises(SystemExit, match=r"^error: ") as ended:
+        run(*command)
+    assert "train_boxes.json: there is no such annotation file" in ended.value.code
+    assert "Traceback" not in ended.value.code

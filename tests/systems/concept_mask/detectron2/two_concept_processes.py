@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from pycocotools import mask as mask_utils
-from two_ranks import be_one_of_two, train_together
+from two_ranks import train_together
 
 from maskx.core.backbones import SmallResNet
 from maskx.core.word_table import WordTable
@@ -98,7 +98,3 @@ def work(rank):
     for stage in LOSSES:
         take_steps(stage, rank)
     measure(rank)
-
-
-if __name__ == "__main__":
-    be_one_of_two(work)

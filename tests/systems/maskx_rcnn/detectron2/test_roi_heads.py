@@ -272,7 +272,8 @@ def test_masks_of_b_change_no_loss_and_no_gradient(learn, reference, masks_of_b,
 
 def test_a_mask_of_a_changes_the_loss(learn, reference):
     """Shows that the test above can fail."""
-    losses, _ = learn(0, box_polygon(4, 4, 17, 40), OF_B[0], OF_A[1], OF_B[1])
+    halves = box_polygon(4, 4, 17, 40), box_polygon(34, 2, 42, 22)
+    losses, _ = learn(0, halves[0], OF_B[0], halves[1], OF_B[1])
     assert losses["loss_mask"] != reference(0)[0]["loss_mask"]
 
 

@@ -281,7 +281,7 @@ def load(path):
 
 def test_imagenet_weights_are_for_the_encoder_alone(make_transfer_cfg, downloads):
     on = ("MODEL.BACKBONE.NAME", "MaskXTimm", "MODEL.MASKX.BACKBONE.PRETRAINED", True)
-    build_model(make_transfer_cfg(*on))
+    build_model(make_transfer_cfg(*on, "MODEL.MASKX.BACKBONE.NAME", "resnet18"))
     assert downloads == ["resnet18"]
 
 

@@ -2,7 +2,7 @@
 
 import torch
 from detectron2.utils.events import EventStorage
-from two_ranks import be_one_of_two, train_together
+from two_ranks import train_together
 
 from maskx.core.image_classifier import ImageClassifier
 from maskx.detectron2 import MaskXSmallResNet, MaskXTransferNet
@@ -55,7 +55,3 @@ def take_steps(method, rank):
 def work(rank):
     for method in (TransferNet, BaselineNet, DecoupledNet):
         take_steps(method, rank)
-
-
-if __name__ == "__main__":
-    be_one_of_two(work)
