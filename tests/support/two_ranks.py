@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import sys
 import tempfile
 import warnings
 from datetime import timedelta
@@ -16,9 +17,10 @@ def run_as_two(script):
 
     None is the process of the tests: Detectron2 keeps its process group, and the next test would
     get one that is no more. They are its forks, which have loaded all libraries; where there are
-    GPUs they are not, as threads of autograd are lost in a fork.
+    GPUs they are not, as threads of autograd are lost in a fork, nor where forks are not safe.
     """
-    start_method = "spawn" if torch.cuda.is_available() else "fork"
+    may_fork = sys.platform == "linux" and not torch.cuda.is_available()
+    start_method = "fork" if may_fork else "spawn"
     with tempfile.TemporaryDirectory() as folder:
         arguments = (script, f"file://{folder}/store")
         torch.multiprocessing.start_processes(
@@ -28,6 +30,7 @@ def run_as_two(script):
 
 def _be_one_of_two(rank, script, store):
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # those of the process of the tests are lost in a fork
     timeout = timedelta(seconds=180)
     dist.init_process_group("gloo", store, timeout, rank=rank, world_size=2)
     try:
