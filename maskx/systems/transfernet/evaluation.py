@@ -45,6 +45,8 @@ def predict_transfer(
 ) -> Iterator[tuple[Record, Sample, dict[str, Any]]]:
     """Predict the masks of the labels of images; the model is put into evaluation mode.
 
+    Whose labels it takes otherwise stays as it was.
+
     Args:
         model: the model.
         records: as of :func:`maskx.data.coco.load_coco`.
@@ -57,7 +59,6 @@ def predict_transfer(
         Record, sample, and result of the model.
     """
     model.eval()
-    model.gt_labels = gt_labels
     read_image = ImageMapper(model.num_classes, size=None, label_maps=False).read_image
     with tqdm(total=len(records), desc=description, unit="img") as progress:
         for start in range(0, len(records), batch_size):
@@ -65,7 +66,12 @@ def predict_transfer(
             samples = [read_image(record) for record in batch]
             if candidate_labels is not None:
                 samples = [sample | {"candidate_labels": candidate_labels} for sample in samples]
-            yield from zip(batch, samples, model(samples), strict=True)
+            before, model.gt_labels = model.gt_labels, gt_labels
+            try:
+                results = model(samples)
+            finally:
+                model.gt_labels = before
+            yield from zip(batch, samples, results, strict=True)
             progress.update(len(batch))
 
 
