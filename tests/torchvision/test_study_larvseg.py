@@ -1,11 +1,13 @@
 import json
 
+import numpy as np
 import pytest
 from photos import frozen_options
 from studies.larvseg import METHODS
 from studies.options import StudyOptions
 from studies.run import run_study
 
+from maskx.data.images import read_rgb
 from maskx.engine import quickstart, training_chain
 
 
@@ -75,6 +77,12 @@ def test_a_setting_names_its_weight_and_scenes_in_which_classes_occur_together(t
         seed / "together/shared/larvseg": (0.1, 1.0),
         seed / "together/shared_image_weight_3/baseline": (3.0, 1.0),
     }
+    # A setting is shown on its own scenes, under their truth.
+    truths = [read_rgb(seed / name / "truth/row.png") for name in (".", "together")]
+    assert not np.array_equal(*truths)
+    sheet = read_rgb(tiny["output"] / "contact_sheet.png")
+    assert len(sheet) == 5 * (256 + 34)  # two of them, three settings, with their titles
+    assert np.array_equal(sheet[2 * 290 + 34 : 3 * 290, : truths[1].shape[1]], truths[1])
     scenes = (seed / "together/scenes/train/annotations.json").read_text()
     assert json.loads(scenes)["info"]["style"] == "together"
 

@@ -99,9 +99,8 @@ class _DataRuns:
     """All runs of one seed on the same images."""
 
     def __init__(self, options: StudyOptions, seed: int, style: str) -> None:
-        self.folder = options.seed_folder(seed)
-        if style != "sparse":
-            self.folder /= style
+        self.group = "" if style == "sparse" else style
+        self.folder = options.seed_folder(seed) / self.group
         self.settings = _larvseg_settings(options, seed)
         self.device = select_device(options.device)
         quickstart = replace(options.quickstart(seed), output=self.folder)
@@ -124,7 +123,7 @@ class _DataRuns:
         model = chain.train_method(METHODS[name])
         names = self.test.class_names
         truth = functools.partial(true_label_map, class_names=names)
-        self.shown = Shown(model, self.test.records, names, truth=truth)
+        self.shown = Shown(model, self.test.records, names, truth=truth, group=self.group)
         novel = self.split.without_masks
         found = evaluate_larvseg(model, self.test, novel, description=f"{name}: evaluation")
         return {group: found["mIoU"][group] for group in _GROUPS}

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class Shown:
         class_names: of the model.
         split: instances of categories with masks are drawn in another colour.
         truth: returns the label map of a record; None: that of its masks.
+        group: of settings that are shown on these images; their names begin with it and a slash.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Shown:
     class_names: Sequence[str]
     split: CategorySplit | None = None
     truth: Callable[[Record], np.ndarray] | None = None
+    group: str = ""
 
 
 def draw_row(shown: Shown, system: str, seed_folder: Path, setting: str) -> None:
@@ -56,19 +58,30 @@ def draw_row(shown: Shown, system: str, seed_folder: Path, setting: str) -> None
     predictor = Predictor(run, found, model, getattr(model, "prepare", rgb_sample))
     predicted = (predictor.many([image], threshold=_SCORE)[0] for image in images)
     _save_row(seed_folder / setting, predicted)
-    if not (seed_folder / _TRUTH / _ROW_NAME).is_file():
+    truth_folder = seed_folder / shown.group / _TRUTH
+    if not (truth_folder / _ROW_NAME).is_file():
         truth = shown.truth or functools.partial(semantic_label_map, num_classes=len(names))
         pairs = zip(map(truth, records), images, strict=True)
-        _save_row(seed_folder / _TRUTH, (Prediction(names, label_map=m, image=i) for m, i in pairs))
+        _save_row(truth_folder, (Prediction(names, label_map=m, image=i) for m, i in pairs))
 
 
 def write_sheet(seed_folder: Path, settings: Sequence[str], path: Path) -> None:
-    """Lay the rows of the first settings out in one picture; nothing where there is no row."""
-    rows = {name: seed_folder / name / _ROW_NAME for name in (_TRUTH, *settings)}
-    there = [name for name, row in rows.items() if row.is_file()][: 1 + _MOST_ROWS]
-    if there:
-        tiles = [read_rgb(rows[name]) for name in there]
-        save_png(path, contact_sheet(tiles, columns=1, row_titles=there, legend=()))
+    """Lay the rows of the first settings out in one picture, under the truth of their images.
+
+    Nothing is written where there is no row.
+    """
+
+    def is_there(name: str) -> bool:
+        return (seed_folder / name / _ROW_NAME).is_file()
+
+    settings_of: dict[str, list[str]] = {}
+    for setting in list(filter(is_there, settings))[:_MOST_ROWS]:
+        of_group = (PurePosixPath(setting).parent / _TRUTH).as_posix()
+        settings_of.setdefault(of_group if is_there(of_group) else _TRUTH, []).append(setting)
+    names = [name for truth, group in settings_of.items() for name in (truth, *group)]
+    if names:
+        tiles = [read_rgb(seed_folder / name / _ROW_NAME) for name in names]
+        save_png(path, contact_sheet(tiles, columns=1, row_titles=names, legend=()))
 
 
 def _save_row(folder: Path, predictions: Iterable[Prediction]) -> None:
