@@ -190,7 +190,7 @@ def rgb_sample(image: np.ndarray, resize: Callable[[Tensor], Tensor] | None = No
     """
     height, width = image.shape[:2]
     pixels = as_sample_image(image, resize)
-    return {"image": pixels, "height": height, "width": width, "image_id": 0, "image_labels": []}
+    return {"image": pixels, "height": height, "width": width, "image_id": 0}
 
 
 def _above(result: Mapping[str, Any], threshold: float) -> Mapping[str, Any]:

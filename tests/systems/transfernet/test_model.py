@@ -9,6 +9,7 @@ from maskx.core.backbones import SmallResNet
 from maskx.core.image_classifier import ImageClassifier
 from maskx.core.sample_models import SampleClassifier
 from maskx.data import dense_crf
+from maskx.engine.predictor import rgb_sample
 from maskx.systems.transfernet.model import METHODS, TransferNetModel, build_network
 
 K = 4
@@ -223,6 +224,9 @@ def test_labels_come_from_the_classifier_the_candidates_or_the_truth():
     assert labels(image_labels=[])[0] == []
     both = model([make_sample([3]), {"image": make_sample([])["image"]}])
     assert [result["image_labels"].tolist() for result in both] == [[3], [0, 2]]
+    # Nobody gave the labels of a photograph; as none, it would show nothing.
+    (photograph,) = model([rgb_sample(np.zeros((32, 32, 3), np.uint8))])
+    assert photograph["image_labels"].tolist() == [0, 2]
 
 
 @torch.no_grad()
