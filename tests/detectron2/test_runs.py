@@ -6,11 +6,13 @@ import shutil
 import signal
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from full_disk import full_disk
@@ -18,13 +20,15 @@ from full_disk import full_disk
 import maskx
 from maskx.core.archives import find_damage, read_archive
 from maskx.core.digests import sha256_of
-from maskx.detectron2 import Trainer, evaluate, setup
+from maskx.detectron2 import Trainer, evaluate, get_cfg, setup
 from maskx.detectron2.checkpointer import FINAL_NAME
-from maskx.detectron2.runs import to_instances
+from maskx.detectron2.runs import as_dict, to_instances
 from maskx.engine.checkpoints import locked
 from maskx.engine.completion import CompletionOptions, complete
 from maskx.engine.model_export import export_model
 from maskx.engine.runs import read_run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture
@@ -239,3 +243,16 @@ def test_a_run_of_other_keys_is_named(write_config, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"do not fit this version of maskx \(.*GONE"):
         maskx.open_run(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "system", ["ClassPatterns", "ConceptMask", "LarvSeg", "MaskX", "TransferNet"]
+)
+def test_the_settings_of_a_run_are_those_that_its_file_holds(system):
+    """Two runs are compared by them, of which one may come from its config.yaml."""
+    files = sorted((CONFIGS / system / "quick_schedules").glob("*.yaml"))
+    assert files
+    for file in files:
+        cfg = get_cfg()
+        cfg.merge_from_file(str(file))
+        assert as_dict(cfg) == yaml.safe_load(cfg.dump())
